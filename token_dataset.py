@@ -1,0 +1,340 @@
+"""Token files: an image set stored as a grid of VQ codes an image.
+
+The published format (SeiT, arXiv 2303.11114, sec. 3):
+
+    NAME.data.bin.gz    gzip of a byte stream: code c < 255 is byte c; c >= 255 is byte 255, then byte c - 255.
+                        The largest code is therefore 509. Nothing separates the images.
+    NAME.index.npy.gz   gzip of a .npy with N + 1 integer offsets into the decompressed stream.
+    labels              text, one integer class a line.
+    codebook.ckpt       torch.save of a (K, d) float tensor.
+    synonyms.json       {"code": [other codes, best first], ...}
+
+The stream is decoded once a node into a memory-mapped uint16 array that all ranks share; a batch is then one
+`codes[indices]`. ImageNet-1k is 1.28 M x 1024 codes: 2.6 GB on disk, and in memory only what the page cache keeps.
+"""
+import contextlib
+import gzip
+import hashlib
+import io
+import os
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from utils import InputError, atomic_path, load_torch, one_first, read_json, say, write_text
+
+ESCAPE = 255
+MAX_CODE = ESCAPE + ESCAPE - 1
+CHUNK_BYTES = 1 << 24  # of stream decoded at a time: bounds memory, long enough for numpy to be fast
+
+
+# ---------------------------------------------------------------- the byte stream
+
+def decode_stream(stream):
+    """Codes of a whole number of images' bytes.
+
+    Args: stream (n,) uint8.
+    Returns (codes, is_code): codes (m,) uint16 in [0, 509]; is_code (n,) bool, False at escape bytes.
+    Raises ValueError when an escape byte has no code byte after it.
+    """
+    is_escape = stream == ESCAPE
+    follows = np.empty_like(is_escape)
+    follows[:1], follows[1:] = False, is_escape[:-1]
+    if (is_escape & follows).any() or is_escape[-1:].any():
+        raise ValueError('dangling escape byte')
+    codes = stream.astype(np.uint16)
+    codes[follows] += ESCAPE
+    return codes[~is_escape], ~is_escape
+
+
+def encode_codes(codes):
+    """The byte stream of codes and where each image starts in it.
+
+    Args: codes (N, n) integers in [0, 509], one row an image.
+    Returns (stream, index): stream (bytes,) uint8; index (N + 1,) int64.
+    Raises ValueError for a code that the format cannot hold.
+    """
+    codes = np.asarray(codes)
+    if codes.size and not 0 <= codes.min() <= codes.max() <= MAX_CODE:
+        raise ValueError(f'codes run from {codes.min()} to {codes.max()}; the format holds 0 to {MAX_CODE}')
+    escaped = codes >= ESCAPE
+    index = np.concatenate([[0], np.cumsum(codes.shape[1] + escaped.sum(1))]).astype(np.int64)
+    flat, escaped = codes.ravel(), escaped.ravel()
+    at = np.arange(flat.size) + np.cumsum(escaped)  # place of each code's own byte
+    stream = np.full(index[-1], ESCAPE, np.uint8)
+    stream[at] = flat - ESCAPE * escaped
+    return stream, index
+
+
+def index_path(token_file):
+    """Path of the index that belongs to a token file. Raises InputError for a name without 'data.bin'."""
+    path = Path(token_file)
+    if 'data.bin' not in path.name:
+        raise InputError(f'{path}: a token file is named NAME.data.bin.gz (its index is found by that name)')
+    return path.with_name(path.name.replace('data.bin', 'index.npy'))
+
+
+def gzip_bytes(data):
+    """gzip without name or time, so that equal content gives equal files."""
+    return gzip.compress(data, compresslevel=9, mtime=0)
+
+
+def write_tokens(token_file, label_file, codes, labels):
+    """Write the three published files, each atomically.
+
+    Args: codes (N, n) integers in [0, 509]; labels (N,) integers.
+    """
+    stream, index = encode_codes(codes)
+    npy = io.BytesIO()
+    np.save(npy, index)
+    for path, data in ((token_file, stream.tobytes()), (index_path(token_file), npy.getvalue())):
+        with atomic_path(path) as temporary:
+            Path(temporary).write_bytes(gzip_bytes(data))
+    write_text(label_file, ''.join(f'{label}\n' for label in labels))
+
+
+# ---------------------------------------------------------------- reading and checking
+
+@contextlib.contextmanager
+def reading_gzip(path):
+    """Open a gzip file for reading; what can be wrong with it becomes an InputError."""
+    try:
+        with gzip.open(path, 'rb') as file:
+            yield file
+    except FileNotFoundError:
+        raise InputError(f'{path}: no such file') from None
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise InputError(f'{path}: damaged or truncated gzip ({error}); fetch or make it again') from None
+    except OSError as error:
+        raise InputError(f'{path}: {error.strerror or error}') from None
+
+
+def read_index(token_file):
+    """The (N + 1,) int64 offsets of a token file's index, checked to rise from 0. Raises InputError."""
+    path = index_path(token_file)
+    with reading_gzip(path) as file:
+        data = file.read()
+    try:
+        index = np.load(io.BytesIO(data), allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise InputError(f'{path}: not a .npy array ({error})') from None
+    if index.ndim != 1 or index.dtype.kind not in 'iu' or len(index) < 2:
+        raise InputError(f'{path}: expected N + 1 integer offsets, found {index.dtype} of shape {index.shape}')
+    index = index.astype(np.int64)
+    if index[0] != 0 or (np.diff(index) <= 0).any():
+        raise InputError(f'{path}: offsets do not rise from 0; the index is damaged or of another file')
+    return index
+
+
+def read_labels(path):
+    """The (N,) int64 classes in a label file. Raises InputError naming the first bad line."""
+    try:
+        words = Path(path).read_text(encoding='utf-8').split('\n')
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f'{path}: {getattr(error, "strerror", None) or error}') from None
+    if words[-1] == '':
+        words.pop()
+    try:
+        labels = np.array([int(word) for word in words], np.int64)
+    except (ValueError, OverflowError):
+        line = next(i for i, word in enumerate(words, 1) if not re.fullmatch(r'\s*[+-]?\d{1,18}\s*', word))
+        raise InputError(f'{path}: line {line} is not an integer class: {words[line - 1][:40]!r}') from None
+    if not len(labels) or labels.min() < 0:
+        raise InputError(f'{path}: ' + ('no labels in it' if not len(labels) else 'a class is negative'))
+    return labels
+
+
+def load_codebook(path):
+    """The (K, d) float32 codebook. Raises InputError."""
+    codebook = load_torch(path, 'a codebook')
+    if not isinstance(codebook, torch.Tensor) or codebook.ndim != 2 or not codebook.is_floating_point():
+        raise InputError(f'{path}: expected a float tensor (codes, dimension) as codebook')
+    return codebook.float().detach()
+
+
+def load_synonyms(path, codes, top_k):
+    """Synonyms as a table to index.
+
+    Args: codes: rows of the codebook, K; top_k: how many of each list are used (published: 5).
+    Returns (table, count): table (K, top_k) int64, short lists padded with the code itself; count (K,) int64.
+    Raises InputError when a code has no entry or a synonym lies beyond the codebook.
+    """
+    lists = read_json(path)
+    if not isinstance(lists, dict):
+        raise InputError(f'{path}: expected an object that maps each code to a list of codes')
+    missing = [c for c in range(codes) if not lists.get(str(c))]
+    if missing:
+        raise InputError(f'{path}: no synonyms for {len(missing)} of {codes} codes (first: {missing[0]}); '
+                         'make it from this codebook with scripts/build_synonyms.py')
+    table = torch.arange(codes)[:, None].repeat(1, top_k)
+    count = torch.empty(codes, dtype=torch.int64)
+    for code in range(codes):
+        row = lists[str(code)]
+        if not isinstance(row, list) or not all(type(c) is int and 0 <= c < codes for c in row):
+            raise InputError(f'{path}: the synonyms of code {code} are not codes from 0 to {codes - 1}')
+        count[code] = min(len(row), top_k)
+        table[code, :len(row[:top_k])] = torch.tensor(row[:top_k])
+    return table, count
+
+
+# ---------------------------------------------------------------- decoding a file
+
+def _image_chunks(index):
+    """Ranges (first, last) of images whose bytes make about CHUNK_BYTES together."""
+    first = 0
+    while first < len(index) - 1:
+        last = int(np.searchsorted(index, index[first] + CHUNK_BYTES, side='right')) - 1
+        last = max(last, first + 1)
+        yield first, last
+        first = last
+
+
+def _decode_images(token_file, data, offsets, first, n):
+    """Codes (images, n) of the images whose bytes `data` holds; n is None until the first image tells it."""
+    try:
+        codes, is_code = decode_stream(data)
+    except ValueError:
+        raise InputError(f'{token_file}: a dangling escape byte between images {first} and '
+                         f'{first + len(offsets) - 2}; the stream or its index is damaged') from None
+    if data[offsets[1:] - 1].max() == ESCAPE:
+        bad = first + int(np.argmax(data[offsets[1:] - 1] == ESCAPE))
+        raise InputError(f'{token_file}: image {bad} ends in a dangling escape byte')
+    lengths = np.add.reduceat(is_code, offsets[:-1], dtype=np.int64)
+    n = n or int(lengths[0])
+    if round(n ** 0.5) ** 2 != n:
+        raise InputError(f'{token_file}: image {first} has {n} codes, which is no square grid')
+    if (lengths != n).any():
+        bad = int(np.argmax(lengths != n))
+        raise InputError(f'{token_file}: image {first + bad} has {lengths[bad]} codes where the first has {n}')
+    return codes.reshape(-1, n)
+
+
+def decode_images(token_file, index):
+    """Yield (first, codes) for runs of images: codes (m, n) uint16, n the same square for all.
+
+    Reads the gzip as a stream, so memory stays at a few times CHUNK_BYTES. Raises InputError.
+    """
+    n = None
+    with reading_gzip(token_file) as file:
+        for first, last in _image_chunks(index):
+            size = int(index[last] - index[first])
+            data = np.frombuffer(file.read(size), np.uint8)
+            if len(data) < size:
+                raise InputError(f'{token_file}: the stream ends at byte {index[first] + len(data)}, but its index '
+                                 f'says {index[-1]}: one of the two is truncated or of another file')
+            codes = _decode_images(token_file, data, index[first:last + 1] - index[first], first, n)
+            n = codes.shape[1]
+            yield first, codes
+        if file.read(1):
+            raise InputError(f'{token_file}: the stream goes on after byte {index[-1]}, where its index ends')
+
+
+# ---------------------------------------------------------------- the cache a node shares
+
+def _identity(path):
+    """What changes when the file does: its size, time and checksum (gzip keeps one of the content at its end)."""
+    try:
+        with open(path, 'rb') as file:
+            stat = os.stat(file.fileno())
+            file.seek(max(0, stat.st_size - 8))
+            return stat.st_size, stat.st_mtime_ns, file.read().hex()
+    except OSError as error:
+        raise InputError(f'{path}: {error.strerror}') from None
+
+
+def cache_path(token_file, folder=''):
+    """Where the decoded codes of a token file belong; the name changes with the content of the file and its index."""
+    token_file = Path(token_file).absolute()
+    key = hashlib.sha256(repr([_identity(p) for p in (token_file, index_path(token_file))]).encode()).hexdigest()[:16]
+    place = hashlib.sha256(str(token_file).encode()).hexdigest()[:8]
+    stem = token_file.name.replace('.data.bin.gz', '').replace('.gz', '')
+    return Path(folder or token_file.parent) / f'{stem}.{place}.codes-{key}.npy'
+
+
+def _fill(token_file, index, allocate):
+    """Decode every image into the array that `allocate((N, n))` returns once the grid is known."""
+    codes = None
+    for first, chunk in decode_images(token_file, index):
+        if codes is None:
+            codes = allocate((len(index) - 1, chunk.shape[1]))
+        codes[first:first + len(chunk)] = chunk
+    return codes
+
+
+def build_cache(token_file, path):
+    """Decode a token file into the .npy at `path`, atomically; older caches of the same file are removed."""
+    index = read_index(token_file)
+    say(f'decoding {token_file} into {path}')
+    with atomic_path(path) as temporary:
+        codes = _fill(token_file, index, lambda shape: np.lib.format.open_memmap(temporary, 'w+', np.uint16, shape))
+        codes.flush()
+    for old in path.parent.glob(path.name.split('.codes-')[0] + '.codes-*.npy'):
+        if old != path:
+            with contextlib.suppress(FileNotFoundError):
+                old.unlink()
+
+
+def open_codes(token_file, cache=''):
+    """The codes of a token file, (N, n) uint16.
+
+    Args: cache: folder of the decoded file; '' puts it beside the token file; 'none' decodes into this
+        process's own memory instead.
+    Collective: with several ranks, the first of each node decodes and all map the same file.
+    """
+    if cache == 'none':
+        return _fill(token_file, read_index(token_file), lambda shape: np.empty(shape, np.uint16))
+    path = cache_path(token_file, cache)
+    with one_first(int(os.environ.get('LOCAL_RANK', 0)) == 0):
+        if not path.exists():
+            build_cache(token_file, path)
+    return np.load(path, mmap_mode='r')
+
+
+class TokenDataset:
+    """Token grids and their classes, fetched whole batches at a time.
+
+    Args:
+        token_file, label_file: see the module's docstring.
+        codebook_size: rows of the codebook; a code beyond it is an InputError.
+        cache: see `open_codes`.
+    Attributes: codes (N, n) uint16, mapped; labels (N,) int64; grid: side of the token grid, n = grid².
+    """
+
+    def __init__(self, token_file, label_file, codebook_size, cache=''):
+        self.token_file = token_file
+        self.labels = read_labels(label_file)
+        self.codes = open_codes(token_file, cache)
+        if len(self.codes) != len(self.labels):
+            raise InputError(f'{label_file}: {len(self.labels)} labels for the {len(self.codes)} images of {token_file}')
+        self.grid = int(round(self.codes.shape[1] ** 0.5))
+        largest = int(self.codes.max())  # also brings the map into the page cache, in one sequential read
+        if largest >= codebook_size:
+            raise InputError(f'{token_file}: holds code {largest}, but the codebook has {codebook_size} rows; '
+                             'give the codebook the tokens were made with')
+
+    def __len__(self):
+        return len(self.codes)
+
+    def bytes_on_disk(self):
+        """Size in bytes of the token file and its index."""
+        return os.path.getsize(self.token_file) + os.path.getsize(index_path(self.token_file))
+
+    def batch(self, indices):
+        """codes (B, grid, grid) uint16 and labels (B,) int64, CPU tensors, of images `indices` (B,) int64."""
+        indices = np.asarray(indices)
+        codes = torch.from_numpy(self.codes[indices]).view(-1, self.grid, self.grid)
+        return codes, torch.from_numpy(self.labels[indices])
+
+    def batches(self, indices, batch_size, device, pin_memory=False, drop_last=False):
+        """Yield `batch` after `batch` of `indices` on `device`; only codes and labels travel.
+
+        With pinned memory the copies are asynchronous: while a GPU computes, the next batches queue up behind it.
+        """
+        end = len(indices) // batch_size * batch_size if drop_last else len(indices)
+        pin = pin_memory and device.type == 'cuda'
+        for start in range(0, end, batch_size):
+            batch = self.batch(indices[start:min(start + batch_size, end)])
+            yield tuple((t.pin_memory() if pin else t).to(device, non_blocking=pin) for t in batch)

@@ -1,0 +1,230 @@
+"""What every program here shares: errors for users, processes, files, seeds."""
+import argparse
+import contextlib
+import json
+import os
+import pickle
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+
+# ---------------------------------------------------------------- errors a user can mend
+
+class InputError(Exception):
+    """A mistake in what the user gave. The message is one line: what, which file, what to do."""
+
+
+def run(main, *args):
+    """Call `main(*args)`; an InputError becomes one line on standard error and exit code 2.
+
+    With several ranks the same mistake is met by all of them; one rank a node reports it.
+    """
+    try:
+        main(*args)
+    except InputError as error:
+        if int(os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', 0))) == 0:
+            print(f'error: {error}', file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if dist.is_available() and dist.is_initialized() and sys.exc_info()[0] is None:
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------- processes
+
+def slurm_environment():
+    """Translate the variables of an `srun` step into torchrun's; others are left alone."""
+    env = os.environ
+    # SLURM_STEP_NUM_TASKS exists only inside srun, so a plain python in a batch script stays one process.
+    if 'RANK' in env or int(env.get('SLURM_STEP_NUM_TASKS', 1)) < 2:
+        return
+    env['RANK'], env['LOCAL_RANK'] = env['SLURM_PROCID'], env['SLURM_LOCALID']
+    env['WORLD_SIZE'] = env['SLURM_STEP_NUM_TASKS']
+    first = re.match(r'([^,\[]+)(?:\[(\d+))?', env.get('SLURM_STEP_NODELIST', env.get('SLURM_JOB_NODELIST', '127.0.0.1')))
+    env.setdefault('MASTER_ADDR', first.group(1) + (first.group(2) or ''))
+    env.setdefault('MASTER_PORT', str(10000 + int(env.get('SLURM_JOB_ID', 0)) % 50000))
+
+
+def init_distributed(device, dist_url='env://'):
+    """Join the process group that torchrun, torch.distributed.launch or srun describes, if any.
+
+    Args:
+        device: 'cuda', 'cuda:N' or 'cpu', as the user gave it.
+        dist_url: torch.distributed's init_method.
+    Returns the torch.device of this rank: one GPU a local rank (NCCL), or the CPU (gloo).
+    """
+    slurm_environment()
+    kind, _, number = device.partition(':')
+    if kind not in ('cuda', 'cpu') or (number and not number.isdigit()):
+        raise InputError(f'--device {device}: choose cuda, cuda:N or cpu')
+    if kind == 'cuda':
+        if not torch.cuda.is_available():
+            raise InputError('--device cuda, but torch finds no CUDA device here: add --device cpu')
+        number = int(number or os.environ.get('LOCAL_RANK', 0))
+        if number >= torch.cuda.device_count():
+            raise InputError(f'local rank or --device asks for GPU {number}, but there are {torch.cuda.device_count()}: '
+                             'start fewer processes on this node')
+        torch.cuda.set_device(number)
+        kind = f'cuda:{number}'
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+        dist.init_process_group('nccl' if kind.startswith('cuda') else 'gloo', init_method=dist_url,
+                                rank=int(os.environ['RANK']), world_size=int(os.environ['WORLD_SIZE']))
+    return torch.device(kind)
+
+
+def rank():
+    """This process's rank, 0 when alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    """Number of processes, 1 when alone."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main():
+    return rank() == 0
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+@contextlib.contextmanager
+def one_first(first):
+    """Run the body on the ranks where `first` is true, then on the others (which find its files)."""
+    if not first:
+        barrier()
+    yield
+    if first:
+        barrier()
+
+
+def say(*words):
+    """Print on rank 0."""
+    if is_main():
+        print(*words, flush=True)
+
+
+# ---------------------------------------------------------------- seeds
+
+def seed_step(seed, epoch, step, rank_, generator):
+    """Make the randomness of one step a pure function of (seed, epoch, step, rank).
+
+    Seeds numpy's global generator (timm's Mixup), torch's (drop-path, dropout) and `generator`
+    (the token augmentations). So a resumed run continues exactly, and no state is to be saved.
+    """
+    words = np.random.SeedSequence((seed, epoch, step, rank_)).generate_state(3)
+    np.random.seed(words[0])
+    torch.manual_seed(int(words[1]))
+    generator.manual_seed(int(words[2]))
+
+
+# ---------------------------------------------------------------- files
+
+@contextlib.contextmanager
+def atomic_path(path):
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it, else remove it.
+
+    The reader of `path` sees the old file or the whole new one, never a part.
+    Raises InputError when the folder cannot be written.
+    """
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
+        os.close(handle)
+    except OSError as error:
+        raise InputError(f'{path}: cannot be written ({error.strerror}); choose another folder') from None
+    try:
+        yield temporary
+        with open(temporary, 'rb+') as file:
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are private; ours are like any other
+        os.replace(temporary, path)
+    except OSError as error:
+        raise InputError(f'{path}: cannot be written ({error.strerror})') from None
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path, text):
+    """Write a whole text file atomically."""
+    with atomic_path(path) as temporary:
+        Path(temporary).write_text(text, encoding='utf-8')
+
+
+def read_json(path):
+    """The JSON value in `path`; InputError when it is missing or not JSON."""
+    try:
+        return json.loads(Path(path).read_text(encoding='utf-8'))
+    except OSError as error:
+        raise InputError(f'{path}: {error.strerror}') from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise InputError(f'{path}: not JSON ({error})') from None
+
+
+def load_torch(path, what):
+    """torch.load on the CPU without running code from the file (`weights_only=True`).
+
+    argparse.Namespace is allowed, because the published checkpoints hold one. `path` may be an http(s) address.
+    Raises InputError naming `what` the file should be.
+    """
+    path = str(path)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            if path.startswith(('https://', 'http://')):
+                return torch.hub.load_state_dict_from_url(path, map_location='cpu', weights_only=True)
+            return torch.load(path, map_location='cpu', weights_only=True)
+        except pickle.UnpicklingError as error:
+            name = re.search(r'GLOBAL (\S+)', str(error))
+            why = f'it carries {name.group(1)}, which would run code when loaded' if name else 'it is no torch file'
+            raise InputError(f'{path}: refused as {what}: {why}') from None
+        except OSError as error:
+            raise InputError(f'{path}: cannot read {what} ({error.strerror or error})') from None
+        except Exception as error:  # damage makes the unpickler raise nearly anything
+            raise InputError(f'{path}: damaged or not {what} ({(str(error).splitlines() or [""])[0][:120]})') from None
+
+
+def save_torch(value, path):
+    """torch.save, atomically."""
+    with atomic_path(path) as temporary:
+        torch.save(value, temporary)
+
+
+# ---------------------------------------------------------------- the run's log
+
+class RunLog:
+    """`log.txt`: one JSON line an epoch. Lines of epochs that are to run (again) are dropped on opening."""
+
+    def __init__(self, path, start_epoch=0):
+        self.path = Path(path)
+        kept = [line for line in self._lines() if line.get('epoch', -1) < start_epoch] if start_epoch else []
+        write_text(self.path, ''.join(json.dumps(line) + '\n' for line in kept))
+
+    def _lines(self):
+        if not self.path.exists():
+            return
+        for line in self.path.read_text(encoding='utf-8').splitlines():
+            with contextlib.suppress(ValueError):  # a half line is what a crash leaves behind
+                yield json.loads(line)
+
+    def write(self, **values):
+        with open(self.path, 'a', encoding='utf-8') as file:
+            file.write(json.dumps(values) + '\n')
