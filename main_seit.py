@@ -1,0 +1,513 @@
+"""Train and evaluate a ViT on token files (SeiT, ICCV 2023, arXiv 2303.11114).
+
+One process:   python main_seit.py --device cpu --batch-size 64 ...
+One node:      torchrun --nproc_per_node=8 main_seit.py --batch-size 128 --dist-eval ...
+Many nodes:    torchrun --nnodes=4 --nproc_per_node=8 --rdzv_backend=c10d --rdzv_endpoint=HOST:29500 main_seit.py ...
+SLURM:         srun --ntasks-per-node=8 --gpus-per-node=8 python main_seit.py ...
+Evaluate:      python main_seit.py --eval --resume output/best_checkpoint.pth ...
+
+The defaults are the published recipe; `--batch-size` is per process and the learning rate scales with it.
+"""
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import timm
+import torch
+from timm.data import Mixup
+from timm.layers import resample_abs_pos_embed
+from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3, ParseKwargs
+from torch.nn.parallel import DistributedDataParallel
+
+import models_seit  # noqa: F401 (registers the models with timm)
+from engine import evaluate, train_one_epoch
+from samplers import repeated_augmentation, shuffled
+from token_augment import EvalTransform, TrainAugment
+from token_dataset import TokenDataset, load_codebook, load_synonyms
+from utils import (InputError, RunLog, barrier, init_distributed, is_main, load_torch, rank, run, save_torch, say,
+                   world_size, write_text)
+
+VERSIONS = {'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__}
+ON_OFF = argparse.BooleanOptionalAction
+# Accepted because published commands may hold them: flag -> why it changes nothing.
+NO_EFFECT = {
+    '--vit-patch-size': 'the stem-adaptor fixes the patches',
+    '--use-entire-tokens': 'it had none in the published program either',
+    '--eval-crop-ratio': 'evaluation takes the centre crop of --input-size',
+    '--cooldown-epochs': 'exactly --epochs epochs run, as in the published program',
+    '--patience-epochs': 'it belongs to the plateau schedule, which never worked in the published program',
+    '--num-workers': 'batches come straight from a memory map, so there are no loader processes',
+    '--world-size': 'the launcher (torchrun, srun) sets it',
+}
+
+
+def get_args_parser():
+    """All flags; `parse_args` also takes them with underscores."""
+    parser = argparse.ArgumentParser(description='Train and evaluate SeiT on token files.', allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    group = parser.add_argument_group('data')
+    add = group.add_argument
+    add('--train-token-file', default='tokens/imagenet1k-train-token.data.bin.gz', metavar='FILE')
+    add('--train-label-file', default='tokens/imagenet1k-train-label.txt', metavar='FILE')
+    add('--val-token-file', default='tokens/imagenet1k-val-token.data.bin.gz', metavar='FILE')
+    add('--val-label-file', default='tokens/imagenet1k-val-label.txt', metavar='FILE')
+    add('--codebook-path', default='tokens/codebook.ckpt', metavar='FILE')
+    add('--token-synonym-dict', default='tokens/synonyms.json', metavar='FILE')
+    add('--token-cache', default='', metavar='DIR',
+        help="where token files are decoded to: a folder, '' for beside the token file, 'none' for memory only")
+    add('--nb-classes', type=int, help='default: the largest label + 1, or what the checkpoint has under --eval')
+    add('--pin-mem', action=ON_OFF, default=True, help='copy batches to a GPU from page-locked memory')
+
+    group = parser.add_argument_group('model')
+    add = group.add_argument
+    add('--model', default='deit_base_token_32', help=', '.join(timm.list_models(module='models_seit')))
+    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+        help='arguments of timm\'s VisionTransformer, as in depth=4 embed_dim=128 num_heads=4')
+    add('--input-size', type=int, default=224, help='in pixels of --token-patch-size to a code: 224 / 8 = 28 codes')
+    add('--token-patch-size', type=int, default=8, help='pixels a code covers, on each side')
+    add('--drop', type=float, default=0., help='dropout rate')
+    add('--drop-path', type=float, default=0.1, help='stochastic depth rate')
+    add('--model-ema', action=ON_OFF, default=True, help='keep and evaluate an average of the weights')
+    add('--model-ema-decay', type=float, default=0.99996)
+    add('--model-ema-force-cpu', action='store_true', help='keep the average in host memory')
+    add('--finetune', default='', metavar='FILE', help='start from these weights (a path or an https address)')
+    add('--attn-only', action='store_true', help='train only attention, head and position embeddings')
+
+    group = parser.add_argument_group('optimisation')
+    add = group.add_argument
+    add('--batch-size', type=int, default=64, help='per process')
+    add('--epochs', type=int, default=300)
+    add('--opt', default='adamw', help="timm's optimisers")
+    add('--opt-eps', type=float, default=1e-8)
+    add('--opt-betas', type=float, nargs=2, help="default: the optimiser's own")
+    add('--clip-grad', type=float, help='largest gradient norm')
+    add('--momentum', type=float, default=0.9)
+    add('--weight-decay', type=float, default=0.1)
+    add('--sched', default='cosine', choices=['cosine', 'tanh', 'step', 'poly'])
+    add('--lr', type=float, default=7.5e-4, help='for a batch of 512 over all processes')
+    add('--unscale-lr', action='store_true', help='take --lr as it is, whatever the batch')
+    add('--lr-noise', type=float, nargs='+', metavar='PCT', help='epochs (as parts of all) between which lr is noisy')
+    add('--lr-noise-pct', type=float, default=0.67)
+    add('--lr-noise-std', type=float, default=1.)
+    add('--warmup-lr', type=float, default=1e-6)
+    add('--min-lr', type=float, default=1e-5)
+    add('--decay-epochs', type=float, default=30, help='step schedule')
+    add('--warmup-epochs', type=int, default=5)
+    add('--decay-rate', '--dr', type=float, default=0.1, help='step schedule; the power of poly')
+    add('--smoothing', type=float, default=0.1, help='label smoothing')
+    add('--bce-loss', action='store_true', help='binary cross-entropy; needs --smoothing 0 and CutMix or Mixup')
+    add('--amp', choices=['bf16', 'fp16', 'off'], help='mixed precision (default: fp16 on CUDA, off on CPU)')
+
+    group = parser.add_argument_group('augmentation')
+    add = group.add_argument
+    add('--eda-rc-prob', type=float, default=0.25, help='share of images with synonym replacement')
+    add('--token-synonym-thres', type=int, default=5, help='how many of each synonym list are used')
+    add('--replace-token-prob', type=float, default=0.25, help='of each code in such an image')
+    add('--eda-sc-prob', type=float, default=0.25, help='share of images with two patches swapped')
+    add('--swap-token-scale', type=float, default=0.25, help="largest side of a patch, as a part of the grid's")
+    add('--eda-erase-prob', type=float, default=0., help='share of images with a rectangle erased')
+    add('--erase-scale', type=float, default=0.25, help="its largest sides, as parts of the grid's")
+    add('--rrc-ratio', type=float, default=0.08, help='smallest area of the random-resized crop')
+    add('--src', action='store_true', help='a plain random crop instead')
+    add('--repeated-aug', action='store_true', help='repeated augmentation: each image three times running')
+    add('--token-noise-prob', type=float, default=0.5, help='part of each batch that gets embedding noise')
+    add('--token-noise-scale', type=float, default=1., help='deviation of the noise a channel shares')
+    add('--token-noise-std', type=float, default=1., help='deviation of the noise of each element')
+    add('--mixup', type=float, default=0., help='Mixup alpha')
+    add('--cutmix', type=float, default=1., help='CutMix alpha')
+    add('--cutmix-minmax', type=float, nargs=2, help='CutMix side range; overrides alpha')
+    add('--mixup-prob', type=float, default=1., help='of mixing a batch at all')
+    add('--mixup-switch-prob', type=float, default=0.5, help='of CutMix where both are on')
+    add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'])
+
+    group = parser.add_argument_group('run')
+    add = group.add_argument
+    add('--output-dir', default='', metavar='DIR', help="checkpoints and log.txt; '' saves nothing")
+    add('--resume', default='', metavar='FILE',
+        help="continue from a checkpoint (a path or an https address), or 'auto' for the newest in --output-dir")
+    add('--start-epoch', type=int, default=0)
+    add('--eval', action='store_true', help='only evaluate --resume')
+    add('--dist-eval', action='store_true', help='share the validation images over the ranks, each on exactly one')
+    add('--no-eval', action='store_true', help='train without evaluating')
+    add('--device', default='cuda', help='cuda or cpu')
+    add('--seed', type=int, default=0)
+    add('--tensorboard', action='store_true', help='write scalars to --output-dir (needs the tensorboard package)')
+    add('--dist-url', default='env://', help="torch.distributed's init method")
+
+    group = parser.add_argument_group('accepted, without effect')
+    for flag, why in NO_EFFECT.items():
+        group.add_argument(flag, help=why, **({'action': 'store_true'} if 'entire' in flag else {}))
+    return parser
+
+
+def parse_args(words=None):
+    """The command line, with `_` and `-` in flags alike. Raises InputError for values that cannot work together."""
+    words = sys.argv[1:] if words is None else words
+    spelled = [w.partition('=') for w in words]
+    words = [flag.replace('_', '-') + eq + value if flag.startswith('--') else flag + eq + value
+             for flag, eq, value in spelled]
+    args = get_args_parser().parse_args(words)
+    mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    checks = [
+        (args.input_size % args.token_patch_size or args.input_size < 2 * args.token_patch_size,
+         f'--input-size {args.input_size} is not a multiple of --token-patch-size {args.token_patch_size}, or too small'),
+        (args.batch_size < 1 or args.epochs < 1, '--batch-size and --epochs must be 1 or more'),
+        (mixing and args.batch_size % 2, f'--batch-size {args.batch_size} is odd; CutMix and Mixup want it even'),
+        (args.bce_loss and (args.smoothing or not mixing),
+         '--bce-loss needs --smoothing 0 (any smoothing makes every target 1) and --cutmix or --mixup on'),
+        (not all(0 <= p <= 1 for p in (args.eda_rc_prob, args.eda_sc_prob, args.eda_erase_prob, args.replace_token_prob,
+                                       args.token_noise_prob, args.rrc_ratio, args.swap_token_scale,
+                                       args.erase_scale, args.smoothing)),
+         'probabilities, ratios, scales and --smoothing lie between 0 and 1'),
+        (args.eval and not args.resume, '--eval needs --resume CHECKPOINT'),
+        (args.eval and args.no_eval, '--eval and --no-eval exclude each other'),
+        (args.resume == 'auto' and not args.output_dir, '--resume auto looks in --output-dir: give one'),
+        (args.tensorboard and not args.output_dir, '--tensorboard writes to --output-dir: give one'),
+    ]
+    for wrong, message in checks:
+        if wrong:
+            raise InputError(message)
+    return args
+
+
+# ---------------------------------------------------------------- data
+
+def load_split(args, split, codebook):
+    """The TokenDataset of 'train' or 'val'."""
+    return TokenDataset(getattr(args, f'{split}_token_file'), getattr(args, f'{split}_label_file'), len(codebook),
+                        args.token_cache)
+
+
+def count_classes(args, datasets, checkpoint):
+    """Classes of the head: --nb-classes, the checkpoint's under --eval, or the largest training label + 1."""
+    known = args.nb_classes
+    if known is None and args.eval:
+        known = len(checkpoint['model']['head.bias'])
+    if known is None:
+        known = int(datasets['train'].labels.max()) + 1
+    for split, dataset in datasets.items():
+        largest = int(dataset.labels.max())
+        if largest >= known:
+            raise InputError(f'{getattr(args, split + "_label_file")}: holds class {largest}, but there are {known} '
+                             'classes (0 to {}): fix the labels or give --nb-classes'.format(known - 1))
+    return known
+
+
+def make_augment(args, codebook, grid, size, device):
+    synonyms = None
+    if args.eda_rc_prob:
+        synonyms = load_synonyms(args.token_synonym_dict, len(codebook), args.token_synonym_thres)
+    return TrainAugment(
+        codebook, synonyms, grid, size, device, rc_prob=args.eda_rc_prob, sc_prob=args.eda_sc_prob,
+        erase_prob=args.eda_erase_prob, replace_prob=args.replace_token_prob, swap_scale=args.swap_token_scale,
+        erase_scale=args.erase_scale, rrc_ratio=args.rrc_ratio, simple_crop=args.src,
+        noise_prob=args.token_noise_prob, noise_scale=args.token_noise_scale, noise_std=args.token_noise_std)
+
+
+# ---------------------------------------------------------------- model, optimiser, loss
+
+def create_model(args, classes, size, width):
+    """The model by name, for `size` x `size` codes of a codebook `width` wide."""
+    names = timm.list_models(module='models_seit')
+    if args.model not in names:
+        raise InputError(f'--model {args.model} is none of {", ".join(names)}')
+    try:
+        model = timm.create_model(args.model, num_classes=classes, img_size=size, drop_path_rate=args.drop_path,
+                                  pos_drop_rate=args.drop, proj_drop_rate=args.drop, **args.model_kwargs)
+    except (TypeError, AssertionError, ValueError) as error:
+        raise InputError(f'--model-kwargs {args.model_kwargs}: {error}') from None
+    if model.in_chans != width:
+        raise InputError(f'{args.codebook_path}: its rows have {width} elements, but {args.model} reads '
+                         f'{model.in_chans}: choose the codebook or the model of the tokens')
+    return model
+
+
+def load_checkpoint(path):
+    """A checkpoint, ours or a published one, as a dict with 'model'."""
+    checkpoint = load_torch(path, 'a checkpoint')
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('model'), dict):
+        raise InputError(f'{path}: not a checkpoint (no "model" in it)')
+    return checkpoint
+
+
+def load_weights(model, state, path):
+    """load_state_dict, with the keys that differ in a one-line InputError."""
+    own = model.state_dict()
+    wrong = [f'{k}: {tuple(state[k].shape)} for {tuple(own[k].shape)}' for k in own
+             if k in state and state[k].shape != own[k].shape]
+    wrong += [f'{k}: missing' for k in own if k not in state] + [f'{k}: unknown' for k in state if k not in own]
+    if wrong:
+        raise InputError(f'{path}: does not fit the model: ' + '; '.join(wrong[:8])
+                         + (f'; and {len(wrong) - 8} more' if len(wrong) > 8 else ''))
+    model.load_state_dict(state)
+
+
+def finetune(model, path):
+    """Start from other weights: a head or stem of another shape is dropped, position embeddings are resampled."""
+    state, own = dict(load_checkpoint(path)['model']), model.state_dict()
+    for key in [k for k in state if k.startswith(('head.', 'patch_embed.')) and k in own]:
+        if state[key].shape != own[key].shape:
+            say(f'--finetune: {key} starts anew ({tuple(state[key].shape)} in the file)')
+            del state[key]
+    if 'pos_embed' in state and state['pos_embed'].shape != own['pos_embed'].shape:
+        side = int(round((own['pos_embed'].shape[1] - 1) ** 0.5))
+        state['pos_embed'] = resample_abs_pos_embed(state['pos_embed'], [side, side], antialias=False)
+    load_weights(model, {**{k: v for k, v in own.items() if k.startswith(('head.', 'patch_embed.'))}, **state}, path)
+
+
+def freeze_all_but_attention(model):
+    """--attn-only: attention, head and position embeddings train, nothing else."""
+    for name, value in model.named_parameters():
+        value.requires_grad = '.attn.' in name or name.startswith('head.') or name == 'pos_embed'
+
+
+def make_optimizer(args, model):
+    """timm's optimiser; no weight decay on biases, norms, position embeddings and class token."""
+    betas = {'betas': tuple(args.opt_betas)} if args.opt_betas else {}
+    eps = {} if args.opt.lower() in ('sgd', 'nesterov', 'momentum') else {'eps': args.opt_eps}
+    try:
+        return create_optimizer_v2(model, args.opt, lr=args.lr, weight_decay=args.weight_decay,
+                                   momentum=args.momentum, **eps, **betas)
+    except (ValueError, TypeError) as error:
+        raise InputError(f'--opt {args.opt}: {error}') from None
+
+
+def make_scheduler(args, optimizer):
+    """timm's schedule, a function of the epoch alone."""
+    return create_scheduler_v2(
+        optimizer, args.sched, args.epochs, decay_epochs=args.decay_epochs, decay_rate=args.decay_rate,
+        min_lr=args.min_lr, warmup_lr=args.warmup_lr, warmup_epochs=args.warmup_epochs,
+        noise=args.lr_noise, noise_pct=args.lr_noise_pct, noise_std=args.lr_noise_std)[0]
+
+
+def make_loss(args, classes):
+    """(timm's Mixup or None, criterion)."""
+    mixup = None
+    if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None:
+        mixup = Mixup(mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax,
+                      prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode,
+                      label_smoothing=args.smoothing, num_classes=classes)
+    if args.bce_loss:
+        return mixup, torch.nn.BCEWithLogitsLoss()
+    if mixup:
+        return mixup, SoftTargetCrossEntropy()
+    return mixup, LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else torch.nn.CrossEntropyLoss()
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def resume_state(checkpoint, path, model, ema, optimizer, scaler):
+    """Continue from a checkpoint; returns (next epoch, best top-1 of the model, of the EMA)."""
+    load_weights(model, checkpoint['model'], path)
+    if not isinstance(checkpoint.get('optimizer'), dict) or 'epoch' not in checkpoint:
+        raise InputError(f'{path}: holds weights only; use --finetune to start from them, or --eval')
+    try:
+        optimizer.load_state_dict(checkpoint['optimizer'])
+    except (ValueError, KeyError) as error:
+        raise InputError(f'{path}: its optimiser state does not fit ({error}); resume with the flags of the run '
+                         'that wrote it') from None
+    if ema and checkpoint.get('model_ema'):
+        load_weights(ema.module, checkpoint['model_ema'], path)
+    elif ema:
+        say(f'{path}: no EMA in it; it starts anew from the weights')
+        ema.set(model)
+    if scaler.is_enabled() and checkpoint.get('scaler'):
+        scaler.load_state_dict(checkpoint['scaler'])
+    return checkpoint['epoch'] + 1, checkpoint.get('best_acc1', 0.), checkpoint.get('best_ema_acc1', 0.)
+
+
+def checkpoint_state(args, model, ema, optimizer, scheduler, scaler, epoch, best):
+    """All that a run needs to go on, in plain types. Random state is not among it: it is a function of the step."""
+    return {
+        'model': model.state_dict(), 'model_ema': ema.module.state_dict() if ema else None,
+        'optimizer': optimizer.state_dict(), 'lr_scheduler': scheduler.state_dict(), 'scaler': scaler.state_dict(),
+        'epoch': epoch, 'best_acc1': best['model'], 'best_ema_acc1': best['ema'], 'args': vars(args),
+    }
+
+
+# ---------------------------------------------------------------- the run
+
+def device_name(device):
+    if device.type == 'cuda':
+        return torch.cuda.get_device_name(device)
+    return f'CPU ({platform.machine()}, {torch.get_num_threads()} threads)'
+
+
+def describe(args, model, datasets, classes, size, steps, device):
+    """Print the derived numbers once."""
+    for split, data in datasets.items():
+        megabytes = data.bytes_on_disk() / 1e6
+        say(f'{split}: {len(data):,} images of {data.grid}x{data.grid} codes, {megabytes:,.2f} MB on disk '
+            f'({1e6 * megabytes / len(data):,.0f} bytes an image)')
+    say(f'model: {args.model}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, '
+        f'{size}x{size} codes in, {classes} classes')
+    say(f'device: {world_size()} x {device_name(device)}, amp {args.amp}, '
+        + ', '.join(f'{k} {v}' for k, v in VERSIONS.items()))
+    if not args.eval:
+        say(f'batch: {args.batch_size} x {world_size()} = {args.batch_size * world_size()}, {steps} steps an epoch, '
+            f'{args.epochs} epochs; learning rate {args.lr:.3g}')
+
+
+def evaluate_all(args, model, ema, dataset, transform, device):
+    """Evaluate the model, then the EMA; returns log entries test_* and ema_test_*."""
+    common = {'dataset': dataset, 'transform': transform, 'batch_size': int(1.5 * args.batch_size), 'device': device,
+              'amp': args.amp, 'split': args.dist_eval}
+    stats = {f'test_{k}': v for k, v in evaluate(model, **common).items()}
+    if ema:
+        home = next(ema.module.parameters()).device
+        stats |= {f'ema_test_{k}': v for k, v in evaluate(ema.module.to(device), name='EMA', **common).items()}
+        ema.module.to(home)
+    return stats
+
+
+def find_resume(args):
+    """The checkpoint to continue from, or ''. Refuses to overwrite an earlier run."""
+    newest = Path(args.output_dir) / 'checkpoint.pth'
+    there = bool(args.output_dir) and newest.exists()
+    if args.resume == 'auto':
+        if args.eval and not there:
+            raise InputError(f'{newest}: no such checkpoint to evaluate')
+        return str(newest) if there else ''
+    if there and not args.resume and not args.eval:
+        raise InputError(f'{newest}: an earlier run is here; add --resume auto to continue it, or choose another '
+                         '--output-dir')
+    return args.resume
+
+
+def train(args, model, ema, optimizer, scheduler, scaler, loaders, loss, start_epoch, best, device):
+    """All epochs: train, evaluate, log, save.
+
+    `loaders` holds the datasets, the augmentation and the evaluation transform; `loss` Mixup and criterion.
+    """
+    data, val, augment, transform, steps = loaders
+    mixup, criterion = loss
+    parallel = model
+    if world_size() > 1:
+        parallel = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
+                                           gradient_as_bucket_view=True)
+    generator = torch.Generator(device)
+    sampler = repeated_augmentation if args.repeated_aug else shuffled
+    folder = Path(args.output_dir)
+    saving = bool(args.output_dir) and is_main()
+    if saving:
+        record = {**vars(args), 'versions': VERSIONS, 'device_name': device_name(device), 'world': world_size()}
+        write_text(folder / 'args.json', json.dumps(record, indent=1) + '\n')
+        log = RunLog(folder / 'log.txt', start_epoch)
+    board = open_tensorboard(folder) if args.tensorboard and is_main() else None
+    for epoch in range(start_epoch, args.epochs):
+        began = time.time()
+        scheduler.step(max(epoch - 1, 0))  # as published: the first two epochs run at the warm-up value
+        indices = sampler(len(data), world_size(), rank(), args.seed, epoch)
+        batches = data.batches(indices, args.batch_size, device, args.pin_mem, drop_last=True)
+        stats = train_one_epoch(parallel, ema, optimizer, scaler, criterion, batches, steps, augment, mixup, generator,
+                                epoch, args, device)
+        stats = {f'train_{k}': v for k, v in stats.items()}
+        train_time = time.time() - began
+        if val:
+            stats |= evaluate_all(args, model, ema, val, transform, device)
+        improved = {name: stats.get(key, 0.) > best[name]
+                    for name, key in (('model', 'test_acc1'), ('ema', 'ema_test_acc1'))}
+        best = {'model': max(best['model'], stats.get('test_acc1', 0.)),
+                'ema': max(best['ema'], stats.get('ema_test_acc1', 0.))}
+        if saving:
+            # the log line first: a run cut off between the two repeats the epoch, and its line is dropped then
+            log.write(**stats, epoch=epoch, n_parameters=sum(p.numel() for p in model.parameters()),
+                      best_acc1=best['model'], best_ema_acc1=best['ema'],
+                      epoch_time=round(time.time() - began, 2),
+                      images_per_second_time=round(steps * args.batch_size * world_size() / train_time, 1))
+            state = checkpoint_state(args, model, ema, optimizer, scheduler, scaler, epoch, best)
+            save_torch(state, folder / 'checkpoint.pth')
+            for name, file in (('model', 'best_checkpoint.pth'), ('ema', 'best_ema_checkpoint.pth')):
+                if improved[name]:
+                    save_torch(state, folder / file)
+        if board:
+            for key, value in stats.items():
+                board.add_scalar(key, value, epoch)
+        say(f'epoch {epoch}: {time.time() - began:.1f} s, best Acc@1 {best["model"]:.3f}'
+            + (f', best EMA Acc@1 {best["ema"]:.3f}' if ema else ''))
+    if board:
+        board.close()
+
+
+def open_tensorboard(folder):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError('--tensorboard needs the tensorboard package: pip install tensorboard') from None
+    return SummaryWriter(folder)
+
+
+def main(args):
+    # ------------------------------------------------------------ set-up
+    device = init_distributed(args.device, args.dist_url)
+    for flag, why in NO_EFFECT.items():
+        if getattr(args, flag[2:].replace('-', '_')):
+            say(f'note: {flag} has no effect: {why}')
+    args.amp = args.amp or ('fp16' if device.type == 'cuda' else 'off')
+    if not args.unscale_lr:
+        args.lr *= args.batch_size * world_size() / 512
+    torch.manual_seed(args.seed)
+    resume = find_resume(args)
+    checkpoint = load_checkpoint(resume) if resume else None
+    barrier()  # nobody writes to --output-dir before all have looked
+
+    # ------------------------------------------------------------ data
+    codebook = load_codebook(args.codebook_path)
+    splits = [s for s, wanted in (('train', not args.eval), ('val', not args.no_eval)) if wanted]
+    datasets = {split: load_split(args, split, codebook) for split in splits}
+    classes = count_classes(args, datasets, checkpoint)
+    size = args.input_size // args.token_patch_size
+    transform = EvalTransform(codebook, size, device)
+
+    # ------------------------------------------------------------ model
+    model = create_model(args, classes, size, codebook.shape[1])
+    if args.finetune:
+        finetune(model, args.finetune)
+    model.to(device)
+    steps = 0
+    if not args.eval:
+        augment = make_augment(args, codebook, datasets['train'].grid, size, device)
+        sampler = repeated_augmentation if args.repeated_aug else shuffled
+        steps = len(sampler(len(datasets['train']), world_size(), 0, 0, 0)) // args.batch_size
+        if not steps:
+            raise InputError(f'{args.train_token_file}: {len(datasets["train"])} images make no batch of '
+                             f'{args.batch_size} on {world_size()} processes: lower --batch-size')
+    describe(args, model, datasets, classes, size, steps, device)
+    if args.eval:
+        load_weights(model, checkpoint['model'], resume)
+        ema = None
+        if args.model_ema and checkpoint.get('model_ema'):
+            ema = ModelEmaV3(model, decay=args.model_ema_decay)
+            load_weights(ema.module, checkpoint['model_ema'], resume)
+        evaluate_all(args, model, ema, datasets['val'], transform, device)
+        return
+
+    # ------------------------------------------------------------ optimiser and resume
+    if args.attn_only:
+        freeze_all_but_attention(model)
+    ema = None
+    if args.model_ema:
+        ema = ModelEmaV3(model, decay=args.model_ema_decay, device='cpu' if args.model_ema_force_cpu else None)
+    optimizer = make_optimizer(args, model)
+    scheduler = make_scheduler(args, optimizer)
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
+    start_epoch, best = args.start_epoch, {'model': 0., 'ema': 0.}
+    if checkpoint:
+        start_epoch, best['model'], best['ema'] = resume_state(checkpoint, resume, model, ema, optimizer, scaler)
+        say(f'{resume}: continuing at epoch {start_epoch}, best Acc@1 so far {best["model"]:.3f}')
+        del checkpoint
+
+    # ------------------------------------------------------------ train
+    loaders = datasets['train'], datasets.get('val'), augment, transform, steps
+    train(args, model, ema, optimizer, scheduler, scaler, loaders, make_loss(args, classes), start_epoch, best, device)
+
+
+if __name__ == '__main__':
+    run(lambda: main(parse_args()))
