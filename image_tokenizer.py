@@ -9,7 +9,19 @@ A tokenizer is any nn.Module with this interface; plug in your own VQ model by g
 
 The codebook is a (K, embed_dim) tensor of its own. A feature's code is the row of largest cosine (`quantize`);
 the row as stored, not normalised, is what SeiT trains on.
+
+`load_tokenizer` reads every kind of tokenizer file: the patch tokenizer below; ViT-VQGAN (vitvqgan.py) as a plain state
+dict, as .safetensors or as a public Lightning checkpoint; and SeiT's published module, which runs code when loaded.
 """
+import contextlib
+import math
+import pickle
+import re
+import sys
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -18,6 +30,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from utils import InputError, load_torch
+from vitvqgan import ViTVQGAN, prefixes
 
 
 def image_transform(size):
@@ -81,10 +94,179 @@ class PatchTokenizer(nn.Module):
                          h=side, p=self.patch_size, q=self.patch_size)
 
 
-def load_tokenizer(path):
-    """Read a tokenizer file, without running code from it. Raises InputError."""
-    state = load_torch(path, 'a tokenizer')
-    if isinstance(state, dict) and {'mean', 'basis', 'scale'} <= state.keys():
-        return PatchTokenizer(state['mean'], state['basis'], state['scale']).eval()
-    found = ', '.join(list(state)[:5]) if isinstance(state, dict) else type(state).__name__
-    raise InputError(f'{path}: a tokenizer file of no known kind (found: {found})')
+class ModuleTokenizer(nn.Module):
+    """A module loaded whole, used as it was found.
+
+    Args:
+        module: gives (B, n, d) features for (B, 3, H, W) images in [0, 1].
+        patch_size, embed_dim: as in the interface above.
+    """
+
+    def __init__(self, module, patch_size, embed_dim):
+        super().__init__()
+        self.module, self.patch_size, self.embed_dim = module, patch_size, embed_dim
+
+    def forward(self, images):
+        """(B, 3, H, W) float in [0, 1] -> (B, n, embed_dim) features."""
+        return self.module(images)
+
+
+# ---------------------------------------------------------------- files that run no code
+
+def load_tokenizer(path, code_path=None):
+    """Read a tokenizer file of any kind, for use in eval mode on the CPU.
+
+    Args:
+        path: a .safetensors, or a torch file (which may be an http(s) address).
+        code_path: a folder with the code of a pickled module. Giving it is the user's consent to run what the file
+            says; it is used only for a file that cannot be read without.
+    Raises InputError.
+    """
+    try:
+        value = read_file(path)
+    except CodeNeeded:
+        if code_path is None:
+            raise
+        return load_running_code(path, code_path, build)
+    return build(path, value)
+
+
+class CodeNeeded(InputError):
+    """A file that runs code when loaded. `name` is the first class it asks for, as 'package.module.Class'."""
+
+    def __init__(self, path, name):
+        super().__init__(f'{path}: runs code when loaded (it holds {name}). Convert it once to a plain file with '
+                         'scripts/convert_tokenizer.py, which runs none of it; or, if you trust it, give the folder '
+                         'of its code to --tokenizer-code-path')
+        self.name = name
+
+
+def read_file(path):
+    """What a .safetensors or torch file holds, without running code from it. Raises InputError, or its CodeNeeded."""
+    if str(path).lower().endswith('.safetensors'):
+        try:
+            return safetensors.torch.load_file(path)
+        except OSError as error:
+            raise InputError(f'{path}: cannot read a tokenizer ({error.strerror or error})') from None
+        except safetensors.SafetensorError as error:
+            raise InputError(f'{path}: damaged or no .safetensors file ({first_line(error)})') from None
+    try:
+        return load_torch(path, 'a tokenizer')
+    except InputError as error:
+        # load_torch words every refusal alike; what torch said tells a foreign class from a file of another kind.
+        said = str(error.__context__) if isinstance(error.__context__, pickle.UnpicklingError) else ''
+        name = re.search(r'GLOBAL (\S+) ', said)
+        if name or 'persistent_load of storage' in said:  # the latter is how torch < 1.6 saved modules
+            raise CodeNeeded(path, name.group(1) if name else 'a module in an old format') from None
+        raise
+
+
+def build(path, value):
+    """The tokenizer in what was read from `path`: a dict of tensors, a dict with a 'state_dict', or a module."""
+    if isinstance(value, nn.Module):
+        return from_module(path, value.eval())
+    state = value
+    if isinstance(state, dict) and isinstance(state.get('state_dict'), dict):
+        state = state['state_dict']  # Lightning
+    if not isinstance(state, dict):
+        raise InputError(f'{path}: a tokenizer file of no known kind (found: {type(state).__name__})')
+    if {'mean', 'basis', 'scale'} <= state.keys():
+        return patch_tokenizer(path, state)
+    if not prefixes(state):
+        found = ', '.join(map(str, list(state)[:5])) or 'nothing'
+        raise InputError(f'{path}: a tokenizer file of no known kind (found: {found})')
+    try:
+        return ViTVQGAN.from_state_dict(state)
+    except InputError as error:
+        raise InputError(f'{path}: {error}') from None
+
+
+def patch_tokenizer(path, state):
+    """The PatchTokenizer of a state dict. Raises InputError when the shapes do not fit."""
+    shapes = [tuple(getattr(state[name], 'shape', ())) for name in ('mean', 'basis', 'scale')]
+    size = shapes[0][0] if len(shapes[0]) == 1 else 0
+    if size == 0 or size != 3 * math.isqrt(size // 3) ** 2 or len(shapes[1]) != 2 or shapes[1][0] != size or shapes[2]:
+        raise InputError(f'{path}: not a patch tokenizer: mean, basis and scale have shapes {shapes}, '
+                         'expected (3pp,), (3pp, d) and ()')
+    return PatchTokenizer(state['mean'], state['basis'], state['scale']).eval()
+
+
+def first_line(error):
+    """The first line of an exception's message, or its type where it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+# ---------------------------------------------------------------- files that do
+
+@contextlib.contextmanager
+def on_sys_path(folder):
+    """Let Python import from `folder` inside the with block."""
+    folder = str(Path(folder).resolve())
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # the code imported may have tidied it away
+            sys.path.remove(folder)
+
+
+def load_running_code(path, code_path, use):
+    """Load a torch file by running the code it asks for, found in `code_path`. Returns use(path, what was loaded).
+
+    `use` runs with the folder importable too, since a module may import at its first call. Raises InputError.
+    """
+    if not Path(code_path).is_dir():
+        raise InputError(f'--tokenizer-code-path {code_path}: no such folder')
+    with on_sys_path(code_path):
+        try:
+            value = torch.load(path, map_location='cpu', weights_only=False)
+        except (ImportError, AttributeError) as error:
+            raise InputError(f'{path}: its code cannot be imported from {code_path} ({first_line(error)}): give '
+                             '--tokenizer-code-path the folder its classes are imported from, or convert the file '
+                             'with scripts/convert_tokenizer.py, which needs no code') from None
+        except Exception as error:  # the file's own code runs here, and may raise anything
+            raise InputError(f'{path}: cannot be loaded as a tokenizer ({first_line(error)})') from None
+        return use(path, value)
+
+
+@torch.no_grad()
+def features_of(module, side):
+    """Features (1, n, d) a module gives for one fixed noise image of side x side pixels.
+
+    Raises InputError when it gives anything else, or n is no square that divides the image.
+    """
+    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    try:
+        features = module(image)
+    except Exception as error:  # code of unknown origin
+        raise InputError(f'the module fails on a {side}x{side} image ({first_line(error)})') from None
+    if not isinstance(features, torch.Tensor):
+        raise InputError(f'the module gives a {type(features).__name__} for an image, not features (1, n, d)')
+    grid = math.isqrt(features.shape[1]) if features.ndim == 3 else 0
+    if grid == 0 or grid ** 2 != features.shape[1] or side % grid:
+        raise InputError(f'the module gives shape {tuple(features.shape)} for an image, not features (1, n, d) '
+                         'on a square grid')
+    return features
+
+
+def same_features(theirs, ours):
+    """Whether two (1, n, d) features are the same but for rounding."""
+    return theirs.shape == ours.shape and bool((theirs - ours).abs().max() <= 1e-3 * theirs.abs().max())
+
+
+def from_module(path, module):
+    """A pickled module as a tokenizer: as our ViTVQGAN where names and features agree, else as it was found."""
+    try:
+        model = ViTVQGAN.from_state_dict(module.state_dict())
+    except InputError:
+        model = None  # other names
+    side = 256 if model is None else model.image_size
+    try:
+        theirs = features_of(module, side)
+    except InputError as error:
+        if model is None:
+            raise InputError(f'{path}: {error}') from None
+        return model  # an autoencoder, whose output is images
+    if model is not None and same_features(theirs, features_of(model, side)):
+        return model
+    return ModuleTokenizer(module, side // math.isqrt(theirs.shape[1]), theirs.shape[2]).eval()

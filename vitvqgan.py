@@ -1,0 +1,282 @@
+"""ViT-VQGAN, the tokenizer SeiT was trained on, under the parameter names of the public checkpoints.
+
+Yu et al., 'Vector-quantized Image Modeling with Improved VQGAN' (ICLR 2022, arXiv 2110.04627), section 3.1 for the
+encoder and the decoder, 3.2 for the codebook: narrow rows, L2-normalised before they are compared or decoded.
+"""
+import math
+import re
+from collections import OrderedDict
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange, repeat
+from torch import nn
+
+from utils import InputError
+
+HEAD_DIM = 64  # of every published size
+
+
+class Size(NamedTuple):
+    """Size of one transformer: width, layers, attention heads, feed-forward width."""
+    dim: int
+    depth: int
+    heads: int
+    mlp_dim: int
+
+
+SIZES = {'small': Size(512, 8, 8, 2048), 'base': Size(768, 12, 12, 3072)}
+
+
+# ---------------------------------------------------------------- transformer
+
+def position_table(height, width, dim, device=None):
+    """Fixed position embedding: [sin x, cos x, sin y, cos y], dim/4 each; x is the column, y the row.
+
+    Returns (1, height·width, dim) float32, row by row. Raises InputError unless 4 divides `dim`.
+    """
+    if dim % 4:
+        raise InputError(f'a position embedding of width {dim} cannot be computed: the width must be a multiple of 4')
+    frequency = 10000 ** (-torch.arange(dim // 4, device=device) / (dim // 4))
+
+    def waves(length):
+        angle = torch.arange(length, device=device)[:, None] * frequency
+        return torch.cat([angle.sin(), angle.cos()], -1)  # (length, dim/2)
+
+    x, y = repeat(waves(width), 'w d -> (h w) d', h=height), repeat(waves(height), 'h d -> (h w) d', w=width)
+    return torch.cat([x, y], -1)[None]
+
+
+def add_position(x, height, width, table):
+    """x (B, height·width, dim) plus `table` (1, side², dim), or plus a computed table where the grid is another."""
+    if height != width or table.shape[1] != height * width:
+        table = position_table(height, width, x.shape[-1], x.device).to(table.dtype)
+    return x + table
+
+
+class Attention(nn.Module):
+    """Self-attention, (B, n, dim) -> (B, n, dim); queries, keys and values without bias."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads = heads
+        self.to_qkv = nn.Linear(dim, 3 * heads * HEAD_DIM, bias=False)
+        self.to_out = nn.Linear(heads * HEAD_DIM, dim)
+
+    def forward(self, x):
+        q, k, v = rearrange(self.to_qkv(x), 'b n (t h d) -> t b h n d', t=3, h=self.heads)
+        return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v), 'b h n d -> b n (h d)'))
+
+
+class FeedForward(nn.Module):
+    """(B, n, dim) -> (B, n, dim). Tanh, not GELU: what the public weights were trained with."""
+
+    def __init__(self, dim, mlp_dim):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(dim, mlp_dim), nn.Tanh(), nn.Linear(mlp_dim, dim))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class PreNorm(nn.Module):
+    """`fn` of the normalised input."""
+
+    def __init__(self, dim, fn):
+        super().__init__()
+        self.norm = nn.LayerNorm(dim)
+        self.fn = fn
+
+    def forward(self, x):
+        return self.fn(self.norm(x))
+
+
+class Transformer(nn.Module):
+    """Pre-norm layers and a final norm, (B, n, dim) -> (B, n, dim)."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleList([PreNorm(size.dim, Attention(size.dim, size.heads)),
+                           PreNorm(size.dim, FeedForward(size.dim, size.mlp_dim))]) for _ in range(size.depth))
+        self.norm = nn.LayerNorm(size.dim)
+
+    def forward(self, x):
+        for attention, feed_forward in self.layers:
+            x = x + attention(x)
+            x = x + feed_forward(x)
+        return self.norm(x)
+
+
+# ---------------------------------------------------------------- encoder, decoder, tokenizer
+
+class Encoder(nn.Module):
+    """(B, 3, H, W) -> (B, n, dim), n = H/patch · W/patch; `grid` is the side of the stored position table."""
+
+    def __init__(self, size, patch_size, grid):
+        super().__init__()
+        self.to_patch_embedding = nn.Sequential(nn.Conv2d(3, size.dim, patch_size, stride=patch_size))
+        self.register_buffer('en_pos_embedding', position_table(grid, grid, size.dim))
+        self.transformer = Transformer(size)
+
+    def forward(self, images):
+        x = self.to_patch_embedding(images)  # (B, dim, h, w)
+        height, width = x.shape[-2:]
+        x = rearrange(x, 'b d h w -> b (h w) d')
+        return self.transformer(add_position(x, height, width, self.en_pos_embedding))
+
+
+class Decoder(nn.Module):
+    """(B, n, dim), n a square -> (B, 3, H, W), unclamped."""
+
+    def __init__(self, size, patch_size, grid):
+        super().__init__()
+        self.register_buffer('de_pos_embedding', position_table(grid, grid, size.dim))
+        self.transformer = Transformer(size)
+        convolution = nn.ConvTranspose2d(size.dim, 3, patch_size, stride=patch_size)
+        self.to_pixel = nn.Sequential(OrderedDict({'1': convolution}))  # the published name is to_pixel.1
+
+    def forward(self, x):
+        side = math.isqrt(x.shape[1])
+        x = self.transformer(add_position(x, side, side, self.de_pos_embedding))
+        return self.to_pixel(rearrange(x, 'b (h w) d -> b d h w', h=side))
+
+
+class ViTVQGAN(nn.Module):
+    """An image tokenizer (see image_tokenizer.py for the interface).
+
+    Args:
+        encoder: Size of the encoder.
+        decoder: Size of the decoder, or None: images cannot be decoded.
+        codebook_size: rows of the codebook, or 0: the codebook is elsewhere, as SeiT's is.
+        embed_dim: width of features and of codebook rows.
+        image_size: pixels of the square images the position tables are stored for; for others they are computed.
+        patch_size: pixels a code covers, on each side.
+    """
+
+    def __init__(self, encoder, decoder=None, codebook_size=0, embed_dim=32, image_size=256, patch_size=8):
+        super().__init__()
+        self.patch_size, self.embed_dim, self.image_size = patch_size, embed_dim, image_size
+        grid = image_size // patch_size
+        self.encoder = Encoder(encoder, patch_size, grid)
+        self.pre_quant = nn.Linear(encoder.dim, embed_dim)
+        self.quantizer = nn.ModuleDict({'embedding': nn.Embedding(codebook_size, embed_dim)}) if codebook_size else None
+        self.post_quant = nn.Linear(embed_dim, decoder.dim) if decoder else None
+        self.decoder = Decoder(decoder, patch_size, grid) if decoder else None
+
+    @classmethod
+    def from_name(cls, name):
+        """The published size 'small' or 'base', whole, with 8192 codes and random weights: for benchmarks."""
+        if name not in SIZES:
+            raise InputError(f'no ViT-VQGAN is called {name}: choose {" or ".join(SIZES)}')
+        return cls(SIZES[name], SIZES[name], codebook_size=8192)
+
+    @classmethod
+    def from_state_dict(cls, state):
+        """Build the model a state dict describes, in float32 and eval mode.
+
+        Sizes are read from the shapes. A prefix shared by all names is dropped, foreign names (`loss.*`) are ignored,
+        position tables may be absent. Raises InputError naming what is missing, mis-shaped or unknown.
+        """
+        state = without_prefix(state)
+        with torch.device('meta'):  # names and shapes only; the tensors are those of `state`
+            model = cls(**read_config(state))
+        wanted, grid = model.state_dict(), model.image_size // model.patch_size
+        tables = {key: position_table(grid, grid, value.shape[-1]) for key, value in wanted.items()
+                  if key.endswith('_pos_embedding')}
+        state = tables | state
+        check_names_and_shapes(state, wanted)
+        model.load_state_dict({key: state[key].detach().float() for key in wanted}, assign=True)
+        return model.eval()
+
+    @property
+    def codebook(self):
+        """(K, embed_dim) float, rows as stored, or None where the checkpoint has none."""
+        return None if self.quantizer is None else self.quantizer['embedding'].weight.detach()
+
+    def forward(self, images):
+        """(B, 3, H, W) float in [0, 1] -> (B, n, embed_dim) features, row by row. H and W: multiples of patch_size."""
+        height, width = images.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise InputError(f'images of {height}x{width} do not divide into patches of {self.patch_size}: '
+                             f'choose an image size that is a multiple of {self.patch_size}')
+        return self.pre_quant(self.encoder(images))
+
+    def decode(self, embeddings):
+        """(B, n, embed_dim) codebook rows as stored, n a square -> (B, 3, H, W) float, unclamped.
+
+        The decoder was trained on normalised rows (section 3.2), so they are normalised here.
+        """
+        if self.decoder is None:
+            raise InputError('this tokenizer has no decoder: codes cannot be turned back into images')
+        if math.isqrt(embeddings.shape[1]) ** 2 != embeddings.shape[1]:
+            raise InputError(f'{embeddings.shape[1]} codes are no square grid: only square images can be decoded')
+        return self.decoder(self.post_quant(F.normalize(embeddings, dim=-1)))
+
+
+# ---------------------------------------------------------------- reading state dicts
+
+def prefixes(state):
+    """What stands before the names of a ViT-VQGAN encoder in `state`: a set, {''} for a plain one, empty for none."""
+    name = re.compile(r'((?:.*\.)?)(?:encoder\.(?:to_patch_embedding|transformer)|pre_quant)\.')
+    return {match.group(1) for match in map(name.match, map(str, state)) if match}
+
+
+def without_prefix(state):
+    """`state` with the prefix common to the tokenizer's names dropped. Raises InputError for none or several."""
+    found = prefixes(state)
+    if not found:
+        raise InputError('holds no ViT-VQGAN encoder')
+    prefix = '' if '' in found else found.pop()
+    if found and prefix:
+        raise InputError(f'holds several ViT-VQGAN encoders, under {prefix} and {", ".join(sorted(found))}')
+    return {str(key)[len(prefix):]: value for key, value in state.items() if str(key).startswith(prefix)}
+
+
+def shape_of(state, key, dims):
+    """Shape of the tensor `key`. Raises InputError where it is missing, or has not `dims` non-empty dimensions."""
+    if not isinstance(state.get(key), torch.Tensor):
+        raise InputError(f'{key} is missing')
+    shape = tuple(state[key].shape)
+    if len(shape) != dims or 0 in shape:
+        raise InputError(f'{key} has shape {shape}: expected {dims} dimensions')
+    return shape
+
+
+def read_size(state, part):
+    """Size of the transformer of 'encoder' or 'decoder', from the shapes."""
+    layers = re.compile(rf'{part}\.transformer\.layers\.(\d+)\.')
+    depth = len({match.group(1) for match in map(layers.match, state) if match})
+    rows, dim = shape_of(state, f'{part}.transformer.layers.0.0.fn.to_qkv.weight', 2)
+    mlp_dim = shape_of(state, f'{part}.transformer.layers.0.1.fn.net.0.weight', 2)[0]
+    return Size(dim, depth, max(1, rows // (3 * HEAD_DIM)), mlp_dim)
+
+
+def read_config(state):
+    """ViTVQGAN's arguments, from the shapes. Raises InputError."""
+    patch_size = shape_of(state, 'encoder.to_patch_embedding.0.weight', 4)[-1]
+    image_size = 256
+    if 'encoder.en_pos_embedding' in state:
+        image_size = patch_size * math.isqrt(shape_of(state, 'encoder.en_pos_embedding', 3)[1])
+    codebook = 'quantizer.embedding.weight'
+    return {'encoder': read_size(state, 'encoder'),
+            'decoder': read_size(state, 'decoder') if any(key.startswith('decoder.') for key in state) else None,
+            'codebook_size': shape_of(state, codebook, 2)[0] if codebook in state else 0,
+            'embed_dim': shape_of(state, 'pre_quant.weight', 2)[0],
+            'image_size': image_size, 'patch_size': patch_size}
+
+
+def check_names_and_shapes(state, wanted):
+    """InputError unless `state` has every name of `wanted` in its shape, and no unknown one in encoder or decoder."""
+    problems = []
+    for key, value in wanted.items():
+        if not isinstance(state.get(key), torch.Tensor):
+            problems.append(f'{key} is missing')
+        elif state[key].shape != value.shape:
+            problems.append(f'{key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}')
+    # An extra tensor there (a bias, say) means another architecture, whose features would silently differ.
+    problems += [f'{key} is unknown' for key in state if key.startswith(('encoder.', 'decoder.')) and key not in wanted]
+    if problems:
+        more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''
+        raise InputError(f'not a ViT-VQGAN: {"; ".join(problems[:3])}{more}')
