@@ -157,7 +157,7 @@ def parse_args(words=None):
     mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     checks = [
         (args.input_size % args.token_patch_size or args.input_size < 2 * args.token_patch_size,
-         f'--input-size {args.input_size} is not a multiple of --token-patch-size {args.token_patch_size}, or too small'),
+         f'--input-size {args.input_size} is no multiple of --token-patch-size {args.token_patch_size}, or too small'),
         (args.batch_size < 1 or args.epochs < 1, '--batch-size and --epochs must be 1 or more'),
         (mixing and args.batch_size % 2, f'--batch-size {args.batch_size} is odd; CutMix and Mixup want it even'),
         (args.bce_loss and (args.smoothing or not mixing),

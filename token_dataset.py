@@ -308,7 +308,8 @@ class TokenDataset:
         self.labels = read_labels(label_file)
         self.codes = open_codes(token_file, cache)
         if len(self.codes) != len(self.labels):
-            raise InputError(f'{label_file}: {len(self.labels)} labels for the {len(self.codes)} images of {token_file}')
+            raise InputError(f'{label_file}: {len(self.labels)} labels for the {len(self.codes)} images of '
+                             f'{token_file}')
         self.grid = int(round(self.codes.shape[1] ** 0.5))
         largest = int(self.codes.max())  # also brings the map into the page cache, in one sequential read
         if largest >= codebook_size:

@@ -48,7 +48,8 @@ def slurm_environment():
         return
     env['RANK'], env['LOCAL_RANK'] = env['SLURM_PROCID'], env['SLURM_LOCALID']
     env['WORLD_SIZE'] = env['SLURM_STEP_NUM_TASKS']
-    first = re.match(r'([^,\[]+)(?:\[(\d+))?', env.get('SLURM_STEP_NODELIST', env.get('SLURM_JOB_NODELIST', '127.0.0.1')))
+    nodes = env.get('SLURM_STEP_NODELIST', env.get('SLURM_JOB_NODELIST', '127.0.0.1'))
+    first = re.match(r'([^,\[]+)(?:\[(\d+))?', nodes)  # node[012-015,020] -> node012
     env.setdefault('MASTER_ADDR', first.group(1) + (first.group(2) or ''))
     env.setdefault('MASTER_PORT', str(10000 + int(env.get('SLURM_JOB_ID', 0)) % 50000))
 
@@ -70,8 +71,8 @@ def init_distributed(device, dist_url='env://'):
             raise InputError('--device cuda, but torch finds no CUDA device here: add --device cpu')
         number = int(number or os.environ.get('LOCAL_RANK', 0))
         if number >= torch.cuda.device_count():
-            raise InputError(f'local rank or --device asks for GPU {number}, but there are {torch.cuda.device_count()}: '
-                             'start fewer processes on this node')
+            raise InputError(f'GPU {number} is asked for (by local rank or --device), but there are '
+                             f'{torch.cuda.device_count()}: start fewer processes on this node')
         torch.cuda.set_device(number)
         kind = f'cuda:{number}'
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
