@@ -8,7 +8,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from samplers import in_order
 from utils import InputError, is_main, rank, say, seed_step, world_size
 
 AMP_DTYPE = {'bf16': torch.bfloat16, 'fp16': torch.float16}
@@ -100,27 +99,32 @@ def train_one_epoch(model, ema, optimizer, scaler, criterion, batches, steps, au
 
 
 @torch.no_grad()
-def evaluate(model, dataset, transform, batch_size, device, amp='off', split=False, name=''):
-    """Top-1, top-5 (%) and cross-entropy over a whole TokenDataset; prints `* Acc@1 … Acc@5 … loss …`.
+def evaluate(model, batches, transform, device, amp='off', split=False, name='', record=None):
+    """Top-1, top-5 (%) and cross-entropy over all batches; prints `* Acc@1 … Acc@5 … loss …`.
 
     Args:
         model: bare, on `device`; it is left in eval mode.
+        batches: yields codes (B, g, g) integers and labels (B,) int64, on `device`.
         transform: token_augment.EvalTransform.
-        split: share the images over the ranks, each on exactly one; otherwise every rank evaluates all of them.
+        split: the ranks' batches are shares of one set, to be summed; otherwise each rank has the whole of it.
         name: marks the printed line, as in `* Acc@1 … (EMA)`.
+        record: called with each batch's logits (B, classes) float32.
     Returns {'loss', 'acc1', 'acc5'}, floats, the same on all ranks.
     """
     model.eval()
-    indices = in_order(len(dataset), world_size(), rank()) if split else in_order(len(dataset), 1, 0)
     sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, images
-    for codes, labels in dataset.batches(indices, batch_size, device):
+    for codes, labels in batches:
         with autocast(device, amp):
             logits = model(transform(codes)).float()
+        if record:
+            record(logits)
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         sums += torch.stack([F.cross_entropy(logits, labels, reduction='sum'), top[:, 0].sum(), top.sum(),
                              torch.tensor(len(labels), device=device)]).double()
     if split:
         sum_over_ranks(sums)
-    loss, acc1, acc5 = ((sums[:3] / sums[3]) * torch.tensor([1, 100, 100], device=device)).tolist()
+    if not sums[3]:
+        raise InputError('no image is left to evaluate')
+    loss, acc1, acc5 = (sums[:3] / sums[3] * torch.tensor([1, 100, 100], device=device)).tolist()
     say(f'* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.4f}' + (f' ({name})' if name else ''))
     return {'loss': loss, 'acc1': acc1, 'acc5': acc5}

@@ -11,7 +11,6 @@ The defaults are the published recipe; `--batch-size` is per process and the lea
 import argparse
 import json
 import platform
-import sys
 import time
 from pathlib import Path
 
@@ -27,11 +26,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 import models_seit  # noqa: F401 (registers the models with timm)
 from engine import evaluate, train_one_epoch
-from samplers import repeated_augmentation, shuffled
+from samplers import in_order, repeated_augmentation, shuffled
 from token_augment import EvalTransform, TrainAugment
 from token_dataset import TokenDataset, load_codebook, load_synonyms
-from utils import (InputError, RunLog, barrier, init_distributed, is_main, load_torch, rank, run, save_torch, say,
-                   world_size, write_text)
+from utils import (InputError, RunLog, barrier, init_distributed, is_main, load_torch, parse_flags, rank, run,
+                   save_torch, say, world_size, write_text)
 
 VERSIONS = {'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__}
 ON_OFF = argparse.BooleanOptionalAction
@@ -149,11 +148,7 @@ def get_args_parser():
 
 def parse_args(words=None):
     """The command line, with `_` and `-` in flags alike. Raises InputError for values that cannot work together."""
-    words = sys.argv[1:] if words is None else words
-    spelled = [w.partition('=') for w in words]
-    words = [flag.replace('_', '-') + eq + value if flag.startswith('--') else flag + eq + value
-             for flag, eq, value in spelled]
-    args = get_args_parser().parse_args(words)
+    args = parse_flags(get_args_parser(), words)
     mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     checks = [
         (args.input_size % args.token_patch_size or args.input_size < 2 * args.token_patch_size,
@@ -213,14 +208,13 @@ def make_augment(args, codebook, grid, size, device):
 
 # ---------------------------------------------------------------- model, optimiser, loss
 
-def create_model(args, classes, size, width):
-    """The model by name, for `size` x `size` codes of a codebook `width` wide."""
+def create_model(args, classes, size, width, **rates):
+    """The model by name, for `size` x `size` codes of a codebook `width` wide. Raises InputError."""
     names = timm.list_models(module='models_seit')
     if args.model not in names:
         raise InputError(f'--model {args.model} is none of {", ".join(names)}')
     try:
-        model = timm.create_model(args.model, num_classes=classes, img_size=size, drop_path_rate=args.drop_path,
-                                  pos_drop_rate=args.drop, proj_drop_rate=args.drop, **args.model_kwargs)
+        model = timm.create_model(args.model, num_classes=classes, img_size=size, **rates, **args.model_kwargs)
     except (TypeError, AssertionError, ValueError) as error:
         raise InputError(f'--model-kwargs {args.model_kwargs}: {error}') from None
     if model.in_chans != width:
@@ -357,12 +351,17 @@ def describe(args, model, datasets, classes, size, steps, device):
 
 def evaluate_all(args, model, ema, dataset, transform, device):
     """Evaluate the model, then the EMA; returns log entries test_* and ema_test_*."""
-    common = {'dataset': dataset, 'transform': transform, 'batch_size': int(1.5 * args.batch_size), 'device': device,
-              'amp': args.amp, 'split': args.dist_eval}
-    stats = {f'test_{k}': v for k, v in evaluate(model, **common).items()}
+    indices = in_order(len(dataset), *((world_size(), rank()) if args.dist_eval else (1, 0)))
+
+    def measure(model, prefix, name=''):
+        batches = dataset.batches(indices, int(1.5 * args.batch_size), device, args.pin_mem)
+        stats = evaluate(model, batches, transform, device, args.amp, args.dist_eval, name)
+        return {f'{prefix}_{key}': value for key, value in stats.items()}
+
+    stats = measure(model, 'test')
     if ema:
         home = next(ema.module.parameters()).device
-        stats |= {f'ema_test_{k}': v for k, v in evaluate(ema.module.to(device), name='EMA', **common).items()}
+        stats |= measure(ema.module.to(device), 'ema_test', 'EMA')
         ema.module.to(home)
     return stats
 
@@ -467,7 +466,8 @@ def main(args):
     transform = EvalTransform(codebook, size, device)
 
     # ------------------------------------------------------------ model
-    model = create_model(args, classes, size, codebook.shape[1])
+    model = create_model(args, classes, size, codebook.shape[1], drop_path_rate=args.drop_path,
+                         pos_drop_rate=args.drop, proj_drop_rate=args.drop)
     if args.finetune:
         finetune(model, args.finetune)
     model.to(device)

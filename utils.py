@@ -38,6 +38,14 @@ def run(main, *args):
             dist.destroy_process_group()
 
 
+def parse_flags(parser, words=None):
+    """parse_args, with `_` and `-` in flags alike: the published commands mix them."""
+    words = sys.argv[1:] if words is None else words
+    spelled = [word.partition('=') for word in words]
+    return parser.parse_args([(flag.replace('_', '-') if flag.startswith('--') else flag) + equals + value
+                              for flag, equals, value in spelled])
+
+
 # ---------------------------------------------------------------- processes
 
 def slurm_environment():
