@@ -1,0 +1,199 @@
+"""Evaluate a token-trained ViT on images (SeiT sec. 4): image -> tokenizer -> codes -> codebook -> ViT.
+
+One process:   python evaluate_on_images.py --device cpu --data-path IMAGES --model-path trained-vit.ckpt ...
+One node:      torchrun --nproc_per_node=8 evaluate_on_images.py --dist-eval ...
+
+IMAGES holds a folder for each class; labels are the folders in alphabetical order, from 0. Images are resized to
+--tokenizer-input-size on both sides, and the middle --vit-input-size codes of the grid are read.
+"""
+import argparse
+import csv
+import io
+
+import timm
+import torch
+import torch.distributed as dist
+from timm.utils import ParseKwargs
+from torch.utils.data import DataLoader, Subset
+
+from engine import evaluate
+from image_tokenizer import image_transform, load_tokenizer, open_image_folder, quantize
+from main_seit import create_model, load_checkpoint, load_weights
+from samplers import in_order
+from token_augment import EvalTransform
+from token_dataset import load_codebook
+from utils import InputError, init_distributed, is_main, parse_flags, rank, run, say, world_size, write_text
+
+NO_EFFECT = {
+    '--eval': 'this program only evaluates',
+    '--seed': 'nothing here is random',
+    '--world-size': 'the launcher (torchrun, srun) sets it',
+}
+
+
+def get_args_parser():
+    """All flags; they may be spelled with underscores too."""
+    parser = argparse.ArgumentParser(description='Evaluate a token-trained ViT on images.', allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add('--data-path', required=True, metavar='DIR', help='class folders of images')
+    add('--model', default='deit_base_token_32', help=', '.join(timm.list_models(module='models_seit')))
+    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+        help='as given in training')
+    add('--model-path', default='weights/trained-vit.ckpt', metavar='FILE', help='a checkpoint')
+    add('--use-ema', action='store_true', help="take the checkpoint's averaged weights")
+    add('--codebook-path', default='weights/codebook.ckpt', metavar='FILE')
+    add('--tokenizer-path', default='weights/tokenizer.ckpt', metavar='FILE')
+    add('--tokenizer-code-path', metavar='DIR',
+        help='folder of the code that a pickled tokenizer runs when loaded; scripts/convert_tokenizer.py does without')
+    add('--tokenizer-input-size', type=int, default=256, help='pixels images are resized to, both sides')
+    add('--vit-input-size', type=int, default=28, help='codes the model reads, each side')
+    add('--nb-classes', type=int, help="default: the checkpoint's (1000 in the published ones)")
+    add('--batch-size', type=int, default=64, help='per process')
+    add('--num-workers', type=int, default=10, help='processes that decode images')
+    add('--pin-mem', action=argparse.BooleanOptionalAction, default=True,
+        help='copy batches to a GPU from page-locked memory')
+    add('--amp', choices=['bf16', 'fp16', 'off'], help='mixed precision of the ViT (default: fp16 on CUDA, off on '
+        'CPU); the tokenizer runs in fp32, so that codes are those of the training set')
+    add('--dist-eval', action='store_true', help='share the images over the ranks, each on exactly one')
+    add('--save-predictions', metavar='FILE.csv', help='a line an image: file, label, prediction, probability, top 5')
+    add('--skip-bad-images', action='store_true', help='leave unreadable images out and count them, instead of stopping')
+    add('--device', default='cuda', help='cuda or cpu')
+    add('--dist-url', default='env://', help="torch.distributed's init method")
+    group = parser.add_argument_group('accepted, without effect')
+    for flag, why in NO_EFFECT.items():
+        group.add_argument(flag, help=why, **({'action': 'store_true'} if flag == '--eval' else {}))
+    return parser
+
+
+class Readable(torch.utils.data.Dataset):
+    """An ImageFolder whose items are (image or None, label, index, what is wrong or '')."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __len__(self):
+        return len(self.folder)
+
+    def __getitem__(self, index):
+        path, label = self.folder.samples[index]
+        try:
+            return self.folder.transform(self.folder.loader(path)), label, index, ''
+        except Exception as error:  # damage makes Pillow's decoders raise nearly anything
+            return None, label, index, f'{path}: cannot be read as an image ({str(error) or type(error).__name__})'
+
+
+def collate(items):
+    """images (B, 3, S, S), labels (B,), indices (B,) of what could be read, and the list of complaints."""
+    good = [item for item in items if item[0] is not None]
+    images = torch.stack([item[0] for item in good]) if good else torch.empty(0)
+    labels, indices = (torch.tensor([item[k] for item in good], dtype=torch.int64) for k in (1, 2))
+    return images, labels, indices, [item[3] for item in items if item[3]]
+
+
+class ImageCodes:
+    """Batches of codes made from images while they are evaluated; iterate once.
+
+    Yields codes (B, g, g) int64 and labels (B,) int64 on `device`. Afterwards `indices` lists the images in the order
+    they came, and `bad` counts those left out.
+    """
+
+    def __init__(self, folder, tokenizer, codebook, device, args):
+        share = in_order(len(folder), *((world_size(), rank()) if args.dist_eval else (1, 0)))
+        self.loader = DataLoader(Subset(Readable(folder), share), args.batch_size, num_workers=args.num_workers,
+                                 pin_memory=args.pin_mem and device.type == 'cuda', collate_fn=collate)
+        self.tokenizer, self.codebook, self.device = tokenizer.to(device), codebook.to(device), device
+        self.skip, self.indices, self.bad = args.skip_bad_images, [], 0
+
+    def __iter__(self):
+        for images, labels, indices, complaints in self.loader:
+            if complaints and not self.skip:
+                raise InputError(f'{complaints[0]}: mend or remove it, or add --skip-bad-images')
+            for complaint in complaints:
+                print(f'skipped: {complaint}', flush=True)
+            self.bad += len(complaints)
+            if not len(images):
+                continue
+            codes = quantize(self.tokenizer(images.to(self.device, non_blocking=True)), self.codebook)
+            side = int(round(codes.shape[1] ** 0.5))
+            self.indices += indices.tolist()
+            yield codes.view(-1, side, side), labels.to(self.device, non_blocking=True)
+
+
+def load_model(args, codebook, device):
+    """The ViT with the checkpoint's weights, in eval mode on `device`."""
+    checkpoint = load_checkpoint(args.model_path)
+    state = checkpoint['model']
+    if args.use_ema:
+        state = checkpoint.get('model_ema')
+        if not isinstance(state, dict):
+            raise InputError(f'{args.model_path}: holds no EMA weights; leave --use-ema out')
+    classes = args.nb_classes or len(state.get('head.bias', ()))
+    model = create_model(args, classes, args.vit_input_size, codebook.shape[1])
+    load_weights(model, state, args.model_path)
+    return model.to(device)
+
+
+def gather(values, split):
+    """All ranks' lists in one, on rank 0 (elsewhere None); without `split` this rank's own."""
+    if not split or world_size() == 1:
+        return values
+    gathered = [None] * world_size() if is_main() else None
+    dist.gather_object(values, gathered)
+    return [value for part in gathered for value in part] if is_main() else None
+
+
+def write_predictions(path, folder, rows):
+    """CSV lines in the order of the folder. `rows`: (index, top-5 classes, probability of the first)."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator='\n')
+    writer.writerow(['image', 'label', 'prediction', 'probability', 'top5'])
+    for index, top, probability in sorted(rows):
+        name, label = folder.samples[index]
+        writer.writerow([name, label, top[0], f'{probability:.6f}', ' '.join(map(str, top))])
+    write_text(path, text.getvalue())
+
+
+def main(args):
+    device = init_distributed(args.device, args.dist_url)
+    for flag, why in NO_EFFECT.items():
+        if getattr(args, flag[2:].replace('-', '_')):
+            say(f'note: {flag} has no effect: {why}')
+    amp = args.amp or ('fp16' if device.type == 'cuda' else 'off')
+
+    codebook = load_codebook(args.codebook_path)
+    model = load_model(args, codebook, device)
+    tokenizer = load_tokenizer(args.tokenizer_path, args.tokenizer_code_path)
+    if tokenizer.embed_dim != codebook.shape[1]:
+        raise InputError(f'{args.codebook_path}: rows of {codebook.shape[1]} elements, but the tokenizer gives '
+                         f'{tokenizer.embed_dim}: they belong to different tokenizers')
+    folder = open_image_folder(args.data_path, image_transform(args.tokenizer_input_size))
+    if len(folder.classes) > model.num_classes:
+        raise InputError(f'{args.data_path}: {len(folder.classes)} class folders, but the model has '
+                         f'{model.num_classes} classes')
+    if len(folder.classes) < model.num_classes:
+        say(f'note: {args.data_path} has {len(folder.classes)} class folders and the model {model.num_classes} '
+            'classes; labels are the positions of the folders')
+    say(f'{len(folder):,} images in {len(folder.classes)} classes; {world_size()} x {device}, amp {amp}')
+
+    batches = ImageCodes(folder, tokenizer, codebook, device, args)
+    rows = []
+
+    def record(logits):
+        probability, top = logits.softmax(1).topk(min(5, logits.shape[1]))
+        rows.extend(zip(top.tolist(), probability[:, 0].tolist()))
+
+    evaluate(model, batches, EvalTransform(codebook, args.vit_input_size, device), device, amp, args.dist_eval,
+             'EMA' if args.use_ema else '', record if args.save_predictions else None)
+    bad = gather([batches.bad], args.dist_eval)
+    if is_main() and sum(bad):
+        print(f'{sum(bad)} unreadable images were left out')
+    if args.save_predictions:
+        rows = gather([(index, *row) for index, row in zip(batches.indices, rows)], args.dist_eval)
+        if is_main():
+            write_predictions(args.save_predictions, folder, rows)
+            print(args.save_predictions)
+
+
+if __name__ == '__main__':
+    run(lambda: main(parse_flags(get_args_parser())))

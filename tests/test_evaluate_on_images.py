@@ -1,0 +1,157 @@
+"""Evaluation on images: against evaluation on tokens of the same images, and what bad images get."""
+import csv
+
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import evaluate_on_images
+import main_seit
+import tokenize_images
+from conftest import ROOT
+from test_main_seit import accuracy_lines, two_processes
+from token_augment import EvalTransform
+from token_dataset import TokenDataset, load_codebook
+from utils import InputError, parse_flags
+
+DEMO = ROOT / 'demo'
+MODEL = ['--model', 'deit_tiny_token_32', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2', '--device', 'cpu']
+TOKENIZER = ['--tokenizer-path', DEMO / 'tokenizer.pt', '--codebook-path', DEMO / 'codebook.ckpt']
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """Seven of the demo's images a class: 70, which no batch or world size divides."""
+    folder = tmp_path_factory.mktemp('images')
+    for source in sorted((DEMO / 'images' / 'val').iterdir()):
+        (folder / source.name).mkdir()
+        for path in sorted(source.iterdir())[:7]:
+            (folder / source.name / path.name).write_bytes(path.read_bytes())
+    return folder
+
+
+@pytest.fixture(scope='module')
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    make = lambda: timm.create_model('deit_tiny_token_32', depth=1, embed_dim=32, num_heads=2, img_size=6,  # noqa: E731
+                                     num_classes=10).state_dict()
+    path = tmp_path_factory.mktemp('weights') / 'trained-vit.ckpt'
+    torch.save({'model': make(), 'model_ema': make()}, path)
+    return path
+
+
+def words(images, checkpoint, *more):
+    return [str(w) for w in [*MODEL, *TOKENIZER, '--model-path', checkpoint, '--data-path', images,
+                             '--tokenizer-input-size', 64, '--vit-input-size', 6, '--num_workers', 0, '--batch-size', 16,
+                             *more]]
+
+
+def on_images(*args):
+    evaluate_on_images.main(parse_flags(evaluate_on_images.get_args_parser(), words(*args)))
+
+
+def tokenise(images, folder):
+    tokenize_images.main(tokenize_images.get_args_parser().parse_args([str(w) for w in [
+        '--data-path', images, '--name', 'x', '--output-dir', folder, *TOKENIZER, '--image-size', 64, '--num-workers', 0,
+        '--device', 'cpu']]))
+    return folder / 'x-token.data.bin.gz', folder / 'x-label.txt'
+
+
+def test_agrees_with_evaluation_on_tokens_of_the_same_images(images, checkpoint, tmp_path, capsys):
+    tokens, labels = tokenise(images, tmp_path)
+    main_seit.main(main_seit.parse_args([str(w) for w in [
+        *MODEL, '--codebook-path', DEMO / 'codebook.ckpt', '--val-token-file', tokens, '--val-label-file', labels,
+        '--input-size', 48, '--eval', '--resume', checkpoint]]))
+    on_tokens = accuracy_lines(capsys.readouterr().out)
+    on_images(images, checkpoint)
+    on_images(images, checkpoint, '--use-ema')
+    assert accuracy_lines(capsys.readouterr().out) == on_tokens and len(on_tokens) == 2
+
+
+def test_logits_agree_with_those_on_tokens(images, checkpoint, tmp_path):
+    data = TokenDataset(*tokenise(images, tmp_path), 391, 'none')
+    args = parse_flags(evaluate_on_images.get_args_parser(), words(images, checkpoint))
+    codebook = load_codebook(args.codebook_path)
+    model = evaluate_on_images.load_model(args, codebook, torch.device('cpu')).eval()
+    folder = evaluate_on_images.open_image_folder(images, evaluate_on_images.image_transform(64))
+    batches = evaluate_on_images.ImageCodes(folder, evaluate_on_images.load_tokenizer(args.tokenizer_path), codebook,
+                                            torch.device('cpu'), args)
+    transform = EvalTransform(codebook, 6, 'cpu')
+    with torch.no_grad():
+        ours = torch.cat([model(transform(codes)) for codes, _ in batches])
+        theirs = model(transform(data.batch(range(len(data)))[0]))
+    torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_predictions_file(images, checkpoint, tmp_path, capsys):
+    on_images(images, checkpoint, '--save-predictions', tmp_path / 'p.csv')
+    line, = accuracy_lines(capsys.readouterr().out)
+    rows = list(csv.DictReader((tmp_path / 'p.csv').open()))
+    assert len(rows) == 70 and len({row['image'] for row in rows}) == 70
+    right = sum(row['label'] == row['prediction'] for row in rows)
+    in_top = sum(row['label'] in row['top5'].split() for row in rows)
+    assert line.startswith(f'* Acc@1 {100 * right / 70:.3f} Acc@5 {100 * in_top / 70:.3f} ')
+    assert all(row['top5'].split()[0] == row['prediction'] and 0 < float(row['probability']) <= 1 for row in rows)
+
+
+def test_two_processes_count_each_image_once(images, checkpoint, tmp_path, capsys):
+    import os
+    import subprocess
+    import sys
+    on_images(images, checkpoint, '--save-predictions', tmp_path / 'one.csv')
+    alone = accuracy_lines(capsys.readouterr().out)
+    done = subprocess.run([sys.executable, *two_processes(), str(ROOT / 'evaluate_on_images.py'),
+                           *words(images, checkpoint, '--dist-eval', '--save-predictions', tmp_path / 'two.csv')],
+                          capture_output=True, text=True, cwd=tmp_path, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stderr
+    # the loss may differ in its last digits, summed in another order
+    assert [x.split()[:5] for x in accuracy_lines(done.stdout)] == [x.split()[:5] for x in alone]
+    one, two = ([row.rsplit(',', 2)[0] for row in (tmp_path / f'{n}.csv').read_text().splitlines()]
+                for n in ('one', 'two'))
+    assert [row.split(',')[:3] for row in one] == [row.split(',')[:3] for row in two]
+
+
+def test_bad_images(images, checkpoint, tmp_path, capsys):
+    for path in images.rglob('*.png'):
+        target = tmp_path / path.relative_to(images)
+        target.parent.mkdir(exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    victim = sorted(tmp_path.rglob('*.png'))[20]
+    victim.write_bytes(victim.read_bytes()[:100])
+    with pytest.raises(InputError, match=f'{victim.name}.*--skip-bad-images'):
+        on_images(tmp_path, checkpoint)
+    on_images(tmp_path, checkpoint, '--skip-bad-images', '--save-predictions', tmp_path / 'p.csv')
+    out = capsys.readouterr().out
+    assert '1 unreadable images were left out' in out and f'skipped: {victim}' in out
+    assert len((tmp_path / 'p.csv').read_text().splitlines()) == 70
+
+
+@pytest.mark.parametrize('mode', ['L', 'LA', 'P', 'RGBA', 'CMYK', 'I;16', '1'])
+def test_images_of_every_mode_become_rgb(mode, tmp_path):
+    rgb = Image.radial_gradient('L').resize((32, 32))
+    image = Image.new('I;16', (32, 32), 9000) if mode == 'I;16' else rgb.convert('RGB').convert(mode)
+    path = tmp_path / 'a' / ('x.jpg' if mode == 'CMYK' else 'x.png')
+    path.parent.mkdir()
+    image.save(path)
+    x, _ = evaluate_on_images.open_image_folder(tmp_path, evaluate_on_images.image_transform(16))[0]
+    assert x.shape == (3, 16, 16) and 0 <= x.min() and x.max() <= 1
+
+
+@pytest.mark.parametrize('flags, message', [
+    (['--tokenizer-input-size', 60], 'multiple of 8'), (['--tokenizer-input-size', 40], 'larger than the 5x5'),
+    (['--vit-input-size', 4], 'pos_embed'), (['--data-path', 'nowhere'], 'nowhere: no class folders'),
+    (['--tokenizer-path', 'no.pt'], 'no.pt'), (['--nb_classes', 3], 'head.weight'),
+    (['--tokenizer-path', DEMO / 'codebook.ckpt'], 'no known kind')])
+def test_mistakes(flags, message, images, checkpoint):
+    with pytest.raises(InputError, match=message):
+        on_images(images, checkpoint, *flags)
+
+
+def test_published_defaults():
+    args = parse_flags(evaluate_on_images.get_args_parser(), ['--data-path', 'x', '--eval', '--nb_classes', '1000'])
+    expected = {'batch_size': 64, 'model': 'deit_base_token_32', 'model_path': 'weights/trained-vit.ckpt',
+                'codebook_path': 'weights/codebook.ckpt', 'vit_input_size': 28,
+                'tokenizer_path': 'weights/tokenizer.ckpt', 'tokenizer_code_path': None, 'tokenizer_input_size': 256,
+                'device': 'cuda', 'dist_eval': False, 'num_workers': 10, 'pin_mem': True}
+    assert {k: getattr(args, k) for k in expected} == expected
