@@ -212,9 +212,9 @@ def load_torch(path, what):
 
 
 def save_torch(value, path):
-    """torch.save, atomically."""
-    with atomic_path(path) as temporary:
-        torch.save(value, temporary)
+    """torch.save, atomically; equal values give equal files (given a path, torch would store its name too)."""
+    with atomic_path(path) as temporary, open(temporary, 'wb') as file:
+        torch.save(value, file)
 
 
 # ---------------------------------------------------------------- the run's log

@@ -35,7 +35,8 @@ def nearest_codes(codebook, top_k):
 def main(args):
     codebook = load_codebook(args.codebook_path)
     if not 1 <= args.top_k < len(codebook):
-        raise InputError(f'--top-k {args.top_k}: a codebook of {len(codebook)} rows has {len(codebook) - 1} others')
+        raise InputError(f'--top-k {args.top_k}: choose 1 to {len(codebook) - 1}, the other codes in '
+                         f'{args.codebook_path}')
     lists = nearest_codes(codebook, args.top_k).tolist()
     rows = ',\n'.join(f'"{code}": {json.dumps(row)}' for code, row in enumerate(lists))
     write_text(args.output, '{\n' + rows + '\n}\n')

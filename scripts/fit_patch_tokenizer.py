@@ -82,6 +82,8 @@ def main(args):
     if len(patches) < args.codes or patches.shape[1] < args.dim:
         raise InputError(f'{args.data_path}: {len(patches)} patches of {patches.shape[1]} values are too few for '
                          f'{args.codes} codes of {args.dim}')
+    if (patches == patches[0]).all():
+        raise InputError(f'{args.data_path}: every patch is the same; give images with something on them')
     mean, basis = fit_pca(patches, args.dim)
     features = (patches - mean) @ basis
     codebook = spherical_kmeans(features, args.codes, args.iterations, generator)
