@@ -57,7 +57,7 @@ def get_args_parser():
         'CPU); the tokenizer runs in fp32, so that codes are those of the training set')
     add('--dist-eval', action='store_true', help='share the images over the ranks, each on exactly one')
     add('--save-predictions', metavar='FILE.csv', help='a line an image: file, label, prediction, probability, top 5')
-    add('--skip-bad-images', action='store_true', help='leave unreadable images out and count them, instead of stopping')
+    add('--skip-bad-images', action='store_true', help='leave unreadable images out and count them')
     add('--device', default='cuda', help='cuda or cpu')
     add('--dist-url', default='env://', help="torch.distributed's init method")
     group = parser.add_argument_group('accepted, without effect')

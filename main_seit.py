@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 import models_seit  # noqa: F401 (registers the models with timm)
 from engine import evaluate, train_one_epoch
 from samplers import in_order, repeated_augmentation, shuffled
-from token_augment import EvalTransform, TrainAugment
+from token_augment import EvalTransform, TrainAugment, check_crop
 from token_dataset import TokenDataset, load_codebook, load_synonyms
 from utils import (InputError, RunLog, barrier, init_distributed, is_main, load_torch, parse_flags, rank, run,
                    save_torch, say, world_size, write_text)
@@ -463,6 +463,8 @@ def main(args):
     datasets = {split: load_split(args, split, codebook) for split in splits}
     classes = count_classes(args, datasets, checkpoint)
     size = args.input_size // args.token_patch_size
+    for dataset in datasets.values():
+        check_crop(size, dataset.grid)
     transform = EvalTransform(codebook, size, device)
 
     # ------------------------------------------------------------ model

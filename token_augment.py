@@ -179,6 +179,13 @@ def add_embedding_noise(x, fraction, channel_std, element_std, generator):
 
 # ---------------------------------------------------------------- the two pipelines
 
+def check_crop(size, grid):
+    """InputError unless a crop of size x size codes fits the grid."""
+    if size > grid:
+        raise InputError(f'a crop of {size}x{size} codes is larger than the {grid}x{grid} token grid: lower '
+                         'the input size')
+
+
 class TrainAugment:
     """codes (B, g, g) uint16 -> model input (B, d, s, s): one Token-EDA choice an image, crop, noise.
 
@@ -196,9 +203,7 @@ class TrainAugment:
     def __init__(self, codebook, synonyms, grid, size, device, rc_prob=0.25, sc_prob=0.25, erase_prob=0.,
                  replace_prob=0.25, swap_scale=0.25, erase_scale=0.25, rrc_ratio=0.08, simple_crop=False,
                  noise_prob=0.5, noise_scale=1., noise_std=1.):
-        if size > grid:
-            raise InputError(f'a crop of {size}x{size} codes is larger than the {grid}x{grid} token grid: '
-                             'lower --input-size')
+        check_crop(size, grid)
         if rc_prob + sc_prob + erase_prob > 1:
             raise InputError('--eda-rc-prob, --eda-sc-prob and --eda-erase-prob add up to more than 1')
         self.grid, self.size, self.empty = grid, size, len(codebook)
@@ -246,7 +251,5 @@ class EvalTransform:
         self.size, self.embedding = size, codebook.to(device)
 
     def __call__(self, codes):
-        if self.size > codes.shape[-1]:
-            raise InputError(f'a crop of {self.size}x{self.size} codes is larger than the {codes.shape[-1]}x'
-                             f'{codes.shape[-1]} token grid: lower --input-size')
+        check_crop(self.size, codes.shape[-1])
         return rearrange(self.embedding[center_crop(codes, self.size).long()], 'b y x d -> b d y x')

@@ -1,12 +1,14 @@
 """What every program here shares: errors for users, processes, files, seeds."""
 import argparse
 import contextlib
+import http.client
 import json
 import os
 import pickle
 import re
 import sys
 import tempfile
+import urllib.parse
 from pathlib import Path
 
 import numpy as np
@@ -85,7 +87,8 @@ def init_distributed(device, dist_url='env://'):
         kind = f'cuda:{number}'
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         dist.init_process_group('nccl' if kind.startswith('cuda') else 'gloo', init_method=dist_url,
-                                rank=int(os.environ['RANK']), world_size=int(os.environ['WORLD_SIZE']))
+                                rank=int(os.environ['RANK']), world_size=int(os.environ['WORLD_SIZE']),
+                                device_id=torch.device(kind) if kind.startswith('cuda') else None)
     return torch.device(kind)
 
 
@@ -189,6 +192,16 @@ def read_json(path):
         raise InputError(f'{path}: not JSON ({error})') from None
 
 
+def download(url, folder):
+    """Fetch `url` into `folder`; returns the path. Raises InputError. (torch.hub's cache goes by file name alone.)"""
+    path = os.path.join(folder, Path(urllib.parse.urlparse(url).path).name or 'file')
+    try:
+        torch.hub.download_url_to_file(url, path, progress=is_main() and sys.stderr.isatty())
+    except (OSError, http.client.HTTPException) as error:
+        raise InputError(f'{url}: cannot be fetched ({error})') from None
+    return path
+
+
 def load_torch(path, what):
     """torch.load on the CPU without running code from the file (`weights_only=True`).
 
@@ -196,10 +209,11 @@ def load_torch(path, what):
     Raises InputError naming `what` the file should be.
     """
     path = str(path)
+    if path.startswith(('https://', 'http://')):
+        with tempfile.TemporaryDirectory() as folder:
+            return load_torch(download(path, folder), what)
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
-            if path.startswith(('https://', 'http://')):
-                return torch.hub.load_state_dict_from_url(path, map_location='cpu', weights_only=True)
             return torch.load(path, map_location='cpu', weights_only=True)
         except pickle.UnpicklingError as error:
             name = re.search(r'GLOBAL (\S+)', str(error))

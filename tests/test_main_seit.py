@@ -1,9 +1,12 @@
 """The recipe against golden files, and the program as a user runs it."""
+import functools
+import http.server
 import json
 import os
 import socket
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -14,6 +17,7 @@ from timm.utils import ModelEmaV3
 
 import engine
 import main_seit
+import utils
 from conftest import ROOT
 from test_models_seit import fill_golden
 from token_dataset import write_tokens
@@ -242,6 +246,54 @@ def test_resume_keeps_the_best_accuracy(data, tmp_path):
 def test_every_switch_runs(data, flags, capsys):
     run_here(*SMALL, *data, '--epochs', 1, *flags)
     assert len(accuracy_lines(capsys.readouterr().out)) == 2 - ('--no-eval' in flags) * 2 - ('--no-model-ema' in flags)
+
+
+def test_slurm_step(data, tmp_path):
+    """Two processes with the variables srun sets, and no launcher."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'SLURM_STEP_NUM_TASKS': '2', 'SLURM_JOB_ID': str(port - 10000),
+           'SLURM_STEP_NODELIST': 'localhost', 'SLURM_NTASKS': '2'}
+    ranks = [subprocess.Popen([sys.executable, str(ROOT / 'main_seit.py'), *map(str, [*SMALL, *data]), '--epochs', '1'],
+                              env={**env, 'SLURM_PROCID': str(rank), 'SLURM_LOCALID': str(rank),
+                                   'MASTER_PORT': str(port)},
+                              stdout=subprocess.PIPE, text=True) for rank in range(2)]
+    first, second = (rank.communicate(timeout=300)[0] for rank in ranks)
+    assert 'batch: 8 x 2 = 16' in first and second == ''
+
+
+@pytest.mark.parametrize('nodes, first', [('node[012-015,020]', 'node012'), ('gpu-3', 'gpu-3'), ('a1,a2', 'a1')])
+def test_slurm_variables(nodes, first, monkeypatch):
+    for name in ('RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'):
+        monkeypatch.setenv(name, 'x')  # so that monkeypatch restores what is set below
+        monkeypatch.delenv(name)
+    monkeypatch.setenv('SLURM_PROCID', '3')
+    monkeypatch.setenv('SLURM_LOCALID', '1')
+    monkeypatch.setenv('SLURM_NTASKS', '8')
+    utils.slurm_environment()
+    assert 'RANK' not in os.environ  # a batch script's plain python: one process
+    monkeypatch.setenv('SLURM_STEP_NUM_TASKS', '8')
+    monkeypatch.setenv('SLURM_STEP_NODELIST', nodes)
+    utils.slurm_environment()
+    assert [os.environ[k] for k in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR')] == ['3', '1', '8', first]
+
+
+def test_finetune_from_an_address(tmp_path):
+    """A local server stands for the web."""
+    model = timm.create_model('deit_tiny_token_32', depth=1)
+    torch.save({'model': model.state_dict()}, tmp_path / 'w.pth')
+    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
+    handler.log_message = lambda *a: None
+    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = f'http://127.0.0.1:{server.server_port}'
+        other = timm.create_model('deit_tiny_token_32', depth=1)
+        main_seit.finetune(other, f'{address}/w.pth')
+        assert torch.equal(other.head.weight, model.head.weight)
+        with pytest.raises(InputError, match='gone.pth: cannot be fetched'):
+            main_seit.finetune(other, f'{address}/gone.pth')
+        server.shutdown()
 
 
 def test_flags_without_effect_say_so_once(data):
