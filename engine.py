@@ -50,21 +50,62 @@ class Progress:
         self.bar.close()
 
 
+def make_scaler(device, amp):
+    """Gradient scaler: fp16's dynamic one, else one of constant scale 1.
+
+    Either skips, on the device, the step of a gradient that is not finite; with a fused optimiser the host never waits.
+    """
+    if amp == 'fp16':
+        return torch.amp.GradScaler(device.type)
+    return torch.amp.GradScaler(device.type, init_scale=1., growth_interval=1 << 30)
+
+
+class LossMeter:
+    """Sum of the losses and the first step whose loss was not finite, both kept on the device."""
+
+    def __init__(self, device):
+        self.total = torch.zeros((), device=device)
+        self.first_bad = torch.full((), torch.inf, device=device)
+        self.steps = 0
+
+    def update(self, loss):
+        finite = loss.isfinite()
+        self.total += torch.where(finite, loss, 0)
+        self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=self.steps))
+        self.steps += 1
+
+    def read(self):
+        """(mean loss over the finite steps so far or so, first bad step or None): the host waits for the device."""
+        total, bad = torch.stack([self.total, self.first_bad]).tolist()
+        return total / self.steps, None if math.isinf(bad) else int(bad)
+
+
+def check_finite(bad, scaler, amp, epoch, step):
+    """Stop a run whose loss or gradients left the finite numbers: InputError."""
+    # a scale of 1 only ever shrinks, and only for a gradient that is not finite; fp16's does so all the time
+    what = f'the loss of step {bad}' if bad is not None else \
+        f'a gradient by step {step}' if amp != 'fp16' and scaler.get_scale() < 1 else None
+    if what:
+        raise InputError(f'{what} of epoch {epoch} is not finite: lower --lr, lengthen --warmup-epochs or set '
+                         '--clip-grad; the checkpoints on disk are from before')
+
+
 def train_one_epoch(model, ema, optimizer, scaler, criterion, batches, steps, augment, mixup, generator, epoch, args,
                     device):
-    """Train for `steps` batches of (codes (B, g, g) uint16, labels (B,) int64) on `device`.
+    """Train on `steps` batches of (codes (B, g, g) uint16, labels (B,) int64) on `device`.
 
     Args:
-        model: the model, in DDP or bare; ema: timm's ModelEmaV3 of the bare model, or None.
-        scaler: torch.amp.GradScaler, disabled unless fp16.
+        model: the model, in DDP or bare, compiled or not; ema: timm's ModelEmaV3 of the bare model, or None.
+        scaler: of `make_scaler`.
         augment: token_augment.TrainAugment; mixup: timm's Mixup or None; generator: torch.Generator on `device`.
-        args: seed, amp, clip_grad, bce_loss of the command line.
-    Returns {'loss': mean over steps and ranks, 'lr': of the last step}.
-    Raises InputError when the loss stops being finite; weights are then useless and must not be saved.
+        args: seed, amp, clip_grad, bce_loss, accum_iter of the command line.
+    The optimiser steps once every accum_iter batches; `steps` is a multiple of it.
+    Returns {'loss': mean over batches and ranks, 'lr': of the last step}.
+    Raises InputError when the loss or a gradient stops being finite. Such a step changes no weight: it is masked on the
+    device at once, and noticed when the loss is read, at the next logging step.
     """
     model.train()
-    bare = getattr(model, 'module', model)
-    total = torch.zeros((), device=device)
+    meter = LossMeter(device)
     progress = Progress(f'epoch {epoch}', steps)
     for step, (codes, labels) in enumerate(batches):
         seed_step(args.seed, epoch, step, rank(), generator)
@@ -73,29 +114,42 @@ def train_one_epoch(model, ema, optimizer, scaler, criterion, batches, steps, au
             x, targets = mixup(x, labels)
         if args.bce_loss:
             targets = targets.gt(0).to(x.dtype)
-        with autocast(device, args.amp):
-            loss = criterion(model(x), targets)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        if args.clip_grad:
-            scaler.unscale_(optimizer)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad)
-        scaler.step(optimizer)
-        scaler.update()
-        if ema:
-            ema.update(bare)
-        total += loss.detach()
+        update = (step + 1) % args.accum_iter == 0
+        waits = hasattr(model, 'no_sync') and not update  # DDP need not share what is only accumulated
+        with model.no_sync() if waits else contextlib.nullcontext():
+            with autocast(device, args.amp):
+                loss = criterion(model(x), targets)
+            scaler.scale(loss / args.accum_iter).backward()
+        meter.update(loss.detach())
+        if update:
+            optimizer_step(model, ema, optimizer, scaler, args.clip_grad)
         text = None
         if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
-            mean = total.item() / (step + 1)
-            if not math.isfinite(mean):
-                raise InputError(f'the loss became {mean} by step {step + 1} of epoch {epoch}: lower --lr, lengthen '
-                                 '--warmup-epochs or set --clip-grad; the checkpoints on disk are from before')
+            mean, bad = meter.read()
+            check_finite(bad, scaler, args.amp, epoch, step)
             text = f'loss {mean:.4f} lr {optimizer.param_groups[0]["lr"]:.3g}'
         progress.step(text)
     progress.close()
-    loss = sum_over_ranks(total / steps).item() / world_size()
+    loss = sum_over_ranks(meter.total / steps).item() / world_size()
     return {'loss': loss, 'lr': optimizer.param_groups[0]['lr']}
+
+
+def optimizer_step(model, ema, optimizer, scaler, clip_grad):
+    """Clip, step, clear the gradients, and let the EMA follow."""
+    if clip_grad:
+        scaler.unscale_(optimizer)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip_grad)
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    if ema:
+        ema.update(bare(model))
+
+
+def bare(model):
+    """The model inside DDP and torch.compile."""
+    model = getattr(model, 'module', model)
+    return getattr(model, '_orig_mod', model)
 
 
 @torch.no_grad()
@@ -119,8 +173,8 @@ def evaluate(model, batches, transform, device, amp='off', split=False, name='',
         if record:
             record(logits)
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        sums += torch.stack([F.cross_entropy(logits, labels, reduction='sum'), top[:, 0].sum(), top.sum(),
-                             torch.tensor(len(labels), device=device)]).double()
+        sums[:3] += torch.stack([F.cross_entropy(logits, labels, reduction='sum'), top[:, 0].sum(), top.sum()])
+        sums[3] += len(labels)
     if split:
         sum_over_ranks(sums)
     if not sums[3]:

@@ -25,7 +25,7 @@ from timm.utils import ModelEmaV3, ParseKwargs
 from torch.nn.parallel import DistributedDataParallel
 
 import models_seit  # noqa: F401 (registers the models with timm)
-from engine import evaluate, train_one_epoch
+from engine import evaluate, make_scaler, train_one_epoch
 from samplers import in_order, repeated_augmentation, shuffled
 from token_augment import EvalTransform, TrainAugment, check_crop
 from token_dataset import TokenDataset, load_codebook, load_synonyms
@@ -77,11 +77,14 @@ def get_args_parser():
     add('--model-ema-decay', type=float, default=0.99996)
     add('--model-ema-force-cpu', action='store_true', help='keep the average in host memory')
     add('--finetune', default='', metavar='FILE', help='start from these weights (a path or an https address)')
+    add('--grad-checkpointing', action='store_true', help='recompute activations: less memory, more time')
     add('--attn-only', action='store_true', help='train only attention, head and position embeddings')
 
     group = parser.add_argument_group('optimisation')
     add = group.add_argument
     add('--batch-size', type=int, default=64, help='per process')
+    add('--accum-iter', type=int, default=1, metavar='N', help='batches whose gradients make one step; counts towards '
+        'the batch the learning rate is scaled by')
     add('--epochs', type=int, default=300)
     add('--opt', default='adamw', help="timm's optimisers")
     add('--opt-eps', type=float, default=1e-8)
@@ -103,6 +106,8 @@ def get_args_parser():
     add('--smoothing', type=float, default=0.1, help='label smoothing')
     add('--bce-loss', action='store_true', help='binary cross-entropy; needs --smoothing 0 and CutMix or Mixup')
     add('--amp', choices=['bf16', 'fp16', 'off'], help='mixed precision (default: fp16 on CUDA, off on CPU)')
+    add('--tf32', action='store_true', help='TF32 for what stays in float32 (CUDA)')
+    add('--compile', action='store_true', help='torch.compile the model and the crop')
 
     group = parser.add_argument_group('augmentation')
     add = group.add_argument
@@ -153,7 +158,8 @@ def parse_args(words=None):
     checks = [
         (args.input_size % args.token_patch_size or args.input_size < 2 * args.token_patch_size,
          f'--input-size {args.input_size} is no multiple of --token-patch-size {args.token_patch_size}, or too small'),
-        (args.batch_size < 1 or args.epochs < 1, '--batch-size and --epochs must be 1 or more'),
+        (min(args.batch_size, args.epochs, args.accum_iter) < 1,
+         '--batch-size, --epochs and --accum-iter must be 1 or more'),
         (mixing and args.batch_size % 2, f'--batch-size {args.batch_size} is odd; CutMix and Mixup want it even'),
         (args.bce_loss and (args.smoothing or not mixing),
          '--bce-loss needs --smoothing 0 (any smoothing makes every target 1) and --cutmix or --mixup on'),
@@ -265,10 +271,12 @@ def freeze_all_but_attention(model):
 def make_optimizer(args, model):
     """timm's optimiser; no weight decay on biases, norms, position embeddings and class token."""
     betas = {'betas': tuple(args.opt_betas)} if args.opt_betas else {}
-    eps = {} if args.opt.lower() in ('sgd', 'nesterov', 'momentum') else {'eps': args.opt_eps}
+    eps = {} if args.opt in ('sgd', 'nesterov', 'momentum') else {'eps': args.opt_eps}
+    # one kernel for all parameters, and one that skips a bad step without asking the host
+    fused = {'fused': True} if args.opt in ('adamw', 'adam', 'sgd', 'nesterov', 'momentum') else {}
     try:
         return create_optimizer_v2(model, args.opt, lr=args.lr, weight_decay=args.weight_decay,
-                                   momentum=args.momentum, **eps, **betas)
+                                   momentum=args.momentum, **eps, **betas, **fused)
     except (ValueError, TypeError) as error:
         raise InputError(f'--opt {args.opt}: {error}') from None
 
@@ -297,7 +305,7 @@ def make_loss(args, classes):
 
 # ---------------------------------------------------------------- checkpoints
 
-def resume_state(checkpoint, path, model, ema, optimizer, scaler):
+def resume_state(args, checkpoint, path, model, ema, optimizer, scaler):
     """Continue from a checkpoint; returns (next epoch, best top-1 of the model, of the EMA)."""
     load_weights(model, checkpoint['model'], path)
     if not isinstance(checkpoint.get('optimizer'), dict) or 'epoch' not in checkpoint:
@@ -312,7 +320,7 @@ def resume_state(checkpoint, path, model, ema, optimizer, scaler):
     elif ema:
         say(f'{path}: no EMA in it; it starts anew from the weights')
         ema.set(model)
-    if scaler.is_enabled() and checkpoint.get('scaler'):
+    if args.amp == 'fp16' and checkpoint.get('scaler'):
         scaler.load_state_dict(checkpoint['scaler'])
     return checkpoint['epoch'] + 1, checkpoint.get('best_acc1', 0.), checkpoint.get('best_ema_acc1', 0.)
 
@@ -321,7 +329,8 @@ def checkpoint_state(args, model, ema, optimizer, scheduler, scaler, epoch, best
     """All that a run needs to go on, in plain types. Random state is not among it: it is a function of the step."""
     return {
         'model': model.state_dict(), 'model_ema': ema.module.state_dict() if ema else None,
-        'optimizer': optimizer.state_dict(), 'lr_scheduler': scheduler.state_dict(), 'scaler': scaler.state_dict(),
+        'optimizer': optimizer.state_dict(), 'lr_scheduler': scheduler.state_dict(),
+        'scaler': scaler.state_dict() if args.amp == 'fp16' else {},  # otherwise its scale is a constant
         'epoch': epoch, 'best_acc1': best['model'], 'best_ema_acc1': best['ema'], 'args': vars(args),
     }
 
@@ -345,7 +354,9 @@ def describe(args, model, datasets, classes, size, steps, device):
     say(f'device: {world_size()} x {device_name(device)}, amp {args.amp}, '
         + ', '.join(f'{k} {v}' for k, v in VERSIONS.items()))
     if not args.eval:
-        say(f'batch: {args.batch_size} x {world_size()} = {args.batch_size * world_size()}, {steps} steps an epoch, '
+        accumulated = f' x {args.accum_iter}' if args.accum_iter > 1 else ''
+        say(f'batch: {args.batch_size} x {world_size()}{accumulated} = '
+            f'{args.batch_size * world_size() * args.accum_iter}, {steps // args.accum_iter} steps an epoch, '
             f'{args.epochs} epochs; learning rate {args.lr:.3g}')
 
 
@@ -388,8 +399,11 @@ def train(args, model, ema, optimizer, scheduler, scaler, loaders, loss, start_e
     data, val, augment, transform, steps = loaders
     mixup, criterion = loss
     parallel = model
+    if args.compile:
+        parallel = torch.compile(model)
+        augment.crop = torch.compile(augment.crop)
     if world_size() > 1:
-        parallel = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
+        parallel = DistributedDataParallel(parallel, device_ids=[device.index] if device.type == 'cuda' else None,
                                            gradient_as_bucket_view=True)
     generator = torch.Generator(device)
     sampler = repeated_augmentation if args.repeated_aug else shuffled
@@ -404,7 +418,8 @@ def train(args, model, ema, optimizer, scheduler, scaler, loaders, loss, start_e
         began = time.time()
         scheduler.step(max(epoch - 1, 0))  # as published: the first two epochs run at the warm-up value
         indices = sampler(len(data), world_size(), rank(), args.seed, epoch)
-        batches = data.batches(indices, args.batch_size, device, args.pin_mem, drop_last=True)
+        indices = indices[:steps * args.batch_size]
+        batches = data.batches(indices, args.batch_size, device, args.pin_mem)
         stats = train_one_epoch(parallel, ema, optimizer, scaler, criterion, batches, steps, augment, mixup, generator,
                                 epoch, args, device)
         stats = {f'train_{k}': v for k, v in stats.items()}
@@ -451,8 +466,10 @@ def main(args):
             say(f'note: {flag} has no effect: {why}')
     args.amp = args.amp or ('fp16' if device.type == 'cuda' else 'off')
     if not args.unscale_lr:
-        args.lr *= args.batch_size * world_size() / 512
+        args.lr *= args.batch_size * args.accum_iter * world_size() / 512
     torch.manual_seed(args.seed)
+    if args.tf32:
+        torch.set_float32_matmul_precision('high')
     resume = find_resume(args)
     checkpoint = load_checkpoint(resume) if resume else None
     barrier()  # nobody writes to --output-dir before all have looked
@@ -477,10 +494,11 @@ def main(args):
     if not args.eval:
         augment = make_augment(args, codebook, datasets['train'].grid, size, device)
         sampler = repeated_augmentation if args.repeated_aug else shuffled
-        steps = len(sampler(len(datasets['train']), world_size(), 0, 0, 0)) // args.batch_size
+        share = len(sampler(len(datasets['train']), world_size(), 0, 0, 0))
+        steps = share // (args.batch_size * args.accum_iter) * args.accum_iter
         if not steps:
             raise InputError(f'{args.train_token_file}: {len(datasets["train"])} images make no batch of '
-                             f'{args.batch_size} on {world_size()} processes: lower --batch-size')
+                             f'{args.batch_size} x {args.accum_iter} on {world_size()} processes: lower --batch-size')
     describe(args, model, datasets, classes, size, steps, device)
     if args.eval:
         load_weights(model, checkpoint['model'], resume)
@@ -492,6 +510,7 @@ def main(args):
         return
 
     # ------------------------------------------------------------ optimiser and resume
+    model.set_grad_checkpointing(args.grad_checkpointing)
     if args.attn_only:
         freeze_all_but_attention(model)
     ema = None
@@ -499,10 +518,11 @@ def main(args):
         ema = ModelEmaV3(model, decay=args.model_ema_decay, device='cpu' if args.model_ema_force_cpu else None)
     optimizer = make_optimizer(args, model)
     scheduler = make_scheduler(args, optimizer)
-    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == 'fp16')
+    scaler = make_scaler(device, args.amp)
     start_epoch, best = args.start_epoch, {'model': 0., 'ema': 0.}
     if checkpoint:
-        start_epoch, best['model'], best['ema'] = resume_state(checkpoint, resume, model, ema, optimizer, scaler)
+        start_epoch, best['model'], best['ema'] = resume_state(args, checkpoint, resume, model, ema, optimizer,
+                                                              scaler)
         say(f'{resume}: continuing at epoch {start_epoch}, best Acc@1 so far {best["model"]:.3f}')
         del checkpoint
 

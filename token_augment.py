@@ -234,13 +234,17 @@ class TrainAugment:
     def _erase(self, codes, generator):
         return erase_rectangle(codes, self.erase_scale, self.empty, generator)
 
+    def crop(self, codes, boxes):
+        """Look up and crop; without randomness, so torch.compile can fuse it."""
+        return resized_crop(self.embedding[codes], boxes, self.size)
+
     def __call__(self, codes, generator):
         codes = self.token_eda(codes.long(), generator)
         if self.simple_crop:
             boxes = draw_random_crop(len(codes), self.grid, self.size, generator)
         else:
             boxes = draw_random_resized_crop(len(codes), self.grid, self.rrc_ratio, generator)
-        x = resized_crop(self.embedding[codes], boxes, self.size)
+        x = self.crop(codes, boxes)
         return add_embedding_noise(x, *self.noise, generator) if self.noise[0] else x
 
 

@@ -66,7 +66,7 @@ def test_four_training_steps_are_the_published_ones(golden):
     losses = []
     criterion = SoftTargetCrossEntropy()
     criterion.register_forward_hook(lambda module, inputs, loss: losses.append(loss.item()))
-    engine.train_one_epoch(model, ema, optimizer, torch.amp.GradScaler('cpu', enabled=False), criterion,
+    engine.train_one_epoch(model, ema, optimizer, engine.make_scaler(torch.device('cpu'), 'off'), criterion,
                            zip(x, targets), 4, lambda codes, generator: codes, None, torch.Generator(), 0, args,
                            torch.device('cpu'))
     np.testing.assert_allclose(losses, z['losses'], atol=1e-4)
@@ -239,8 +239,9 @@ def test_resume_keeps_the_best_accuracy(data, tmp_path):
 
 @pytest.mark.parametrize('flags', [
     ['--bce-loss', '--smoothing', '0', '--repeated-aug', '--clip-grad', '1', '--no-model-ema'],
-    ['--src', '--eda-erase-prob', '0.3', '--cutmix', '0', '--sched', 'step', '--amp', 'bf16'],
-    ['--attn-only', '--opt', 'sgd', '--model-ema-force-cpu', '--mixup', '0.8', '--mixup-mode', 'elem'],
+    ['--src', '--eda-erase-prob', '0.3', '--cutmix', '0', '--sched', 'step', '--amp', 'bf16', '--accum-iter', '3'],
+    ['--attn-only', '--opt', 'sgd', '--model-ema-force-cpu', '--mixup', '0.8', '--mixup-mode', 'elem',
+     '--grad-checkpointing', '--tf32'],
     ['--no-eval', '--cutmix', '0', '--smoothing', '0', '--token-noise-prob', '0', '--eda-rc-prob', '0', '--eda-sc-prob',
      '0', '--nb_classes', '7', '--token-cache', 'none', '--sched', 'poly']])
 def test_every_switch_runs(data, flags, capsys):
