@@ -1,6 +1,7 @@
 """What every program here shares: errors for users, processes, files, seeds."""
 import argparse
 import contextlib
+import glob
 import json
 import os
 import pickle
@@ -20,6 +21,10 @@ class InputError(Exception):
     """A mistake in what the user gave. The message is one line: what, which file, what to do."""
 
 
+class RankError(InputError):
+    """A mistake that this rank alone meets, such as one bad image of many: reported whatever the rank."""
+
+
 def run(main, *args):
     """Call `main(*args)`; an InputError becomes one line on standard error and exit code 2.
 
@@ -28,7 +33,8 @@ def run(main, *args):
     try:
         main(*args)
     except InputError as error:
-        if int(os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', 0))) == 0:
+        local_rank = int(os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', 0)))
+        if local_rank == 0 or isinstance(error, RankError):
             print(f'error: {error}', file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -130,6 +136,35 @@ def seed_step(seed, epoch, step, rank_, generator):
 
 
 # ---------------------------------------------------------------- files
+
+def expand_files(spec):
+    """The files that a path, a glob (sorted) or a comma-separated list of both names, as a list of Paths.
+
+    '{000..146}' counts, as in the names of tar shards. Raises InputError when a glob matches nothing.
+    """
+    if os.path.exists(spec):
+        return [Path(spec)]  # whatever characters its name has
+    files = []
+    for word in filter(None, (word.strip() for word in str(spec).split(','))):
+        found = [path for pattern in _count_braces(word)
+                 for path in (sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern])]
+        if not found:
+            raise InputError(f'{word}: no file matches')
+        files += map(Path, found)
+    if not files:
+        raise InputError(f'{str(spec)!r} names no file')
+    return files
+
+
+def _count_braces(pattern):
+    """'a-{00..02}.tar' as ['a-00.tar', 'a-01.tar', 'a-02.tar']; other words as they are, in a list."""
+    match = re.search(r'\{(\d+)\.\.(\d+)\}', pattern)
+    if not match:
+        return [pattern]
+    first, last = match.groups()
+    return [word for number in range(int(first), int(last) + 1)
+            for word in _count_braces(f'{pattern[:match.start()]}{number:0{len(first)}d}{pattern[match.end():]}')]
+
 
 @contextlib.contextmanager
 def atomic_path(path):
