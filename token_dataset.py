@@ -322,7 +322,7 @@ def _identity(path):
 
 
 def cache_path(token_files, folder=''):
-    """Where the decoded codes of token files belong; the name changes with the content of what they are decoded from."""
+    """Where the decoded codes of token files belong; the name changes with what they are decoded from."""
     token_files = [Path(path).absolute() for path in token_files]
     said = [(read_card(path).get('format', BYTES), _identity(path), _identity(index_path(path)))
             for path in token_files]
