@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import glob
+import hashlib
 import json
 import os
 import pickle
@@ -213,6 +214,18 @@ def read_json(path):
         raise InputError(f'{path}: {error.strerror}') from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise InputError(f'{path}: not JSON ({error})') from None
+
+
+def sha256(path):
+    """SHA-256 of a file, in hexadecimal. Raises InputError."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, 'rb') as file:
+            for block in iter(lambda: file.read(1 << 20), b''):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f'{path}: {error.strerror}') from None
+    return digest.hexdigest()
 
 
 def load_torch(path, what):

@@ -43,8 +43,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from image_sources import DecodedImages, open_source  # noqa: E402
 from image_tokenizer import load_tokenizer, quantize  # noqa: E402
 from token_dataset import card_path, format_for, index_path, load_codebook, write_tokens  # noqa: E402
-from utils import (InputError, RankError, atomic_path, init_distributed, is_main, rank, read_json,  # noqa: E402
-                   run, say, world_size, write_text)
+from utils import (InputError, RankError, atomic_path, init_distributed, is_main, rank,  # noqa: E402
+                   read_json, run, say, sha256, world_size, write_text)
 
 PART_BATCHES = 16  # lost at most when killed; few enough that all ranks have parts, many enough to write in the shade
 MAX_CODES = 1 << 16
@@ -72,7 +72,7 @@ def get_args_parser():
     group = parser.add_argument_group('computation')
     add = group.add_argument
     add('--image-size', type=int, default=256, help='images are resized to this, both sides')
-    add('--batch-size', type=int, default=64, help='per process; other sizes may round a few codes otherwise')
+    add('--batch-size', type=int, default=64, help='per process; another may change a few codes, by rounding')
     add('--amp', choices=('off', 'bf16'), default='off',
         help='off: fp32; bf16: faster, and how many codes agree with fp32 is reported')
     add('--num-workers', type=int, help='processes that decode images, per rank; default: the cores, shared by ranks')
@@ -88,8 +88,8 @@ def check_args(args):
         value = getattr(args, flag)
         if value is not None and value < least:
             raise InputError(f'--{flag.replace("_", "-")} {value}: must be {least} or more')
-    if args.name != Path(args.name).name or args.name.startswith('.'):
-        raise InputError(f'--name {args.name}: give a plain word, as in imagenet1k-train; folders go to --output-dir')
+    if not args.name or args.name != Path(args.name).name or args.name.startswith('.'):
+        raise InputError(f'--name {args.name}: give a plain word, as in imagenet1k-train, and folders to --output-dir')
 
 
 def load_models(args):
@@ -111,14 +111,6 @@ def load_models(args):
         raise InputError(f'--image-size {args.image_size}: patches of {patch} do not divide it; choose {near} or '
                          f'{near + patch}')
     return tokenizer, codebook
-
-
-def sha256(path):
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        for block in iter(lambda: file.read(1 << 20), b''):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def identity(path):
@@ -285,7 +277,7 @@ def good_images(args, source, batch, problems):
             raise RankError(f'{args.data_path}: {source.names[i]} is no readable image ({why}): replace or remove it, '
                             'or add --skip-bad-images')
         if why:
-            print(f'skipped {source.names[i]}: {why}', file=sys.stderr, flush=True)
+            tqdm.write(f'skipped {source.names[i]}: {why}', file=sys.stderr)
     return np.array([not why for why in problems])
 
 
