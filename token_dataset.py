@@ -9,6 +9,11 @@ The published format (SeiT, arXiv 2303.11114, sec. 3):
     codebook.ckpt       torch.save of a (K, d) float tensor.
     synonyms.json       {"code": [other codes, best first], ...}
 
+What is ours is said in a card beside the stream, NAME.json, as scripts/tokenize_images.py writes it; a set without one
+is a published one. "format": "uint16-le" there means that the stream holds little-endian 16-bit codes, two bytes each,
+for codebooks of more than 510 rows. A set may also come as shards, each a whole set: wherever a token or label file is
+asked for, a glob or a comma-separated list will do.
+
 The stream is decoded once a node into a memory-mapped uint16 array that all ranks share; a batch is then one
 `codes[indices]`. ImageNet-1k is 1.28 M x 1024 codes: 2.6 GB on disk, and in memory only what the page cache keeps.
 """
@@ -24,10 +29,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils import InputError, atomic_path, load_torch, one_first, read_json, say, write_text
+from utils import InputError, atomic_path, expand_files, load_torch, one_first, read_json, say, write_text
 
 ESCAPE = 255
 MAX_CODE = ESCAPE + ESCAPE - 1
+BYTES, UINT16 = FORMATS = 'escaped-bytes', 'uint16-le'
 CHUNK_BYTES = 1 << 24  # of stream decoded at a time: bounds memory, long enough for numpy to be fast
 
 
@@ -69,6 +75,20 @@ def encode_codes(codes):
     return stream, index
 
 
+def encode_uint16(codes):
+    """As `encode_codes`, in the 16-bit format: codes (N, n) integers in [0, 65535]."""
+    codes = np.asarray(codes)
+    if codes.size and not 0 <= codes.min() <= codes.max() <= 0xffff:
+        raise ValueError(f'codes run from {codes.min()} to {codes.max()}; the format holds 0 to {0xffff}')
+    index = np.arange(len(codes) + 1, dtype=np.int64) * 2 * codes.shape[1]
+    return codes.astype('<u2').view(np.uint8).ravel(), index
+
+
+def format_for(codebook_size):
+    """The format for codes of a codebook: the published one where it can hold them."""
+    return BYTES if codebook_size <= MAX_CODE + 1 else UINT16
+
+
 def index_path(token_file):
     """Path of the index that belongs to a token file. Raises InputError for a name without 'data.bin'."""
     path = Path(token_file)
@@ -77,22 +97,39 @@ def index_path(token_file):
     return path.with_name(path.name.replace('data.bin', 'index.npy'))
 
 
+def card_path(token_file):
+    """Path of the JSON card that may lie beside a token file."""
+    index_path(token_file)  # for its complaint
+    path = Path(token_file)
+    return path.with_name(re.sub(r'data\.bin(\.gz)?', 'json', path.name))
+
+
 def gzip_bytes(data):
     """gzip without name or time, so that equal content gives equal files."""
     return gzip.compress(data, compresslevel=9, mtime=0)
 
 
-def write_tokens(token_file, label_file, codes, labels):
-    """Write the three published files, each atomically.
+def write_tokens(token_file, label_file, codes, labels, format=BYTES):
+    """Write the three files of a set, each atomically.
 
-    Args: codes (N, n) integers in [0, 509]; labels (N,) integers.
+    Args: codes: (N, n) integers, or an iterable of such runs of images, for what does not fit in memory;
+        labels (N,) integers; format: of FORMATS. UINT16 is read back only with a card that says so.
+    Raises ValueError for a code that the format cannot hold.
     """
-    stream, index = encode_codes(codes)
+    encode = encode_codes if format == BYTES else encode_uint16
+    offsets, end = [np.zeros(1, np.int64)], 0
+    with atomic_path(token_file) as temporary, open(temporary, 'wb') as file:
+        pack = zlib.compressobj(9, zlib.DEFLATED, 31)  # 31: as gzip, without name or time
+        for run in [codes] if isinstance(codes, np.ndarray) else codes:
+            stream, index = encode(run)
+            offsets.append(index[1:] + end)
+            end += index[-1]
+            file.write(pack.compress(stream.tobytes()))
+        file.write(pack.flush())
     npy = io.BytesIO()
-    np.save(npy, index)
-    for path, data in ((token_file, stream.tobytes()), (index_path(token_file), npy.getvalue())):
-        with atomic_path(path) as temporary:
-            Path(temporary).write_bytes(gzip_bytes(data))
+    np.save(npy, np.concatenate(offsets))
+    with atomic_path(index_path(token_file)) as temporary:
+        Path(temporary).write_bytes(gzip_bytes(npy.getvalue()))
     write_text(label_file, ''.join(f'{label}\n' for label in labels))
 
 
@@ -110,6 +147,19 @@ def reading_gzip(path):
         raise InputError(f'{path}: damaged or truncated gzip ({error}); fetch or make it again') from None
     except OSError as error:
         raise InputError(f'{path}: {error.strerror or error}') from None
+
+
+def read_card(token_file):
+    """The card of a token file, {} where there is none. Raises InputError unless it is an object of a known format."""
+    path = card_path(token_file)
+    if not path.exists():
+        return {}
+    card = read_json(path)
+    if not isinstance(card, dict) or card.get('format', BYTES) not in FORMATS:
+        what = f'format {card.get("format")!r}' if isinstance(card, dict) else 'no object'
+        raise InputError(f'{path}: {what} is none of the token formats read here ({", ".join(FORMATS)}); '
+                         'fetch or make the set again, or update this program')
+    return card
 
 
 def read_index(token_file):
@@ -192,8 +242,8 @@ def _image_chunks(index):
         first = last
 
 
-def _decode_images(token_file, data, offsets, first, n):
-    """Codes (images, n) of the images whose bytes `data` holds; n is None until the first image tells it."""
+def _split_bytes(token_file, data, offsets, first):
+    """Codes and the number of codes of each image, from the escaped bytes `data` of images `first` and on."""
     try:
         codes, is_code = decode_stream(data)
     except ValueError:
@@ -202,7 +252,20 @@ def _decode_images(token_file, data, offsets, first, n):
     if data[offsets[1:] - 1].max() == ESCAPE:
         bad = first + int(np.argmax(data[offsets[1:] - 1] == ESCAPE))
         raise InputError(f'{token_file}: image {bad} ends in a dangling escape byte')
-    lengths = np.add.reduceat(is_code, offsets[:-1], dtype=np.int64)
+    return codes, np.add.reduceat(is_code, offsets[:-1], dtype=np.int64)
+
+
+def _split_uint16(token_file, data, offsets, first):
+    """As `_split_bytes`, from 16-bit codes."""
+    if (offsets % 2).any():
+        bad = first + int(np.argmax(offsets[1:] % 2))
+        raise InputError(f'{token_file}: image {bad} has an odd number of bytes, where its card says {UINT16}')
+    return data.view('<u2'), np.diff(offsets) // 2
+
+
+def _decode_images(token_file, data, offsets, first, n, split):
+    """Codes (images, n) of the images whose bytes `data` holds; n is None until the first image tells it."""
+    codes, lengths = split(token_file, data, offsets, first)
     n = n or int(lengths[0])
     if round(n ** 0.5) ** 2 != n:
         raise InputError(f'{token_file}: image {first} has {n} codes, which is no square grid')
@@ -212,11 +275,22 @@ def _decode_images(token_file, data, offsets, first, n):
     return codes.reshape(-1, n)
 
 
+def _check_card(token_file, card, images, n):
+    """InputError where a card says other things than the stream it belongs to."""
+    found = {'images': images, 'grid': round(n ** 0.5)}
+    for key, value in found.items():
+        if card.get(key, value) != value:
+            raise InputError(f'{card_path(token_file)}: says {key} {card[key]!r}, but {token_file} has {value}: '
+                             'the card is of another set, or the set is damaged')
+
+
 def decode_images(token_file, index):
     """Yield (first, codes) for runs of images: codes (m, n) uint16, n the same square for all.
 
     Reads the gzip as a stream, so memory stays at a few times CHUNK_BYTES. Raises InputError.
     """
+    card = read_card(token_file)
+    split = _split_uint16 if card.get('format') == UINT16 else _split_bytes
     n = None
     with reading_gzip(token_file) as file:
         for first, last in _image_chunks(index):
@@ -225,8 +299,10 @@ def decode_images(token_file, index):
             if len(data) < size:
                 raise InputError(f'{token_file}: the stream ends at byte {index[first] + len(data)}, but its index '
                                  f'says {index[-1]}: one of the two is truncated or of another file')
-            codes = _decode_images(token_file, data, index[first:last + 1] - index[first], first, n)
-            n = codes.shape[1]
+            codes = _decode_images(token_file, data, index[first:last + 1] - index[first], first, n, split)
+            if n is None:
+                n = codes.shape[1]
+                _check_card(token_file, card, len(index) - 1, n)
             yield first, codes
         if file.read(1):
             raise InputError(f'{token_file}: the stream goes on after byte {index[-1]}, where its index ends')
@@ -245,31 +321,39 @@ def _identity(path):
         raise InputError(f'{path}: {error.strerror}') from None
 
 
-def cache_path(token_file, folder=''):
-    """Where the decoded codes of a token file belong; the name changes with the content of the file and its index."""
-    token_file = Path(token_file).absolute()
-    key = hashlib.sha256(repr([_identity(p) for p in (token_file, index_path(token_file))]).encode()).hexdigest()[:16]
-    place = hashlib.sha256(str(token_file).encode()).hexdigest()[:8]
-    stem = token_file.name.replace('.data.bin.gz', '').replace('.gz', '')
-    return Path(folder or token_file.parent) / f'{stem}.{place}.codes-{key}.npy'
+def cache_path(token_files, folder=''):
+    """Where the decoded codes of token files belong; the name changes with what they are decoded from."""
+    token_files = [Path(path).absolute() for path in token_files]
+    said = [(read_card(path).get('format', BYTES), _identity(path), _identity(index_path(path)))
+            for path in token_files]
+    key = hashlib.sha256(repr(said).encode()).hexdigest()[:16]
+    place = hashlib.sha256('\0'.join(map(str, token_files)).encode()).hexdigest()[:8]
+    stem = token_files[0].name.replace('.data.bin.gz', '').replace('.gz', '')
+    return Path(folder or token_files[0].parent) / f'{stem}.{place}.codes-{key}.npy'
 
 
-def _fill(token_file, index, allocate):
+def _fill(token_files, allocate):
     """Decode every image into the array that `allocate((N, n))` returns once the grid is known."""
-    codes = None
-    for first, chunk in decode_images(token_file, index):
-        if codes is None:
-            codes = allocate((len(index) - 1, chunk.shape[1]))
-        codes[first:first + len(chunk)] = chunk
+    indices = [read_index(path) for path in token_files]
+    codes, start = None, 0
+    for path, index in zip(token_files, indices):
+        for first, run in decode_images(path, index):
+            if codes is None:
+                codes = allocate((sum(len(i) - 1 for i in indices), run.shape[1]))
+            if run.shape[1] != codes.shape[1]:
+                raise InputError(f'{path}: {run.shape[1]} codes an image, where {token_files[0]} has {codes.shape[1]}: '
+                                 'they are no shards of one set')
+            codes[start + first:start + first + len(run)] = run
+        start += len(index) - 1
     return codes
 
 
-def build_cache(token_file, path):
-    """Decode a token file into the .npy at `path`, atomically; older caches of the same file are removed."""
-    index = read_index(token_file)
-    say(f'decoding {token_file} into {path}')
+def build_cache(token_files, path):
+    """Decode token files into the .npy at `path`, atomically; older caches of the same files are removed."""
+    more = f' and {len(token_files) - 1} more' if len(token_files) > 1 else ''
+    say(f'decoding {token_files[0]}{more} into {path}')
     with atomic_path(path) as temporary:
-        codes = _fill(token_file, index, lambda shape: np.lib.format.open_memmap(temporary, 'w+', np.uint16, shape))
+        codes = _fill(token_files, lambda shape: np.lib.format.open_memmap(temporary, 'w+', np.uint16, shape))
         codes.flush()
     for old in path.parent.glob(path.name.split('.codes-')[0] + '.codes-*.npy'):
         if old != path:
@@ -278,18 +362,21 @@ def build_cache(token_file, path):
 
 
 def open_codes(token_file, cache=''):
-    """The codes of a token file, (N, n) uint16.
+    """The codes of a token set, (N, n) uint16; those of shards one after the other.
 
-    Args: cache: folder of the decoded file; '' puts it beside the token file; 'none' decodes into this
-        process's own memory instead.
+    Args:
+        token_file: a path, a glob or a comma-separated list.
+        cache: folder of the decoded file; '' puts it beside the (first) token file; 'none' decodes into this
+            process's own memory instead.
     Collective: with several ranks, the first of each node decodes and all map the same file.
     """
+    token_files = expand_files(token_file)
     if cache == 'none':
-        return _fill(token_file, read_index(token_file), lambda shape: np.empty(shape, np.uint16))
-    path = cache_path(token_file, cache)
+        return _fill(token_files, lambda shape: np.empty(shape, np.uint16))
+    path = cache_path(token_files, cache)
     with one_first(int(os.environ.get('LOCAL_RANK', 0)) == 0):
         if not path.exists():
-            build_cache(token_file, path)
+            build_cache(token_files, path)
     return np.load(path, mmap_mode='r')
 
 
@@ -297,31 +384,37 @@ class TokenDataset:
     """Token grids and their classes, fetched whole batches at a time.
 
     Args:
-        token_file, label_file: see the module's docstring.
+        token_file, label_file: see the module's docstring; for shards, globs or comma-separated lists of as many files.
         codebook_size: rows of the codebook; a code beyond it is an InputError.
         cache: see `open_codes`.
     Attributes: codes (N, n) uint16, mapped; labels (N,) int64; grid: side of the token grid, n = grid².
     """
 
     def __init__(self, token_file, label_file, codebook_size, cache=''):
-        self.token_file = token_file
-        self.labels = read_labels(label_file)
+        self.token_files, label_files = expand_files(token_file), expand_files(label_file)
+        if len(self.token_files) != len(label_files):
+            raise InputError(f'{token_file}: {len(self.token_files)} token files, but {label_file} is '
+                             f'{len(label_files)} label files: give one for each, in the same order')
+        labels = [read_labels(path) for path in label_files]
+        self.labels = np.concatenate(labels)
         self.codes = open_codes(token_file, cache)
-        if len(self.codes) != len(self.labels):
-            raise InputError(f'{label_file}: {len(self.labels)} labels for the {len(self.codes)} images of '
-                             f'{token_file}')
         self.grid = int(round(self.codes.shape[1] ** 0.5))
-        largest = int(self.codes.max())  # also brings the map into the page cache, in one sequential read
-        if largest >= codebook_size:
-            raise InputError(f'{token_file}: holds code {largest}, but the codebook has {codebook_size} rows; '
-                             'give the codebook the tokens were made with')
+        counts = [len(self.codes)] if len(labels) == 1 else [len(read_index(path)) - 1 for path in self.token_files]
+        for tokens, count, label_path, own in zip(self.token_files, counts, label_files, labels):
+            if count != len(own):
+                raise InputError(f'{label_path}: {len(own)} labels for the {count} images of {tokens}')
+        for tokens, end, count in zip(self.token_files, np.cumsum(counts), counts):
+            largest = int(self.codes[end - count:end].max())  # also brings the map into the page cache, in one pass
+            if largest >= codebook_size:
+                raise InputError(f'{tokens}: holds code {largest}, but the codebook has {codebook_size} rows; '
+                                 'give the codebook the tokens were made with')
 
     def __len__(self):
         return len(self.codes)
 
     def bytes_on_disk(self):
-        """Size in bytes of the token file and its index."""
-        return os.path.getsize(self.token_file) + os.path.getsize(index_path(self.token_file))
+        """Size in bytes of the token files and their indices."""
+        return sum(os.path.getsize(path) + os.path.getsize(index_path(path)) for path in self.token_files)
 
     def batch(self, indices):
         """codes (B, grid, grid) uint16 and labels (B,) int64, CPU tensors, of images `indices` (B,) int64."""

@@ -1,6 +1,8 @@
 """What every program here shares: errors for users, processes, files, seeds."""
 import argparse
 import contextlib
+import glob
+import hashlib
 import http.client
 import json
 import os
@@ -22,6 +24,10 @@ class InputError(Exception):
     """A mistake in what the user gave. The message is one line: what, which file, what to do."""
 
 
+class RankError(InputError):
+    """A mistake that this rank alone meets, such as one bad image of many: reported whatever the rank."""
+
+
 def run(main, *args):
     """Call `main(*args)`; an InputError becomes one line on standard error and exit code 2.
 
@@ -30,7 +36,8 @@ def run(main, *args):
     try:
         main(*args)
     except InputError as error:
-        if int(os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', 0))) == 0:
+        local_rank = int(os.environ.get('LOCAL_RANK', os.environ.get('SLURM_LOCALID', 0)))
+        if local_rank == 0 or isinstance(error, RankError):
             print(f'error: {error}', file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
@@ -143,6 +150,35 @@ def seed_step(seed, epoch, step, rank_, generator):
 
 # ---------------------------------------------------------------- files
 
+def expand_files(spec):
+    """The files that a path, a glob (sorted) or a comma-separated list of both names, as a list of Paths.
+
+    '{000..146}' counts, as in the names of tar shards. Raises InputError when a glob matches nothing.
+    """
+    if os.path.exists(spec):
+        return [Path(spec)]  # whatever characters its name has
+    files = []
+    for word in filter(None, (word.strip() for word in str(spec).split(','))):
+        found = [path for pattern in _count_braces(word)
+                 for path in (sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern])]
+        if not found:
+            raise InputError(f'{word}: no file matches')
+        files += map(Path, found)
+    if not files:
+        raise InputError(f'{str(spec)!r} names no file')
+    return files
+
+
+def _count_braces(pattern):
+    """'a-{00..02}.tar' as ['a-00.tar', 'a-01.tar', 'a-02.tar']; other words as they are, in a list."""
+    match = re.search(r'\{(\d+)\.\.(\d+)\}', pattern)
+    if not match:
+        return [pattern]
+    first, last = match.groups()
+    return [word for number in range(int(first), int(last) + 1)
+            for word in _count_braces(f'{pattern[:match.start()]}{number:0{len(first)}d}{pattern[match.end():]}')]
+
+
 @contextlib.contextmanager
 def atomic_path(path):
     """Yield a temporary path beside `path`; on success flush it to disk and rename it, else remove it.
@@ -200,6 +236,18 @@ def download(url, folder):
     except (OSError, http.client.HTTPException) as error:
         raise InputError(f'{url}: cannot be fetched ({error})') from None
     return path
+
+
+def sha256(path):
+    """SHA-256 of a file, in hexadecimal. Raises InputError."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, 'rb') as file:
+            for block in iter(lambda: file.read(1 << 20), b''):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f'{path}: {error.strerror}') from None
+    return digest.hexdigest()
 
 
 def load_torch(path, what):

@@ -7,7 +7,6 @@
 Prints text for people, then one JSON line. The codes are decoded in memory (2 bytes each); no cache is written.
 """
 import argparse
-import glob
 import json
 import math
 import os
@@ -21,8 +20,8 @@ from torchvision.utils import make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from image_tokenizer import image_transform, load_tokenizer, open_image_folder  # noqa: E402
-from token_dataset import index_path, load_codebook, open_codes, read_index, read_labels  # noqa: E402
-from utils import InputError, atomic_path, read_json, run  # noqa: E402
+from token_dataset import index_path, load_codebook, open_codes, read_card, read_index, read_labels  # noqa: E402
+from utils import InputError, atomic_path, expand_files, run  # noqa: E402
 
 IMAGES_AT_ONCE = 4096  # counted at a time: bounds memory
 PATCH_SIZE = 8  # pixels a code covers where no tokenizer says so (the published one)
@@ -32,7 +31,7 @@ def get_args_parser():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add('--token-file', required=True, metavar='FILE', help='NAME.data.bin.gz')
+    add('--token-file', required=True, metavar='FILE', help='NAME.data.bin.gz, or a glob of shards')
     add('--codebook-path', required=True, metavar='FILE')
     add('--label-file', metavar='FILE', help='adds images a class')
     add('--data-path', metavar='DIR', help='class folders of images the tokens were made from: adds their bytes')
@@ -43,11 +42,6 @@ def get_args_parser():
 
 
 # ---------------------------------------------------------------- numbers
-
-def files_of(spec):
-    """The files that a path or a glob names, sorted."""
-    return sorted(map(Path, glob.glob(spec))) or [Path(spec)]
-
 
 def count_codes(codes, codebook_size):
     """Uses of each code, (K,) int64, in codes (N, n) uint16. Raises ValueError for a code beyond the codebook."""
@@ -69,9 +63,8 @@ def source_bytes(files, folder):
     """Bytes of the source images: of the files in `folder`, else as the cards beside the tokens say, else None."""
     if folder:
         return sum(os.path.getsize(path) for path, _ in folder.samples)
-    cards = [file.with_name(file.name.replace('data.bin.gz', 'json')) for file in files]
-    cards = [read_json(card) if card.exists() else {} for card in cards]
-    if all(isinstance(card, dict) and type(card.get('source_bytes')) is int for card in cards):
+    cards = [read_card(file) for file in files]
+    if all(type(card.get('source_bytes')) is int for card in cards):
         return sum(card['source_bytes'] for card in cards)
 
 
@@ -102,7 +95,7 @@ def summarise(files, folder, codes, counts):
 
 def count_classes(label_file, images):
     """Images of each class, {class: count}. Raises InputError unless there is a label for each image."""
-    labels = np.concatenate([read_labels(file) for file in files_of(label_file)])
+    labels = np.concatenate([read_labels(file) for file in expand_files(label_file)])
     if len(labels) != images:
         raise InputError(f'{label_file}: {len(labels)} labels for {images} images; give the labels of this token file')
     return dict(zip(*(values.tolist() for values in np.unique(labels, return_counts=True))))
@@ -190,7 +183,7 @@ def main(args):
     if folder and len(folder) != len(codes):
         raise InputError(f'{args.data_path}: {len(folder)} images, but {args.token_file} holds {len(codes)}; give the '
                          'folder the tokens were made from')
-    summary = summarise(files_of(args.token_file), folder, codes, counts)
+    summary = summarise(expand_files(args.token_file), folder, codes, counts)
     if args.label_file:
         summary['class_counts'] = count_classes(args.label_file, len(codes))
     print('\n'.join(describe(summary)))

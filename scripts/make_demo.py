@@ -73,6 +73,8 @@ def main(args):
                    '--output-dir', output)
         script('build_synonyms.py', '--codebook-path', output / 'codebook.ckpt', '--output', output / 'synonyms.json')
         for split in ('train', 'val'):
+            for old in output.glob(f'fashion-{split}-[tl]*'):  # tokenize_images.py refuses to overwrite another set
+                old.unlink()
             script('tokenize_images.py', '--data-path', images / split, '--name', f'fashion-{split}', '--output-dir',
                    output, '--tokenizer-path', output / 'tokenizer.pt', '--codebook-path', output / 'codebook.ckpt',
                    '--image-size', args.image_size, '--device', 'cpu')

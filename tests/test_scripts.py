@@ -18,7 +18,7 @@ import inspect_tokens
 from conftest import ROOT
 from image_tokenizer import image_transform, load_tokenizer, quantize
 from test_token_dataset import slow_decode
-from token_dataset import index_path, load_codebook, load_synonyms, write_tokens
+from token_dataset import index_path, load_codebook, load_synonyms, open_codes, write_tokens
 from utils import InputError
 from vitvqgan import Size, ViTVQGAN
 
@@ -237,6 +237,21 @@ def test_counting_in_runs_is_counting_at_once(monkeypatch):
     assert inspect_tokens.count_codes(codes, 9000).tolist() == np.bincount(codes.ravel(), minlength=9000).tolist()
     with pytest.raises(ValueError, match=f'holds code {codes.max()}, but the codebook has 5 rows'):
         inspect_tokens.count_codes(codes, 5)
+
+
+def test_shards_are_one_set(fitted, tmp_path, capsys):
+    codes = open_codes(fitted / 'my-token.data.bin.gz', 'none')
+    for name, part in (('s-0', codes[:20]), ('s-1', codes[20:])):
+        write_tokens(tmp_path / f'{name}-token.data.bin.gz', tmp_path / f'{name}-label.txt', part, [7] * len(part))
+        (tmp_path / f'{name}-token.json').write_text('{"source_bytes": 1200}')
+    flags = ['--codebook-path', fitted / 'codebook.ckpt', '--label-file', tmp_path / 's-*-label.txt']
+    _, found = inspect(tmp_path, capsys, *flags, name='s-*')
+    _, whole = inspect(fitted, capsys)
+    assert found['class_counts'] == {'7': 24} and found['bytes_per_image']['source'] == 100
+    assert [found[key] for key in ('images', 'grid', 'code_counts')] == [24, 8, whole['code_counts']]
+    assert found['bytes_per_image']['raw'] == whole['bytes_per_image']['raw']
+    (tmp_path / 's-1-token.json').unlink()
+    assert 'source' not in inspect(tmp_path, capsys, *flags, name='s-*')[1]['bytes_per_image']
 
 
 @pytest.mark.parametrize('counts, bits', [([5, 0, 0], 0), ([3, 3, 3, 3], 2), ([2, 1, 1, 0], 1.5)])

@@ -97,6 +97,110 @@ def test_many_chunks_decode_like_one(tmp_path, monkeypatch):
     assert np.array_equal(td.open_codes(tokens, 'none'), x)
 
 
+def test_runs_of_images_are_written_like_one_array(tmp_path):
+    (tokens, labels), x, y = make_set(tmp_path, n=50)
+    stream, index = td.encode_codes(x)
+    assert tokens.read_bytes() == td.gzip_bytes(stream.tobytes())
+    runs = tmp_path / 'runs-token.data.bin.gz'
+    td.write_tokens(runs, tmp_path / 'runs-label.txt', (x[i:i + 7] for i in range(0, 50, 7)), y)
+    assert np.array_equal(td.read_index(runs), index) and gzip.decompress(runs.read_bytes()) == stream.tobytes()
+
+
+# ---------------------------------------------------------------- 16-bit codes and the card that says so
+
+def make_wide_set(folder, n=12, grid=4, codes=8192, name='w', **card):
+    x = np.random.default_rng(1).integers(0, codes, (n, grid * grid))
+    x[0, 0] = codes - 1
+    files = folder / f'{name}-token.data.bin.gz', folder / f'{name}-label.txt'
+    td.write_tokens(*files, x, np.zeros(n, int), td.UINT16)
+    td.card_path(files[0]).write_text(json.dumps({'format': td.UINT16, **card}))
+    return files, x
+
+
+@pytest.mark.parametrize('codes', [511, 65536])
+def test_16_bit_codes_round_trip(tmp_path, codes, monkeypatch):
+    files, x = make_wide_set(tmp_path, codes=codes, images=12, grid=4)
+    assert gzip.decompress(files[0].read_bytes()) == x.astype('<u2').tobytes()
+    assert np.array_equal(td.read_index(files[0]), np.arange(13) * 32)  # offsets stay in bytes
+    assert np.array_equal(td.TokenDataset(*files, codes, tmp_path / 'cache').codes, x)
+    monkeypatch.setattr(td, 'CHUNK_BYTES', 70)
+    assert np.array_equal(td.open_codes(files[0], 'none'), x)
+    with pytest.raises(ValueError, match='0 to 65535'):
+        td.encode_uint16(np.array([[65536]]))
+
+
+def test_formats_by_size_of_the_codebook():
+    assert [td.format_for(k) for k in (1, 510, 511, 8192)] == [td.BYTES, td.BYTES, td.UINT16, td.UINT16]
+
+
+def test_the_card_is_checked_and_its_format_part_of_the_cache(tmp_path):
+    files, x = make_wide_set(tmp_path)
+    card = td.card_path(files[0])
+    assert card.name == 'w-token.json'
+    load = lambda: td.TokenDataset(*files, 8192, tmp_path / 'cache')  # noqa: E731
+    load()
+    for text, words in (('{', 'not JSON'), ('[]', 'no object'), ('{"format": "uint32"}', 'uint32.*escaped-bytes'),
+                        ('{"format": ["uint16-le"]}', 'none of the token formats'),
+                        ('{"format": "uint16-le", "images": 13}', 'says images 13.*has 12'),
+                        ('{"format": "uint16-le", "grid": 32}', 'says grid 32.*has 4'),
+                        ('{"grid": 4}', 'escape|codes')):  # no format: the published one, which this is not
+        card.write_text(text)
+        for cached in [*(tmp_path / 'cache').iterdir()] if 'uint16' in text else []:
+            cached.unlink()
+        fails(load, words)
+    card.unlink()
+    fails(load, 'w-token.data.bin.gz', 'escape|codes')
+    card.write_text('{"format": "uint16-le"}')
+    td.write_tokens(*files, x % 300, np.zeros(12, int))  # escaped bytes under a card of 16-bit codes
+    fails(load, 'w-token.data.bin.gz', 'odd number|codes')
+
+
+# ---------------------------------------------------------------- shards
+
+def make_shards(folder, sizes=(5, 4, 3), **kwargs):
+    """Three shards, named out of order, and what they hold together in the order of their names."""
+    sets = [make_set(folder, n, name=f's-{i}', seed=i, **kwargs) for i, n in reversed([*enumerate(sizes)])][::-1]
+    return [files for files, *_ in sets], *(np.concatenate([s[i] for s in sets]) for i in (1, 2))
+
+
+def test_shards_read_as_one_set(tmp_path):
+    files, x, y = make_shards(tmp_path)
+    tokens, labels = f'{tmp_path}/s-*-token.data.bin.gz', f'{tmp_path}/s-*-label.txt'
+    for cache in ('none', tmp_path / 'cache'):
+        data = td.TokenDataset(tokens, labels, 391, cache)
+        assert np.array_equal(data.codes, x) and np.array_equal(data.labels, y)
+    assert len([*(tmp_path / 'cache').iterdir()]) == 1  # one file for all
+    assert data.bytes_on_disk() == sum(p.stat().st_size for f, _ in files for p in (f, td.index_path(f)))
+    data = td.TokenDataset(','.join(str(f) for f, _ in files[::-1]), ', '.join(str(f) for _, f in files[::-1]), 391)
+    assert np.array_equal(data.codes, np.r_[x[9:], x[5:9], x[:5]])  # a list keeps its order
+    make_set(tmp_path, 4, name='s-1', seed=9)  # a changed shard is never served stale
+    assert not np.array_equal(td.open_codes(tokens, tmp_path / 'cache'), x)
+    assert len([*(tmp_path / 'cache').iterdir()]) == 1
+
+
+def test_shards_of_both_formats_read_together(tmp_path):
+    (a, la), x, _ = make_set(tmp_path)
+    (b, lb), w = make_wide_set(tmp_path)
+    assert np.array_equal(td.TokenDataset(f'{a},{b}', f'{la},{lb}', 8192).codes, np.r_[x, w])
+
+
+def test_bad_shards_are_named(tmp_path):
+    files, x, y = make_shards(tmp_path)
+    tokens, labels = f'{tmp_path}/s-*-token.data.bin.gz', f'{tmp_path}/s-*-label.txt'
+    load = lambda k=391: td.TokenDataset(tokens, labels, k, 'none')  # noqa: E731
+    fails(lambda: td.TokenDataset(f'{tmp_path}/t-*-token.data.bin.gz', labels, 391), r't-\*.*no file matches')
+    fails(lambda: td.TokenDataset(tokens, files[0][1], 391), '3 token files', '1 label files')
+    shard = ([0] * 5 + [1] * 4 + [2] * 3)[int(x.max(1).argmax())]
+    fails(lambda: load(int(x.max())), f's-{shard}-token.*holds code {x.max()}')
+    files[1][1].write_text('1\n')
+    files[2][1].write_text('1\n' * 6)  # as many labels as images in all, but not in each
+    fails(load, r's-1-label.txt: 1 labels for the 4 images of .*s-1-token')
+    make_set(tmp_path, 4, grid=5, name='s-1')
+    fails(load, 's-1-token.*25 codes.*s-0-token.*16')
+    files[1][0].write_bytes(b'junk')
+    fails(load, 's-1-token', 'gzip')
+
+
 # ---------------------------------------------------------------- dataset and cache
 
 def test_batches_come_in_order_and_whole(tmp_path):
