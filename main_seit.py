@@ -61,6 +61,9 @@ def get_args_parser():
     add('--token-synonym-dict', default='tokens/synonyms.json', metavar='FILE')
     add('--token-cache', default='', metavar='DIR',
         help="where token files are decoded to: a folder, '' for beside the token file, 'none' for memory only")
+    add('--data-device', default='auto', choices=['auto', 'cpu', 'cuda'],
+        help='where tokens live: all on the GPU, or in the map; auto: on the GPU if they take a quarter of its free '
+        'memory at most')
     add('--nb-classes', type=int, help='default: the largest label + 1, or what the checkpoint has under --eval')
     add('--pin-mem', action=ON_OFF, default=True, help='copy batches to a GPU from page-locked memory')
 
@@ -199,6 +202,21 @@ def count_classes(args, datasets, checkpoint):
             raise InputError(f'{getattr(args, split + "_label_file")}: holds class {largest}, but there are {known} '
                              'classes (0 to {}): fix the labels or give --nb-classes'.format(known - 1))
     return known
+
+
+def place_data(args, datasets, device):
+    """--data-device: keep the tokens on the GPU, or leave them in the map. Prints what was chosen, and why."""
+    if args.data_device == 'cuda' and device.type != 'cuda':
+        raise InputError(f'--data-device cuda needs --device cuda, not {device}')
+    if device.type != 'cuda' or args.data_device == 'cpu':
+        return
+    needed, free = sum(data.codes.nbytes for data in datasets.values()), torch.cuda.mem_get_info(device)[0]
+    resident = args.data_device == 'cuda' or needed <= free / 4
+    say(f'data: {needed / 1e9:.2f} GB of tokens, {free / 1e9:.1f} GB free on the GPU: '
+        + ('they live there' if resident else 'they stay in the memory map'))
+    if resident:
+        for data in datasets.values():
+            data.keep_on(device)
 
 
 def make_augment(args, codebook, grid, size, device):
@@ -500,6 +518,7 @@ def main(args):
             raise InputError(f'{args.train_token_file}: {len(datasets["train"])} images make no batch of '
                              f'{args.batch_size} x {args.accum_iter} on {world_size()} processes: lower --batch-size')
     describe(args, model, datasets, classes, size, steps, device)
+    place_data(args, datasets, device)
     if args.eval:
         load_weights(model, checkpoint['model'], resume)
         ema = None

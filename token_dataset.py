@@ -24,6 +24,7 @@ import io
 import os
 import re
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -398,6 +399,7 @@ class TokenDataset:
         labels = [read_labels(path) for path in label_files]
         self.labels = np.concatenate(labels)
         self.codes = open_codes(token_file, cache)
+        self.resident = None
         self.grid = int(round(self.codes.shape[1] ** 0.5))
         counts = [len(self.codes)] if len(labels) == 1 else [len(read_index(path)) - 1 for path in self.token_files]
         for tokens, count, label_path, own in zip(self.token_files, counts, label_files, labels):
@@ -422,13 +424,37 @@ class TokenDataset:
         codes = torch.from_numpy(self.codes[indices]).view(-1, self.grid, self.grid)
         return codes, torch.from_numpy(self.labels[indices])
 
-    def batches(self, indices, batch_size, device, pin_memory=False, drop_last=False):
-        """Yield `batch` after `batch` of `indices` on `device`; only codes and labels travel.
+    def keep_on(self, device):
+        """Hold a copy of all codes and labels on `device`: a batch is then one gather there."""
+        codes = torch.from_numpy(np.array(self.codes)).view(torch.int16)  # many operations lack uint16
+        self.resident = codes.to(device), torch.from_numpy(self.labels).to(device)
 
-        With pinned memory the copies are asynchronous: while a GPU computes, the next batches queue up behind it.
+    def batches(self, indices, batch_size, device, pin_memory=False):
+        """Yield codes (B, grid, grid) uint16 and labels (B,) int64 on `device`, for batch after batch of `indices`.
+
+        From what `keep_on` left there; else from the map, for a GPU one batch ahead and, with `pin_memory`, through
+        page-locked memory, so that the copy overlaps with computing. Only codes and labels travel.
         """
-        end = len(indices) // batch_size * batch_size if drop_last else len(indices)
-        pin = pin_memory and device.type == 'cuda'
-        for start in range(0, end, batch_size):
-            batch = self.batch(indices[start:min(start + batch_size, end)])
-            yield tuple((t.pin_memory() if pin else t).to(device, non_blocking=pin) for t in batch)
+        slices = [indices[start:start + batch_size] for start in range(0, len(indices), batch_size)]
+        if self.resident:
+            yield from self._resident_batches(indices, batch_size)
+        elif device.type == 'cpu':
+            yield from map(self.batch, slices)
+        else:
+            yield from self._travelling_batches(slices, device, pin_memory)
+
+    def _resident_batches(self, indices, batch_size):
+        codes, labels = self.resident
+        for chosen in torch.from_numpy(np.asarray(indices)).to(codes.device).split(batch_size):
+            yield codes[chosen].view(torch.uint16).view(-1, self.grid, self.grid), labels[chosen]
+
+    def _travelling_batches(self, slices, device, pin_memory):
+        def load(chosen):
+            return [t.pin_memory() if pin_memory else t for t in self.batch(chosen)]
+
+        with ThreadPoolExecutor(1) as ahead:
+            waiting = None
+            for chosen in [*slices, None]:
+                ready, waiting = waiting, ahead.submit(load, chosen) if chosen is not None else None
+                if ready:
+                    yield tuple(t.to(device, non_blocking=pin_memory) for t in ready.result())

@@ -213,7 +213,39 @@ def test_batches_come_in_order_and_whole(tmp_path):
     assert got[0][0].dtype == torch.uint16 and got[0][0].shape == (5, 4, 4)
     assert np.array_equal(torch.cat([c for c, _ in got]).numpy().reshape(23, 16), x[indices])
     assert np.array_equal(torch.cat([l for _, l in got]).numpy(), y[indices])
-    assert len(list(data.batches(indices, 5, torch.device('cpu'), drop_last=True))) == 4
+
+
+def test_resident_and_travelling_batches_equal_mapped_ones(tmp_path):
+    files, *_ = make_set(tmp_path, n=23, codes=510)
+    data = td.TokenDataset(*files, 510)
+    indices = np.random.default_rng(1).permutation(23)[:17]
+    cpu = torch.device('cpu')
+    mapped = list(data.batches(indices, 5, cpu))
+    travelled = list(data._travelling_batches([indices[i:i + 5] for i in range(0, 17, 5)], cpu, False))
+    data.keep_on(cpu)
+    resident = list(data.batches(indices, 5, cpu))
+    for other in (travelled, resident):
+        assert len(other) == len(mapped)
+        for (a, la), (b, lb) in zip(mapped, other):
+            assert a.dtype == b.dtype and torch.equal(a.int(), b.int()) and torch.equal(la, lb)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs CUDA')
+def test_batches_on_cuda_equal_mapped_ones(tmp_path):
+    files, *_ = make_set(tmp_path, n=23, codes=510)
+    indices, gpu = np.arange(23)[::-1].copy(), torch.device('cuda', 0)
+    data = td.TokenDataset(*files, 510)
+    results = [list(data.batches(indices, 5, gpu, pin)) for pin in (False, True)]
+    data.keep_on(gpu)
+    results.append(list(data.batches(indices, 5, gpu)))
+    for got in results:
+        for (a, la), (b, lb) in zip(data_on_cpu(files, indices), got):
+            assert a.is_cuda is False and b.is_cuda and torch.equal(a.int(), b.int().cpu())
+            assert torch.equal(la, lb.cpu())
+
+
+def data_on_cpu(files, indices):
+    return td.TokenDataset(*files, 510).batches(indices, 5, torch.device('cpu'))
 
 
 def test_cache_is_reused_and_a_changed_source_never_served_stale(tmp_path):
