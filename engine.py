@@ -31,10 +31,10 @@ def sum_over_ranks(tensor):
 class Progress:
     """A bar on a terminal, a plain line every LOG_EVERY steps elsewhere; rank 0 only."""
 
-    def __init__(self, title, total):
-        self.title, self.total, self.done = title, total, 0
+    def __init__(self, title, total, done=0):
+        self.title, self.total, self.done = title, total, done
         self.terminal = sys.stdout.isatty()
-        self.bar = tqdm(total=total, desc=title, file=sys.stdout, leave=False,
+        self.bar = tqdm(total=total, initial=done, desc=title, file=sys.stdout, leave=False,
                         disable=not (is_main() and self.terminal))
 
     def step(self, text=None):
@@ -61,53 +61,82 @@ def make_scaler(device, amp):
 
 
 class LossMeter:
-    """Sum of the losses and the first step whose loss was not finite, both kept on the device."""
+    """Sum and number of the finite losses, and the first step whose loss was not finite, all kept on the device.
 
-    def __init__(self, device):
-        self.total = torch.zeros((), device=device)
-        self.first_bad = torch.full((), torch.inf, device=device)
-        self.steps = 0
+    Args: state: of an earlier meter's state_dict, to go on from.
+    """
 
-    def update(self, loss):
+    def __init__(self, device, state=None):
+        state = state or {'total': torch.zeros(()), 'count': torch.zeros(()), 'first_bad': torch.tensor(torch.inf)}
+        self.total, self.count, self.first_bad = (state[key].to(device) for key in ('total', 'count', 'first_bad'))
+
+    def state_dict(self):
+        return {'total': self.total.cpu(), 'count': self.count.cpu(), 'first_bad': self.first_bad.cpu()}
+
+    def update(self, loss, step):
         finite = loss.isfinite()
         self.total += torch.where(finite, loss, 0)
-        self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=self.steps))
-        self.steps += 1
+        self.count += finite
+        self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=step))
 
     def read(self):
-        """(mean loss over the finite steps so far or so, first bad step or None): the host waits for the device."""
-        total, bad = torch.stack([self.total, self.first_bad]).tolist()
-        return total / self.steps, None if math.isinf(bad) else int(bad)
+        """(this rank's mean loss, the first bad step on any rank or None): the host waits for the device."""
+        bad = self.first_bad.clone()
+        if dist.is_initialized():
+            dist.all_reduce(bad, dist.ReduceOp.MIN)
+        total, count, bad = torch.stack([self.total, self.count, bad]).tolist()
+        return total / max(count, 1), None if math.isinf(bad) else int(bad)
 
 
-def check_finite(bad, scaler, amp, epoch, step):
-    """Stop a run whose loss or gradients left the finite numbers: InputError."""
-    # a scale of 1 only ever shrinks, and only for a gradient that is not finite; fp16's does so all the time
-    what = f'the loss of step {bad}' if bad is not None else \
-        f'a gradient by step {step}' if amp != 'fp16' and scaler.get_scale() < 1 else None
-    if what:
-        raise InputError(f'{what} of epoch {epoch} is not finite: lower --lr, lengthen --warmup-epochs or set '
-                         '--clip-grad; the checkpoints on disk are from before')
+class NotFinite(InputError):
+    """The loss or a gradient left the finite numbers. `step`: which of the epoch (for a gradient: at the latest)."""
+
+    def __init__(self, what, epoch, step):
+        super().__init__(f'{what} {step} of epoch {epoch} is not finite: lower --lr, lengthen --warmup-epochs or set '
+                         '--clip-grad (or --on-nan skip); the checkpoints on disk are from before')
+        self.step = step
+
+
+def check_finite(meter, scaler, args, epoch, step):
+    """Mean loss so far; with --on-nan stop, NotFinite for a loss or gradient that is not finite. Collective.
+
+    With --on-nan skip a line says so instead; the step has changed no weight in either case.
+    """
+    mean, bad = meter.read()
+    # a constant scale only ever shrinks, and only for a gradient that is not finite; fp16's does so all the time
+    shrunk = args.amp != 'fp16' and scaler.get_scale() < 1
+    if bad is None and not shrunk:
+        return mean
+    error = NotFinite('a gradient by step', epoch, step) if bad is None else NotFinite('the loss of step', epoch, bad)
+    if args.on_nan == 'stop':
+        raise error
+    say(f'warning: skipped: {str(error).partition(":")[0]}')
+    meter.first_bad.fill_(torch.inf)
+    if shrunk:
+        scaler.update(1.)
+    return mean
 
 
 def train_one_epoch(model, ema, optimizer, scaler, criterion, batches, steps, augment, mixup, generator, epoch, args,
-                    device):
-    """Train on `steps` batches of (codes (B, g, g) uint16, labels (B,) int64) on `device`.
+                    device, start=0, meter=None, after_step=None):
+    """Train on batches of (codes (B, g, g) uint16, labels (B,) int64) on `device`, numbered from `start` to `steps`.
 
     Args:
         model: the model, in DDP or bare, compiled or not; ema: timm's ModelEmaV3 of the bare model, or None.
         scaler: of `make_scaler`.
         augment: token_augment.TrainAugment; mixup: timm's Mixup or None; generator: torch.Generator on `device`.
-        args: seed, amp, clip_grad, bce_loss, accum_iter of the command line.
-    The optimiser steps once every accum_iter batches; `steps` is a multiple of it.
+        args: seed, amp, clip_grad, bce_loss, accum_iter, on_nan of the command line.
+        meter: the LossMeter of an epoch that goes on; after_step: called with the number of batches done, after each
+            step of the optimiser.
+    The optimiser steps once every accum_iter batches; `start` and `steps` are multiples of it.
     Returns {'loss': mean over batches and ranks, 'lr': of the last step}.
-    Raises InputError when the loss or a gradient stops being finite. Such a step changes no weight: it is masked on the
+    Raises NotFinite when the loss or a gradient stops being finite. Such a step changes no weight: it is masked on the
     device at once, and noticed when the loss is read, at the next logging step.
     """
     model.train()
-    meter = LossMeter(device)
-    progress = Progress(f'epoch {epoch}', steps)
-    for step, (codes, labels) in enumerate(batches):
+    meter = meter or LossMeter(device)
+    progress = Progress(f'epoch {epoch}', steps, start)
+    for step, (codes, labels) in enumerate(batches, start):
         seed_step(args.seed, epoch, step, rank(), generator)
         x, targets = augment(codes, generator), labels
         if mixup:
@@ -120,17 +149,18 @@ def train_one_epoch(model, ema, optimizer, scaler, criterion, batches, steps, au
             with autocast(device, args.amp):
                 loss = criterion(model(x), targets)
             scaler.scale(loss / args.accum_iter).backward()
-        meter.update(loss.detach())
+        meter.update(loss.detach(), step)
         if update:
             optimizer_step(model, ema, optimizer, scaler, args.clip_grad)
         text = None
         if (step + 1) % LOG_EVERY == 0 or step + 1 == steps:
-            mean, bad = meter.read()
-            check_finite(bad, scaler, args.amp, epoch, step)
+            mean = check_finite(meter, scaler, args, epoch, step)
             text = f'loss {mean:.4f} lr {optimizer.param_groups[0]["lr"]:.3g}'
         progress.step(text)
+        if update and after_step:
+            after_step(step + 1)
     progress.close()
-    loss = sum_over_ranks(meter.total / steps).item() / world_size()
+    loss = sum_over_ranks(meter.total / meter.count.clamp(min=1)).item() / world_size()
     return {'loss': loss, 'lr': optimizer.param_groups[0]['lr']}
 
 

@@ -16,9 +16,10 @@ import torch.distributed as dist
 from timm.utils import ParseKwargs
 from torch.utils.data import DataLoader, Subset
 
+from checkpoints import load_checkpoint, load_weights
 from engine import evaluate
 from image_tokenizer import image_transform, load_tokenizer, open_image_folder, quantize
-from main_seit import create_model, load_checkpoint, load_weights
+from main_seit import create_model
 from samplers import in_order
 from token_augment import EvalTransform
 from token_dataset import load_codebook

@@ -10,7 +10,9 @@ The defaults are the published recipe; `--batch-size` is per process and the lea
 """
 import argparse
 import json
+import os
 import platform
+import sys
 import time
 from pathlib import Path
 
@@ -25,12 +27,14 @@ from timm.utils import ModelEmaV3, ParseKwargs
 from torch.nn.parallel import DistributedDataParallel
 
 import models_seit  # noqa: F401 (registers the models with timm)
-from engine import evaluate, make_scaler, train_one_epoch
+from checkpoints import (REQUEUE, Checkpoints, StopSignal, TrainState, Vote, check_exact, find_checkpoint,
+                         load_checkpoint, load_weights)
+from engine import LossMeter, NotFinite, check_finite, evaluate, make_scaler, train_one_epoch
 from samplers import in_order, repeated_augmentation, shuffled
 from token_augment import EvalTransform, TrainAugment, check_crop
 from token_dataset import TokenDataset, load_codebook, load_synonyms
-from utils import (InputError, RunLog, barrier, init_distributed, is_main, load_torch, parse_flags, rank, run,
-                   save_torch, say, world_size, write_text)
+from utils import (InputError, RunLog, barrier, init_distributed, is_main, parse_flags, rank, run, say, world_size,
+                   write_text)
 
 VERSIONS = {'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__}
 ON_OFF = argparse.BooleanOptionalAction
@@ -139,6 +143,11 @@ def get_args_parser():
     add('--output-dir', default='', metavar='DIR', help="checkpoints and log.txt; '' saves nothing")
     add('--resume', default='', metavar='FILE',
         help="continue from a checkpoint (a path or an https address), or 'auto' for the newest in --output-dir")
+    add('--allow-inexact-resume', action='store_true',
+        help='continue although the number of processes, the batch or the seed is another')
+    add('--save-every', type=save_interval, metavar='N', help='a checkpoint every N steps, or Nm minutes, too')
+    add('--on-nan', default='stop', choices=['stop', 'skip'], help='what to do about a loss that is not finite')
+    add('--deterministic', action='store_true', help='deterministic algorithms on CUDA, for resuming bit by bit')
     add('--start-epoch', type=int, default=0)
     add('--eval', action='store_true', help='only evaluate --resume')
     add('--dist-eval', action='store_true', help='share the validation images over the ranks, each on exactly one')
@@ -152,6 +161,14 @@ def get_args_parser():
     for flag, why in NO_EFFECT.items():
         group.add_argument(flag, help=why, **({'action': 'store_true'} if 'entire' in flag else {}))
     return parser
+
+
+def save_interval(word):
+    """'500' -> (500, 'steps'); '30m' -> (30.0, 'minutes')."""
+    value, unit = (float(word[:-1]), 'minutes') if word.endswith('m') else (int(word), 'steps')
+    if value <= 0:
+        raise ValueError
+    return value, unit
 
 
 def parse_args(words=None):
@@ -247,26 +264,6 @@ def create_model(args, classes, size, width, **rates):
     return model
 
 
-def load_checkpoint(path):
-    """A checkpoint, ours or a published one, as a dict with 'model'."""
-    checkpoint = load_torch(path, 'a checkpoint')
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('model'), dict):
-        raise InputError(f'{path}: not a checkpoint (no "model" in it)')
-    return checkpoint
-
-
-def load_weights(model, state, path):
-    """load_state_dict, with the keys that differ in a one-line InputError."""
-    own = model.state_dict()
-    wrong = [f'{k}: {tuple(state[k].shape)} for {tuple(own[k].shape)}' for k in own
-             if k in state and state[k].shape != own[k].shape]
-    wrong += [f'{k}: missing' for k in own if k not in state] + [f'{k}: unknown' for k in state if k not in own]
-    if wrong:
-        raise InputError(f'{path}: does not fit the model: ' + '; '.join(wrong[:8])
-                         + (f'; and {len(wrong) - 8} more' if len(wrong) > 8 else ''))
-    model.load_state_dict(state)
-
-
 def finetune(model, path):
     """Start from other weights: a head or stem of another shape is dropped, position embeddings are resampled."""
     state, own = dict(load_checkpoint(path)['model']), model.state_dict()
@@ -321,38 +318,6 @@ def make_loss(args, classes):
     return mixup, LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else torch.nn.CrossEntropyLoss()
 
 
-# ---------------------------------------------------------------- checkpoints
-
-def resume_state(args, checkpoint, path, model, ema, optimizer, scaler):
-    """Continue from a checkpoint; returns (next epoch, best top-1 of the model, of the EMA)."""
-    load_weights(model, checkpoint['model'], path)
-    if not isinstance(checkpoint.get('optimizer'), dict) or 'epoch' not in checkpoint:
-        raise InputError(f'{path}: holds weights only; use --finetune to start from them, or --eval')
-    try:
-        optimizer.load_state_dict(checkpoint['optimizer'])
-    except (ValueError, KeyError) as error:
-        raise InputError(f'{path}: its optimiser state does not fit ({error}); resume with the flags of the run '
-                         'that wrote it') from None
-    if ema and checkpoint.get('model_ema'):
-        load_weights(ema.module, checkpoint['model_ema'], path)
-    elif ema:
-        say(f'{path}: no EMA in it; it starts anew from the weights')
-        ema.set(model)
-    if args.amp == 'fp16' and checkpoint.get('scaler'):
-        scaler.load_state_dict(checkpoint['scaler'])
-    return checkpoint['epoch'] + 1, checkpoint.get('best_acc1', 0.), checkpoint.get('best_ema_acc1', 0.)
-
-
-def checkpoint_state(args, model, ema, optimizer, scheduler, scaler, epoch, best):
-    """All that a run needs to go on, in plain types. Random state is not among it: it is a function of the step."""
-    return {
-        'model': model.state_dict(), 'model_ema': ema.module.state_dict() if ema else None,
-        'optimizer': optimizer.state_dict(), 'lr_scheduler': scheduler.state_dict(),
-        'scaler': scaler.state_dict() if args.amp == 'fp16' else {},  # otherwise its scale is a constant
-        'epoch': epoch, 'best_acc1': best['model'], 'best_ema_acc1': best['ema'], 'args': vars(args),
-    }
-
-
 # ---------------------------------------------------------------- the run
 
 def device_name(device):
@@ -395,75 +360,111 @@ def evaluate_all(args, model, ema, dataset, transform, device):
     return stats
 
 
-def find_resume(args):
-    """The checkpoint to continue from, or ''. Refuses to overwrite an earlier run."""
-    newest = Path(args.output_dir) / 'checkpoint.pth'
-    there = bool(args.output_dir) and newest.exists()
-    if args.resume == 'auto':
-        if args.eval and not there:
-            raise InputError(f'{newest}: no such checkpoint to evaluate')
-        return str(newest) if there else ''
-    if there and not args.resume and not args.eval:
-        raise InputError(f'{newest}: an earlier run is here; add --resume auto to continue it, or choose another '
-                         '--output-dir')
-    return args.resume
+class Run:
+    """The things a training run uses beside its TrainState: data, augmentation, loss, files."""
+
+    def __init__(self, args, model, datasets, augment, transform, classes, steps, device):
+        self.args, self.device, self.steps = args, device, steps
+        self.data, self.val, self.augment, self.transform = datasets['train'], datasets.get('val'), augment, transform
+        self.mixup, self.criterion = make_loss(args, classes)
+        self.parallel = parallelise(args, model, augment, device)
+        self.generator = torch.Generator(device)
+        self.checkpoints, self.vote = Checkpoints(args), Vote()
+
+    def indices(self, epoch):
+        """Images of this rank in an epoch, whole batches of them."""
+        order = sampler(self.args)(len(self.data), world_size(), rank(), self.args.seed, epoch)
+        return order[:self.steps * self.args.batch_size]
 
 
-def train(args, model, ema, optimizer, scheduler, scaler, loaders, loss, start_epoch, best, device):
-    """All epochs: train, evaluate, log, save.
+def sampler(args):
+    return repeated_augmentation if args.repeated_aug else shuffled
 
-    `loaders` holds the datasets, the augmentation and the evaluation transform; `loss` Mixup and criterion.
-    """
-    data, val, augment, transform, steps = loaders
-    mixup, criterion = loss
-    parallel = model
+
+def parallelise(args, model, augment, device):
+    """The model as it is called in training: compiled and in DDP where asked for."""
     if args.compile:
-        parallel = torch.compile(model)
+        model = torch.compile(model)
         augment.crop = torch.compile(augment.crop)
     if world_size() > 1:
-        parallel = DistributedDataParallel(parallel, device_ids=[device.index] if device.type == 'cuda' else None,
-                                           gradient_as_bucket_view=True)
-    generator = torch.Generator(device)
-    sampler = repeated_augmentation if args.repeated_aug else shuffled
-    folder = Path(args.output_dir)
-    saving = bool(args.output_dir) and is_main()
-    if saving:
-        record = {**vars(args), 'versions': VERSIONS, 'device_name': device_name(device), 'world': world_size()}
+        model = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None,
+                                        gradient_as_bucket_view=True)
+    return model
+
+
+def train_epoch(run, state, stop):
+    """Train the epoch of `state`, from its step on. A stop signal on any rank saves and ends the program."""
+    args, meter = run.args, LossMeter(run.device, state.meter)
+
+    def after_step(done):
+        state.step = done
+        stopping, due = run.vote(stop.received, run.checkpoints.due(state))
+        # nothing is saved unchecked: a bad step may lie between the last logging step and this one
+        if (stopping or due) and done < run.steps:
+            check_finite(meter, state.scaler, args, state.epoch, done - 1)
+            state.meter = meter.state_dict()
+            run.checkpoints.save(state)
+        if stopping and done < run.steps:
+            barrier()
+            say(f'stopped by a signal after step {done} of epoch {state.epoch}; '
+                + ('--resume auto continues there' if args.output_dir else 'without --output-dir nothing is saved'))
+            sys.exit(REQUEUE)
+
+    indices = run.indices(state.epoch)
+    batches = run.data.batches(indices[state.step * args.batch_size:], args.batch_size, run.device, args.pin_mem)
+    try:
+        stats = train_one_epoch(run.parallel, state.ema, state.optimizer, state.scaler, run.criterion, batches,
+                                run.steps, run.augment, run.mixup, run.generator, state.epoch, args, run.device,
+                                state.step, meter, after_step)
+    except NotFinite as error:
+        save_bad_step(run, state, error.step, indices)
+        raise
+    state.step, state.meter = 0, None
+    return {f'train_{key}': value for key, value in stats.items()}
+
+
+def save_bad_step(run, state, step, indices):
+    """Leave what is needed to replay a bad step of this rank in --output-dir."""
+    if run.args.output_dir:
+        b = run.args.batch_size
+        record = {'epoch': state.epoch, 'step': step, 'rank': rank(), 'seed': run.args.seed,
+                  'lr': state.optimizer.param_groups[0]['lr'], 'indices': indices[step * b:(step + 1) * b].tolist()}
+        write_text(Path(run.args.output_dir) / f'bad_step_rank{rank()}.json', json.dumps(record) + '\n')
+
+
+def train(run, state):
+    """All epochs: train, evaluate, log, save."""
+    args, folder = run.args, Path(run.args.output_dir)
+    if run.checkpoints.writing:
+        record = {**vars(args), 'versions': VERSIONS, 'device_name': device_name(run.device), 'world': world_size()}
         write_text(folder / 'args.json', json.dumps(record, indent=1) + '\n')
-        log = RunLog(folder / 'log.txt', start_epoch)
+        log = RunLog(folder / 'log.txt', state.epoch)
     board = open_tensorboard(folder) if args.tensorboard and is_main() else None
-    for epoch in range(start_epoch, args.epochs):
-        began = time.time()
-        scheduler.step(max(epoch - 1, 0))  # as published: the first two epochs run at the warm-up value
-        indices = sampler(len(data), world_size(), rank(), args.seed, epoch)
-        indices = indices[:steps * args.batch_size]
-        batches = data.batches(indices, args.batch_size, device, args.pin_mem)
-        stats = train_one_epoch(parallel, ema, optimizer, scaler, criterion, batches, steps, augment, mixup, generator,
-                                epoch, args, device)
-        stats = {f'train_{k}': v for k, v in stats.items()}
-        train_time = time.time() - began
-        if val:
-            stats |= evaluate_all(args, model, ema, val, transform, device)
-        improved = {name: stats.get(key, 0.) > best[name]
-                    for name, key in (('model', 'test_acc1'), ('ema', 'ema_test_acc1'))}
-        best = {'model': max(best['model'], stats.get('test_acc1', 0.)),
-                'ema': max(best['ema'], stats.get('ema_test_acc1', 0.))}
-        if saving:
-            # the log line first: a run cut off between the two repeats the epoch, and its line is dropped then
-            log.write(**stats, epoch=epoch, n_parameters=sum(p.numel() for p in model.parameters()),
-                      best_acc1=best['model'], best_ema_acc1=best['ema'],
-                      epoch_time=round(time.time() - began, 2),
-                      images_per_second_time=round(steps * args.batch_size * world_size() / train_time, 1))
-            state = checkpoint_state(args, model, ema, optimizer, scheduler, scaler, epoch, best)
-            save_torch(state, folder / 'checkpoint.pth')
-            for name, file in (('model', 'best_checkpoint.pth'), ('ema', 'best_ema_checkpoint.pth')):
-                if improved[name]:
-                    save_torch(state, folder / file)
-        if board:
-            for key, value in stats.items():
-                board.add_scalar(key, value, epoch)
-        say(f'epoch {epoch}: {time.time() - began:.1f} s, best Acc@1 {best["model"]:.3f}'
-            + (f', best EMA Acc@1 {best["ema"]:.3f}' if ema else ''))
+    with StopSignal() as stop:
+        while state.epoch < args.epochs:
+            epoch, began, skipped = state.epoch, time.time(), state.step
+            state.scheduler.step(max(epoch - 1, 0))  # as published: the first two epochs run at the warm-up value
+            stats = train_epoch(run, state, stop)
+            train_time = time.time() - began
+            if run.val:
+                stats |= evaluate_all(args, state.model, state.ema, run.val, run.transform, run.device)
+            improved = [name for name, key in (('model', 'test_acc1'), ('ema', 'ema_test_acc1'))
+                        if stats.get(key, 0.) > state.best[name]]
+            state.best = {'model': max(state.best['model'], stats.get('test_acc1', 0.)),
+                          'ema': max(state.best['ema'], stats.get('ema_test_acc1', 0.))}
+            state.epoch += 1
+            if run.checkpoints.writing:
+                # the log line first: a run cut off between the two repeats the epoch, and its line is dropped then
+                speed = (run.steps - skipped) * args.batch_size * world_size() / train_time
+                log.write(**stats, epoch=epoch, n_parameters=sum(p.numel() for p in state.model.parameters()),
+                          best_acc1=state.best['model'], best_ema_acc1=state.best['ema'],
+                          epoch_time=round(time.time() - began, 2), images_per_second_time=round(speed, 1))
+            run.checkpoints.save(state, improved)
+            if board:
+                for key, value in stats.items():
+                    board.add_scalar(key, value, epoch)
+            say(f'epoch {epoch}: {time.time() - began:.1f} s, best Acc@1 {state.best["model"]:.3f}'
+                + (f', best EMA Acc@1 {state.best["ema"]:.3f}' if state.ema else ''))
     if board:
         board.close()
 
@@ -486,10 +487,12 @@ def main(args):
     if not args.unscale_lr:
         args.lr *= args.batch_size * args.accum_iter * world_size() / 512
     torch.manual_seed(args.seed)
+    if args.deterministic:
+        os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
+        torch.use_deterministic_algorithms(True)
     if args.tf32:
         torch.set_float32_matmul_precision('high')
-    resume = find_resume(args)
-    checkpoint = load_checkpoint(resume) if resume else None
+    checkpoint, resume = find_checkpoint(args)
     barrier()  # nobody writes to --output-dir before all have looked
 
     # ------------------------------------------------------------ data
@@ -511,8 +514,7 @@ def main(args):
     steps = 0
     if not args.eval:
         augment = make_augment(args, codebook, datasets['train'].grid, size, device)
-        sampler = repeated_augmentation if args.repeated_aug else shuffled
-        share = len(sampler(len(datasets['train']), world_size(), 0, 0, 0))
+        share = len(sampler(args)(len(datasets['train']), world_size(), 0, 0, 0))
         steps = share // (args.batch_size * args.accum_iter) * args.accum_iter
         if not steps:
             raise InputError(f'{args.train_token_file}: {len(datasets["train"])} images make no batch of '
@@ -536,18 +538,17 @@ def main(args):
     if args.model_ema:
         ema = ModelEmaV3(model, decay=args.model_ema_decay, device='cpu' if args.model_ema_force_cpu else None)
     optimizer = make_optimizer(args, model)
-    scheduler = make_scheduler(args, optimizer)
-    scaler = make_scaler(device, args.amp)
-    start_epoch, best = args.start_epoch, {'model': 0., 'ema': 0.}
+    state = TrainState(model, ema, optimizer, make_scheduler(args, optimizer), make_scaler(device, args.amp),
+                       epoch=args.start_epoch)
     if checkpoint:
-        start_epoch, best['model'], best['ema'] = resume_state(args, checkpoint, resume, model, ema, optimizer,
-                                                              scaler)
-        say(f'{resume}: continuing at epoch {start_epoch}, best Acc@1 so far {best["model"]:.3f}')
+        check_exact(args, checkpoint, resume)
+        state.load(checkpoint, resume, args)
+        say(f'{resume}: continuing at epoch {state.epoch}, step {state.step}, best Acc@1 so far '
+            f'{state.best["model"]:.3f}')
         del checkpoint
 
     # ------------------------------------------------------------ train
-    loaders = datasets['train'], datasets.get('val'), augment, transform, steps
-    train(args, model, ema, optimizer, scheduler, scaler, loaders, make_loss(args, classes), start_epoch, best, device)
+    train(Run(args, model, datasets, augment, transform, classes, steps, device), state)
 
 
 if __name__ == '__main__':

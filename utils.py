@@ -11,6 +11,7 @@ import re
 import sys
 import tempfile
 import urllib.parse
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -250,6 +251,17 @@ def sha256(path):
     return digest.hexdigest()
 
 
+def check_zip(path):
+    """RuntimeError unless a torch file's members have their checksums (torch does not look) and are not compressed."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if any(member.compress_type != zipfile.ZIP_STORED for member in file.infolist()):
+                raise RuntimeError('it is compressed, which no torch file is')
+            bad = file.testzip()
+            if bad:
+                raise RuntimeError(f'{bad} has another checksum than was written')
+
+
 def load_torch(path, what):
     """torch.load on the CPU without running code from the file (`weights_only=True`).
 
@@ -262,6 +274,7 @@ def load_torch(path, what):
             return load_torch(download(path, folder), what)
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
+            check_zip(path)
             return torch.load(path, map_location='cpu', weights_only=True)
         except pickle.UnpicklingError as error:
             name = re.search(r'GLOBAL (\S+)', str(error))
@@ -297,5 +310,11 @@ class RunLog:
                 yield json.loads(line)
 
     def write(self, **values):
-        with open(self.path, 'a', encoding='utf-8') as file:
-            file.write(json.dumps(values) + '\n')
+        """Append a line, on disk when this returns. Raises InputError."""
+        try:
+            with open(self.path, 'a', encoding='utf-8') as file:
+                file.write(json.dumps(values) + '\n')
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise InputError(f'{self.path}: cannot be written ({error.strerror})') from None

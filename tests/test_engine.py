@@ -62,7 +62,7 @@ def test_the_host_waits_on_logging_steps_only(monkeypatch):
     monkeypatch.setattr(engine, 'LOG_EVERY', 3)
     reads, waits, counter = [], [], CountWaits()
     read = engine.LossMeter.read
-    monkeypatch.setattr(engine.LossMeter, 'read', lambda meter: reads.append(meter.steps) or read(meter))
+    monkeypatch.setattr(engine.LossMeter, 'read', lambda meter: reads.append(round(meter.count.item())) or read(meter))
 
     def watched():
         for batch in synthetic_batches(8):
