@@ -251,9 +251,9 @@ def load_torch(path, what):
 
 
 def save_torch(value, path):
-    """torch.save, atomically."""
-    with atomic_path(path) as temporary:
-        torch.save(value, temporary)
+    """torch.save, atomically; equal values give equal files."""
+    with atomic_path(path) as temporary, open(temporary, 'wb') as file:
+        torch.save(value, file)  # given a path, torch would put the temporary name into the file
 
 
 # ---------------------------------------------------------------- the run's log
