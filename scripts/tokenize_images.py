@@ -174,7 +174,8 @@ class Parts:
             with np.load(path) as arrays:
                 return arrays[name]
         except FileNotFoundError:
-            raise InputError(f'{path}: another process made it, but it is not here: all nodes must share --output-dir') from None
+            raise InputError(f'{path}: another rank made it, but it is not here: all nodes must share '
+                             '--output-dir') from None
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
             raise InputError(f'{path}: damaged; delete it and start the same command again') from None
 

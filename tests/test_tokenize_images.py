@@ -422,7 +422,8 @@ def test_a_changed_run_is_not_resumed(data, tmp_path, monkeypatch):
         with pytest.raises(ZeroDivisionError):
             tokenize(data, tmp_path / 'out')
     for options, said in (({'batch_size': 4}, 'batch_size'), ({'source': 'val'}, 'source'),
-                          ({'image_size': 20}, 'image_size'), ({'amp': 'bf16'}, 'precision'), ({'limit_codes': True}, 'limit_codes')):
+                          ({'image_size': 20}, 'image_size'), ({'amp': 'bf16'}, 'precision'),
+                          ({'limit_codes': True}, 'limit_codes')):
         fails(lambda: tokenize(data, tmp_path / 'out', **options), '.my.parts: holds an unfinished run', said)
     part, = (tmp_path / 'out' / '.my.parts').glob('000001.npz')
     part.write_bytes(part.read_bytes()[:100])
