@@ -287,9 +287,12 @@ def load_torch(path, what):
 
 
 def save_torch(value, path):
-    """torch.save, atomically; equal values give equal files (given a path, torch would store its name too)."""
+    """torch.save, atomically; equal values give equal files. Raises InputError (a full disk, say)."""
     with atomic_path(path) as temporary, open(temporary, 'wb') as file:
-        torch.save(value, file)
+        try:
+            torch.save(value, file)  # given a path, torch would put the temporary name into the file
+        except RuntimeError as error:  # how torch's writer passes on an OSError
+            raise InputError(f'{path}: cannot be written ({str(error).splitlines()[0][:120]})') from None
 
 
 # ---------------------------------------------------------------- the run's log

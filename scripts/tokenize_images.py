@@ -12,7 +12,7 @@ folders (label: the folder's number in alphabetical order), a list file of 'path
 Killed at any moment, the same command goes on where it stopped: images are cut into parts of a fixed number of fixed
 batches, each kept in DIR/.NAME.parts until the end. Batches never mix parts, so on one machine the files are the same,
 byte for byte, for any number of processes and interruptions (on CPUs: for the same OMP_NUM_THREADS, which torchrun
-sets to 1).
+sets to 1). An image that stopped the run may be mended or replaced under its name before the command is given again.
 
 A large codebook is cut to the codes in use, and ImageNet's 8192 become 391, in two steps: the training split with
 --limit-codes, which writes DIR/codebook.ckpt, then the other splits with --codebook-path DIR/codebook.ckpt. Codebooks
@@ -121,7 +121,7 @@ def identity(path):
 
 
 def torch_bytes(tensor):
-    """What torch.save writes for a tensor; through memory, because it puts a file's name into the file."""
+    """What torch.save writes for a tensor; the same as utils.save_torch makes."""
     buffer = io.BytesIO()
     torch.save(tensor.clone(), buffer)
     return buffer.getvalue()
@@ -173,8 +173,11 @@ class Parts:
         try:
             with np.load(path) as arrays:
                 return arrays[name]
+        except FileNotFoundError:
+            raise InputError(f'{path}: another rank made it, but it is not here: all nodes must share '
+                             '--output-dir') from None
         except (OSError, ValueError, KeyError, zipfile.BadZipFile):
-            raise InputError(f'{path}: missing or damaged; delete it and start the same command again') from None
+            raise InputError(f'{path}: damaged; delete it and start the same command again') from None
 
 
 def retired(folder):
@@ -271,10 +274,10 @@ def make_loader(args, source, batches, device):
 
 
 def good_images(args, source, batch, problems):
-    """(B,) bool: which images of a batch were read. Bad ones are reported. Raises RankError unless they are skipped."""
+    """(B,) bool: which images of a batch were read. Raises InputError for a bad one unless such are skipped."""
     for i, why in zip(batch, problems):
         if why and not args.skip_bad_images:
-            raise RankError(f'{args.data_path}: {source.names[i]} is no readable image ({why}): replace or remove it, '
+            raise InputError(f'{args.data_path}: {source.names[i]} is no readable image ({why}): replace or remove it, '
                             'or add --skip-bad-images')
         if why:
             tqdm.write(f'skipped {source.names[i]}: {why}', file=sys.stderr)
@@ -287,7 +290,7 @@ def tokenize(args, source, encoder, parts, mine, total):
     loader = iter(make_loader(args, source, [list(batch) for part in batches for batch in part], encoder.device))
     share = sum(len(batch) for part in batches for batch in part) / total if total else 1
     # On a terminal a bar; in a log a line a minute. It counts this rank's images for all, which keep in step.
-    with tqdm(total=total, unit=' images', unit_scale=True, disable=not is_main(),
+    with tqdm(total=total, unit=' images', unit_scale=True, disable=not (is_main() and total),
               mininterval=0.1 if sys.stderr.isatty() else 60) as bar:
         for part, ranges in zip(mine, batches):
             codes, sizes, good, extra = [], [], [], {}
@@ -302,10 +305,12 @@ def tokenize(args, source, encoder, parts, mine, total):
             good = np.concatenate(good)
             codes = torch.cat(codes).cpu().numpy()[good]
             if (codes < 0).any():
-                raise RankError(f'{encoder.path}: gives features that are not finite for images '
-                                f'{ranges[0].start} to {ranges[-1].stop - 1}: a damaged tokenizer, or try --amp off')
+                raise InputError(f'{encoder.path}: gives features that are not finite for images '
+                                 f'{ranges[0].start} to {ranges[-1].stop - 1}: a damaged tokenizer, or try --amp off')
+            used = np.zeros(len(encoder.codebook), bool)
+            used[codes] = True
             parts.write(part, codes=codes.astype(np.uint16 if len(encoder.codebook) <= MAX_CODES else np.int32),
-                        sizes=np.concatenate(sizes)[good], good=good, used=np.unique(codes), **extra)
+                        sizes=np.concatenate(sizes)[good], good=good, used=used.nonzero()[0], **extra)
 
 
 # ---------------------------------------------------------------- parts to files
@@ -359,15 +364,15 @@ def final_codebook(args, output, codebook, used):
 
 def write_set(tokens, label_file, runs, labels, table, format):
     """Write one token set; returns the number of codes it uses."""
-    used = []
+    used = np.zeros(MAX_CODES, bool)
 
     def final():
         for codes in runs:
             codes = codes if table is None else table[codes]
-            used.append(np.unique(codes))
+            used[codes] = True
             yield codes
     write_tokens(tokens, label_file, final(), labels, format)
-    return len(np.unique(np.concatenate(used)))
+    return int(used.sum())
 
 
 def run_card(args, source, whole, codebook, kept, run_id):
@@ -465,7 +470,10 @@ def main(args):
         f'{len(parts) - len(todo)} of {len(parts)} parts done')
     encoder = Encoder(tokenizer.to(device), codebook.to(device), device, args.amp, args.tokenizer_path)
     total = sum(len(batch) for part in todo for batch in parts.batches(part))
-    tokenize(args, source, encoder, parts, todo[rank()::world_size()], total)
+    try:
+        tokenize(args, source, encoder, parts, todo[rank()::world_size()], total)
+    except InputError as error:  # met by this rank, and perhaps by no other
+        raise RankError(str(error)) from None
     wait_for_all()
     if is_main():
         say(assemble(args, source, parts, codebook, run_id))

@@ -1,7 +1,8 @@
 """Check token sets, downloaded or made: streams, indices, labels, cards with their checksums, codebook, synonyms.
 
-    python scripts/verify_tokens.py --token-file tokens/my-train-token.data.bin.gz --label-file tokens/my-train-label.txt \\
-        --codebook-path tokens/codebook.ckpt --token-synonym-dict tokens/synonyms.json
+    python scripts/verify_tokens.py --token-file tokens/my-train-token.data.bin.gz \\
+        --label-file tokens/my-train-label.txt --codebook-path tokens/codebook.ckpt \\
+        --token-synonym-dict tokens/synonyms.json
 
 Files may be globs or comma-separated lists, as in training. Prints one line when all is right; else every problem
 found, one a line, and exits with 1. Nothing is written.
@@ -106,8 +107,8 @@ def main(args):
     sets = [check_set(*files, codebook, args.codebook_path, problems) for files in zip(token_files, label_files)]
     sizes = {found[1] for found in sets if found}
     if len(sizes) > 1:
-        problems.append(f'{args.token_file}: shards of {" and ".join(map(str, sorted(sizes)))} codes an image: they are '
-                        'no shards of one set')
+        problems.append(f'{args.token_file}: shards of {" and ".join(map(str, sorted(sizes)))} codes an image: '
+                        'they are no shards of one set')
     if problems:
         print('\n'.join(problems))
         print(f'{len(problems)} problem{"s" * (len(problems) > 1)} found')
