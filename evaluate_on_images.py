@@ -17,7 +17,7 @@ from timm.utils import ParseKwargs
 from torch.utils.data import DataLoader, Subset
 
 from checkpoints import load_checkpoint, load_weights
-from engine import evaluate
+from engine import autocast, evaluate
 from image_tokenizer import image_transform, load_tokenizer, open_image_folder, quantize
 from main_seit import create_model
 from samplers import in_order
@@ -54,8 +54,10 @@ def get_args_parser():
     add('--num-workers', type=int, default=10, help='processes that decode images')
     add('--pin-mem', action=argparse.BooleanOptionalAction, default=True,
         help='copy batches to a GPU from page-locked memory')
-    add('--amp', choices=['bf16', 'fp16', 'off'], help='mixed precision of the ViT (default: fp16 on CUDA, off on '
-        'CPU); the tokenizer runs in fp32, so that codes are those of the training set')
+    add('--amp', choices=['bf16', 'fp16', 'off'], help='mixed precision of the ViT (default: fp16 on CUDA, off on CPU)')
+    add('--tokenizer-amp', choices=['bf16', 'off'], default='off',
+        help='off: fp32, so that codes are those of the training set; bf16 is faster and moves some codes')
+    add('--compile', action='store_true', help='torch.compile tokenizer and model')
     add('--dist-eval', action='store_true', help='share the images over the ranks, each on exactly one')
     add('--save-predictions', metavar='FILE.csv', help='a line an image: file, label, prediction, probability, top 5')
     add('--skip-bad-images', action='store_true', help='leave unreadable images out and count them')
@@ -104,7 +106,7 @@ class ImageCodes:
         self.loader = DataLoader(Subset(Readable(folder), share), args.batch_size, num_workers=args.num_workers,
                                  pin_memory=args.pin_mem and device.type == 'cuda', collate_fn=collate)
         self.tokenizer, self.codebook, self.device = tokenizer.to(device), codebook.to(device), device
-        self.skip, self.indices, self.bad = args.skip_bad_images, [], 0
+        self.amp, self.skip, self.indices, self.bad = args.tokenizer_amp, args.skip_bad_images, [], 0
 
     def __iter__(self):
         for images, labels, indices, complaints in self.loader:
@@ -115,7 +117,9 @@ class ImageCodes:
             self.bad += len(complaints)
             if not len(images):
                 continue
-            codes = quantize(self.tokenizer(images.to(self.device, non_blocking=True)), self.codebook)
+            with autocast(self.device, self.amp):
+                features = self.tokenizer(images.to(self.device, non_blocking=True))
+            codes = quantize(features.float(), self.codebook)
             side = int(round(codes.shape[1] ** 0.5))
             self.indices += indices.tolist()
             yield codes.view(-1, side, side), labels.to(self.device, non_blocking=True)
@@ -177,6 +181,8 @@ def main(args):
             'classes; labels are the positions of the folders')
     say(f'{len(folder):,} images in {len(folder.classes)} classes; {world_size()} x {device}, amp {amp}')
 
+    if args.compile:
+        model, tokenizer = torch.compile(model), torch.compile(tokenizer)
     batches = ImageCodes(folder, tokenizer, codebook, device, args)
     rows = []
 

@@ -75,6 +75,7 @@ def get_args_parser():
     add('--batch-size', type=int, default=64, help='per process; another may change a few codes, by rounding')
     add('--amp', choices=('off', 'bf16'), default='off',
         help='off: fp32; bf16: faster, and how many codes agree with fp32 is reported')
+    add('--compile', action='store_true', help='torch.compile the tokenizer; may change a few codes, by rounding')
     add('--num-workers', type=int, help='processes that decode images, per rank; default: the cores, shared by ranks')
     add('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     return parser
@@ -135,8 +136,8 @@ def describe(args, source, codebook, device):
         codebook_id = {'file': 'codebook.ckpt', 'sha256': hashlib.sha256(torch_bytes(codebook)).hexdigest()}
     return {'source': source.digest(), 'tokenizer': identity(args.tokenizer_path), 'codebook': codebook_id,
             'image_size': args.image_size, 'batch_size': args.batch_size, 'part_batches': PART_BATCHES,
-            'precision': args.amp if args.amp != 'off' else 'fp32', 'device': device.type,
-            'limit_codes': args.limit_codes, 'shard_size': args.shard_size}
+            'precision': ('fp32' if args.amp == 'off' else args.amp) + ' compiled' * args.compile,
+            'device': device.type, 'limit_codes': args.limit_codes, 'shard_size': args.shard_size}
 
 
 # ---------------------------------------------------------------- parts: what makes a run resumable
@@ -468,7 +469,8 @@ def main(args):
         return
     say(f'{len(source):,} images, labels from {source.labels_from}; '
         f'{len(parts) - len(todo)} of {len(parts)} parts done')
-    encoder = Encoder(tokenizer.to(device), codebook.to(device), device, args.amp, args.tokenizer_path)
+    tokenizer = torch.compile(tokenizer.to(device)) if args.compile else tokenizer.to(device)
+    encoder = Encoder(tokenizer, codebook.to(device), device, args.amp, args.tokenizer_path)
     total = sum(len(batch) for part in todo for batch in parts.batches(part))
     try:
         tokenize(args, source, encoder, parts, todo[rank()::world_size()], total)

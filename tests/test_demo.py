@@ -20,7 +20,8 @@ def test_it_is_small_and_whole():
     assert codebook.shape == (391, 32) and abs(codebook.std().item() - 1) < 1e-3
     assert load_synonyms(DEMO / 'synonyms.json', 391, 5)[1].tolist() == [5] * 391
     for split, count in (('train', 10_000), ('val', 2_000)):
-        data = TokenDataset(DEMO / f'fashion-{split}-token.data.bin.gz', DEMO / f'fashion-{split}-label.txt', 391, 'none')
+        name = f'fashion-{split}'
+        data = TokenDataset(DEMO / f'{name}-token.data.bin.gz', DEMO / f'{name}-label.txt', 391, 'none')
         assert (len(data), data.grid) == (count, 8) and np.bincount(data.labels).min() > count / 12
 
 

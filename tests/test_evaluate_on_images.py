@@ -43,8 +43,8 @@ def checkpoint(tmp_path_factory):
 
 def words(images, checkpoint, *more):
     return [str(w) for w in [*MODEL, *TOKENIZER, '--model-path', checkpoint, '--data-path', images,
-                             '--tokenizer-input-size', 64, '--vit-input-size', 6, '--num_workers', 0, '--batch-size', 16,
-                             *more]]
+                             '--tokenizer-input-size', 64, '--vit-input-size', 6, '--num_workers', 0,
+                             '--batch-size', 16, *more]]
 
 
 def on_images(*args):
@@ -53,8 +53,8 @@ def on_images(*args):
 
 def tokenise(images, folder):
     tokenize_images.main(tokenize_images.get_args_parser().parse_args([str(w) for w in [
-        '--data-path', images, '--name', 'x', '--output-dir', folder, *TOKENIZER, '--image-size', 64, '--num-workers', 0,
-        '--device', 'cpu']]))
+        '--data-path', images, '--name', 'x', '--output-dir', folder, *TOKENIZER, '--image-size', 64,
+        '--num-workers', 0, '--device', 'cpu']]))
     return folder / 'x-token.data.bin.gz', folder / 'x-label.txt'
 
 
@@ -82,6 +82,11 @@ def test_logits_agree_with_those_on_tokens(images, checkpoint, tmp_path):
         ours = torch.cat([model(transform(codes)) for codes, _ in batches])
         theirs = model(transform(data.batch(range(len(data)))[0]))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+
+
+def test_bf16_tokenizer_is_a_flag(images, checkpoint, capsys):
+    on_images(images, checkpoint, '--tokenizer-amp', 'bf16', '--amp', 'bf16')
+    assert len(accuracy_lines(capsys.readouterr().out)) == 1
 
 
 def test_predictions_file(images, checkpoint, tmp_path, capsys):

@@ -37,7 +37,8 @@ def test_own_images_in_five_commands(tmp_path):
     for python, script, *words in steps:
         assert python == 'python'
         words += small.get(os.path.basename(script), [])
-        done = subprocess.run([sys.executable, str(ROOT / script), *words], cwd=tmp_path, capture_output=True, text=True)
+        command = [sys.executable, str(ROOT / script), *words]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
     assert '* Acc@1 ' in done.stdout
 
