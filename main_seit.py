@@ -210,7 +210,7 @@ def count_classes(args, datasets, checkpoint):
     """Classes of the head: --nb-classes, the checkpoint's under --eval, or the largest training label + 1."""
     known = args.nb_classes
     if known is None and args.eval:
-        known = len(checkpoint['model']['head.bias'])
+        known = len(checkpoint['model'].get('head.bias', ()))
     if known is None:
         known = int(datasets['train'].labels.max()) + 1
     for split, dataset in datasets.items():
