@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import resource
+import socket
 import subprocess
 import sys
 import tempfile
@@ -41,8 +42,7 @@ from image_tokenizer import PatchTokenizer, image_transform, open_image_folder  
 from samplers import in_order, shuffled  # noqa: E402
 from token_augment import EvalTransform, draw_random_resized_crop  # noqa: E402
 from token_dataset import cache_path, index_path, load_codebook, write_tokens  # noqa: E402
-from utils import (InputError, barrier, init_distributed, is_main, parse_flags, rank, run, save_torch,  # noqa: E402
-                   world_size, write_text)
+from utils import InputError, init_distributed, parse_flags, run, save_torch, write_text  # noqa: E402
 from vitvqgan import ViTVQGAN  # noqa: E402
 
 CODES, WIDTH = 391, 32  # the published codebook
@@ -58,6 +58,9 @@ def get_args_parser():
                                   formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         sub.add_argument('--repeats', type=int, default=repeats)
         sub.add_argument('--threads', type=int, default=torch.get_num_threads(), help="torch's, on the CPU")
+        if name in ('data', 'train'):
+            sub.add_argument('--clock', default='wall', choices=['wall', 'cpu'], help='cpu: count CPU seconds of the '
+                             'process; with --threads 1, what a CPU shared with other jobs would do alone')
         return sub.add_argument
 
     add = command('data', 'token file to model input, beside a plain one-hot implementation', 7)
@@ -95,26 +98,23 @@ def get_args_parser():
     add('--grid', type=int, default=32, help='codes on a side; images have 8 times as many pixels')
     add('--images', type=int, default=1024)
     add('--image-workers', type=int, default=len(os.sched_getaffinity(0)), help='processes that decode images')
-
-    add = commands.add_parser('probe').add_argument  # one rank of `start`
-    add('--folder')
-    add('--since', type=float)
     return parser
 
 
 # ---------------------------------------------------------------- measuring
 
-def take_turns(works, repeats, device):
+def take_turns(works, repeats, device, clock='wall'):
     """{name: seconds of each round, (repeats,)} of functions without arguments, after a warm-up of each."""
+    now = {'wall': time.perf_counter, 'cpu': time.process_time}[clock]
     seconds = {name: [] for name in works}
     for round_ in range(-1, repeats):
         for name, work in works.items():
-            began = time.perf_counter()
+            began = now()
             work()
             if device.type == 'cuda':
                 torch.cuda.synchronize(device)
             if round_ >= 0:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(now() - began)
     return {name: np.array(values) for name, values in seconds.items()}
 
 
@@ -125,12 +125,12 @@ def spread(values, digits=4):
     return {name: float(f'{value:.{digits}g}') for name, value in found.items()}
 
 
-def matmul_peak(device, amp, repeats):
+def matmul_peak(device, amp, repeats, clock):
     """The device's measured peak in FLOP/s: the best of large square matrix products in the precision of `amp`."""
     best = 0.
     for n in (4096, 8192, 16384) if device.type == 'cuda' else (1024, 2048):
         a, b = (torch.randn(n, n, device=device, dtype=AMP_DTYPE.get(amp)) for _ in range(2))
-        seconds = take_turns({'matmul': lambda: torch.mm(a, b)}, max(repeats, 10), device)['matmul']
+        seconds = take_turns({'matmul': lambda: torch.mm(a, b)}, max(repeats, 10), device, clock)['matmul']
         best = max(best, 2 * n ** 3 / seconds.min())
     return best
 
@@ -286,7 +286,7 @@ def bench_data(args, device, folder):
     def plain():
         one_hot(data.batch(order[:args.one_hot_images])[0])
 
-    seconds = take_turns({'ours': ours, 'plain': plain}, args.repeats, device)
+    seconds = take_turns({'ours': ours, 'plain': plain}, args.repeats, device, args.clock)
     ours, plain = images / seconds['ours'], args.one_hot_images / seconds['plain']
     return {'images_per_second': spread(ours), 'one_hot_images_per_second': spread(plain), 'ratio': spread(ours / plain),
             'ms_an_image': spread(1e3 / ours), 'one_hot_ms_an_image': spread(1e3 / plain),
@@ -346,8 +346,8 @@ def bench_train(args, device, folder):
     def constant():
         epoch(([batch] * steps), lambda codes, generator: x)
 
-    seconds = take_turns({'data': with_data, 'constant': constant}, args.repeats, device)
-    peak = matmul_peak(device, real.amp, args.repeats)
+    seconds = take_turns({'data': with_data, 'constant': constant}, args.repeats, device, args.clock)
+    peak = matmul_peak(device, real.amp, args.repeats, args.clock)
     rate = images / seconds['data']
     memory = (torch.cuda.max_memory_allocated(device) if device.type == 'cuda'
               else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
@@ -360,54 +360,20 @@ def bench_train(args, device, folder):
 
 # ---------------------------------------------------------------- start
 
-def memory_of(path):
-    """Resident memory of this process in MB: of the mapped file `path`, and of everything else.
-
-    {'map', 'map_share'; 'rest', 'rest_private'}: a page that n processes map counts 1/n in map_share, and rest_private
-    leaves out what is shared, such as code of libraries.
-    """
-    totals = {'map': 0, 'map_share': 0, 'rest': 0, 'rest_private': 0}
-    ours = False
-    for line in Path('/proc/self/smaps').read_text().splitlines():
-        key, *words = line.split()
-        if not key.endswith(':'):
-            ours = line.endswith(str(path))
-        elif key in ('Rss:', 'Pss:', 'Private_Clean:', 'Private_Dirty:'):
-            name = {'Rss:': ('rest', 'map'), 'Pss:': (None, 'map_share')}.get(key, ('rest_private', None))[ours]
-            if name:
-                totals[name] += int(words[0]) * 1024 / 1e6
-    return {name: round(value, 1) for name, value in totals.items()}
-
-
-def probe(args):
-    """One rank: open the set as main_seit.py does, take a batch, and print on rank 0 what all ranks measured."""
-    imported = time.time()
-    device = init_distributed('cpu')
-    real = main_seit.parse_args(token_flags(Path(args.folder)))
-    data = main_seit.load_split(real, 'train', load_codebook(real.codebook_path))
-    opened = time.time()
-    next(data.batches(shuffled(len(data), world_size(), rank(), 0, 0), 128, device))
-    done = time.time()
-    barrier()  # all hold their map while it is measured
-    own = {'seconds': done - args.since, 'import_seconds': imported - args.since, 'open_seconds': opened - imported,
-           **memory_of(data.codes.filename)}
-    barrier()
-    every = [own]
-    if world_size() > 1:
-        every = [None] * world_size()
-        torch.distributed.all_gather_object(every, own)
-    if is_main():
-        print(json.dumps(every), flush=True)
-
-
 def start(folder, ranks):
-    """Start `ranks` processes of `probe`; returns what each measured."""
-    launcher = [] if ranks == 1 else ['-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={ranks}']
-    command = [sys.executable, *launcher, __file__, 'probe', '--folder', str(folder), '--since', str(time.time())]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    if done.returncode:
-        raise RuntimeError(f'{" ".join(command)} failed, see above')
-    return json.loads(done.stdout.splitlines()[-1])
+    """Start `ranks` processes of start_probe.py, as a launcher would; returns what each measured."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    common = {**os.environ, 'OMP_NUM_THREADS': '1', 'WORLD_SIZE': ranks, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+    command = [sys.executable, str(Path(__file__).with_name('start_probe.py')), str(time.time()), *token_flags(folder)]
+    processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={
+        **{key: str(value) for key, value in common.items()}, 'RANK': str(r), 'LOCAL_RANK': str(r)})
+        for r in range(ranks)]
+    said = [process.communicate()[0] for process in processes]
+    if any(process.returncode for process in processes):
+        raise InputError('start_probe.py failed, see above')
+    return json.loads(said[0].splitlines()[-1])
 
 
 def bench_start(args, device, folder):
@@ -506,8 +472,6 @@ def parse_args(words=None):
 
 
 def main(args):
-    if args.command == 'probe':
-        return probe(args)
     torch.set_num_threads(args.threads)
     device = init_distributed(getattr(args, 'device', 'cpu'))
     measure = {'data': bench_data, 'train': bench_train, 'start': bench_start, 'tokenize': bench_tokenize,

@@ -63,9 +63,9 @@ def test_flops_of_vit_b_are_those_in_the_literature():
 
 
 def test_start(capsys, tmp_path):
-    words = ['start', '--images', '40', '--grid', '4', '--ranks', '1', '2', '--repeats', '1', '--folder', str(tmp_path)]
+    words = ['start', '--images', '40', '--grid', '4', '--ranks', '2', '--repeats', '1', '--folder', str(tmp_path)]
     result = measure(capsys, *words)
-    for state in ('cold_1', 'warm_1', 'cold_2', 'warm_2'):
+    for state in ('cold_2', 'warm_2'):
         assert is_spread(result[state]['seconds']) and result[state]['rest']['median'] > result[state]['map']['median']
     assert (tmp_path / 'set-token.data.bin.gz').exists()  # kept for the next time
 
