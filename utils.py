@@ -1,6 +1,7 @@
 """What every program here shares: errors for users, processes, files, seeds."""
 import argparse
 import contextlib
+import datetime
 import glob
 import hashlib
 import http.client
@@ -72,12 +73,13 @@ def slurm_environment():
     env.setdefault('MASTER_PORT', str(10000 + int(env.get('SLURM_JOB_ID', 0)) % 50000))
 
 
-def init_distributed(device, dist_url='env://'):
+def init_distributed(device, dist_url='env://', minutes=10):
     """Join the process group that torchrun, torch.distributed.launch or srun describes, if any.
 
     Args:
         device: 'cuda', 'cuda:N' or 'cpu', as the user gave it.
         dist_url: torch.distributed's init_method.
+        minutes: how long ranks wait for one another before they take the others for lost.
     Returns the torch.device of this rank: one GPU a local rank (NCCL), or the CPU (gloo).
     """
     slurm_environment()
@@ -96,6 +98,7 @@ def init_distributed(device, dist_url='env://'):
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         dist.init_process_group('nccl' if kind.startswith('cuda') else 'gloo', init_method=dist_url,
                                 rank=int(os.environ['RANK']), world_size=int(os.environ['WORLD_SIZE']),
+                                timeout=datetime.timedelta(minutes=minutes),
                                 device_id=torch.device(kind) if kind.startswith('cuda') else None)
     return torch.device(kind)
 
@@ -200,11 +203,22 @@ def atomic_path(path):
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are private; ours are like any other
         os.replace(temporary, path)
+        _flush_folder(path.parent)
     except OSError as error:
         raise InputError(f'{path}: cannot be written ({error.strerror})') from None
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _flush_folder(folder):
+    """Bring the names in a folder to disk, where the system allows that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _umask():
