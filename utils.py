@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 
 # ---------------------------------------------------------------- errors a user can mend
@@ -96,9 +97,14 @@ def init_distributed(device, dist_url='env://', minutes=10):
         torch.cuda.set_device(number)
         kind = f'cuda:{number}'
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        dist.init_process_group('nccl' if kind.startswith('cuda') else 'gloo', init_method=dist_url,
-                                rank=int(os.environ['RANK']), world_size=int(os.environ['WORLD_SIZE']),
-                                timeout=datetime.timedelta(minutes=minutes),
+        wait = datetime.timedelta(minutes=minutes)
+        store, rank_, size = next(rendezvous(dist_url, int(os.environ['RANK']), int(os.environ['WORLD_SIZE']),
+                                             timeout=wait))
+        if os.environ.get('GROUP_WORLD_SIZE') == '1':
+            # torchrun on one node keeps its store when it restarts the ranks: the addresses of the dead are still there
+            store = dist.PrefixStore(f'restart {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
+        dist.init_process_group('nccl' if kind.startswith('cuda') else 'gloo', store=store, rank=rank_,
+                                world_size=size, timeout=wait,
                                 device_id=torch.device(kind) if kind.startswith('cuda') else None)
     return torch.device(kind)
 
