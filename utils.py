@@ -2,6 +2,7 @@
 import argparse
 import contextlib
 import ctypes
+import datetime
 import glob
 import hashlib
 import http.client
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 
 # ---------------------------------------------------------------- errors a user can mend
@@ -73,12 +75,13 @@ def slurm_environment():
     env.setdefault('MASTER_PORT', str(10000 + int(env.get('SLURM_JOB_ID', 0)) % 50000))
 
 
-def init_distributed(device, dist_url='env://'):
+def init_distributed(device, dist_url='env://', minutes=10):
     """Join the process group that torchrun, torch.distributed.launch or srun describes, if any.
 
     Args:
         device: 'cuda', 'cuda:N' or 'cpu', as the user gave it.
         dist_url: torch.distributed's init_method.
+        minutes: how long ranks wait for one another before they take the others for lost.
     Returns the torch.device of this rank: one GPU a local rank (NCCL), or the CPU (gloo, and malloc set for it).
     """
     slurm_environment()
@@ -95,8 +98,14 @@ def init_distributed(device, dist_url='env://'):
         torch.cuda.set_device(number)
         kind = f'cuda:{number}'
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        dist.init_process_group('nccl' if kind.startswith('cuda') else 'gloo', init_method=dist_url,
-                                rank=int(os.environ['RANK']), world_size=int(os.environ['WORLD_SIZE']),
+        wait = datetime.timedelta(minutes=minutes)
+        store, rank_, size = next(rendezvous(dist_url, int(os.environ['RANK']), int(os.environ['WORLD_SIZE']),
+                                             timeout=wait))
+        if os.environ.get('GROUP_WORLD_SIZE') == '1':
+            # torchrun on one node keeps its store when it restarts the ranks: the addresses of the dead are still there
+            store = dist.PrefixStore(f'restart {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
+        dist.init_process_group('nccl' if kind.startswith('cuda') else 'gloo', store=store, rank=rank_,
+                                world_size=size, timeout=wait,
                                 device_id=torch.device(kind) if kind.startswith('cuda') else None)
     if kind == 'cpu':
         keep_freed_memory()
@@ -213,11 +222,22 @@ def atomic_path(path):
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are private; ours are like any other
         os.replace(temporary, path)
+        _flush_folder(path.parent)
     except OSError as error:
         raise InputError(f'{path}: cannot be written ({error.strerror})') from None
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _flush_folder(folder):
+    """Bring the names in a folder to disk, where the system allows that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _umask():
