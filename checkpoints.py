@@ -32,15 +32,16 @@ def load_checkpoint(path):
 def load_weights(model, state, path):
     """load_state_dict, with the keys that differ in a one-line InputError."""
     own = model.state_dict()
-    shapes = {key: getattr(value, 'shape', None) for key, value in state.items()}
-    wrong = [f'{key}: {shapes[key] and tuple(shapes[key])} for {tuple(own[key].shape)}' for key in own
+    shapes = {key: tuple(value.shape) if isinstance(value, torch.Tensor) and value.is_floating_point() else None
+              for key, value in state.items()}
+    wrong = [f'{key}: {shapes[key]} for {tuple(own[key].shape)}' for key in own
              if key in state and shapes[key] != own[key].shape]
     wrong += [f'{key}: missing' for key in own if key not in state]
-    wrong += [f'{key}: unknown' for key in state if key not in own]
+    wrong += [f'{str(key)[:80]}: unknown' for key in state if key not in own]
     if wrong:
         raise InputError(f'{path}: does not fit the model: ' + '; '.join(wrong[:8])
                          + (f'; and {len(wrong) - 8} more' if len(wrong) > 8 else ''))
-    model.load_state_dict(state)
+    model.load_state_dict(dict(state))  # plain: an OrderedDict of a file may carry attributes that torch trusts
 
 
 def find_checkpoint(args):
