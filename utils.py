@@ -89,7 +89,7 @@ def init_distributed(device, dist_url='env://'):
             raise InputError('--device cuda, but torch finds no CUDA device here: add --device cpu')
         number = int(number or os.environ.get('LOCAL_RANK', 0))
         if number >= torch.cuda.device_count():
-            raise InputError(f'GPU {number} is asked for (by local rank or --device), but there are '
+            raise RankError(f'GPU {number} is asked for (by local rank or --device), but there are '
                              f'{torch.cuda.device_count()}: start fewer processes on this node')
         torch.cuda.set_device(number)
         kind = f'cuda:{number}'

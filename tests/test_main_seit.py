@@ -398,10 +398,19 @@ def only_weights(run, folder):
 @pytest.mark.parametrize('flags, words', [
     (['--bce-loss'], '--smoothing 0'), (['--batch-size', '7'], 'odd'), (['--eval'], '--resume'),
     (['--input-size', '100'], 'multiple'), (['--resume', 'auto'], '--output-dir'), (['--eda-rc-prob', '2'], 'between'),
-    (['--tensorboard'], '--output-dir'), (['--epochs', '0'], '1 or more')])
+    (['--tensorboard'], '--output-dir'), (['--epochs', '0'], '1 or more'), (['--seed', '-1'], '0 or more'),
+    (['--token-patch-size', '0'], '1 or more'), (['--token-synonym-thres', '0'], '1 or more'),
+    (['--start_epoch', '-1'], '0 or more'), (['--cutmix-minmax', '0.9', '0.2'], 'rising'),
+    (['--drop', '2'], '--drop 2'), (['--eda-sc-prob', 'nan'], '--eda-sc-prob nan')])
 def test_flags_that_cannot_work_together(flags, words):
     with pytest.raises(InputError, match=words):
         main_seit.parse_args(flags)
+
+
+def test_model_kwargs_are_key_value_words(capsys):
+    with pytest.raises(SystemExit):
+        main_seit.parse_args(['--model-kwargs', 'depth=1', 'heads'])
+    assert "'heads' is not of the form key=value" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
