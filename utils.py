@@ -181,11 +181,11 @@ def _count_braces(pattern):
 
 
 @contextlib.contextmanager
-def atomic_path(path):
+def atomic_path(path, advice='choose another folder'):
     """Yield a temporary path beside `path`; on success flush it to disk and rename it, else remove it.
 
     The reader of `path` sees the old file or the whole new one, never a part.
-    Raises InputError when the folder cannot be written.
+    Raises InputError, with the `advice`, when the folder cannot be written.
     """
     path = Path(path)
     try:
@@ -193,7 +193,7 @@ def atomic_path(path):
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
         os.close(handle)
     except OSError as error:
-        raise InputError(f'{path}: cannot be written ({error.strerror}); choose another folder') from None
+        raise InputError(f'{path}: cannot be written ({error.strerror}); {advice}') from None
     try:
         yield temporary
         with open(temporary, 'rb+') as file:

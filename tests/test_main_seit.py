@@ -363,8 +363,8 @@ def test_mistakes_get_one_line_and_exit_code_2(data, tmp_path):
     (['--nb_classes', '3'], 'holds class 3'), (['--batch-size', '64'], 'lower --batch-size'),
     (['--model', 'resnet50'], 'none of deit'), (['--model-kwargs', 'layers=3'], '--model-kwargs'),
     (['--opt', 'nonsense'], '--opt'), (['--device', 'tpu'], 'choose cuda'), (['--swap-token-scale', '1'], 'no room'),
-    (['--finetune', 'gone.pth'], 'gone.pth'), (['--token-cache', '/proc/nowhere'], 'choose another folder'),
-    (['--model', 'deit_small_token_4'], 'reads 4')])
+    (['--finetune', 'gone.pth'], 'gone.pth'), (['--model', 'deit_small_token_4'], 'reads 4'),
+    (['--token-cache', '/proc/nowhere'], 'choose another folder with --token-cache')])
 def test_mistakes_by_flag(data, flags, words):
     with pytest.raises(InputError, match=words):
         run_here(*SMALL, *data, '--epochs', 1, *flags)
