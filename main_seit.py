@@ -282,14 +282,14 @@ def create_model(args, classes, size, width, **rates):
 def finetune(model, path):
     """Start from other weights: a head or stem of another shape is dropped, position embeddings are resampled."""
     state, own = dict(load_checkpoint(path)['model']), model.state_dict()
-    for key in [k for k in state if k.startswith(('head.', 'patch_embed.')) and k in own]:
-        if state[key].shape != own[key].shape:
-            say(f'--finetune: {key} starts anew ({tuple(state[key].shape)} in the file)')
-            del state[key]
+    for key in [key for key in own if key.startswith(('head.', 'patch_embed.'))]:
+        if key not in state or state[key].shape != own[key].shape:
+            say(f'--finetune: {key} starts anew (in the file: {tuple(state[key].shape) if key in state else "none"})')
+            state[key] = own[key]
     if 'pos_embed' in state and state['pos_embed'].shape != own['pos_embed'].shape:
         side = int(round((own['pos_embed'].shape[1] - 1) ** 0.5))
         state['pos_embed'] = resample_abs_pos_embed(state['pos_embed'], [side, side], antialias=False)
-    load_weights(model, {**{k: v for k, v in own.items() if k.startswith(('head.', 'patch_embed.'))}, **state}, path)
+    load_weights(model, state, path)
 
 
 def freeze_all_but_attention(model):

@@ -313,7 +313,7 @@ def test_attn_only_trains_only_attention():
                        if '.attn.' in n or n in ('head.weight', 'head.bias', 'pos_embed')}
 
 
-def test_finetune_resamples_positions_and_drops_what_differs(tmp_path):
+def test_finetune_resamples_positions_and_drops_what_differs(tmp_path, capsys):
     old = timm.create_model('deit_tiny_token_32', depth=1, num_classes=5, img_size=28)
     torch.save({'model': old.state_dict()}, tmp_path / 'old.pth')
     new = timm.create_model('deit_tiny_token_32', depth=1, num_classes=3, img_size=20)
@@ -325,6 +325,9 @@ def test_finetune_resamples_positions_and_drops_what_differs(tmp_path):
     grid = old.pos_embed[:, 1:].reshape(1, 14, 14, -1).permute(0, 3, 1, 2)
     slow = torch.nn.functional.interpolate(grid, (10, 10), mode='bicubic', align_corners=False)
     torch.testing.assert_close(new.pos_embed[:, 1:], slow.flatten(2).transpose(1, 2))
+    torch.save({'model': {k: v for k, v in old.state_dict().items() if 'head' not in k}}, tmp_path / 'headless.pth')
+    main_seit.finetune(old, str(tmp_path / 'headless.pth'))
+    assert '--finetune: head.weight starts anew (in the file: none)' in capsys.readouterr().out
     other = timm.create_model('deit_tiny_token_32', depth=2)
     with pytest.raises(InputError, match='blocks.1.norm1.weight: missing'):
         main_seit.finetune(other, str(tmp_path / 'old.pth'))
