@@ -463,10 +463,12 @@ def train(run, state):
             train_time = time.time() - began
             if run.val:
                 stats |= evaluate_all(args, state.model, state.ema, run.val, run.transform, run.device)
-            improved = [name for name, key in (('model', 'test_acc1'), ('ema', 'ema_test_acc1'))
-                        if stats.get(key, 0.) > state.best[name]]
-            state.best = {'model': max(state.best['model'], stats.get('test_acc1', 0.)),
-                          'ema': max(state.best['ema'], stats.get('ema_test_acc1', 0.))}
+            improved = []
+            for name, key in (('model', 'test_acc1'), ('ema', 'ema_test_acc1')):
+                # while the best is 0 every epoch is as good: so a run that evaluates has a best checkpoint
+                if key in stats and (stats[key] > state.best[name] or not state.best[name]):
+                    improved.append(name)
+                    state.best[name] = stats[key]
             state.epoch += 1
             if run.checkpoints.writing:
                 # the log line first: a run cut off between the two repeats the epoch, and its line is dropped then
@@ -478,8 +480,9 @@ def train(run, state):
             if board:
                 for key, value in stats.items():
                     board.add_scalar(key, value, epoch)
-            say(f'epoch {epoch}: {time.time() - began:.1f} s, best Acc@1 {state.best["model"]:.3f}'
-                + (f', best EMA Acc@1 {state.best["ema"]:.3f}' if state.ema else ''))
+            best = [f'best {title}Acc@1 {state.best[name]:.3f}'
+                    for name, title in (('model', ''), ('ema', 'EMA ')) if run.val and (name == 'model' or state.ema)]
+            say(', '.join([f'epoch {epoch}: {time.time() - began:.1f} s', *best]))
     if board:
         board.close()
 

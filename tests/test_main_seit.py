@@ -246,7 +246,17 @@ def test_resume_keeps_the_best_accuracy(data, tmp_path):
      '0', '--nb_classes', '7', '--token-cache', 'none', '--sched', 'poly']])
 def test_every_switch_runs(data, flags, capsys):
     run_here(*SMALL, *data, '--epochs', 1, *flags)
-    assert len(accuracy_lines(capsys.readouterr().out)) == 2 - ('--no-eval' in flags) * 2 - ('--no-model-ema' in flags)
+    output = capsys.readouterr().out
+    assert len(accuracy_lines(output)) == 2 - ('--no-eval' in flags) * 2 - ('--no-model-ema' in flags)
+    assert ('best Acc@1' in output) == ('--no-eval' not in flags)
+
+
+def test_an_accuracy_of_zero_has_a_best_checkpoint_too(data, tmp_path, monkeypatch):
+    def measured(*_):
+        return {'test_acc1': 0., 'ema_test_acc1': 0.}
+    monkeypatch.setattr(main_seit, 'evaluate_all', measured)
+    run_here(*SMALL, *data, '--epochs', 1, '--output-dir', tmp_path)
+    assert (tmp_path / 'best_checkpoint.pth').exists() and (tmp_path / 'best_ema_checkpoint.pth').exists()
 
 
 def test_slurm_step(data, tmp_path):
