@@ -13,17 +13,17 @@ import io
 import timm
 import torch
 import torch.distributed as dist
-from timm.utils import ParseKwargs
 from torch.utils.data import DataLoader, Subset
 
 from checkpoints import load_checkpoint, load_weights
 from engine import autocast, evaluate
 from image_tokenizer import image_transform, load_tokenizer, open_image_folder, quantize
-from main_seit import create_model
+from main_seit import KeyValues, create_model
 from samplers import in_order
 from token_augment import EvalTransform
 from token_dataset import load_codebook
-from utils import InputError, init_distributed, is_main, parse_flags, rank, run, say, world_size, write_text
+from utils import (InputError, RankError, init_distributed, is_main, parse_flags, rank, run, say, world_size,
+                   write_text)
 
 NO_EFFECT = {
     '--eval': 'this program only evaluates',
@@ -39,7 +39,7 @@ def get_args_parser():
     add = parser.add_argument
     add('--data-path', required=True, metavar='DIR', help='class folders of images')
     add('--model', default='deit_base_token_32', help=', '.join(timm.list_models(module='models_seit')))
-    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+    add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
         help='as given in training')
     add('--model-path', default='weights/trained-vit.ckpt', metavar='FILE', help='a checkpoint')
     add('--use-ema', action='store_true', help="take the checkpoint's averaged weights")
@@ -67,6 +67,15 @@ def get_args_parser():
     for flag, why in NO_EFFECT.items():
         group.add_argument(flag, help=why, **({'action': 'store_true'} if flag == '--eval' else {}))
     return parser
+
+
+def parse_args(words=None):
+    """The command line. Raises InputError for values that cannot be."""
+    args = parse_flags(get_args_parser(), words)
+    for flag, least in (('batch_size', 1), ('num_workers', 0), ('tokenizer_input_size', 1), ('vit_input_size', 2)):
+        if getattr(args, flag) < least:
+            raise InputError(f'--{flag.replace("_", "-")} {getattr(args, flag)}: must be {least} or more')
+    return args
 
 
 class Readable(torch.utils.data.Dataset):
@@ -111,7 +120,7 @@ class ImageCodes:
     def __iter__(self):
         for images, labels, indices, complaints in self.loader:
             if complaints and not self.skip:
-                raise InputError(f'{complaints[0]}: mend or remove it, or add --skip-bad-images')
+                raise RankError(f'{complaints[0]}: mend or remove it, or add --skip-bad-images')
             for complaint in complaints:
                 print(f'skipped: {complaint}', flush=True)
             self.bad += len(complaints)
@@ -203,4 +212,4 @@ def main(args):
 
 
 if __name__ == '__main__':
-    run(lambda: main(parse_flags(get_args_parser())))
+    run(lambda: main(parse_args()))

@@ -48,6 +48,20 @@ NO_EFFECT = {
     '--num-workers': 'batches come straight from a memory map, so there are no loader processes',
     '--world-size': 'the launcher (torchrun, srun) sets it',
 }
+# Flags whose values lie between 0 and 1.
+SHARES = ('drop', 'drop_path', 'model_ema_decay', 'eda_rc_prob', 'eda_sc_prob', 'eda_erase_prob', 'replace_token_prob',
+          'token_noise_prob', 'rrc_ratio', 'swap_token_scale', 'erase_scale', 'mixup_prob', 'mixup_switch_prob',
+          'smoothing')
+
+
+class KeyValues(ParseKwargs):
+    """timm's KEY=VALUE arguments, with a complaint about words of another form."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        wrong = [word for word in values if '=' not in word]
+        if wrong:
+            parser.error(f'argument {option_string}: {wrong[0]!r} is not of the form key=value')
+        super().__call__(parser, namespace, values, option_string)
 
 
 def get_args_parser():
@@ -74,7 +88,7 @@ def get_args_parser():
     group = parser.add_argument_group('model')
     add = group.add_argument
     add('--model', default='deit_base_token_32', help=', '.join(timm.list_models(module='models_seit')))
-    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+    add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
         help='arguments of timm\'s VisionTransformer, as in depth=4 embed_dim=128 num_heads=4')
     add('--input-size', type=int, default=224, help='in pixels of --token-patch-size to a code: 224 / 8 = 28 codes')
     add('--token-patch-size', type=int, default=8, help='pixels a code covers, on each side')
@@ -177,18 +191,19 @@ def parse_args(words=None):
     """The command line, with `_` and `-` in flags alike. Raises InputError for values that cannot work together."""
     args = parse_flags(get_args_parser(), words)
     mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    low, high = args.cutmix_minmax or (0, 1)
     checks = [
-        (args.input_size % args.token_patch_size or args.input_size < 2 * args.token_patch_size,
+        (min(args.batch_size, args.epochs, args.accum_iter, args.token_patch_size, args.token_synonym_thres) < 1,
+         '--batch-size, --epochs, --accum-iter, --token-patch-size and --token-synonym-thres must be 1 or more'),
+        (min(args.seed, args.start_epoch) < 0, '--seed and --start-epoch must be 0 or more'),
+        (args.input_size % max(args.token_patch_size, 1) or args.input_size < 2 * args.token_patch_size,
          f'--input-size {args.input_size} is no multiple of --token-patch-size {args.token_patch_size}, or too small'),
-        (min(args.batch_size, args.epochs, args.accum_iter) < 1,
-         '--batch-size, --epochs and --accum-iter must be 1 or more'),
         (mixing and args.batch_size % 2, f'--batch-size {args.batch_size} is odd; CutMix and Mixup want it even'),
         (args.bce_loss and (args.smoothing or not mixing),
          '--bce-loss needs --smoothing 0 (any smoothing makes every target 1) and --cutmix or --mixup on'),
-        (not all(0 <= p <= 1 for p in (args.eda_rc_prob, args.eda_sc_prob, args.eda_erase_prob, args.replace_token_prob,
-                                       args.token_noise_prob, args.rrc_ratio, args.swap_token_scale,
-                                       args.erase_scale, args.smoothing)),
-         'probabilities, ratios, scales and --smoothing lie between 0 and 1'),
+        *((not 0 <= getattr(args, name) <= 1, f'--{name.replace("_", "-")} {getattr(args, name)}: choose a value '
+           'between 0 and 1') for name in SHARES),
+        (not 0 <= low < high <= 1, f'--cutmix-minmax {low} {high}: give two rising shares between 0 and 1'),
         (args.eval and not args.resume, '--eval needs --resume CHECKPOINT'),
         (args.eval and args.no_eval, '--eval and --no-eval exclude each other'),
         (args.resume == 'auto' and not args.output_dir, '--resume auto looks in --output-dir: give one'),
@@ -259,7 +274,7 @@ def create_model(args, classes, size, width, **rates):
     try:
         model = timm.create_model(args.model, num_classes=classes, img_size=size, **rates, **args.model_kwargs)
     except (TypeError, AssertionError, ValueError) as error:
-        raise InputError(f'--model-kwargs {args.model_kwargs}: {error}') from None
+        raise InputError(f'--model {args.model} with --model-kwargs {args.model_kwargs}: {error}') from None
     if model.in_chans != width:
         raise InputError(f'{args.codebook_path}: its rows have {width} elements, but {args.model} reads '
                          f'{model.in_chans}: choose the codebook or the model of the tokens')
@@ -269,14 +284,14 @@ def create_model(args, classes, size, width, **rates):
 def finetune(model, path):
     """Start from other weights: a head or stem of another shape is dropped, position embeddings are resampled."""
     state, own = dict(load_checkpoint(path)['model']), model.state_dict()
-    for key in [k for k in state if k.startswith(('head.', 'patch_embed.')) and k in own]:
-        if state[key].shape != own[key].shape:
-            say(f'--finetune: {key} starts anew ({tuple(state[key].shape)} in the file)')
-            del state[key]
+    for key in [key for key in own if key.startswith(('head.', 'patch_embed.'))]:
+        if key not in state or state[key].shape != own[key].shape:
+            say(f'--finetune: {key} starts anew (in the file: {tuple(state[key].shape) if key in state else "none"})')
+            state[key] = own[key]
     if 'pos_embed' in state and state['pos_embed'].shape != own['pos_embed'].shape:
         side = int(round((own['pos_embed'].shape[1] - 1) ** 0.5))
         state['pos_embed'] = resample_abs_pos_embed(state['pos_embed'], [side, side], antialias=False)
-    load_weights(model, {**{k: v for k, v in own.items() if k.startswith(('head.', 'patch_embed.'))}, **state}, path)
+    load_weights(model, state, path)
 
 
 def freeze_all_but_attention(model):
@@ -464,10 +479,12 @@ def train(run, state):
             train_time = time.time() - began
             if run.val:
                 stats |= evaluate_all(args, state.model, state.ema, run.val, run.transform, run.device)
-            improved = [name for name, key in (('model', 'test_acc1'), ('ema', 'ema_test_acc1'))
-                        if stats.get(key, 0.) > state.best[name]]
-            state.best = {'model': max(state.best['model'], stats.get('test_acc1', 0.)),
-                          'ema': max(state.best['ema'], stats.get('ema_test_acc1', 0.))}
+            improved = []
+            for name, key in (('model', 'test_acc1'), ('ema', 'ema_test_acc1')):
+                # while the best is 0 every epoch is as good: so a run that evaluates has a best checkpoint
+                if key in stats and (stats[key] > state.best[name] or not state.best[name]):
+                    improved.append(name)
+                    state.best[name] = stats[key]
             state.epoch += 1
             if run.checkpoints.writing:
                 # the log line first: a run cut off between the two repeats the epoch, and its line is dropped then
@@ -479,8 +496,9 @@ def train(run, state):
             if board:
                 for key, value in stats.items():
                     board.add_scalar(key, value, epoch)
-            say(f'epoch {epoch}: {time.time() - began:.1f} s, best Acc@1 {state.best["model"]:.3f}'
-                + (f', best EMA Acc@1 {state.best["ema"]:.3f}' if state.ema else ''))
+            best = [f'best {title}Acc@1 {state.best[name]:.3f}'
+                    for name, title in (('model', ''), ('ema', 'EMA ')) if run.val and (name == 'model' or state.ema)]
+            say(', '.join([f'epoch {epoch}: {time.time() - began:.1f} s', *best]))
     if board:
         board.close()
 

@@ -413,7 +413,7 @@ def build_cache(token_files, path):
     """Decode token files into the .npy at `path`, atomically; older caches of the same files are removed."""
     more = f' and {len(token_files) - 1} more' if len(token_files) > 1 else ''
     say(f'decoding {token_files[0]}{more} into {path}')
-    with atomic_path(path) as temporary:
+    with atomic_path(path, 'choose another folder with --token-cache') as temporary:
         codes = _fill(token_files, functools.partial(_allocate, temporary))
         codes.flush()
     for old in path.parent.glob(path.name.split('.codes-')[0] + '.codes-*.npy'):

@@ -102,7 +102,7 @@ def init_distributed(device, dist_url='env://', minutes=10):
             raise InputError('--device cuda, but torch finds no CUDA device here: add --device cpu')
         number = int(number or os.environ.get('LOCAL_RANK', 0))
         if number >= torch.cuda.device_count():
-            raise InputError(f'GPU {number} is asked for (by local rank or --device), but there are '
+            raise RankError(f'GPU {number} is asked for (by local rank or --device), but there are '
                              f'{torch.cuda.device_count()}: start fewer processes on this node')
         torch.cuda.set_device(number)
         kind = f'cuda:{number}'
@@ -212,11 +212,11 @@ def _count_braces(pattern):
 
 
 @contextlib.contextmanager
-def atomic_path(path):
+def atomic_path(path, advice='choose another folder'):
     """Yield a temporary path beside `path`; on success flush it to disk and rename it, else remove it.
 
     The reader of `path` sees the old file or the whole new one, never a part.
-    Raises InputError when the folder cannot be written.
+    Raises InputError, with the `advice`, when the folder cannot be written.
     """
     path = Path(path)
     try:
@@ -224,7 +224,7 @@ def atomic_path(path):
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
         os.close(handle)
     except OSError as error:
-        raise InputError(f'{path}: cannot be written ({error.strerror}); choose another folder') from None
+        raise InputError(f'{path}: cannot be written ({error.strerror}); {advice}') from None
     try:
         yield temporary
         with open(temporary, 'rb+') as file:
