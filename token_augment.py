@@ -151,9 +151,9 @@ def resized_crop(codes, table, boxes, size):
     (B, d, size, size), channels last in memory. A box of size x size is copied exactly.
     """
     b, h, _ = codes.shape
-    y, y_weight = cubic_taps(boxes[:, 0], boxes[:, 2], size)
-    x, x_weight = cubic_taps(boxes[:, 1], boxes[:, 3], size)
-    rows = codes.int().gather(2, x.view(b, 1, size * 4).expand(-1, h, -1))  # (B, h, size · 4): 32 bits halve the traffic
+    taps, weights = cubic_taps(boxes[:, :2].flatten(), boxes[:, 2:].flatten(), size)
+    (y, x), (y_weight, x_weight) = (both.view(b, 2, size, 4).unbind(1) for both in (taps, weights))
+    rows = codes.int().gather(2, x.reshape(b, 1, size * 4).expand(-1, h, -1))  # (B, h, size · 4): 32 bits halve the traffic
     weight = x_weight[:, None].expand(-1, h, -1, -1)
     out = _weighted_sums(rows, table, weight)  # (B · h · size, d)
     first = (torch.arange(b, device=codes.device) * h)[:, None, None]  # of each image's rows
