@@ -190,7 +190,7 @@ def chain(name, words, size, duration, kills, chance, clock, output):
     else:
         done = kills
         codes = Job(name, words, size, output).wait(clock.left())
-    if any(codes):
+    if any(code != 0 for code in codes):
         raise InputError(f'{output}: exit codes {codes} after {done} kills')
     return done
 
@@ -318,7 +318,8 @@ def restart_part(folder, words, chance, clock):
         rank = chance.randrange(4)
         os.kill(before[rank], signal.SIGKILL)
         restarted = until(lambda: set(workers(launcher).values()) - set(before.values()), 'a restart', clock, 60)
-        code = launcher.wait(clock.left())
+        until(lambda: launcher.poll() is not None, 'the end of the run', clock)
+        code = launcher.returncode
     finally:
         kill_all(launcher)
     differing = training_differs(folder / 'whole', out) if code == 0 else [f'exit code {code}']
@@ -435,8 +436,8 @@ def hosts_part(folder, words, args, chance, clock):
         hosts.mend()
         start(1)
         began = time.monotonic()
-        codes = [launcher.wait(clock.left()) for launcher in launchers]
-        finished = time.monotonic() - began
+        until(lambda: None not in [launcher.poll() for launcher in launchers], 'the end of the run', clock)
+        codes, finished = [launcher.returncode for launcher in launchers], time.monotonic() - began
     finally:
         for launcher in filter(None, launchers):
             kill_all(launcher)
