@@ -43,7 +43,8 @@ def slurm_parameters(args):
     """What submitit's executor is told."""
     return {'name': 'seit', 'nodes': args.nodes, 'gpus_per_node': args.gpus, 'tasks_per_node': args.gpus,
             'cpus_per_task': args.cpus, 'timeout_min': round(60 * args.hours), 'slurm_signal_delay_s': 300,
-            **{f'slurm_{key}': value for key in ('partition', 'constraint', 'comment') if (value := getattr(args, key))}}
+            **{f'slurm_{key}': getattr(args, key) for key in ('partition', 'constraint', 'comment')
+               if getattr(args, key)}}
 
 
 class Training:
@@ -69,7 +70,8 @@ class Training:
 
 
 def main(args, words):
-    output = main_seit.parse_args([*words, '--resume', 'auto']).output_dir  # mistakes show before the job waits for hours
+    # mistakes show now, not when the job has waited for hours
+    output = main_seit.parse_args([*words, '--resume', 'auto']).output_dir
     os.environ['SUBMITIT_PREEMPT_SIGNAL'] = 'USR1'  # one of those that main_seit.py saves on
     try:
         import submitit
