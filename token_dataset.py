@@ -207,8 +207,8 @@ def read_index(token_file):
         limit = min(8 * MAX_IMAGES, MAX_INDEX_RATIO * os.path.getsize(path)) + SMALL
         data = file.read(limit + 1)
     if len(data) > limit:
-        raise InputError(f'{path}: unpacks to more than {limit:,} bytes, which no index of its size does; fetch or make '
-                         'it again, or make shards')
+        raise InputError(f'{path}: unpacks to more than {limit:,} bytes, which no index of its size does; fetch or '
+                         'make it again, or make shards')
     try:
         index = parse_npy(data)
     except ValueError as error:
@@ -219,8 +219,8 @@ def read_index(token_file):
     if index[0] != 0 or (np.diff(index) <= 0).any():
         raise InputError(f'{path}: offsets do not rise from 0; the index is damaged or of another file')
     if np.diff(index).max() > MAX_IMAGE_BYTES:
-        raise InputError(f'{path}: image {np.diff(index).argmax()} has more than {MAX_IMAGE_BYTES:,} bytes; the index is '
-                         'damaged')
+        raise InputError(f'{path}: image {np.diff(index).argmax()} has more than {MAX_IMAGE_BYTES:,} bytes; the '
+                         'index is damaged')
     return index
 
 
@@ -334,8 +334,8 @@ def decode_images(token_file, index):
     n, images = None, len(index) - 1
     with reading_gzip(token_file) as file:
         if index[-1] > MAX_GZIP_RATIO * os.path.getsize(token_file) + SMALL:
-            raise InputError(f'{token_file}: its index says {index[-1]:,} bytes, which no gzip of its size unpacks to: one '
-                             'of the two is truncated or of another file')
+            raise InputError(f'{token_file}: its index says {index[-1]:,} bytes, which no gzip of its size unpacks to: '
+                             'one of the two is truncated or of another file')
         for first, last in _image_chunks(index):
             size = int(index[last] - index[first])
             data = np.frombuffer(file.read(size), np.uint8)

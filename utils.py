@@ -396,7 +396,8 @@ def load_torch(path, what):
         except OSError as error:
             raise InputError(f'{path}: cannot read {what} ({error.strerror or error})') from None
         except Exception as error:  # damage makes the unpickler raise nearly anything
-            raise InputError(f'{path}: damaged or not {what} ({(str(error).splitlines() or [""])[0][:120]})') from None
+            why = (str(error).splitlines() or [type(error).__name__])[0][:120]
+            raise InputError(f'{path}: damaged or not {what} ({why})') from None
 
 
 def save_torch(value, path):

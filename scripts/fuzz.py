@@ -1,0 +1,545 @@
+"""Fuzz every reader with arbitrary, damaged and hostile files (hypothesis, the same inputs each time).
+
+    python scripts/fuzz.py --inputs 1200
+
+Each input must end in the right result, which a slow and obvious reader confirms, or in an InputError: one line that
+names the file. Anything else stops the program and shows the smallest input that does it: another exception, a wrong
+result, more than SECONDS, more than MEMORY above what was in use before. Prints one JSON line with counts per reader.
+Takes about four minutes; needs hypothesis (requirements-test.txt).
+"""
+import argparse
+import contextlib
+import gzip
+import io
+import json
+import math
+import random
+import resource
+import signal
+import sys
+import tarfile
+import tempfile
+import time
+import warnings
+import zipfile
+from collections import Counter, OrderedDict
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import token_dataset as td  # noqa: E402
+from checkpoints import load_checkpoint, load_weights  # noqa: E402
+from image_sources import open_source  # noqa: E402
+from image_tokenizer import PatchTokenizer, load_tokenizer  # noqa: E402
+from utils import InputError, RunLog, sha256  # noqa: E402
+from vitvqgan import Size, ViTVQGAN  # noqa: E402
+
+SECONDS = 10
+MEMORY = 1 << 30  # bytes; the inputs themselves are of kilobytes
+REFUSED = object()
+
+
+# ---------------------------------------------------------------- what an input may do
+
+class Hang(BaseException):
+    """More than SECONDS; no Exception, which a reader might take for damage."""
+
+
+@contextlib.contextmanager
+def limits():
+    """Raise Hang after SECONDS, and let allocations beyond MEMORY fail, within the block."""
+    def stop(*_):
+        raise Hang(f'more than {SECONDS} s')
+
+    pages = int(Path('/proc/self/statm').read_text().split()[0]) if sys.platform == 'linux' else None
+    before = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, stop)
+    if pages:
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, before[0][1]))
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before[1])
+        resource.setrlimit(resource.RLIMIT_AS, before[0])
+
+
+def outcome(paths, read, *args):
+    """read(*args) within limits, or REFUSED where it raises an InputError of one line that names one of `paths`."""
+    try:
+        with limits():
+            return read(*args)
+    except InputError as error:
+        message = str(error)
+        assert len(message.splitlines()) == 1 and len(message) < 2000, message
+        assert any(str(path) in message for path in paths), f'{message} names none of {paths}'
+        return REFUSED
+
+
+def same(a, b):
+    """Whether two float tensors have the same shape and, bit by bit, the same numbers."""
+    a, b = (tensor.detach().float().contiguous() for tensor in (a, b))
+    return a.shape == b.shape and a.numpy().tobytes() == b.numpy().tobytes()
+
+
+# ---------------------------------------------------------------- what inputs are made of
+
+NUMBERS = st.one_of(st.integers(-2, 600), st.sampled_from([2 ** 31, 2 ** 32, 2 ** 40, 2 ** 62, 2 ** 63 - 1]))
+JSON = st.recursive(st.none() | st.booleans() | NUMBERS | st.floats() | st.text(max_size=5),
+                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+                    max_leaves=6)
+PIECES = [
+    b'\xff' * 8, b'\0' * 8, b'\xff\xff\xff\x7f', b'\n', b'[', b'{' * 3, b'[' * 100_000, b'"', b'-1', b'9' * 30, b'1e999',
+    b'NaN', b'\\ud800', b'\xef\xbb\xbf', b'PK\x03\x04', b'\x93NUMPY', b'\x1f\x8b\x08']
+
+
+@st.composite
+def damaged(draw, whole):
+    """Some bytes after 0 to 3 accidents anywhere: a bit flipped, bytes set, put in, cut out, or the end lost."""
+    data, chance = bytearray(whole), random.Random(draw(st.integers(0, 1 << 60)))
+    for _ in range(chance.choice([0, 1, 1, 1, 2, 3])):
+        place = chance.randrange(len(data) + 1)
+        kind = chance.choice(['bit', 'bit', 'set', 'set', 'insert', 'cut', 'end'])
+        if kind == 'bit':
+            data[place:place + 1] = bytes(byte ^ 1 << chance.randrange(8) for byte in data[place:place + 1])
+        elif kind in ('set', 'insert'):
+            piece = chance.choice([chance.randbytes(1), chance.randbytes(4), chance.choice(PIECES)])
+            data[place:place + len(piece) * (kind == 'set')] = piece
+        else:
+            del data[place:place + chance.randrange(1, 40) if kind == 'cut' else None]
+    return bytes(data)
+
+
+def any_tensor(draw):
+    """A small tensor of any type and shape; some claim much by strides of 0, some are not plain."""
+    shape = draw(st.lists(st.integers(0, 4), max_size=4))
+    tensor = torch.ones(shape).to(draw(st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.float64,
+                                                        torch.int64, torch.bool, torch.complex64])))
+    kind = draw(st.sampled_from(['plain'] * 4 + ['claims', 'sparse', 'meta']))
+    if kind == 'claims':
+        return torch.ones(1, 1).expand(*draw(st.sampled_from([(2, 3), (1 << 20, 1 << 20), (1 << 30, 4)])))
+    return {'plain': tensor.clone, 'sparse': tensor.to_sparse, 'meta': lambda: tensor.to('meta')}[kind]()
+
+
+def any_object(draw):
+    """What a torch file may hold instead of what it should."""
+    kind = draw(st.sampled_from(['json', 'tensor', 'tensor', 'dict', 'namespace']))
+    if kind == 'json':
+        return draw(JSON)
+    if kind == 'dict':
+        return OrderedDict((draw(st.text(max_size=4) | NUMBERS), any_tensor(draw)) for _ in range(draw(st.integers(0, 3))))
+    return argparse.Namespace(shape=torch.Size([3])) if kind == 'namespace' else any_tensor(draw)
+
+
+def torch_bytes(value, old=False):
+    """A torch file, in the format before torch 1.6 if `old`."""
+    file = io.BytesIO()
+    torch.save(value, file, _use_new_zipfile_serialization=not old)
+    return file.getvalue()
+
+
+def damaged_pickle(draw, data):
+    """A torch file whose pickle is damaged, with the checksum that goes with it."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(data)) as source, zipfile.ZipFile(out, 'w') as file:
+        for member in source.infolist():
+            content = source.read(member)
+            file.writestr(member.filename, draw(damaged(content)) if member.filename.endswith('.pkl') else content)
+    return out.getvalue()
+
+
+def torch_file(draw, path, value, change):
+    """Write a torch file of `value`, somehow damaged, or of what `change()` makes of it.
+
+    Returns what it should then hold, or None: torch may tell.
+    """
+    kind = draw(st.sampled_from(['zip', 'pickle', 'old', 'object']))
+    if kind == 'object':
+        value = change()
+        path.write_bytes(torch_bytes(value))
+        return value
+    whole = torch_bytes(value, kind == 'old')
+    path.write_bytes(damaged_pickle(draw, whole) if kind == 'pickle' else draw(damaged(whole)))
+    return value if kind == 'zip' or path.read_bytes() == whole else None
+
+
+def torch_says(path):
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location='cpu', weights_only=True)
+
+
+# ---------------------------------------------------------------- token sets
+
+def slow_decode(data, format):
+    """The codes in one image's bytes, one by one; None where it is no image."""
+    if format == td.UINT16:
+        return None if len(data) % 2 else [data[i] + 256 * data[i + 1] for i in range(0, len(data), 2)]
+    codes, data = [], list(data)
+    while data:
+        byte = data.pop(0)
+        if byte == 255:
+            if not data or data[0] == 255:
+                return None
+            byte += data.pop(0)
+        codes.append(byte)
+    return codes
+
+
+def slow_read(token_file, index):
+    """The codes of a set as lists, REFUSED where it is none."""
+    try:
+        stream = gzip.decompress(token_file.read_bytes())
+    except Exception:
+        return REFUSED
+    card = slow_card(token_file)
+    if card is None or index[0] != 0 or index[-1] != len(stream) or any(b <= a for a, b in zip(index, index[1:])):
+        return REFUSED
+    images = [slow_decode(stream[a:b], card.get('format', td.BYTES)) for a, b in zip(index, index[1:])]
+    if None in images or len({len(image) for image in images}) > 1 or math.isqrt(len(images[0])) ** 2 != len(images[0]):
+        return REFUSED
+    found = {'images': len(images), 'grid': math.isqrt(len(images[0]))}
+    return images if all(card.get(key, value) == value for key, value in found.items()) else REFUSED
+
+
+def slow_card(token_file):
+    """The card of a set, {} where there is none, None where it does not fit the files."""
+    path = token_file.with_name('a.json')
+    if not path.exists():
+        return {}
+    try:
+        card = json.loads(path.read_bytes().decode())
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(card, dict) or card.get('format', td.BYTES) not in (td.BYTES, td.UINT16):
+        return None
+    if 'files' in card:
+        files = card['files'] if isinstance(card['files'], dict) else {}
+        for name in 'a.data.bin.gz', 'a.index.npy.gz':
+            file = token_file.with_name(name)
+            if files.get(name) != {'bytes': len(file.read_bytes()), 'sha256': sha256(file)}:
+                return None
+    return card
+
+
+def write_set(draw, folder):
+    """A small right set; returns (token file, stream, index as a list, format)."""
+    images, grid, format = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.sampled_from(td.FORMATS))
+    largest = td.MAX_CODE if format == td.BYTES else 0xffff
+    codes = draw(st.lists(st.integers(0, largest), min_size=images * grid ** 2, max_size=images * grid ** 2))
+    codes, path = np.array(codes).reshape(images, -1), folder / 'a.data.bin.gz'
+    td.write_tokens(path, folder / 'labels', codes, [0] * images, format)
+    stream, index = (td.encode_codes if format == td.BYTES else td.encode_uint16)(codes)
+    card = folder / 'a.json'
+    card.unlink(missing_ok=True)
+    if format == td.UINT16:
+        card.write_text(json.dumps({'format': format}))
+    return path, stream.tobytes(), index.tolist(), format
+
+
+def write_index(token_file, index):
+    npy = io.BytesIO()
+    np.save(npy, np.array(index, np.int64))
+    td.index_path(token_file).write_bytes(td.gzip_bytes(npy.getvalue()))
+
+
+def check_codes(path, index):
+    """Read a set and compare with the slow reader, which must refuse what is refused."""
+    codes = outcome([path, td.index_path(path), td.card_path(path)], td.open_codes, path, 'none')
+    slow = slow_read(path, index)
+    assert (codes is REFUSED) == (slow is REFUSED), 'refused though right' if codes is REFUSED else 'taken though wrong'
+    assert codes is REFUSED or codes.tolist() == slow
+    return codes
+
+
+def stream(draw, folder):
+    path, data, index, _ = write_set(draw, folder)
+    kind = draw(st.sampled_from(['stream', 'gzip', 'index', 'arbitrary']))
+    if kind == 'stream':
+        path.write_bytes(td.gzip_bytes(draw(damaged(data))))
+    elif kind == 'gzip':
+        path.write_bytes(draw(damaged(path.read_bytes())))
+    elif kind == 'index':
+        index[draw(st.integers(0, len(index) - 1))] = draw(NUMBERS)
+    else:
+        data = draw(st.binary(min_size=1, max_size=20) | st.lists(st.sampled_from([7, 255])).map(bytes))
+        index = draw(st.lists(st.integers(1, len(data) + 1), unique=True, max_size=4).map(lambda x: [0, *sorted(x)]))
+        path.write_bytes(td.gzip_bytes(data))
+        if len(index) < 2:
+            index.append(len(data) + 1)
+    write_index(path, index)
+    return check_codes(path, index)
+
+
+def card(draw, folder):
+    path, _, index, format = write_set(draw, folder)
+    files = {file.name: {'bytes': len(file.read_bytes()), 'sha256': sha256(file)}
+             for file in (path, td.index_path(path), folder / 'labels')}
+    value = {'format': format, 'images': len(index) - 1, 'files': files}
+    kind = draw(st.sampled_from(['text', 'value', 'file', 'arbitrary']))
+    if kind == 'value':
+        value[draw(st.sampled_from(['format', 'images', 'grid', 'files', 'codes']))] = draw(JSON)
+    elif kind == 'file':
+        files[draw(st.sampled_from(sorted(files)))] = draw(JSON)
+    elif kind == 'arbitrary':
+        value = draw(JSON)
+    text = json.dumps(value).encode()
+    (folder / 'a.json').write_bytes(draw(damaged(text)) if kind == 'text' else text)
+    return check_codes(path, index)
+
+
+def index(draw, folder):
+    path, npy, whole = folder / 'a.data.bin.gz', io.BytesIO(), draw(st.booleans())
+    np.save(npy, np.cumsum([0] + draw(st.lists(st.integers(1, 300), min_size=1, max_size=5))).astype(
+        draw(st.sampled_from(['<i8', '>i8', '<u4', '<i2', '<u8', 'f8']))))
+    data = npy.getvalue()
+    if draw(st.booleans()):  # a header of the right form, as long as before or not
+        shape = draw(st.lists(NUMBERS, max_size=3).map(tuple) | st.just(True))
+        header = str({'descr': draw(st.sampled_from(['<i8', '|O', '<U9', 'V0', [('a', '<i8')], '(2,)<i8', 'x'])),
+                      'fortran_order': draw(st.booleans()), 'shape': shape})
+        data = data[:10] + header.ljust(len(data[10:128]) - 1).encode() + b'\n' + data[128:]
+    data = td.gzip_bytes(data if whole else draw(damaged(data)))
+    td.index_path(path).write_bytes(draw(damaged(data)) if whole else data)
+    found = outcome([td.index_path(path)], td.read_index, path)
+    if found is not REFUSED:
+        other = np.load(io.BytesIO(gzip.decompress(td.index_path(path).read_bytes())))
+        assert found.dtype == np.int64 and found.tolist() == other.tolist() and found[0] == 0 and found[-1] > 0
+        assert (other.astype(object)[1:] > other.astype(object)[:-1]).all()
+    return found
+
+
+def cache(draw, folder):
+    path, npy = folder / 'a.codes-0.npy', io.BytesIO()
+    np.save(npy, np.arange(12, dtype=draw(st.sampled_from(['<u2', '<u2', '<i4']))).reshape(3, 4))
+    path.write_bytes(draw(damaged(npy.getvalue())))
+    found = outcome([path], td.map_cache, path)
+    assert found is REFUSED or np.array_equal(found, np.load(io.BytesIO(path.read_bytes())))
+    return found
+
+
+# ---------------------------------------------------------------- text
+
+def labels(draw, folder):
+    path = folder / 'labels.txt'
+    words = st.integers(0, 999).map(str) | st.sampled_from(['', '-1', '+3', ' 4 ', '5\r', '1_0', '१', '0x1', '1.', '6 7',
+                                                            '9' * 18, '9' * 19, '9' * 5000, '\u2028', '\x1c8'])
+    lines = draw(st.lists(st.integers(0, 999).map(str), max_size=6) | st.lists(words, max_size=4))
+    path.write_bytes(draw(damaged('\n'.join(lines).encode() + b'\n' * draw(st.booleans()))))
+    found = outcome([path], td.read_labels, path)
+    lines = path.read_bytes().split(b'\n')
+    lines = lines[:-1] if lines[-1] == b'' else lines
+    right = lines and all(set(line) <= set(b'0123456789+- \t\r') and not line.lstrip(b' \t').startswith(b'\r')
+                          and len(line.split()) == 1 and line.strip().lstrip(b'+-').isdigit()
+                          and len(line.strip().lstrip(b'+-')) <= 18 and len(line.strip().lstrip(b'+-')) >=
+                          len(line.strip()) - 1 and int(line) >= 0 for line in lines)
+    assert (found is not REFUSED) == bool(right)
+    assert found is REFUSED or found.tolist() == [int(line) for line in lines]
+    return found
+
+
+def synonyms(draw, folder):
+    path, codes, top_k = folder / 'synonyms.json', draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    value = {str(code): draw(st.lists(st.integers(0, codes - 1), min_size=1, max_size=5)) for code in range(codes)}
+    kind = draw(st.sampled_from(['text', 'value', 'arbitrary']))
+    if kind == 'value':
+        value[str(draw(st.integers(0, 5)))] = draw(JSON | st.lists(NUMBERS, max_size=3))
+    text = json.dumps(draw(JSON) if kind == 'arbitrary' else value).encode()
+    path.write_bytes(draw(damaged(text)) if kind == 'text' else text)
+    found = outcome([path], td.load_synonyms, path, codes, top_k)
+    try:
+        value = json.loads(path.read_bytes().decode())
+    except (ValueError, RecursionError):
+        value = None
+    rows = [value.get(str(code)) if isinstance(value, dict) else None for code in range(codes)]
+    right = all(isinstance(row, list) and row and all(type(c) is int and 0 <= c < codes for c in row) for row in rows)
+    assert (found is not REFUSED) == right
+    if right:
+        used = [row[:top_k] for row in rows]
+        assert found[1].tolist() == [len(row) for row in used]
+        assert found[0].tolist() == [row + [code] * (top_k - len(row)) for code, row in enumerate(used)]
+    return found
+
+
+def log(draw, folder):
+    path, start = folder / 'log.txt', draw(st.integers(0, 4))
+    lines = [json.dumps({'epoch': epoch, 'loss': 0.5}) for epoch in range(draw(st.integers(0, 4)))]
+    if draw(st.booleans()):
+        lines.insert(draw(st.integers(0, len(lines))), json.dumps(draw(JSON | st.builds(dict, epoch=JSON))))
+    path.write_bytes(draw(damaged('\n'.join(lines).encode())))
+    kept = []
+    for line in path.read_bytes().split(b'\n') if start else []:
+        try:
+            value = json.loads(line.decode())
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(value, dict) and type(value.get('epoch', -1)) is int and value.get('epoch', -1) < start:
+            kept.append(value)
+    found = outcome([path], lambda: (RunLog(path, start).write(epoch=start), path.read_text())[1])
+    assert found is not REFUSED and found == ''.join(json.dumps(line) + '\n' for line in [*kept, {'epoch': start}])
+    return found
+
+
+# ---------------------------------------------------------------- tensors
+
+def codebook(draw, folder):
+    path = folder / 'codebook.ckpt'
+    value = torch_file(draw, path, torch.arange(12.).reshape(4, 3), lambda: any_object(draw))
+    found = outcome([path], td.load_codebook, path)
+    if found is not REFUSED:
+        assert found.dtype == torch.float32 and found.ndim == 2
+        assert same(found, torch_says(path) if value is None else value)
+    return found
+
+
+def checkpoint(draw, folder):
+    path, model = folder / 'checkpoint.pth', torch.nn.Linear(3, 2)
+    right = {'model': torch.nn.Linear(3, 2).state_dict(), 'epoch': 1, 'args': argparse.Namespace(lr=.1)}
+
+    def change():
+        state = right['model']
+        kind = draw(st.sampled_from(['whole', 'model', 'weight', 'more', 'metadata']))
+        if kind == 'metadata':
+            state._metadata = draw(JSON)
+        elif kind in ('weight', 'more'):
+            state['weight' if kind == 'weight' else draw(st.text(max_size=5) | NUMBERS)] = any_object(draw)
+        return any_object(draw) if kind == 'whole' else {**right, 'model': any_object(draw) if kind == 'model' else state}
+
+    def read():
+        found = load_checkpoint(path)
+        load_weights(model, found['model'], path)
+        return found
+
+    value = torch_file(draw, path, right, change)
+    found = outcome([path], read)
+    if found is not REFUSED:
+        state = (torch_says(path) if value is None else value)['model']
+        assert state.keys() == model.state_dict().keys()
+        assert all(same(tensor, state[key]) for key, tensor in model.state_dict().items())
+    return found
+
+
+def tokenizer_state(draw):
+    """A right state dict of a tiny patch tokenizer or ViT-VQGAN."""
+    if draw(st.booleans()):
+        return dict(PatchTokenizer(torch.rand(12), torch.rand(12, 4), torch.tensor(2.)).state_dict())
+    size = Size(4, 1, 1, 3)
+    return dict(ViTVQGAN(size, draw(st.sampled_from([None, size])), 5, 2, 8, 4).state_dict())
+
+
+def from_safetensors(path):
+    """The tensors of a .safetensors by its format: 8 bytes length, a JSON header, data."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], 'little')
+    header = {key: value for key, value in json.loads(data[8:start]).items() if key != '__metadata__'}
+    types = {'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16, 'F64': torch.float64}
+    return {key: torch.frombuffer(bytearray(data[start:][slice(*value['data_offsets'])]), dtype=types[value['dtype']])
+            .reshape(value['shape']) for key, value in header.items() if value['dtype'] in types}
+
+
+def tokenizer(draw, folder):
+    right, plain = tokenizer_state(draw), draw(st.booleans())
+    path = folder / ('tokenizer.safetensors' if plain else 'tokenizer.pt')
+
+    def change():
+        state = dict(right)
+        kind = draw(st.sampled_from(['tensor', 'tensor', 'lost', 'more', 'whole', 'lightning']))
+        key = draw(st.sampled_from(sorted(state)))
+        if kind == 'tensor':
+            state[key] = any_tensor(draw)
+        elif kind == 'lost':
+            del state[key]
+        elif kind == 'more':
+            state[key.replace('0', draw(st.sampled_from(['1', '2', 'x']))) + 'x' * draw(st.booleans())] = any_tensor(draw)
+        return {'whole': lambda: any_object(draw), 'lightning': lambda: {'state_dict': state}}.get(kind, lambda: state)()
+
+    if plain:
+        path.write_bytes(draw(damaged(safetensors.torch.save(right))))
+        value = None
+    else:
+        value = torch_file(draw, path, right, change)
+    found = outcome([path], load_tokenizer, path)
+    if found is not REFUSED:
+        value = from_safetensors(path) if plain else torch_says(path) if value is None else value
+        check_tokenizer(found, value.get('state_dict', value))
+    return found
+
+
+def check_tokenizer(model, state):
+    """It has the tensors of `state` and gives features of the shape it says."""
+    assert all(same(tensor, state[key]) for key, tensor in model.state_dict().items()
+               if key in state or 'pos_embedding' not in key)
+    side = 2 * model.patch_size
+    with torch.no_grad():
+        assert model(torch.zeros(1, 3, side, side)).shape == (1, 4, model.embed_dim)
+
+
+# ---------------------------------------------------------------- images
+
+def tar(draw, folder):
+    path, file = folder / 'a.tar', io.BytesIO()
+    with tarfile.open(fileobj=file, mode='w') as archive:
+        keys = draw(st.lists(st.sampled_from(['a', 'b', '../c', '/d']), min_size=1, max_size=3, unique=True))
+        for name in draw(st.just([f'{key}.{end}' for key in keys for end in ('jpg', draw(st.sampled_from(['cls', 'json'])))])
+                         | st.lists(st.sampled_from(['a.jpg', 'a.cls', 'b.json', 'b.jpg', '../c.cls']), max_size=3)):
+            data = b'{"label": 3}' if name.endswith('json') else b'7'
+            member = tarfile.TarInfo(name)
+            member.size, member.type = len(data), draw(st.sampled_from([tarfile.REGTYPE] * 20 + [
+                tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.GNUTYPE_SPARSE]))
+            archive.addfile(member, io.BytesIO(data))
+    path.write_bytes(draw(damaged(file.getvalue())))
+    found = outcome([path], open_source, str(path))
+    if found is not REFUSED:
+        with tarfile.open(path, 'r:') as archive:
+            images = [archive.extractfile(member).read() for member in archive if member.isreg()
+                      and member.name.rpartition('/')[2].partition('.')[2].lower() in ('jpg', 'jpeg', 'png', 'webp')]
+        assert [found.read(i) for i in range(len(found))] == images and len(found.labels) == len(images)
+    return found
+
+
+READERS = {'stream': stream, 'index': index, 'labels': labels, 'synonyms': synonyms, 'codebook': codebook,
+           'checkpoint': checkpoint, 'tokenizer': tokenizer, 'card': card, 'log': log, 'cache': cache, 'tar': tar}
+
+
+# ---------------------------------------------------------------- the program
+
+def fuzz(name, inputs, folder):
+    """Try a reader on `inputs` inputs; returns how many were right and how many refused."""
+    counts = Counter(right=0, refused=0)
+
+    @settings(max_examples=inputs, derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck),
+              phases=[Phase.generate, Phase.shrink])
+    @given(st.data())
+    def one(data):
+        counts['refused' if READERS[name](data.draw, folder) is REFUSED else 'right'] += 1
+
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # torch's about old formats and complex numbers
+        one()
+    return dict(counts)
+
+
+def get_args():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument('--inputs', type=int, default=1200, help='to each reader')
+    parser.add_argument('--readers', nargs='+', choices=READERS, default=list(READERS))
+    return parser.parse_args()
+
+
+def main(args):
+    report, started = {}, time.monotonic()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with tempfile.TemporaryDirectory() as folder:
+        for name in args.readers:
+            report[name] = fuzz(name, args.inputs, Path(folder))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    print(json.dumps({'inputs': sum(sum(counts.values()) for counts in report.values()), **report,
+                      'seconds': round(time.monotonic() - started), 'memory_mib': peak >> 10}))
+
+
+if __name__ == '__main__':
+    main(get_args())
