@@ -231,7 +231,7 @@ def read_labels(path):
     if bad:
         line = text.count(b'\n', 0, bad.start()) + 1
         raise InputError(f'{path}: line {line} is not an integer class: {bad.group()[:40].decode(errors="replace")!r}')
-    labels = np.array(text.split(), np.int64)
+    labels = np.fromstring(text, np.int64, sep=' ')
     if not len(labels) or labels.min() < 0:
         raise InputError(f'{path}: ' + ('no labels in it' if not len(labels) else 'a class is negative'))
     return labels
@@ -320,8 +320,8 @@ def _check_card(token_file, card, images, n):
     found = {'images': images, 'grid': round(n ** 0.5)}
     for key, value in found.items():
         if card.get(key, value) != value:
-            raise InputError(f'{card_path(token_file)}: says {key} {reprlib.repr(card[key])}, but {token_file} has {value}: '
-                             'the card is of another set, or the set is damaged')
+            raise InputError(f'{card_path(token_file)}: says {key} {reprlib.repr(card[key])}, but {token_file} has '
+                             f'{value}: the card is of another set, or the set is damaged')
 
 
 def decode_images(token_file, index):
@@ -446,7 +446,7 @@ def in_memory(shape):
     try:
         return np.empty(shape, np.uint16)
     except MemoryError:
-        raise InputError(f'{shape[0]:,} images of {shape[1]} codes do not fit into memory: let a cache be made') from None
+        raise InputError(f'{shape[0]:,} images of {shape[1]} codes do not fit into memory: use a cache') from None
 
 
 def map_cache(path):

@@ -329,10 +329,10 @@ def check_zip(path):
     """RuntimeError unless a torch file's members have their checksums (torch does not look) and are not compressed."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
-            if sum(member.file_size for member in file.infolist()) > os.path.getsize(path):
-                raise RuntimeError('its members claim more bytes than it has')
             if any(member.compress_type != zipfile.ZIP_STORED for member in file.infolist()):
                 raise RuntimeError('it is compressed, which no torch file is')
+            if sum(member.file_size for member in file.infolist()) > os.path.getsize(path):
+                raise RuntimeError('its members claim more bytes than it has')
             bad = file.testzip()
             if bad:
                 raise RuntimeError(f'{bad} has another checksum than was written')

@@ -197,7 +197,8 @@ def final_files(output, name):
 def is_complete(output, files, run_id):
     """Whether `files` are all that the run `run_id` writes: its parts are gone, so it came to its end."""
     cards = [read_json(path) for path in files if path.suffix == '.json']
-    return bool(cards) and all(isinstance(card, dict) and card.get('run') == run_id and isinstance(card.get('files'), dict)
+    return bool(cards) and all(isinstance(card, dict) and card.get('run') == run_id
+                               and isinstance(card.get('files'), dict)
                                and all((output / name).exists() for name in card['files']) for card in cards)
 
 
