@@ -26,7 +26,7 @@ import torch
 from PIL import Image
 
 from image_tokenizer import open_image_folder
-from utils import InputError, expand_files
+from utils import InputError, expand_files, parse_json
 
 TAR_IMAGES = 'jpg', 'jpeg', 'png', 'webp'
 LABEL_BYTES = 1 << 20  # more is no label
@@ -212,6 +212,8 @@ def read_members(path):
         with tarfile.open(path, 'r:') as tar:
             for member in tar:
                 tar.members = []  # it would keep them all
+                if member.size < 0:  # tarfile would go round in circles
+                    raise InputError(f'{path}: {member.name} claims a negative size: damaged; fetch it again')
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse():
@@ -232,7 +234,7 @@ def read_label(path, tar, member, extension):
     """The integer in a .cls or .json member; None for a .json without 'label'. Raises InputError."""
     data = tar.extractfile(member).read() if member.size <= LABEL_BYTES else b''
     try:
-        label = int(data) if extension == 'cls' else json.loads(data)
+        label = int(data) if extension == 'cls' else parse_json(data)
     except ValueError:
         label = None
     if isinstance(label, dict):

@@ -173,7 +173,7 @@ def build(path, value):
     if {'mean', 'basis', 'scale'} <= state.keys():
         return patch_tokenizer(path, state)
     if not prefixes(state):
-        found = ', '.join(map(str, list(state)[:5])) or 'nothing'
+        found = ', '.join(str(key)[:40] for key in list(state)[:5]) or 'nothing'
         raise InputError(f'{path}: a tokenizer file of no known kind (found: {found})')
     try:
         return ViTVQGAN.from_state_dict(state)
@@ -183,12 +183,16 @@ def build(path, value):
 
 def patch_tokenizer(path, state):
     """The PatchTokenizer of a state dict. Raises InputError when the shapes do not fit."""
-    shapes = [tuple(getattr(state[name], 'shape', ())) for name in ('mean', 'basis', 'scale')]
+    tensors = [state[name] for name in ('mean', 'basis', 'scale')]
+    if not all(isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in tensors):
+        raise InputError(f'{path}: not a patch tokenizer: mean, basis and scale are not all float tensors')
+    shapes = [tuple(tensor.shape) for tensor in tensors]
     size = shapes[0][0] if len(shapes[0]) == 1 else 0
-    if size == 0 or size != 3 * math.isqrt(size // 3) ** 2 or len(shapes[1]) != 2 or shapes[1][0] != size or shapes[2]:
+    if (size == 0 or size != 3 * math.isqrt(size // 3) ** 2 or len(shapes[1]) != 2 or shapes[1][0] != size
+            or shapes[1][1] == 0 or shapes[2]):
         raise InputError(f'{path}: not a patch tokenizer: mean, basis and scale have shapes {shapes}, '
                          'expected (3pp,), (3pp, d) and ()')
-    return PatchTokenizer(state['mean'], state['basis'], state['scale']).eval()
+    return PatchTokenizer(*(tensor.float() for tensor in tensors)).eval()
 
 
 def first_line(error):

@@ -29,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 import models_seit  # noqa: F401 (registers the models with timm)
 from checkpoints import (REQUEUE, Checkpoints, StopSignal, TrainState, Vote, check_exact, find_checkpoint,
                          load_checkpoint, load_weights)
-from engine import LossMeter, NotFinite, check_finite, evaluate, make_scaler, train_one_epoch
+from engine import LossMeter, NotFinite, autocast, check_finite, evaluate, make_scaler, train_one_epoch
 from samplers import in_order, repeated_augmentation, shuffled
 from token_augment import EvalTransform, TrainAugment, check_crop
 from token_dataset import TokenDataset, load_codebook, load_synonyms
@@ -170,6 +170,8 @@ def get_args_parser():
     add('--seed', type=int, default=0)
     add('--tensorboard', action='store_true', help='write scalars to --output-dir (needs the tensorboard package)')
     add('--dist-url', default='env://', help="torch.distributed's init method")
+    add('--dist-timeout', type=float, default=10, metavar='MINUTES',
+        help='a process that waits so long for another ends: a host was cut off')
 
     group = parser.add_argument_group('accepted, without effect')
     for flag, why in NO_EFFECT.items():
@@ -384,7 +386,21 @@ class Run:
         self.mixup, self.criterion = make_loss(args, classes)
         self.parallel = parallelise(args, model, augment, device)
         self.generator = torch.Generator(device)
-        self.checkpoints, self.vote = Checkpoints(args), Vote()
+        self.checkpoints, self.vote = Checkpoints(args), Vote(args.dist_timeout)
+        if world_size() > 1:
+            self.settle_buckets()
+
+    def settle_buckets(self):
+        """One backward without a step, after which DDP has arranged its buckets for good.
+
+        Their layout decides in which order ranks are summed, so a resumed run must not begin with another.
+        """
+        batch = self.indices(0)[:self.args.batch_size]
+        codes, _ = next(self.data.batches(batch, len(batch), self.device))
+        with autocast(self.device, self.args.amp):
+            logits = self.parallel.train()(self.augment(codes, self.generator))
+        logits.float().sum().backward()
+        self.parallel.zero_grad()
 
     def indices(self, epoch):
         """Images of this rank in an epoch, whole batches of them."""
@@ -417,7 +433,7 @@ def train_epoch(run, state, stop):
         # nothing is saved unchecked: a bad step may lie between the last logging step and this one
         if (stopping or due) and done < run.steps:
             check_finite(meter, state.scaler, args, state.epoch, done - 1)
-            state.meter = meter.state_dict()
+            state.meter = meter.gather()
             run.checkpoints.save(state)
         if stopping and done < run.steps:
             barrier()
@@ -497,7 +513,7 @@ def open_tensorboard(folder):
 
 def main(args):
     # ------------------------------------------------------------ set-up
-    device = init_distributed(args.device, args.dist_url)
+    device = init_distributed(args.device, args.dist_url, args.dist_timeout)
     for flag, why in NO_EFFECT.items():
         if getattr(args, flag[2:].replace('-', '_')):
             say(f'note: {flag} has no effect: {why}')

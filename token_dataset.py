@@ -18,11 +18,14 @@ The stream is decoded once a node into a memory-mapped uint16 array that all ran
 `codes[indices]`. ImageNet-1k is 1.28 M x 1024 codes: 2.6 GB on disk, and in memory only what the page cache keeps.
 """
 import contextlib
+import functools
 import gzip
 import hashlib
 import io
+import math
 import os
 import re
+import reprlib
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -30,12 +33,19 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from utils import InputError, atomic_path, expand_files, load_torch, one_first, read_json, say, write_text
+from utils import (SMALL, InputError, atomic_path, expand_files, load_torch, one_first, read_bytes, read_json, say,
+                   sha256, write_text)
 
 ESCAPE = 255
 MAX_CODE = ESCAPE + ESCAPE - 1
 BYTES, UINT16 = FORMATS = 'escaped-bytes', 'uint16-le'
 CHUNK_BYTES = 1 << 24  # of stream decoded at a time: bounds memory, long enough for numpy to be fast
+# What a file may claim. Damaged or hostile ones would have us allocate anything.
+MAX_IMAGES = 1 << 27  # of one file, 100 times ImageNet-1k; larger sets come as shards
+MAX_IMAGE_BYTES = 2 * 1024 ** 2  # two a code, of a grid of 1024 x 1024
+MAX_INDEX_RATIO = 64  # bytes of an index to one of its gzip; a regular one has 8
+MAX_GZIP_RATIO = 1032  # bytes of anything to one of its gzip: what deflate can do
+MAX_LABEL_BYTES = 1 << 28  # of one label file
 
 
 # ---------------------------------------------------------------- the byte stream
@@ -157,42 +167,71 @@ def read_card(token_file):
         return {}
     card = read_json(path)
     if not isinstance(card, dict) or card.get('format', BYTES) not in FORMATS:
-        what = f'format {card.get("format")!r}' if isinstance(card, dict) else 'no object'
+        what = f'format {reprlib.repr(card.get("format"))}' if isinstance(card, dict) else 'no object'
         raise InputError(f'{path}: {what} is none of the token formats read here ({", ".join(FORMATS)}); '
                          'fetch or make the set again, or update this program')
+    if not isinstance(card.get('files', {}), dict):
+        raise InputError(f"{path}: 'files' is no object; fetch or make the set again")
     return card
+
+
+def check_file(token_file, card, path):
+    """InputError unless the file `path` of a set has the size and checksum that the set's card states."""
+    if path.name not in card.get('files', {}):
+        raise InputError(f'{card_path(token_file)}: says nothing of {path.name}: it or the card is of another set')
+    found, stated = {'sha256': sha256(path), 'bytes': os.path.getsize(path)}, card['files'][path.name]
+    if found != stated:
+        raise InputError(f'{path}: {found["bytes"]} bytes, SHA-256 {found["sha256"][:12]}..., where its card says '
+                         f'{reprlib.repr(stated)}: changed or damaged, fetch or make it again')
+
+
+def parse_npy(data):
+    """The array in the bytes of a .npy, which must be as long as it says. Raises ValueError."""
+    file = io.BytesIO(data)
+    try:
+        version = np.lib.format.read_magic(file)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        shape, by_column, dtype = read_header[version](file)
+    except Exception as error:  # numpy parses the header as Python, and passes on what that raises
+        raise ValueError((str(error).splitlines() or [''])[0][:120]) from None
+    start = file.tell()
+    if dtype.hasobject or by_column or math.prod(shape) * dtype.itemsize != len(data) - start:
+        raise ValueError(f'{len(data) - start} bytes for {dtype} of shape {shape}')
+    return np.frombuffer(data, dtype, offset=start).reshape(shape)
 
 
 def read_index(token_file):
     """The (N + 1,) int64 offsets of a token file's index, checked to rise from 0. Raises InputError."""
     path = index_path(token_file)
     with reading_gzip(path) as file:
-        data = file.read()
+        limit = min(8 * MAX_IMAGES, MAX_INDEX_RATIO * os.path.getsize(path)) + SMALL
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise InputError(f'{path}: unpacks to more than {limit:,} bytes, which no index of its size does; fetch or make '
+                         'it again, or make shards')
     try:
-        index = np.load(io.BytesIO(data), allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        index = parse_npy(data)
+    except ValueError as error:
         raise InputError(f'{path}: not a .npy array ({error})') from None
     if index.ndim != 1 or index.dtype.kind not in 'iu' or len(index) < 2:
         raise InputError(f'{path}: expected N + 1 integer offsets, found {index.dtype} of shape {index.shape}')
     index = index.astype(np.int64)
     if index[0] != 0 or (np.diff(index) <= 0).any():
         raise InputError(f'{path}: offsets do not rise from 0; the index is damaged or of another file')
+    if np.diff(index).max() > MAX_IMAGE_BYTES:
+        raise InputError(f'{path}: image {np.diff(index).argmax()} has more than {MAX_IMAGE_BYTES:,} bytes; the index is '
+                         'damaged')
     return index
 
 
 def read_labels(path):
     """The (N,) int64 classes in a label file. Raises InputError naming the first bad line."""
-    try:
-        words = Path(path).read_text(encoding='utf-8').split('\n')
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f'{path}: {getattr(error, "strerror", None) or error}') from None
-    if words[-1] == '':
-        words.pop()
-    try:
-        labels = np.array([int(word) for word in words], np.int64)
-    except (ValueError, OverflowError):
-        line = next(i for i, word in enumerate(words, 1) if not re.fullmatch(r'\s*[+-]?\d{1,18}\s*', word))
-        raise InputError(f'{path}: line {line} is not an integer class: {words[line - 1][:40]!r}') from None
+    text = read_bytes(path, MAX_LABEL_BYTES).removesuffix(b'\n')
+    bad = re.search(rb'^(?![ \t]*[+-]?\d{1,18}[ \t\r]*$).*', text, re.MULTILINE) if text else None
+    if bad:
+        line = text.count(b'\n', 0, bad.start()) + 1
+        raise InputError(f'{path}: line {line} is not an integer class: {bad.group()[:40].decode(errors="replace")!r}')
+    labels = np.array(text.split(), np.int64)
     if not len(labels) or labels.min() < 0:
         raise InputError(f'{path}: ' + ('no labels in it' if not len(labels) else 'a class is negative'))
     return labels
@@ -281,7 +320,7 @@ def _check_card(token_file, card, images, n):
     found = {'images': images, 'grid': round(n ** 0.5)}
     for key, value in found.items():
         if card.get(key, value) != value:
-            raise InputError(f'{card_path(token_file)}: says {key} {card[key]!r}, but {token_file} has {value}: '
+            raise InputError(f'{card_path(token_file)}: says {key} {reprlib.repr(card[key])}, but {token_file} has {value}: '
                              'the card is of another set, or the set is damaged')
 
 
@@ -292,8 +331,11 @@ def decode_images(token_file, index):
     """
     card = read_card(token_file)
     split = _split_uint16 if card.get('format') == UINT16 else _split_bytes
-    n = None
+    n, images = None, len(index) - 1
     with reading_gzip(token_file) as file:
+        if index[-1] > MAX_GZIP_RATIO * os.path.getsize(token_file) + SMALL:
+            raise InputError(f'{token_file}: its index says {index[-1]:,} bytes, which no gzip of its size unpacks to: one '
+                             'of the two is truncated or of another file')
         for first, last in _image_chunks(index):
             size = int(index[last] - index[first])
             data = np.frombuffer(file.read(size), np.uint8)
@@ -303,7 +345,10 @@ def decode_images(token_file, index):
             codes = _decode_images(token_file, data, index[first:last + 1] - index[first], first, n, split)
             if n is None:
                 n = codes.shape[1]
-                _check_card(token_file, card, len(index) - 1, n)
+                _check_card(token_file, card, images, n)
+                if images * n > index[-1]:
+                    raise InputError(f'{token_file}: {images} images of {n} codes, as the first has, are more than the '
+                                     f'{index[-1]} bytes its index says')
             yield first, codes
         if file.read(1):
             raise InputError(f'{token_file}: the stream goes on after byte {index[-1]}, where its index ends')
@@ -334,7 +379,13 @@ def cache_path(token_files, folder=''):
 
 
 def _fill(token_files, allocate):
-    """Decode every image into the array that `allocate((N, n))` returns once the grid is known."""
+    """Decode every image into the array that `allocate((N, n))` returns once the grid is known. Raises InputError,
+    also for files that are not as their cards say."""
+    for path in token_files:
+        card = read_card(path)
+        if 'files' in card:
+            check_file(path, card, path)
+            check_file(path, card, index_path(path))
     indices = [read_index(path) for path in token_files]
     codes, start = None, 0
     for path, index in zip(token_files, indices):
@@ -349,12 +400,21 @@ def _fill(token_files, allocate):
     return codes
 
 
+def _allocate(path, shape):
+    """A new .npy of codes, mapped; all its space is taken at once, since a map on a full disk dies of a bus error."""
+    codes = np.lib.format.open_memmap(path, 'w+', np.uint16, shape)
+    if hasattr(os, 'posix_fallocate'):
+        with open(path, 'rb+') as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    return codes
+
+
 def build_cache(token_files, path):
     """Decode token files into the .npy at `path`, atomically; older caches of the same files are removed."""
     more = f' and {len(token_files) - 1} more' if len(token_files) > 1 else ''
     say(f'decoding {token_files[0]}{more} into {path}')
     with atomic_path(path, 'choose another folder with --token-cache') as temporary:
-        codes = _fill(token_files, lambda shape: np.lib.format.open_memmap(temporary, 'w+', np.uint16, shape))
+        codes = _fill(token_files, functools.partial(_allocate, temporary))
         codes.flush()
     for old in path.parent.glob(path.name.split('.codes-')[0] + '.codes-*.npy'):
         if old != path:
@@ -373,12 +433,31 @@ def open_codes(token_file, cache=''):
     """
     token_files = expand_files(token_file)
     if cache == 'none':
-        return _fill(token_files, lambda shape: np.empty(shape, np.uint16))
+        return _fill(token_files, in_memory)
     path = cache_path(token_files, cache)
     with one_first(int(os.environ.get('LOCAL_RANK', 0)) == 0):
         if not path.exists():
             build_cache(token_files, path)
-    return np.load(path, mmap_mode='r')
+    return map_cache(path)
+
+
+def in_memory(shape):
+    """An empty uint16 array. Raises InputError where memory lacks."""
+    try:
+        return np.empty(shape, np.uint16)
+    except MemoryError:
+        raise InputError(f'{shape[0]:,} images of {shape[1]} codes do not fit into memory: let a cache be made') from None
+
+
+def map_cache(path):
+    """The codes in a cache, mapped. Raises InputError."""
+    try:
+        codes = np.load(path, mmap_mode='r', allow_pickle=False)
+    except Exception as error:  # see parse_npy
+        raise InputError(f'{path}: damaged cache ({error}); delete it, and it is made again') from None
+    if not isinstance(codes, np.ndarray) or codes.dtype != np.uint16 or codes.ndim != 2 or not codes.size:
+        raise InputError(f'{path}: no cache of codes; delete it, and it is made again')
+    return codes
 
 
 class TokenDataset:
@@ -396,6 +475,10 @@ class TokenDataset:
         if len(self.token_files) != len(label_files):
             raise InputError(f'{token_file}: {len(self.token_files)} token files, but {label_file} is '
                              f'{len(label_files)} label files: give one for each, in the same order')
+        for tokens, path in zip(self.token_files, label_files):
+            card = read_card(tokens)
+            if path.name in card.get('files', {}):  # else they are labels of the user's own
+                check_file(tokens, card, path)
         labels = [read_labels(path) for path in label_files]
         self.labels = np.concatenate(labels)
         self.codes = open_codes(token_file, cache)

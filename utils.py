@@ -1,10 +1,13 @@
 """What every program here shares: errors for users, processes, files, seeds."""
 import argparse
 import contextlib
+import ctypes
+import datetime
 import glob
 import hashlib
 import http.client
 import json
+import mmap
 import os
 import pickle
 import re
@@ -17,12 +20,21 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
+
+MAX_JSON_BYTES = 1 << 24  # cards are of kilobytes, synonyms of 65,536 codes of 3 MB, a log of 10,000 epochs of 5 MB
+MAX_TENSOR_SHARE = 4  # bytes of tensors to a byte of their file: those that share memory are stored once
+SMALL = 1 << 20  # bytes that are allowed whatever a file's size
 
 
 # ---------------------------------------------------------------- errors a user can mend
 
 class InputError(Exception):
     """A mistake in what the user gave. The message is one line: what, which file, what to do."""
+
+    def __init__(self, message):
+        # It may quote a file, which may hold line breaks and a terminal's control characters.
+        super().__init__(re.sub(r'[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+', ' ', str(message)))
 
 
 class RankError(InputError):
@@ -72,13 +84,14 @@ def slurm_environment():
     env.setdefault('MASTER_PORT', str(10000 + int(env.get('SLURM_JOB_ID', 0)) % 50000))
 
 
-def init_distributed(device, dist_url='env://'):
+def init_distributed(device, dist_url='env://', minutes=10):
     """Join the process group that torchrun, torch.distributed.launch or srun describes, if any.
 
     Args:
         device: 'cuda', 'cuda:N' or 'cpu', as the user gave it.
         dist_url: torch.distributed's init_method.
-    Returns the torch.device of this rank: one GPU a local rank (NCCL), or the CPU (gloo).
+        minutes: how long ranks wait for one another before they take the others for lost.
+    Returns the torch.device of this rank: one GPU a local rank (NCCL), or the CPU (gloo, and malloc set for it).
     """
     slurm_environment()
     kind, _, number = device.partition(':')
@@ -94,10 +107,28 @@ def init_distributed(device, dist_url='env://'):
         torch.cuda.set_device(number)
         kind = f'cuda:{number}'
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        dist.init_process_group('nccl' if kind.startswith('cuda') else 'gloo', init_method=dist_url,
-                                rank=int(os.environ['RANK']), world_size=int(os.environ['WORLD_SIZE']),
+        wait = datetime.timedelta(minutes=minutes)
+        store, rank_, size = next(rendezvous(dist_url, int(os.environ['RANK']), int(os.environ['WORLD_SIZE']),
+                                             timeout=wait))
+        if os.environ.get('GROUP_WORLD_SIZE') == '1':
+            # torchrun on one node keeps its store when it restarts the ranks: the addresses of the dead are still there
+            store = dist.PrefixStore(f'restart {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
+        dist.init_process_group('nccl' if kind.startswith('cuda') else 'gloo', store=store, rank=rank_,
+                                world_size=size, timeout=wait,
                                 device_id=torch.device(kind) if kind.startswith('cuda') else None)
+    if kind == 'cpu':
+        keep_freed_memory()
     return torch.device(kind)
+
+
+def keep_freed_memory():
+    """Let glibc's malloc keep what is freed. Otherwise each large tensor is given back to the kernel and fetched anew,
+    page by page: half the time of augmentation on a CPU."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library: all works, only slower
+        mallopt = ctypes.CDLL(None).mallopt
+        trim, mmap = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
+        mallopt(mmap, 1 << 30) or mallopt(mmap, 1 << 25)  # older versions take no more
+        mallopt(trim, (1 << 31) - 1)
 
 
 def rank():
@@ -206,11 +237,22 @@ def atomic_path(path, advice='choose another folder'):
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are private; ours are like any other
         os.replace(temporary, path)
+        _flush_folder(path.parent)
     except OSError as error:
         raise InputError(f'{path}: cannot be written ({error.strerror})') from None
     finally:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(temporary)
+
+
+def _flush_folder(folder):
+    """Bring the names in a folder to disk, where the system allows that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _umask():
@@ -225,23 +267,55 @@ def write_text(path, text):
         Path(temporary).write_text(text, encoding='utf-8')
 
 
-def read_json(path):
-    """The JSON value in `path`; InputError when it is missing or not JSON."""
+def read_bytes(path, limit):
+    """The content of a file. Raises InputError when it cannot be read or has more than `limit` bytes."""
     try:
-        return json.loads(Path(path).read_text(encoding='utf-8'))
+        with open(path, 'rb') as file:
+            data = file.read(limit + 1)
     except OSError as error:
         raise InputError(f'{path}: {error.strerror}') from None
+    if len(data) > limit:
+        raise InputError(f'{path}: more than {limit:,} bytes, which no file of its kind has')
+    return data
+
+
+def parse_json(data):
+    """The value of UTF-8 bytes of JSON. Raises ValueError, for what is nested too deep as well."""
+    try:
+        return json.loads(data.decode('utf-8'))
+    except RecursionError:
+        raise ValueError('nested too deep') from None
+
+
+def read_json(path):
+    """The JSON value in `path`; InputError when it is missing, not JSON, or longer than MAX_JSON_BYTES."""
+    data = read_bytes(path, MAX_JSON_BYTES)
+    try:
+        return parse_json(data)
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise InputError(f'{path}: not JSON ({error})') from None
 
 
+def is_address(path):
+    return str(path).startswith(('https://', 'http://'))
+
+
 def download(url, folder):
-    """Fetch `url` into `folder`; returns the path. Raises InputError. (torch.hub's cache goes by file name alone.)"""
-    path = os.path.join(folder, Path(urllib.parse.urlparse(url).path).name or 'file')
+    """Fetch `url` into `folder`; returns the path. Raises InputError. (torch.hub's cache goes by file name alone.)
+
+    An address may end in '#sha256=' and 64 hexadecimal digits: a file with another SHA-256 is refused.
+    """
+    address, _, fragment = url.partition('#')
+    stated = re.fullmatch(r'sha256=([0-9a-f]{64})', fragment)
+    if fragment and not stated:
+        raise InputError(f'{url}: after # may stand sha256= and 64 hexadecimal digits, and nothing else')
+    path = os.path.join(folder, Path(urllib.parse.urlparse(address).path).name or 'file')
     try:
-        torch.hub.download_url_to_file(url, path, progress=is_main() and sys.stderr.isatty())
-    except (OSError, http.client.HTTPException) as error:
+        torch.hub.download_url_to_file(address, path, progress=is_main() and sys.stderr.isatty())
+    except (OSError, ValueError, http.client.HTTPException) as error:
         raise InputError(f'{url}: cannot be fetched ({error})') from None
+    if stated and sha256(path) != stated.group(1):
+        raise InputError(f'{url}: what was fetched has SHA-256 {sha256(path)}: fetch it again, or mistrust it')
     return path
 
 
@@ -261,6 +335,8 @@ def check_zip(path):
     """RuntimeError unless a torch file's members have their checksums (torch does not look) and are not compressed."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
+            if sum(member.file_size for member in file.infolist()) > os.path.getsize(path):
+                raise RuntimeError('its members claim more bytes than it has')
             if any(member.compress_type != zipfile.ZIP_STORED for member in file.infolist()):
                 raise RuntimeError('it is compressed, which no torch file is')
             bad = file.testzip()
@@ -268,20 +344,57 @@ def check_zip(path):
                 raise RuntimeError(f'{bad} has another checksum than was written')
 
 
+def check_pickle(path):
+    """RuntimeError for a torch file that names a function by which a few bytes become any number of them.
+
+    torch allows these; no tensor needs them. The names stand in the file as they are, since nothing is compressed.
+    """
+    with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        for name in b'\nbytearray\n', b'_codecs\nencode\n':
+            if data.find(name) >= 0:
+                raise RuntimeError(f'it calls {name.split()[-1].decode()}, which no tensor needs')
+
+
+def check_tensors(value, limit):
+    """RuntimeError unless the tensors in nested containers are plain, and take `limit` bytes at most together.
+
+    A tensor of a few bytes can claim any shape, with strides of 0.
+    """
+    todo, seen = [value], {}
+    while todo:
+        node = todo.pop()
+        if id(node) in seen:
+            continue
+        seen[id(node)] = node  # kept, so that no other object gets its id
+        if isinstance(node, torch.Tensor):
+            if node.layout is not torch.strided or node.is_quantized or node.is_nested or node.device.type != 'cpu':
+                raise RuntimeError('it holds a tensor that is not a plain one')
+            limit -= node.numel() * node.element_size()
+            if limit < 0:
+                raise RuntimeError('its tensors claim more numbers than it has')
+        elif isinstance(node, (dict, list, tuple, set)):
+            todo += node.values() if isinstance(node, dict) else node
+        elif hasattr(node, '__dict__'):
+            todo.append(vars(node))
+
+
 def load_torch(path, what):
     """torch.load on the CPU without running code from the file (`weights_only=True`).
 
-    argparse.Namespace is allowed, because the published checkpoints hold one. `path` may be an http(s) address.
-    Raises InputError naming `what` the file should be.
+    argparse.Namespace is allowed, because the published checkpoints hold one. `path` may be an http(s) address, see
+    `download`. Raises InputError naming `what` the file should be.
     """
     path = str(path)
-    if path.startswith(('https://', 'http://')):
+    if is_address(path):
         with tempfile.TemporaryDirectory() as folder:
             return load_torch(download(path, folder), what)
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
             check_zip(path)
-            return torch.load(path, map_location='cpu', weights_only=True)
+            check_pickle(path)
+            value = torch.load(path, map_location='cpu', weights_only=True)
+            check_tensors(value, MAX_TENSOR_SHARE * os.path.getsize(path) + SMALL)
+            return value
         except pickle.UnpicklingError as error:
             name = re.search(r'GLOBAL (\S+)', str(error))
             why = f'it carries {name.group(1)}, which would run code when loaded' if name else 'it is no torch file'
@@ -308,15 +421,16 @@ class RunLog:
 
     def __init__(self, path, start_epoch=0):
         self.path = Path(path)
-        kept = [line for line in self._lines() if line.get('epoch', -1) < start_epoch] if start_epoch else []
+        kept = [line for line in self._lines() if isinstance(line, dict) and type(line.get('epoch', -1)) is int
+                and line.get('epoch', -1) < start_epoch] if start_epoch else []
         write_text(self.path, ''.join(json.dumps(line) + '\n' for line in kept))
 
     def _lines(self):
         if not self.path.exists():
             return
-        for line in self.path.read_text(encoding='utf-8').splitlines():
+        for line in read_bytes(self.path, MAX_JSON_BYTES).split(b'\n'):
             with contextlib.suppress(ValueError):  # a half line is what a crash leaves behind
-                yield json.loads(line)
+                yield parse_json(line)
 
     def write(self, **values):
         """Append a line, on disk when this returns. Raises InputError."""

@@ -16,6 +16,9 @@ from torch import nn
 from utils import InputError
 
 HEAD_DIM = 64  # of every published size
+# More than these a damaged or hostile file claims; the published 'base' has 786,432 and 12.
+MAX_TABLE = 1 << 26  # numbers in a position table
+MAX_DEPTH = 256  # layers of a transformer
 
 
 class Size(NamedTuple):
@@ -38,6 +41,8 @@ def position_table(height, width, dim, device=None):
     """
     if dim % 4:
         raise InputError(f'a position embedding of width {dim} cannot be computed: the width must be a multiple of 4')
+    if height * width * dim > MAX_TABLE:
+        raise InputError(f'a position embedding for {height}x{width} codes of width {dim} is too large')
     frequency = 10000 ** (-torch.arange(dim // 4, device=device) / (dim // 4))
 
     def waves(length):
@@ -236,7 +241,7 @@ def without_prefix(state):
 
 def shape_of(state, key, dims):
     """Shape of the tensor `key`. Raises InputError where it is missing, or has not `dims` non-empty dimensions."""
-    if not isinstance(state.get(key), torch.Tensor):
+    if not isinstance(state.get(key), torch.Tensor) or not state[key].is_floating_point():
         raise InputError(f'{key} is missing')
     shape = tuple(state[key].shape)
     if len(shape) != dims or 0 in shape:
@@ -248,6 +253,8 @@ def read_size(state, part):
     """Size of the transformer of 'encoder' or 'decoder', from the shapes."""
     layers = re.compile(rf'{part}\.transformer\.layers\.(\d+)\.')
     depth = len({match.group(1) for match in map(layers.match, state) if match})
+    if depth > MAX_DEPTH:
+        raise InputError(f'{part} has {depth} layers, more than any ViT-VQGAN')
     rows, dim = shape_of(state, f'{part}.transformer.layers.0.0.fn.to_qkv.weight', 2)
     mlp_dim = shape_of(state, f'{part}.transformer.layers.0.1.fn.net.0.weight', 2)[0]
     return Size(dim, depth, max(1, rows // (3 * HEAD_DIM)), mlp_dim)
@@ -271,7 +278,7 @@ def check_names_and_shapes(state, wanted):
     """InputError unless `state` has every name of `wanted` in its shape, and no unknown one in encoder or decoder."""
     problems = []
     for key, value in wanted.items():
-        if not isinstance(state.get(key), torch.Tensor):
+        if not isinstance(state.get(key), torch.Tensor) or not state[key].is_floating_point():
             problems.append(f'{key} is missing')
         elif state[key].shape != value.shape:
             problems.append(f'{key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}')

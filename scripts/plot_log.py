@@ -3,12 +3,11 @@
     python scripts/plot_log.py output/log.txt [more/log.txt ...] --output curves.png
 """
 import argparse
-import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import InputError, atomic_path, run  # noqa: E402
+from utils import MAX_JSON_BYTES, InputError, atomic_path, parse_json, read_bytes, run  # noqa: E402
 
 
 def get_args_parser():
@@ -21,9 +20,7 @@ def get_args_parser():
 def read_log(path):
     """The lines of a log.txt as dicts."""
     try:
-        lines = [json.loads(line) for line in Path(path).read_text(encoding='utf-8').splitlines()]
-    except OSError as error:
-        raise InputError(f'{path}: {error.strerror}') from None
+        lines = [parse_json(line) for line in read_bytes(path, MAX_JSON_BYTES).splitlines()]
     except ValueError as error:
         raise InputError(f'{path}: not a log of JSON lines ({error})') from None
     if not lines or not all(isinstance(line, dict) and 'epoch' in line for line in lines):

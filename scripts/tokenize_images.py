@@ -28,9 +28,9 @@ import json
 import math
 import shutil
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
-from urllib.parse import urlparse
 
 import numpy as np
 import torch
@@ -42,8 +42,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from image_sources import DecodedImages, open_source  # noqa: E402
 from image_tokenizer import load_tokenizer, quantize  # noqa: E402
 from token_dataset import card_path, format_for, index_path, load_codebook, write_tokens  # noqa: E402
-from utils import (InputError, RankError, atomic_path, cores, init_distributed, is_main, rank,  # noqa: E402
-                   read_json, run, say, sha256, world_size, write_text)
+from utils import (InputError, RankError, atomic_path, cores, download, init_distributed, is_address,  # noqa: E402
+                   is_main, rank, read_json, run, say, sha256, world_size, write_text)
 
 PART_BATCHES = 16  # lost at most when killed; few enough that all ranks have parts, many enough to write in the shade
 MAX_CODES = 1 << 16
@@ -114,9 +114,10 @@ def load_models(args):
 
 
 def identity(path):
-    """Name and checksum of a file; of an address, those of torch.hub's download."""
-    if str(path).startswith(('https://', 'http://')):
-        path = Path(torch.hub.get_dir()) / 'checkpoints' / Path(urlparse(path).path).name
+    """Name and checksum of a file, or of what an address gives."""
+    if is_address(path):
+        with tempfile.TemporaryDirectory() as folder:
+            return identity(download(path, folder))
     return {'file': Path(path).name, 'sha256': sha256(path)}
 
 
@@ -195,7 +196,7 @@ def final_files(output, name):
 def is_complete(output, files, run_id):
     """Whether `files` are all that the run `run_id` writes: its parts are gone, so it came to its end."""
     cards = [read_json(path) for path in files if path.suffix == '.json']
-    return bool(cards) and all(isinstance(card, dict) and card.get('run') == run_id
+    return bool(cards) and all(isinstance(card, dict) and card.get('run') == run_id and isinstance(card.get('files'), dict)
                                and all((output / name).exists() for name in card['files']) for card in cards)
 
 

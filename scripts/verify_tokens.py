@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from token_dataset import (BYTES, card_path, decode_images, index_path, load_codebook, load_synonyms,  # noqa: E402
-                           read_card, read_index, read_labels)
+from token_dataset import (BYTES, card_path, check_file, decode_images, index_path, load_codebook,  # noqa: E402
+                           load_synonyms, read_card, read_index, read_labels)
 from utils import InputError, expand_files, run, sha256  # noqa: E402
 
 
@@ -50,20 +50,11 @@ def read_stream(token_file):
     return len(index) - 1, codes.shape[1], int(used.nonzero()[0][-1]), int(used.sum())
 
 
-def check_files(token_file, label_file, card):
-    """Complaints about sizes and checksums that a card states for its files."""
-    listed = card.get('files', {})
-    if not isinstance(listed, dict):
-        return [f"{card_path(token_file)}: 'files' is no object"]
-    problems = []
+def check_files(token_file, label_file, card, problems):
+    """Add complaints about the sizes and checksums that a card states for its files."""
     for path in (token_file, index_path(token_file), label_file):
-        stated = listed.get(path.name)
-        if path.name not in listed:
-            problems.append(f'{card_path(token_file)}: says nothing of {path.name}: it or the card is of another set')
-        elif path.exists() and stated != (found := {'bytes': path.stat().st_size, 'sha256': sha256(path)}):
-            problems.append(f'{path}: {found["bytes"]} bytes, SHA-256 {found["sha256"][:12]}..., where its card says '
-                            f'{stated}: changed or damaged, fetch or make it again')
-    return problems
+        if path.exists():
+            problems.attempt(check_file, token_file, card, path)
 
 
 def check_set(token_file, label_file, codebook, codebook_path, problems):
@@ -72,7 +63,7 @@ def check_set(token_file, label_file, codebook, codebook_path, problems):
     labels = problems.attempt(read_labels, label_file)
     found = problems.attempt(read_stream, token_file)
     if card:
-        problems += check_files(token_file, label_file, card)
+        check_files(token_file, label_file, card, problems)
     if found is None:
         return None
     images, n, largest, used = found
