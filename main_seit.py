@@ -196,6 +196,7 @@ def parse_args(words=None):
         (min(args.batch_size, args.epochs, args.accum_iter, args.token_patch_size, args.token_synonym_thres) < 1,
          '--batch-size, --epochs, --accum-iter, --token-patch-size and --token-synonym-thres must be 1 or more'),
         (min(args.seed, args.start_epoch) < 0, '--seed and --start-epoch must be 0 or more'),
+        (not 0 < args.dist_timeout < 1e6, f'--dist-timeout {args.dist_timeout}: give minutes, more than 0'),
         (args.input_size % max(args.token_patch_size, 1) or args.input_size < 2 * args.token_patch_size,
          f'--input-size {args.input_size} is no multiple of --token-patch-size {args.token_patch_size}, or too small'),
         (mixing and args.batch_size % 2, f'--batch-size {args.batch_size} is odd; CutMix and Mixup want it even'),
