@@ -22,7 +22,7 @@ from main_seit import KeyValues, create_model
 from samplers import in_order
 from token_augment import EvalTransform
 from token_dataset import load_codebook
-from utils import (InputError, RankError, init_distributed, is_main, parse_flags, rank, run, say, world_size,
+from utils import (InputError, RankError, cores, init_distributed, is_main, parse_flags, rank, run, say, world_size,
                    write_text)
 
 NO_EFFECT = {
@@ -51,7 +51,7 @@ def get_args_parser():
     add('--vit-input-size', type=int, default=28, help='codes the model reads, each side')
     add('--nb-classes', type=int, help="default: the checkpoint's (1000 in the published ones)")
     add('--batch-size', type=int, default=64, help='per process')
-    add('--num-workers', type=int, default=10, help='processes that decode images')
+    add('--num-workers', type=int, default=10, help='processes that decode images; as many as the cores at most')
     add('--pin-mem', action=argparse.BooleanOptionalAction, default=True,
         help='copy batches to a GPU from page-locked memory')
     add('--amp', choices=['bf16', 'fp16', 'off'], help='mixed precision of the ViT (default: fp16 on CUDA, off on CPU)')
@@ -112,7 +112,8 @@ class ImageCodes:
 
     def __init__(self, folder, tokenizer, codebook, device, args):
         share = in_order(len(folder), *((world_size(), rank()) if args.dist_eval else (1, 0)))
-        self.loader = DataLoader(Subset(Readable(folder), share), args.batch_size, num_workers=args.num_workers,
+        self.loader = DataLoader(Subset(Readable(folder), share), args.batch_size,
+                                 num_workers=min(args.num_workers, cores()),
                                  pin_memory=args.pin_mem and device.type == 'cuda', collate_fn=collate)
         self.tokenizer, self.codebook, self.device = tokenizer.to(device), codebook.to(device), device
         self.amp, self.skip, self.indices, self.bad = args.tokenizer_amp, args.skip_bad_images, [], 0

@@ -48,10 +48,15 @@ NO_EFFECT = {
     '--num-workers': 'batches come straight from a memory map, so there are no loader processes',
     '--world-size': 'the launcher (torchrun, srun) sets it',
 }
-# Flags whose values lie between 0 and 1.
-SHARES = ('drop', 'drop_path', 'model_ema_decay', 'eda_rc_prob', 'eda_sc_prob', 'eda_erase_prob', 'replace_token_prob',
-          'token_noise_prob', 'rrc_ratio', 'swap_token_scale', 'erase_scale', 'mixup_prob', 'mixup_switch_prob',
-          'smoothing')
+# What flags may be: (least, most, in words, flags).
+RANGES = (
+    (1, float('inf'), '1 or more', ('batch_size', 'epochs', 'accum_iter', 'token_patch_size', 'token_synonym_thres')),
+    (0, float('inf'), '0 or more', ('seed', 'start_epoch', 'warmup_epochs', 'weight_decay', 'token_noise_scale',
+                                    'token_noise_std', 'mixup', 'cutmix')),
+    (0, 1, 'between 0 and 1', ('drop', 'drop_path', 'model_ema_decay', 'smoothing', 'eda_rc_prob', 'eda_sc_prob',
+                               'eda_erase_prob', 'replace_token_prob', 'token_noise_prob', 'rrc_ratio', 'mixup_prob',
+                               'mixup_switch_prob', 'swap_token_scale', 'erase_scale')),
+)
 
 
 class KeyValues(ParseKwargs):
@@ -191,19 +196,19 @@ def save_interval(word):
 def parse_args(words=None):
     """The command line, with `_` and `-` in flags alike. Raises InputError for values that cannot work together."""
     args = parse_flags(get_args_parser(), words)
+    for least, most, bounds, names in RANGES:
+        for name in names:
+            if not least <= getattr(args, name) <= most:
+                raise InputError(f'--{name.replace("_", "-")} {getattr(args, name)}: choose a value {bounds}')
     mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
     low, high = args.cutmix_minmax or (0, 1)
     checks = [
-        (min(args.batch_size, args.epochs, args.accum_iter, args.token_patch_size, args.token_synonym_thres) < 1,
-         '--batch-size, --epochs, --accum-iter, --token-patch-size and --token-synonym-thres must be 1 or more'),
-        (min(args.seed, args.start_epoch) < 0, '--seed and --start-epoch must be 0 or more'),
-        (args.input_size % max(args.token_patch_size, 1) or args.input_size < 2 * args.token_patch_size,
+        (not 0 < args.dist_timeout < 1e6, f'--dist-timeout {args.dist_timeout}: give minutes, more than 0'),
+        (args.input_size % args.token_patch_size or args.input_size < 2 * args.token_patch_size,
          f'--input-size {args.input_size} is no multiple of --token-patch-size {args.token_patch_size}, or too small'),
         (mixing and args.batch_size % 2, f'--batch-size {args.batch_size} is odd; CutMix and Mixup want it even'),
         (args.bce_loss and (args.smoothing or not mixing),
          '--bce-loss needs --smoothing 0 (any smoothing makes every target 1) and --cutmix or --mixup on'),
-        *((not 0 <= getattr(args, name) <= 1, f'--{name.replace("_", "-")} {getattr(args, name)}: choose a value '
-           'between 0 and 1') for name in SHARES),
         (not 0 <= low < high <= 1, f'--cutmix-minmax {low} {high}: give two rising shares between 0 and 1'),
         (args.eval and not args.resume, '--eval needs --resume CHECKPOINT'),
         (args.eval and args.no_eval, '--eval and --no-eval exclude each other'),

@@ -145,6 +145,12 @@ def is_main():
     return rank() == 0
 
 
+def cores():
+    """Processor cores for each process of this node."""
+    here = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    return max(1, here // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+
+
 def barrier():
     if dist.is_initialized():
         dist.barrier()

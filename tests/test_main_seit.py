@@ -414,7 +414,9 @@ def only_weights(run, folder):
     (['--tensorboard'], '--output-dir'), (['--epochs', '0'], '1 or more'), (['--seed', '-1'], '0 or more'),
     (['--token-patch-size', '0'], '1 or more'), (['--token-synonym-thres', '0'], '1 or more'),
     (['--start_epoch', '-1'], '0 or more'), (['--cutmix-minmax', '0.9', '0.2'], 'rising'),
-    (['--drop', '2'], '--drop 2'), (['--eda-sc-prob', 'nan'], '--eda-sc-prob nan')])
+    (['--drop', '2'], '--drop 2'), (['--eda-sc-prob', 'nan'], '--eda-sc-prob nan'),
+    (['--dist-timeout', 'nan'], 'minutes'),
+    (['--token-noise-std', '-1'], '--token-noise-std -1.0: choose a value 0 or more')])
 def test_flags_that_cannot_work_together(flags, words):
     with pytest.raises(InputError, match=words):
         main_seit.parse_args(flags)
