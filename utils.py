@@ -78,7 +78,7 @@ def init_distributed(device, dist_url='env://'):
     Args:
         device: 'cuda', 'cuda:N' or 'cpu', as the user gave it.
         dist_url: torch.distributed's init_method.
-    Returns the torch.device of this rank: one GPU a local rank (NCCL), or the CPU (gloo, and malloc set for it).
+    Returns the torch.device of this rank: one GPU a local rank (NCCL), or the CPU (gloo).
     """
     slurm_environment()
     kind, _, number = device.partition(':')
@@ -97,8 +97,6 @@ def init_distributed(device, dist_url='env://'):
         dist.init_process_group('nccl' if kind.startswith('cuda') else 'gloo', init_method=dist_url,
                                 rank=int(os.environ['RANK']), world_size=int(os.environ['WORLD_SIZE']),
                                 device_id=torch.device(kind) if kind.startswith('cuda') else None)
-    if kind == 'cpu':
-        keep_freed_memory()
     return torch.device(kind)
 
 
