@@ -33,8 +33,8 @@ from engine import LossMeter, NotFinite, autocast, check_finite, evaluate, make_
 from samplers import in_order, repeated_augmentation, shuffled
 from token_augment import EvalTransform, TrainAugment, check_crop
 from token_dataset import TokenDataset, load_codebook, load_synonyms
-from utils import (InputError, RunLog, barrier, init_distributed, is_main, parse_flags, rank, run, say, world_size,
-                   write_text)
+from utils import (InputError, RunLog, barrier, init_distributed, is_main, keep_freed_memory, parse_flags, rank, run,
+                   say, world_size, write_text)
 
 VERSIONS = {'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__}
 ON_OFF = argparse.BooleanOptionalAction
@@ -561,6 +561,8 @@ def main(args):
                              f'{args.batch_size} x {args.accum_iter} on {world_size()} processes: lower --batch-size')
     describe(args, model, datasets, classes, size, steps, device)
     place_data(args, datasets, device)
+    if device.type == 'cpu':
+        keep_freed_memory()  # only now: decoding a large set frees much that need not be kept
     if args.eval:
         load_weights(model, checkpoint['model'], resume)
         ema = None

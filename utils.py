@@ -91,7 +91,7 @@ def init_distributed(device, dist_url='env://', minutes=10):
         device: 'cuda', 'cuda:N' or 'cpu', as the user gave it.
         dist_url: torch.distributed's init_method.
         minutes: how long ranks wait for one another before they take the others for lost.
-    Returns the torch.device of this rank: one GPU a local rank (NCCL), or the CPU (gloo, and malloc set for it).
+    Returns the torch.device of this rank: one GPU a local rank (NCCL), or the CPU (gloo).
     """
     slurm_environment()
     kind, _, number = device.partition(':')
@@ -116,8 +116,6 @@ def init_distributed(device, dist_url='env://', minutes=10):
         dist.init_process_group('nccl' if kind.startswith('cuda') else 'gloo', store=store, rank=rank_,
                                 world_size=size, timeout=wait,
                                 device_id=torch.device(kind) if kind.startswith('cuda') else None)
-    if kind == 'cpu':
-        keep_freed_memory()
     return torch.device(kind)
 
 

@@ -42,7 +42,8 @@ from image_tokenizer import PatchTokenizer, image_transform, open_image_folder  
 from samplers import in_order, shuffled  # noqa: E402
 from token_augment import EvalTransform, draw_random_resized_crop  # noqa: E402
 from token_dataset import cache_path, index_path, load_codebook, write_tokens  # noqa: E402
-from utils import InputError, init_distributed, parse_flags, run, save_torch, write_text  # noqa: E402
+from utils import (InputError, init_distributed, keep_freed_memory, parse_flags, run, save_torch,  # noqa: E402
+                   write_text)
 from vitvqgan import ViTVQGAN  # noqa: E402
 
 CODES, WIDTH = 391, 32  # the published codebook
@@ -474,6 +475,8 @@ def parse_args(words=None):
 def main(args):
     torch.set_num_threads(args.threads)
     device = init_distributed(getattr(args, 'device', 'cpu'))
+    if device.type == 'cpu':
+        keep_freed_memory()  # as main_seit.py
     measure = {'data': bench_data, 'train': bench_train, 'start': bench_start, 'tokenize': bench_tokenize,
                'eval': bench_eval}[args.command]
     with tempfile.TemporaryDirectory(prefix='seit-benchmark-') as folder:
