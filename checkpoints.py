@@ -53,7 +53,8 @@ def find_checkpoint(args):
     found = [Path(args.output_dir) / name for name in (NEWEST, PREVIOUS)] if args.output_dir else []
     found = [path for path in found if path.exists()]
     if args.resume != 'auto':
-        if found and not args.resume and not args.eval:
+        own = args.resume and Path(args.resume).resolve().parent == Path(args.output_dir).resolve()
+        if found and not own and not args.eval:
             raise InputError(f'{found[0]}: an earlier run is here; add --resume auto to continue it, or choose another '
                              '--output-dir')
         return (load_checkpoint(args.resume), args.resume) if args.resume else (None, '')
@@ -120,6 +121,11 @@ class TrainState:
         load_weights(self.model, checkpoint['model'], path)
         if not isinstance(checkpoint.get('optimizer'), dict) or type(checkpoint.get('epoch')) is not int:
             raise InputError(f'{path}: holds weights only; use --finetune to start from them, or --eval')
+        flags = checkpoint.get('args')
+        before = (flags if isinstance(flags, dict) else getattr(flags, '__dict__', {})).get('opt', args.opt)
+        if before != args.opt:
+            raise InputError(f'{path}: was written with --opt {before}, not {args.opt}; resume with the same, or start '
+                             'from the weights with --finetune')
         try:
             self.optimizer.load_state_dict(checkpoint['optimizer'])
         except (ValueError, KeyError, TypeError, AttributeError) as error:

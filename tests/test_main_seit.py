@@ -398,9 +398,18 @@ def test_run_folders_are_not_overwritten(data, tmp_path):
         run_here(*base)
     with pytest.raises(InputError, match='checkpoint.pth: does not fit.*blocks.1.norm1.weight: missing'):
         run_here(*base, '--model-kwargs', 'depth=2', 'embed_dim=32', 'num_heads=2', '--resume', 'auto')
-    with pytest.raises(InputError, match='--finetune'):
-        run_here(*base, '--resume', weights)
+    for resume in (weights, tmp_path / 'gone.pth'):  # another run's checkpoint must not replace this one's
+        with pytest.raises(InputError, match='an earlier run is here'):
+            run_here(*base, '--resume', resume)
+    with pytest.raises(InputError, match='was written with --opt adamw, not sgd'):
+        run_here(*base, '--resume', 'auto', '--opt', 'sgd')
     assert {p: p.read_bytes() for p in (tmp_path / 'run').iterdir()} == before
+
+
+def test_weights_alone_do_not_resume(data, tmp_path):
+    run_here(*SMALL, *data, '--epochs', 1, '--output-dir', tmp_path / 'run')
+    with pytest.raises(InputError, match='--finetune'):
+        run_here(*SMALL, *data, '--epochs', 1, '--resume', only_weights(tmp_path / 'run', tmp_path))
 
 
 def only_weights(run, folder):
