@@ -5,7 +5,7 @@
 Each input must end in the right result, which a slow and obvious reader confirms, or in an InputError: one line that
 names the file. Anything else stops the program and shows the smallest input that does it: another exception, a wrong
 result, more than SECONDS, more than MEMORY above what was in use before. Prints one JSON line with counts per reader.
-Takes about four minutes; needs hypothesis (requirements-test.txt).
+Takes two to six minutes, with one core; needs hypothesis (requirements-test.txt).
 """
 import argparse
 import contextlib

@@ -18,6 +18,7 @@ import torch
 pytest.importorskip('hypothesis')
 import fuzz  # noqa: E402
 import token_dataset as td  # noqa: E402
+import tokenize_images  # noqa: E402
 import utils  # noqa: E402
 from checkpoints import load_checkpoint, load_weights  # noqa: E402
 from image_sources import open_source  # noqa: E402
@@ -354,6 +355,7 @@ def test_downloads_are_compared_with_the_hash_of_their_address(server):
     refused(url, td.load_codebook, f'{url}#sha256={"0" * 64}', match=f'has SHA-256 {right}')
     for fragment in 'sha256=12', 'md5=' + '0' * 64, 'x':
         refused(url, td.load_codebook, f'{url}#{fragment}', match='64 hexadecimal digits')
+    assert tokenize_images.identity(url) == {'file': 'codebook.ckpt', 'sha256': right}
 
 
 def test_messages_are_one_line_whatever_they_quote():
