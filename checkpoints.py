@@ -1,5 +1,6 @@
 """Checkpoints: what a run is made of, kept so that it goes on exactly where it stopped."""
 import contextlib
+import datetime
 import math
 import os
 import signal
@@ -81,8 +82,8 @@ def check_exact(args, checkpoint, path):
     if not args.allow_inexact_resume:
         raise InputError(f'{path}: the run that wrote it differs in {", ".join(differs)}; resume it as it was, or add '
                          '--allow-inexact-resume')
-    say(f'warning: {path} is continued with {", ".join(differs)}: batches, augmentation and the scaled learning rate '
-        'are no longer those of the uninterrupted run')
+    say(f'warning: {path} is continued with {", ".join(differs)}: batches, augmentation, the scaled learning rate '
+        'and the mean loss of the epoch are no longer those of the uninterrupted run')
 
 
 # ---------------------------------------------------------------- the state of a run
@@ -92,7 +93,7 @@ class TrainState:
     """All that a run needs to go on. Random state is not among it: it is a function of (seed, epoch, step, rank).
 
     epoch: the one in progress, or next; step: batches done in it, per rank; meter: the loss so far in it
-    (engine.LossMeter.state_dict), None at its start; best: top-1 (%) of the model and of the EMA.
+    (engine.LossMeter.gather), None at its start; best: top-1 (%) of the model and of the EMA.
     """
     model: torch.nn.Module
     ema: object
@@ -133,12 +134,13 @@ class TrainState:
             self.scaler.load_state_dict(checkpoint['scaler'])
         self.best = {'model': checkpoint.get('best_acc1', 0.), 'ema': checkpoint.get('best_ema_acc1', 0.)}
         self.epoch, self.step, self.meter = checkpoint['epoch'] + 1, checkpoint.get('step', 0), checkpoint.get('meter')
+        if checkpoint.get('world_size') != world_size():
+            self.meter = None
         if self.step and checkpoint['world_size'] * checkpoint['args']['batch_size'] != world_size() * args.batch_size:
             # an allowed, inexact resume: go on after about as many images
             images = self.step * checkpoint['world_size'] * checkpoint['args']['batch_size']
             batch = world_size() * args.batch_size * args.accum_iter
             self.step = images // batch * args.accum_iter
-            self.meter = None
 
 
 class Checkpoints:
@@ -148,6 +150,9 @@ class Checkpoints:
         self.args, self.folder = args, Path(args.output_dir)
         self.writing = bool(args.output_dir) and is_main()
         self.saved = time.monotonic()
+        if self.writing:  # what a run killed while it wrote has left
+            for path in [*self.folder.glob('.*checkpoint.pth*.tmp'), self.folder / f'.{NEWEST}.new']:
+                path.unlink(missing_ok=True)
 
     def due(self, state):
         """Whether --save-every asks for a checkpoint now."""
@@ -186,8 +191,9 @@ class Vote:
     the same on all.
     """
 
-    def __init__(self):
-        self.group = dist.new_group(backend='gloo') if dist.is_initialized() else None
+    def __init__(self, minutes=10):
+        wait = datetime.timedelta(minutes=minutes)
+        self.group = dist.new_group(backend='gloo', timeout=wait) if dist.is_initialized() else None
         self.work = None
 
     def __call__(self, *wishes):

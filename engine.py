@@ -63,15 +63,23 @@ def make_scaler(device, amp):
 class LossMeter:
     """Sum and number of the finite losses, and the first step whose loss was not finite, all kept on the device.
 
-    Args: state: of an earlier meter's state_dict, to go on from.
+    Args: state: of an earlier meter's `gather`, to go on from.
     """
 
     def __init__(self, device, state=None):
-        state = state or {'total': torch.zeros(()), 'count': torch.zeros(()), 'first_bad': torch.tensor(torch.inf)}
-        self.total, self.count, self.first_bad = (state[key].to(device) for key in ('total', 'count', 'first_bad'))
+        self.total, self.count = torch.zeros(2) if state is None else state[rank()].clone()
+        self.total, self.count = self.total.to(device), self.count.to(device)
+        self.first_bad = torch.tensor(torch.inf, device=device)
 
-    def state_dict(self):
-        return {'total': self.total.cpu(), 'count': self.count.cpu(), 'first_bad': self.first_bad.cpu()}
+    def gather(self):
+        """(ranks, 2): sum and number of all ranks, on the CPU. Collective."""
+        own = torch.stack([self.total, self.count])
+        rows = [torch.empty_like(own) for _ in range(world_size())]
+        if dist.is_initialized():
+            dist.all_gather(rows, own)
+        else:
+            rows = [own]
+        return torch.stack(rows).cpu()
 
     def update(self, loss, step):
         finite = loss.isfinite()

@@ -13,17 +13,17 @@ import io
 import timm
 import torch
 import torch.distributed as dist
-from timm.utils import ParseKwargs
 from torch.utils.data import DataLoader, Subset
 
 from checkpoints import load_checkpoint, load_weights
 from engine import autocast, evaluate
 from image_tokenizer import image_transform, load_tokenizer, open_image_folder, quantize
-from main_seit import create_model
+from main_seit import KeyValues, create_model
 from samplers import in_order
 from token_augment import EvalTransform
 from token_dataset import load_codebook
-from utils import InputError, init_distributed, is_main, parse_flags, rank, run, say, world_size, write_text
+from utils import (InputError, RankError, cores, init_distributed, is_main, parse_flags, rank, run, say, world_size,
+                   write_text)
 
 NO_EFFECT = {
     '--eval': 'this program only evaluates',
@@ -39,7 +39,7 @@ def get_args_parser():
     add = parser.add_argument
     add('--data-path', required=True, metavar='DIR', help='class folders of images')
     add('--model', default='deit_base_token_32', help=', '.join(timm.list_models(module='models_seit')))
-    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+    add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
         help='as given in training')
     add('--model-path', default='weights/trained-vit.ckpt', metavar='FILE', help='a checkpoint')
     add('--use-ema', action='store_true', help="take the checkpoint's averaged weights")
@@ -51,7 +51,7 @@ def get_args_parser():
     add('--vit-input-size', type=int, default=28, help='codes the model reads, each side')
     add('--nb-classes', type=int, help="default: the checkpoint's (1000 in the published ones)")
     add('--batch-size', type=int, default=64, help='per process')
-    add('--num-workers', type=int, default=10, help='processes that decode images')
+    add('--num-workers', type=int, default=10, help='processes that decode images; as many as the cores at most')
     add('--pin-mem', action=argparse.BooleanOptionalAction, default=True,
         help='copy batches to a GPU from page-locked memory')
     add('--amp', choices=['bf16', 'fp16', 'off'], help='mixed precision of the ViT (default: fp16 on CUDA, off on CPU)')
@@ -67,6 +67,15 @@ def get_args_parser():
     for flag, why in NO_EFFECT.items():
         group.add_argument(flag, help=why, **({'action': 'store_true'} if flag == '--eval' else {}))
     return parser
+
+
+def parse_args(words=None):
+    """The command line. Raises InputError for values that cannot be."""
+    args = parse_flags(get_args_parser(), words)
+    for flag, least in (('batch_size', 1), ('num_workers', 0), ('tokenizer_input_size', 1), ('vit_input_size', 2)):
+        if getattr(args, flag) < least:
+            raise InputError(f'--{flag.replace("_", "-")} {getattr(args, flag)}: must be {least} or more')
+    return args
 
 
 class Readable(torch.utils.data.Dataset):
@@ -103,7 +112,8 @@ class ImageCodes:
 
     def __init__(self, folder, tokenizer, codebook, device, args):
         share = in_order(len(folder), *((world_size(), rank()) if args.dist_eval else (1, 0)))
-        self.loader = DataLoader(Subset(Readable(folder), share), args.batch_size, num_workers=args.num_workers,
+        self.loader = DataLoader(Subset(Readable(folder), share), args.batch_size,
+                                 num_workers=min(args.num_workers, cores()),
                                  pin_memory=args.pin_mem and device.type == 'cuda', collate_fn=collate)
         self.tokenizer, self.codebook, self.device = tokenizer.to(device), codebook.to(device), device
         self.amp, self.skip, self.indices, self.bad = args.tokenizer_amp, args.skip_bad_images, [], 0
@@ -111,7 +121,7 @@ class ImageCodes:
     def __iter__(self):
         for images, labels, indices, complaints in self.loader:
             if complaints and not self.skip:
-                raise InputError(f'{complaints[0]}: mend or remove it, or add --skip-bad-images')
+                raise RankError(f'{complaints[0]}: mend or remove it, or add --skip-bad-images')
             for complaint in complaints:
                 print(f'skipped: {complaint}', flush=True)
             self.bad += len(complaints)
@@ -203,4 +213,4 @@ def main(args):
 
 
 if __name__ == '__main__':
-    run(lambda: main(parse_flags(get_args_parser())))
+    run(lambda: main(parse_args()))

@@ -29,12 +29,12 @@ from torch.nn.parallel import DistributedDataParallel
 import models_seit  # noqa: F401 (registers the models with timm)
 from checkpoints import (REQUEUE, Checkpoints, StopSignal, TrainState, Vote, check_exact, find_checkpoint,
                          load_checkpoint, load_weights)
-from engine import LossMeter, NotFinite, check_finite, evaluate, make_scaler, train_one_epoch
+from engine import LossMeter, NotFinite, autocast, check_finite, evaluate, make_scaler, train_one_epoch
 from samplers import in_order, repeated_augmentation, shuffled
 from token_augment import EvalTransform, TrainAugment, check_crop
 from token_dataset import TokenDataset, load_codebook, load_synonyms
-from utils import (InputError, RunLog, barrier, init_distributed, is_main, parse_flags, rank, run, say, world_size,
-                   write_text)
+from utils import (InputError, RunLog, barrier, init_distributed, is_main, keep_freed_memory, parse_flags, rank, run,
+                   say, world_size, write_text)
 
 VERSIONS = {'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__}
 ON_OFF = argparse.BooleanOptionalAction
@@ -48,6 +48,25 @@ NO_EFFECT = {
     '--num-workers': 'batches come straight from a memory map, so there are no loader processes',
     '--world-size': 'the launcher (torchrun, srun) sets it',
 }
+# What flags may be: (least, most, in words, flags).
+RANGES = (
+    (1, float('inf'), '1 or more', ('batch_size', 'epochs', 'accum_iter', 'token_patch_size', 'token_synonym_thres')),
+    (0, float('inf'), '0 or more', ('seed', 'start_epoch', 'warmup_epochs', 'weight_decay', 'token_noise_scale',
+                                    'token_noise_std', 'mixup', 'cutmix')),
+    (0, 1, 'between 0 and 1', ('drop', 'drop_path', 'model_ema_decay', 'smoothing', 'eda_rc_prob', 'eda_sc_prob',
+                               'eda_erase_prob', 'replace_token_prob', 'token_noise_prob', 'rrc_ratio', 'mixup_prob',
+                               'mixup_switch_prob', 'swap_token_scale', 'erase_scale')),
+)
+
+
+class KeyValues(ParseKwargs):
+    """timm's KEY=VALUE arguments, with a complaint about words of another form."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        wrong = [word for word in values if '=' not in word]
+        if wrong:
+            parser.error(f'argument {option_string}: {wrong[0]!r} is not of the form key=value')
+        super().__call__(parser, namespace, values, option_string)
 
 
 def get_args_parser():
@@ -74,7 +93,7 @@ def get_args_parser():
     group = parser.add_argument_group('model')
     add = group.add_argument
     add('--model', default='deit_base_token_32', help=', '.join(timm.list_models(module='models_seit')))
-    add('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='KEY=VALUE',
+    add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
         help='arguments of timm\'s VisionTransformer, as in depth=4 embed_dim=128 num_heads=4')
     add('--input-size', type=int, default=224, help='in pixels of --token-patch-size to a code: 224 / 8 = 28 codes')
     add('--token-patch-size', type=int, default=8, help='pixels a code covers, on each side')
@@ -158,6 +177,8 @@ def get_args_parser():
     add('--seed', type=int, default=0)
     add('--tensorboard', action='store_true', help='write scalars to --output-dir (needs the tensorboard package)')
     add('--dist-url', default='env://', help="torch.distributed's init method")
+    add('--dist-timeout', type=float, default=10, metavar='MINUTES',
+        help='a process that waits so long for another ends: a host was cut off')
 
     group = parser.add_argument_group('accepted, without effect')
     for flag, why in NO_EFFECT.items():
@@ -176,19 +197,20 @@ def save_interval(word):
 def parse_args(words=None):
     """The command line, with `_` and `-` in flags alike. Raises InputError for values that cannot work together."""
     args = parse_flags(get_args_parser(), words)
+    for least, most, bounds, names in RANGES:
+        for name in names:
+            if not least <= getattr(args, name) <= most:
+                raise InputError(f'--{name.replace("_", "-")} {getattr(args, name)}: choose a value {bounds}')
     mixing = args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
+    low, high = args.cutmix_minmax or (0, 1)
     checks = [
+        (not 0 < args.dist_timeout < 1e6, f'--dist-timeout {args.dist_timeout}: give minutes, more than 0'),
         (args.input_size % args.token_patch_size or args.input_size < 2 * args.token_patch_size,
          f'--input-size {args.input_size} is no multiple of --token-patch-size {args.token_patch_size}, or too small'),
-        (min(args.batch_size, args.epochs, args.accum_iter) < 1,
-         '--batch-size, --epochs and --accum-iter must be 1 or more'),
         (mixing and args.batch_size % 2, f'--batch-size {args.batch_size} is odd; CutMix and Mixup want it even'),
         (args.bce_loss and (args.smoothing or not mixing),
          '--bce-loss needs --smoothing 0 (any smoothing makes every target 1) and --cutmix or --mixup on'),
-        (not all(0 <= p <= 1 for p in (args.eda_rc_prob, args.eda_sc_prob, args.eda_erase_prob, args.replace_token_prob,
-                                       args.token_noise_prob, args.rrc_ratio, args.swap_token_scale,
-                                       args.erase_scale, args.smoothing)),
-         'probabilities, ratios, scales and --smoothing lie between 0 and 1'),
+        (not 0 <= low < high <= 1, f'--cutmix-minmax {low} {high}: give two rising shares between 0 and 1'),
         (args.eval and not args.resume, '--eval needs --resume CHECKPOINT'),
         (args.eval and args.no_eval, '--eval and --no-eval exclude each other'),
         (args.resume == 'auto' and not args.output_dir, '--resume auto looks in --output-dir: give one'),
@@ -259,7 +281,7 @@ def create_model(args, classes, size, width, **rates):
     try:
         model = timm.create_model(args.model, num_classes=classes, img_size=size, **rates, **args.model_kwargs)
     except (TypeError, AssertionError, ValueError) as error:
-        raise InputError(f'--model-kwargs {args.model_kwargs}: {error}') from None
+        raise InputError(f'--model {args.model} with --model-kwargs {args.model_kwargs}: {error}') from None
     if model.in_chans != width:
         raise InputError(f'{args.codebook_path}: its rows have {width} elements, but {args.model} reads '
                          f'{model.in_chans}: choose the codebook or the model of the tokens')
@@ -269,14 +291,14 @@ def create_model(args, classes, size, width, **rates):
 def finetune(model, path):
     """Start from other weights: a head or stem of another shape is dropped, position embeddings are resampled."""
     state, own = dict(load_checkpoint(path)['model']), model.state_dict()
-    for key in [k for k in state if k.startswith(('head.', 'patch_embed.')) and k in own]:
-        if state[key].shape != own[key].shape:
-            say(f'--finetune: {key} starts anew ({tuple(state[key].shape)} in the file)')
-            del state[key]
+    for key in [key for key in own if key.startswith(('head.', 'patch_embed.'))]:
+        if key not in state or state[key].shape != own[key].shape:
+            say(f'--finetune: {key} starts anew (in the file: {tuple(state[key].shape) if key in state else "none"})')
+            state[key] = own[key]
     if 'pos_embed' in state and state['pos_embed'].shape != own['pos_embed'].shape:
         side = int(round((own['pos_embed'].shape[1] - 1) ** 0.5))
         state['pos_embed'] = resample_abs_pos_embed(state['pos_embed'], [side, side], antialias=False)
-    load_weights(model, {**{k: v for k, v in own.items() if k.startswith(('head.', 'patch_embed.'))}, **state}, path)
+    load_weights(model, state, path)
 
 
 def freeze_all_but_attention(model):
@@ -371,7 +393,21 @@ class Run:
         self.mixup, self.criterion = make_loss(args, classes)
         self.parallel = parallelise(args, model, augment, device)
         self.generator = torch.Generator(device)
-        self.checkpoints, self.vote = Checkpoints(args), Vote()
+        self.checkpoints, self.vote = Checkpoints(args), Vote(args.dist_timeout)
+        if world_size() > 1:
+            self.settle_buckets()
+
+    def settle_buckets(self):
+        """One backward without a step, after which DDP has arranged its buckets for good.
+
+        Their layout decides in which order ranks are summed, so a resumed run must not begin with another.
+        """
+        batch = self.indices(0)[:self.args.batch_size]
+        codes, _ = next(self.data.batches(batch, len(batch), self.device))
+        with autocast(self.device, self.args.amp):
+            logits = self.parallel.train()(self.augment(codes, self.generator))
+        logits.float().sum().backward()
+        self.parallel.zero_grad()
 
     def indices(self, epoch):
         """Images of this rank in an epoch, whole batches of them."""
@@ -404,7 +440,7 @@ def train_epoch(run, state, stop):
         # nothing is saved unchecked: a bad step may lie between the last logging step and this one
         if (stopping or due) and done < run.steps:
             check_finite(meter, state.scaler, args, state.epoch, done - 1)
-            state.meter = meter.state_dict()
+            state.meter = meter.gather()
             run.checkpoints.save(state)
         if stopping and done < run.steps:
             barrier()
@@ -450,10 +486,12 @@ def train(run, state):
             train_time = time.time() - began
             if run.val:
                 stats |= evaluate_all(args, state.model, state.ema, run.val, run.transform, run.device)
-            improved = [name for name, key in (('model', 'test_acc1'), ('ema', 'ema_test_acc1'))
-                        if stats.get(key, 0.) > state.best[name]]
-            state.best = {'model': max(state.best['model'], stats.get('test_acc1', 0.)),
-                          'ema': max(state.best['ema'], stats.get('ema_test_acc1', 0.))}
+            improved = []
+            for name, key in (('model', 'test_acc1'), ('ema', 'ema_test_acc1')):
+                # while the best is 0 every epoch is as good: so a run that evaluates has a best checkpoint
+                if key in stats and (stats[key] > state.best[name] or not state.best[name]):
+                    improved.append(name)
+                    state.best[name] = stats[key]
             state.epoch += 1
             if run.checkpoints.writing:
                 # the log line first: a run cut off between the two repeats the epoch, and its line is dropped then
@@ -465,8 +503,9 @@ def train(run, state):
             if board:
                 for key, value in stats.items():
                     board.add_scalar(key, value, epoch)
-            say(f'epoch {epoch}: {time.time() - began:.1f} s, best Acc@1 {state.best["model"]:.3f}'
-                + (f', best EMA Acc@1 {state.best["ema"]:.3f}' if state.ema else ''))
+            best = [f'best {title}Acc@1 {state.best[name]:.3f}'
+                    for name, title in (('model', ''), ('ema', 'EMA ')) if run.val and (name == 'model' or state.ema)]
+            say(', '.join([f'epoch {epoch}: {time.time() - began:.1f} s', *best]))
     if board:
         board.close()
 
@@ -481,7 +520,7 @@ def open_tensorboard(folder):
 
 def main(args):
     # ------------------------------------------------------------ set-up
-    device = init_distributed(args.device, args.dist_url)
+    device = init_distributed(args.device, args.dist_url, args.dist_timeout)
     for flag, why in NO_EFFECT.items():
         if getattr(args, flag[2:].replace('-', '_')):
             say(f'note: {flag} has no effect: {why}')
@@ -523,6 +562,8 @@ def main(args):
                              f'{args.batch_size} x {args.accum_iter} on {world_size()} processes: lower --batch-size')
     describe(args, model, datasets, classes, size, steps, device)
     place_data(args, datasets, device)
+    if device.type == 'cpu':
+        keep_freed_memory()  # only now: decoding a large set frees much that need not be kept
     if args.eval:
         load_weights(model, checkpoint['model'], resume)
         ema = None

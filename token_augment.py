@@ -2,13 +2,14 @@
 
 Everything is a batched tensor operation on the device the batch is on, drawn from an explicit generator on that
 device, and without a host synchronisation. The published program crops one-hot grids and multiplies them by the
-codebook; because the crop is linear, cropping the looked-up embedding is the same function at a twelfth of the work.
+codebook; because the crop is linear, resampling codebook rows is the same function at a fraction of the work.
 
-Shapes: codes (B, h, w) int64; embeddings (B, h, w, d) float32; model input (B, d, s, s) float32.
+Shapes: codes (B, h, w) int64; codebook (K, d) float32; model input (B, d, s, s) float32.
 """
 import math
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 
 from utils import InputError
@@ -26,8 +27,9 @@ def replace_synonyms(codes, table, count, prob, generator):
 
     Args: table (K, k) int64, count (K,) int64: see token_dataset.load_synonyms.
     """
-    pick = (uniform(codes.shape, generator) * count[codes]).long()
-    synonyms = table[codes, pick]
+    flat = codes.flatten()  # index_select is three times as fast as indexing
+    pick = (uniform(flat.shape, generator) * count.index_select(0, flat)).long()
+    synonyms = table.flatten().index_select(0, flat * table.shape[1] + pick).view(codes.shape)
     return torch.where(uniform(codes.shape, generator) < prob, synonyms, codes)
 
 
@@ -72,13 +74,12 @@ def swap_patches(codes, params):
     Args: params (B, 5) int64 (side, y0, x0, y1, x1). Both patches are copied from the original grid.
     """
     b, h, w = codes.shape
-    side, y0, x0, y1, x1 = params[:, :, None, None].unbind(1)  # each (B, 1, 1)
-    y = torch.arange(h, device=codes.device)[None, :, None]
-    x = torch.arange(w, device=codes.device)[None, None, :]
-    in_first = (y >= y0) & (y < y0 + side) & (x >= x0) & (x < x0 + side)
-    in_second = (y >= y1) & (y < y1 + side) & (x >= x1) & (x < x1 + side)
-    sign = in_first.long() * ~in_second - in_second.long()  # +1 reads from the second place, -1 from the first
-    source = (y + sign * (y1 - y0)) * w + x + sign * (x1 - x0)
+    side, y0, x0, y1, x1 = params.unsqueeze(-1).unbind(1)  # each (B, 1)
+    y, x = torch.arange(h, device=codes.device), torch.arange(w, device=codes.device)
+    in_first, in_second = (((y >= top) & (y < top + side))[:, :, None] & ((x >= left) & (x < left + side))[:, None]
+                           for top, left in ((y0, x0), (y1, x1)))  # (B, h, w)
+    apart = ((y1 - y0) * w + x1 - x0)[:, :, None]
+    source = torch.where(in_second, -apart, torch.where(in_first, apart, 0)) + (y[:, None] * w + x)
     return codes.flatten(1).gather(1, source.flatten(1)).view(b, h, w)
 
 
@@ -99,7 +100,7 @@ def _random_interval(batch, size, scale, generator):
     return (at >= start) & (at < start + length)
 
 
-# ---------------------------------------------------------------- crops, on embeddings
+# ---------------------------------------------------------------- crops
 
 def draw_random_resized_crop(batch, grid, min_area, generator, ratio=(3 / 4, 4 / 3), tries=10):
     """Boxes (batch, 4) int64 (top, left, height, width) as torchvision's RandomResizedCrop draws them.
@@ -122,11 +123,11 @@ def draw_random_crop(batch, grid, size, generator):
     return torch.cat([start, torch.full_like(start, size)], 1)
 
 
-def cubic_weights(start, length, grid, size, a=-0.75):
-    """Matrix that resamples one axis: `size` bicubic samples of [start, start + length), as torch's interpolate
-    with align_corners=False and without antialias; taps beyond the crop's border read its edge.
+def cubic_taps(start, length, size, a=-0.75):
+    """Where to read and with what weights to resample one axis: `size` bicubic samples of [start, start + length), as
+    torch's interpolate with align_corners=False and without antialias; taps beyond the crop's border read its edge.
 
-    Args: start, length (B,) int64. Returns (B, size, grid) float32, rows summing to 1.
+    Args: start, length (B,) int64. Returns (B, size, 4) int64 places and (B, size, 4) float32 weights that sum to 1.
     """
     length, start = length[:, None], start[:, None]
     at = (torch.arange(size, device=start.device) + 0.5) * (length / size) - 0.5  # (B, size)
@@ -135,25 +136,36 @@ def cubic_weights(start, length, grid, size, a=-0.75):
     near, far = torch.stack([t, 1 - t], -1), torch.stack([t + 1, 2 - t], -1)
     near = ((a + 2) * near - (a + 3)) * near * near + 1
     far = ((a * far - 5 * a) * far + 8 * a) * far - 4 * a
-    weight = torch.stack([far[..., 0], near[..., 0], near[..., 1], far[..., 1]], -1)  # (B, size, 4)
+    weight = torch.stack([far[..., 0], near[..., 0], near[..., 1], far[..., 1]], -1)
     tap = below.long()[..., None] + torch.arange(-1, 3, device=start.device)
-    tap = tap.clamp(min=0).minimum(length[..., None] - 1) + start[..., None]
-    column = torch.arange(grid, device=start.device)
-    # a sum over the four taps, not a scatter: edge taps coincide, and float atomics are not deterministic
-    return sum(weight[..., k, None] * (tap[..., k, None] == column) for k in range(4))
+    return tap.clamp(min=0).minimum(length[..., None] - 1) + start[..., None], weight
 
 
-def resized_crop(embeddings, boxes, size):
-    """Crop each grid to its box and resample it bicubically: two small matrix products an image.
+def resized_crop(codes, table, boxes, size):
+    """Look up each grid of codes, crop it to its box and resample it bicubically, one axis after the other.
 
-    Args: embeddings (B, h, w, d); boxes (B, 4) int64 (top, left, height, width). Returns (B, d, size, size),
-    channels last in memory. A box of size x size is copied exactly.
+    Either axis is a sum of four weighted rows for each place, which is what embedding_bag computes; for the first the
+    rows are the table's own, so the embeddings of the whole grid are never written out.
+
+    Args: codes (B, h, w) int64; table (K, d); boxes (B, 4) int64 (top, left, height, width). Returns
+    (B, d, size, size), channels last in memory. A box of size x size is copied exactly.
     """
-    b, h, w, d = embeddings.shape
-    rows = cubic_weights(boxes[:, 0], boxes[:, 2], h, size).to(embeddings.dtype)
-    columns = cubic_weights(boxes[:, 1], boxes[:, 3], w, size).to(embeddings.dtype)
-    x = torch.bmm(rows, embeddings.reshape(b, h, w * d)).view(b, size, w, d)
-    return rearrange(columns[:, None] @ x, 'b y x d -> b d y x')
+    b, h, _ = codes.shape
+    taps, weights = cubic_taps(boxes[:, :2].flatten(), boxes[:, 2:].flatten(), size)
+    (y, x), (y_weight, x_weight) = (both.view(b, 2, size, 4).unbind(1) for both in (taps, weights))
+    rows = codes.int().gather(2, x.reshape(b, 1, size * 4).expand(-1, h, -1))  # (B, h, size · 4): 32 bits halve the traffic
+    weight = x_weight[:, None].expand(-1, h, -1, -1)
+    out = _weighted_sums(rows, table, weight)  # (B · h · size, d)
+    first = (torch.arange(b, device=codes.device) * h)[:, None, None]  # of each image's rows
+    column = torch.arange(size, device=codes.device, dtype=torch.int32)
+    rows = ((first + y) * size).int()[:, :, None] + column[:, None]  # (B, size, size, 4)
+    weight = y_weight[:, :, None].expand(-1, -1, size, -1)
+    return rearrange(_weighted_sums(rows, out, weight), '(b y x) d -> b d y x', b=b, y=size)
+
+
+def _weighted_sums(rows, table, weight):
+    """(n, d) sums of four rows of table (m, d) each; rows, n · 4 integers; weight, n · 4 numbers."""
+    return F.embedding_bag(rows.reshape(-1, 4), table, mode='sum', per_sample_weights=weight.reshape(-1, 4))
 
 
 def center_crop(codes, size):
@@ -171,9 +183,9 @@ def add_embedding_noise(x, fraction, channel_std, element_std, generator):
     chosen = torch.randperm(len(x), generator=generator, device=x.device)[:int(len(x) * fraction)]
     b, d, h, w = len(chosen), *x.shape[1:]
     # drawn channels last, as `resized_crop` lays out x
-    noise = torch.randn((b, h, w, d), generator=generator, device=x.device) * element_std
-    noise += torch.randn((b, 1, 1, d), generator=generator, device=x.device) * channel_std
-    x[chosen] += rearrange(noise, 'b y x d -> b d y x')
+    noise = torch.empty(b, h, w, d, device=x.device).normal_(0, element_std, generator=generator)
+    noise += torch.empty(b, 1, 1, d, device=x.device).normal_(0, channel_std, generator=generator)
+    rearrange(x, 'b d y x -> b y x d').index_add_(0, chosen, noise)
     return x
 
 
@@ -236,7 +248,7 @@ class TrainAugment:
 
     def crop(self, codes, boxes):
         """Look up and crop; without randomness, so torch.compile can fuse it."""
-        return resized_crop(self.embedding[codes], boxes, self.size)
+        return resized_crop(codes, self.embedding, boxes, self.size)
 
     def __call__(self, codes, generator):
         codes = self.token_eda(codes.long(), generator)

@@ -18,6 +18,7 @@ The stream is decoded once a node into a memory-mapped uint16 array that all ran
 `codes[indices]`. ImageNet-1k is 1.28 M x 1024 codes: 2.6 GB on disk, and in memory only what the page cache keeps.
 """
 import contextlib
+import functools
 import gzip
 import hashlib
 import io
@@ -61,9 +62,9 @@ def decode_stream(stream):
     follows[:1], follows[1:] = False, is_escape[:-1]
     if (is_escape & follows).any() or is_escape[-1:].any():
         raise ValueError('dangling escape byte')
-    codes = stream.astype(np.uint16)
-    codes[follows] += ESCAPE
-    return codes[~is_escape], ~is_escape
+    codes = stream.astype(np.uint16) + follows * np.uint16(ESCAPE)
+    is_code = ~is_escape
+    return codes[np.flatnonzero(is_code)], is_code  # sums and places: four times as fast as two masks
 
 
 def encode_codes(codes):
@@ -399,12 +400,21 @@ def _fill(token_files, allocate):
     return codes
 
 
+def _allocate(path, shape):
+    """A new .npy of codes, mapped; all its space is taken at once, since a map on a full disk dies of a bus error."""
+    codes = np.lib.format.open_memmap(path, 'w+', np.uint16, shape)
+    if hasattr(os, 'posix_fallocate'):
+        with open(path, 'rb+') as file:
+            os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+    return codes
+
+
 def build_cache(token_files, path):
     """Decode token files into the .npy at `path`, atomically; older caches of the same files are removed."""
     more = f' and {len(token_files) - 1} more' if len(token_files) > 1 else ''
     say(f'decoding {token_files[0]}{more} into {path}')
-    with atomic_path(path) as temporary:
-        codes = _fill(token_files, lambda shape: np.lib.format.open_memmap(temporary, 'w+', np.uint16, shape))
+    with atomic_path(path, 'choose another folder with --token-cache') as temporary:
+        codes = _fill(token_files, functools.partial(_allocate, temporary))
         codes.flush()
     for old in path.parent.glob(path.name.split('.codes-')[0] + '.codes-*.npy'):
         if old != path:

@@ -26,7 +26,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import shutil
 import sys
 import tempfile
@@ -43,7 +42,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from image_sources import DecodedImages, open_source  # noqa: E402
 from image_tokenizer import load_tokenizer, quantize  # noqa: E402
 from token_dataset import card_path, format_for, index_path, load_codebook, write_tokens  # noqa: E402
-from utils import (InputError, RankError, atomic_path, download, init_distributed, is_address,  # noqa: E402
+from utils import (InputError, RankError, atomic_path, cores, download, init_distributed, is_address,  # noqa: E402
                    is_main, rank, read_json, run, say, sha256, world_size, write_text)
 
 PART_BATCHES = 16  # lost at most when killed; few enough that all ranks have parts, many enough to write in the shade
@@ -268,10 +267,7 @@ class Encoder:
 
 def make_loader(args, source, batches, device):
     """A DataLoader that decodes given batches, in order, in worker processes."""
-    workers = args.num_workers
-    if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-        workers = max(1, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+    workers = cores() if args.num_workers is None else args.num_workers
     return DataLoader(DecodedImages(source, args.image_size), batch_sampler=batches, num_workers=workers,
                       pin_memory=device.type == 'cuda', prefetch_factor=4 if workers else None)
 

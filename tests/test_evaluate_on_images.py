@@ -1,5 +1,8 @@
 """Evaluation on images: against evaluation on tokens of the same images, and what bad images get."""
 import csv
+import os
+import subprocess
+import sys
 
 import pytest
 import timm
@@ -13,7 +16,7 @@ from conftest import ROOT
 from test_main_seit import accuracy_lines, two_processes
 from token_augment import EvalTransform
 from token_dataset import TokenDataset, load_codebook
-from utils import InputError, parse_flags
+from utils import InputError
 
 DEMO = ROOT / 'demo'
 MODEL = ['--model', 'deit_tiny_token_32', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2', '--device', 'cpu']
@@ -48,7 +51,7 @@ def words(images, checkpoint, *more):
 
 
 def on_images(*args):
-    evaluate_on_images.main(parse_flags(evaluate_on_images.get_args_parser(), words(*args)))
+    evaluate_on_images.main(evaluate_on_images.parse_args(words(*args)))
 
 
 def tokenise(images, folder):
@@ -71,7 +74,7 @@ def test_agrees_with_evaluation_on_tokens_of_the_same_images(images, checkpoint,
 
 def test_logits_agree_with_those_on_tokens(images, checkpoint, tmp_path):
     data = TokenDataset(*tokenise(images, tmp_path), 391, 'none')
-    args = parse_flags(evaluate_on_images.get_args_parser(), words(images, checkpoint))
+    args = evaluate_on_images.parse_args(words(images, checkpoint))
     codebook = load_codebook(args.codebook_path)
     model = evaluate_on_images.load_model(args, codebook, torch.device('cpu')).eval()
     folder = evaluate_on_images.open_image_folder(images, evaluate_on_images.image_transform(64))
@@ -100,15 +103,18 @@ def test_predictions_file(images, checkpoint, tmp_path, capsys):
     assert all(row['top5'].split()[0] == row['prediction'] and 0 < float(row['probability']) <= 1 for row in rows)
 
 
+def in_two_processes(images, checkpoint, *more):
+    """A finished run of two processes that share the images."""
+    return subprocess.run([sys.executable, *two_processes(), str(ROOT / 'evaluate_on_images.py'),
+                           *words(images, checkpoint, '--dist-eval', *more)],
+                          capture_output=True, text=True, cwd=checkpoint.parent,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+
+
 def test_two_processes_count_each_image_once(images, checkpoint, tmp_path, capsys):
-    import os
-    import subprocess
-    import sys
     on_images(images, checkpoint, '--save-predictions', tmp_path / 'one.csv')
     alone = accuracy_lines(capsys.readouterr().out)
-    done = subprocess.run([sys.executable, *two_processes(), str(ROOT / 'evaluate_on_images.py'),
-                           *words(images, checkpoint, '--dist-eval', '--save-predictions', tmp_path / 'two.csv')],
-                          capture_output=True, text=True, cwd=tmp_path, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    done = in_two_processes(images, checkpoint, '--save-predictions', tmp_path / 'two.csv')
     assert done.returncode == 0, done.stderr
     # the loss may differ in its last digits, summed in another order
     assert [x.split()[:5] for x in accuracy_lines(done.stdout)] == [x.split()[:5] for x in alone]
@@ -117,13 +123,25 @@ def test_two_processes_count_each_image_once(images, checkpoint, tmp_path, capsy
     assert [row.split(',')[:3] for row in one] == [row.split(',')[:3] for row in two]
 
 
-def test_bad_images(images, checkpoint, tmp_path, capsys):
+def with_a_bad_image(images, folder, number):
+    """Copy images to a folder and truncate one; returns its path."""
     for path in images.rglob('*.png'):
-        target = tmp_path / path.relative_to(images)
+        target = folder / path.relative_to(images)
         target.parent.mkdir(exist_ok=True)
         target.write_bytes(path.read_bytes())
-    victim = sorted(tmp_path.rglob('*.png'))[20]
+    victim = sorted(folder.rglob('*.png'))[number]
     victim.write_bytes(victim.read_bytes()[:100])
+    return victim
+
+
+def test_a_bad_image_that_only_the_second_rank_meets_is_named(images, checkpoint, tmp_path):
+    victim = with_a_bad_image(images, tmp_path, 21)
+    done = in_two_processes(tmp_path, checkpoint)
+    assert done.returncode and f'error: {victim}: cannot be read' in done.stderr
+
+
+def test_bad_images(images, checkpoint, tmp_path, capsys):
+    victim = with_a_bad_image(images, tmp_path, 20)
     with pytest.raises(InputError, match=f'{victim.name}.*--skip-bad-images'):
         on_images(tmp_path, checkpoint)
     on_images(tmp_path, checkpoint, '--skip-bad-images', '--save-predictions', tmp_path / 'p.csv')
@@ -147,14 +165,15 @@ def test_images_of_every_mode_become_rgb(mode, tmp_path):
     (['--tokenizer-input-size', 60], 'multiple of 8'), (['--tokenizer-input-size', 40], 'larger than the 5x5'),
     (['--vit-input-size', 4], 'pos_embed'), (['--data-path', 'nowhere'], 'nowhere: no class folders'),
     (['--tokenizer-path', 'no.pt'], 'no.pt'), (['--nb_classes', 3], 'head.weight'),
-    (['--tokenizer-path', DEMO / 'codebook.ckpt'], 'no known kind')])
+    (['--tokenizer-path', DEMO / 'codebook.ckpt'], 'no known kind'), (['--batch-size', 0], '--batch-size 0: must be 1'),
+    (['--num_workers', -1], '--num-workers -1: must be 0'), (['--vit-input-size', 1], 'must be 2')])
 def test_mistakes(flags, message, images, checkpoint):
     with pytest.raises(InputError, match=message):
         on_images(images, checkpoint, *flags)
 
 
 def test_published_defaults():
-    args = parse_flags(evaluate_on_images.get_args_parser(), ['--data-path', 'x', '--eval', '--nb_classes', '1000'])
+    args = evaluate_on_images.parse_args(['--data-path', 'x', '--eval', '--nb_classes', '1000'])
     expected = {'batch_size': 64, 'model': 'deit_base_token_32', 'model_path': 'weights/trained-vit.ckpt',
                 'codebook_path': 'weights/codebook.ckpt', 'vit_input_size': 28,
                 'tokenizer_path': 'weights/tokenizer.ckpt', 'tokenizer_code_path': None, 'tokenizer_input_size': 256,

@@ -246,7 +246,17 @@ def test_resume_keeps_the_best_accuracy(data, tmp_path):
      '0', '--nb_classes', '7', '--token-cache', 'none', '--sched', 'poly']])
 def test_every_switch_runs(data, flags, capsys):
     run_here(*SMALL, *data, '--epochs', 1, *flags)
-    assert len(accuracy_lines(capsys.readouterr().out)) == 2 - ('--no-eval' in flags) * 2 - ('--no-model-ema' in flags)
+    output = capsys.readouterr().out
+    assert len(accuracy_lines(output)) == 2 - ('--no-eval' in flags) * 2 - ('--no-model-ema' in flags)
+    assert ('best Acc@1' in output) == ('--no-eval' not in flags)
+
+
+def test_an_accuracy_of_zero_has_a_best_checkpoint_too(data, tmp_path, monkeypatch):
+    def measured(*_):
+        return {'test_acc1': 0., 'ema_test_acc1': 0.}
+    monkeypatch.setattr(main_seit, 'evaluate_all', measured)
+    run_here(*SMALL, *data, '--epochs', 1, '--output-dir', tmp_path)
+    assert (tmp_path / 'best_checkpoint.pth').exists() and (tmp_path / 'best_ema_checkpoint.pth').exists()
 
 
 def test_slurm_step(data, tmp_path):
@@ -313,7 +323,7 @@ def test_attn_only_trains_only_attention():
                        if '.attn.' in n or n in ('head.weight', 'head.bias', 'pos_embed')}
 
 
-def test_finetune_resamples_positions_and_drops_what_differs(tmp_path):
+def test_finetune_resamples_positions_and_drops_what_differs(tmp_path, capsys):
     old = timm.create_model('deit_tiny_token_32', depth=1, num_classes=5, img_size=28)
     torch.save({'model': old.state_dict()}, tmp_path / 'old.pth')
     new = timm.create_model('deit_tiny_token_32', depth=1, num_classes=3, img_size=20)
@@ -325,6 +335,9 @@ def test_finetune_resamples_positions_and_drops_what_differs(tmp_path):
     grid = old.pos_embed[:, 1:].reshape(1, 14, 14, -1).permute(0, 3, 1, 2)
     slow = torch.nn.functional.interpolate(grid, (10, 10), mode='bicubic', align_corners=False)
     torch.testing.assert_close(new.pos_embed[:, 1:], slow.flatten(2).transpose(1, 2))
+    torch.save({'model': {k: v for k, v in old.state_dict().items() if 'head' not in k}}, tmp_path / 'headless.pth')
+    main_seit.finetune(old, str(tmp_path / 'headless.pth'))
+    assert '--finetune: head.weight starts anew (in the file: none)' in capsys.readouterr().out
     other = timm.create_model('deit_tiny_token_32', depth=2)
     with pytest.raises(InputError, match='blocks.1.norm1.weight: missing'):
         main_seit.finetune(other, str(tmp_path / 'old.pth'))
@@ -363,8 +376,8 @@ def test_mistakes_get_one_line_and_exit_code_2(data, tmp_path):
     (['--nb_classes', '3'], 'holds class 3'), (['--batch-size', '64'], 'lower --batch-size'),
     (['--model', 'resnet50'], 'none of deit'), (['--model-kwargs', 'layers=3'], '--model-kwargs'),
     (['--opt', 'nonsense'], '--opt'), (['--device', 'tpu'], 'choose cuda'), (['--swap-token-scale', '1'], 'no room'),
-    (['--finetune', 'gone.pth'], 'gone.pth'), (['--token-cache', '/proc/nowhere'], 'choose another folder'),
-    (['--model', 'deit_small_token_4'], 'reads 4')])
+    (['--finetune', 'gone.pth'], 'gone.pth'), (['--model', 'deit_small_token_4'], 'reads 4'),
+    (['--token-cache', '/proc/nowhere'], 'choose another folder with --token-cache')])
 def test_mistakes_by_flag(data, flags, words):
     with pytest.raises(InputError, match=words):
         run_here(*SMALL, *data, '--epochs', 1, *flags)
@@ -398,10 +411,21 @@ def only_weights(run, folder):
 @pytest.mark.parametrize('flags, words', [
     (['--bce-loss'], '--smoothing 0'), (['--batch-size', '7'], 'odd'), (['--eval'], '--resume'),
     (['--input-size', '100'], 'multiple'), (['--resume', 'auto'], '--output-dir'), (['--eda-rc-prob', '2'], 'between'),
-    (['--tensorboard'], '--output-dir'), (['--epochs', '0'], '1 or more')])
+    (['--tensorboard'], '--output-dir'), (['--epochs', '0'], '1 or more'), (['--seed', '-1'], '0 or more'),
+    (['--token-patch-size', '0'], '1 or more'), (['--token-synonym-thres', '0'], '1 or more'),
+    (['--start_epoch', '-1'], '0 or more'), (['--cutmix-minmax', '0.9', '0.2'], 'rising'),
+    (['--drop', '2'], '--drop 2'), (['--eda-sc-prob', 'nan'], '--eda-sc-prob nan'),
+    (['--dist-timeout', 'nan'], 'minutes'),
+    (['--token-noise-std', '-1'], '--token-noise-std -1.0: choose a value 0 or more')])
 def test_flags_that_cannot_work_together(flags, words):
     with pytest.raises(InputError, match=words):
         main_seit.parse_args(flags)
+
+
+def test_model_kwargs_are_key_value_words(capsys):
+    with pytest.raises(SystemExit):
+        main_seit.parse_args(['--model-kwargs', 'depth=1', 'heads'])
+    assert "'heads' is not of the form key=value" in capsys.readouterr().err
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):

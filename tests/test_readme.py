@@ -50,7 +50,8 @@ def test_every_flag_and_file_in_the_readme_exists():
              for flag in parser._option_string_actions}
     for script in (ROOT / 'scripts').glob('*.py'):
         known |= set(re.findall(r"add(?:_argument)?\('(--[a-z0-9-]+)'", script.read_text()))
-    launcher = {'--nproc-per-node', '--use-env', '--nnodes', '--rdzv-backend', '--rdzv-endpoint', '--help'}
+    launcher = {'--nproc-per-node', '--use-env', '--nnodes', '--rdzv-backend', '--rdzv-endpoint', '--help',
+                '--max-restarts'}
     used = {flag.replace('_', '-') for flag in re.findall(r'(?<![\w-])--[a-z][a-z_0-9-]*', README)}
     assert not used - known - launcher
     for path in re.findall(r'\b(?:scripts|docs|demo)/[\w./]+\w', README):
