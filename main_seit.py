@@ -102,7 +102,8 @@ def get_args_parser():
     add('--model-ema', action=ON_OFF, default=True, help='keep and evaluate an average of the weights')
     add('--model-ema-decay', type=float, default=0.99996)
     add('--model-ema-force-cpu', action='store_true', help='keep the average in host memory')
-    add('--finetune', default='', metavar='FILE', help='start from these weights (a path, or an https address, which may end in #sha256=HEX)')
+    add('--finetune', default='', metavar='FILE',
+        help='start from these weights (a path, or an https address, which may end in #sha256=HEX)')
     add('--grad-checkpointing', action='store_true', help='recompute activations: less memory, more time')
     add('--attn-only', action='store_true', help='train only attention, head and position embeddings')
 
@@ -161,8 +162,8 @@ def get_args_parser():
     add = group.add_argument
     add('--output-dir', default='', metavar='DIR', help="checkpoints and log.txt; '' saves nothing")
     add('--resume', default='', metavar='FILE',
-        help="continue from a checkpoint (a path, or an https address, which may end in #sha256=HEX), or 'auto' for the "
-             'newest in --output-dir')
+        help="continue from a checkpoint (a path, or an https address, which may end in #sha256=HEX), or 'auto' for "
+             'the newest in --output-dir')
     add('--allow-inexact-resume', action='store_true',
         help='continue although the number of processes, the batch or the seed is another')
     add('--save-every', type=save_interval, metavar='N', help='a checkpoint every N steps, or Nm minutes, too')

@@ -7,9 +7,9 @@ import glob
 import hashlib
 import http.client
 import json
-import mmap
 import os
 import pickle
+import pickletools
 import re
 import sys
 import tempfile
@@ -24,6 +24,8 @@ from torch.distributed.rendezvous import rendezvous
 
 MAX_JSON_BYTES = 1 << 24  # cards are of kilobytes, synonyms of 65,536 codes of 3 MB, a log of 10,000 epochs of 5 MB
 MAX_TENSOR_SHARE = 4  # bytes of tensors to a byte of their file: those that share memory are stored once
+MAX_WORD = 1 << 14  # characters of a string in a torch file
+GROWING = {'hex', 'hexcodec', 'base64', 'base64codec', 'uu', 'uucodec', 'quopri', 'quopricodec', 'quotedprintable'}
 SMALL = 1 << 20  # bytes that are allowed whatever a file's size
 
 
@@ -329,28 +331,48 @@ def sha256(path):
     return digest.hexdigest()
 
 
-def check_zip(path):
-    """RuntimeError unless a torch file's members have their checksums (torch does not look) and are not compressed."""
+def check_zip(file, size):
+    """RuntimeError unless the members of an open torch file of `size` bytes have their checksums (torch does not look)
+    and are not compressed."""
+    if any(member.compress_type != zipfile.ZIP_STORED for member in file.infolist()):
+        raise RuntimeError('it is compressed, which no torch file is')
+    if sum(member.file_size for member in file.infolist()) > size:
+        raise RuntimeError('its members claim more bytes than it has')
+    bad = file.testzip()
+    if bad:
+        raise RuntimeError(f'{bad} has another checksum than was written')
+
+
+def check_pickle(file):
+    """RuntimeError for a pickle in which a few bytes become any number of them, or any number of seconds.
+
+    Torch runs no code from it, but allows bytearray(n) and chains of encodings, and takes hours to refuse long names.
+    """
+    names, words = set(), set()
+    for operation, word, _ in pickletools.genops(file):
+        if isinstance(word, str):
+            (names if operation.name == 'GLOBAL' else words).add(word)
+    if any(len(name) > 1000 for name in names) or any(len(word) > MAX_WORD for word in words):
+        raise RuntimeError('it holds a name too long')
+    if any(name.endswith(' bytearray') for name in names):
+        raise RuntimeError('it calls bytearray, which no tensor needs')
+    if '_codecs encode' in names and GROWING & {re.sub('[^a-z0-9]', '', word.lower()) for word in words}:
+        raise RuntimeError('it calls encode, to make bytes longer')
+
+
+def check_torch(path):
+    """Exceptions of any kind where a torch file should not be given to torch."""
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as file:
-            if any(member.compress_type != zipfile.ZIP_STORED for member in file.infolist()):
-                raise RuntimeError('it is compressed, which no torch file is')
-            if sum(member.file_size for member in file.infolist()) > os.path.getsize(path):
-                raise RuntimeError('its members claim more bytes than it has')
-            bad = file.testzip()
-            if bad:
-                raise RuntimeError(f'{bad} has another checksum than was written')
-
-
-def check_pickle(path):
-    """RuntimeError for a torch file that names a function by which a few bytes become any number of them.
-
-    torch allows these; no tensor needs them. The names stand in the file as they are, since nothing is compressed.
-    """
-    with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        for name in b'\nbytearray\n', b'_codecs\nencode\n':
-            if data.find(name) >= 0:
-                raise RuntimeError(f'it calls {name.split()[-1].decode()}, which no tensor needs')
+            check_zip(file, os.path.getsize(path))
+            for member in file.infolist():
+                if member.filename.lower().endswith('data.pkl'):
+                    check_pickle(file.read(member))
+    else:
+        with open(path, 'rb') as file:
+            for _ in range(5):  # before torch 1.6: magic number, protocol, system, the object, keys of its storages
+                if file.peek(1):
+                    check_pickle(file)
 
 
 def check_tensors(value, limit):
@@ -388,8 +410,7 @@ def load_torch(path, what):
             return load_torch(download(path, folder), what)
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:
-            check_zip(path)
-            check_pickle(path)
+            check_torch(path)
             value = torch.load(path, map_location='cpu', weights_only=True)
             check_tensors(value, MAX_TENSOR_SHARE * os.path.getsize(path) + SMALL)
             return value

@@ -18,6 +18,7 @@ import torch
 pytest.importorskip('hypothesis')
 import fuzz  # noqa: E402
 import token_dataset as td  # noqa: E402
+import tokenize_images  # noqa: E402
 import utils  # noqa: E402
 from checkpoints import load_checkpoint, load_weights  # noqa: E402
 from image_sources import open_source  # noqa: E402
@@ -143,7 +144,7 @@ def test_what_differs_from_its_card_is_refused(tmp_path, cache, damage):
     if damage == 'labels':
         labels.write_text('0\n2\n')
     else:  # right in structure, but other codes
-        write_set(tmp_path, b'\1' * 8 if damage == 'stream' else bytes(8), [0, 4, 8] if damage == 'stream' else [0, 1, 8])
+        write_set(tmp_path, *((b'\1' * 8, [0, 4, 8]) if damage == 'stream' else (bytes(8), [0, 1, 8])))
     bad = {'stream': path, 'index': td.index_path(path), 'labels': labels}[damage]
     refused(bad, td.TokenDataset, path, labels, 256, cache, match='changed or damaged, fetch or make it again')
 
@@ -183,7 +184,8 @@ def test_long_values_of_a_card_are_not_printed_whole(tmp_path):
 
 def test_log_keeps_whole_lines_only(tmp_path):
     path = tmp_path / 'log.txt'
-    path.write_bytes(b'{"epoch": 0}\n5\n[]\n' + b'[' * 100_000 + b'\n{"epoch": "1"}\n\xff\n{"epoch": 1}\n{"epoch": 2, "l')
+    bad = b'5\n[]\n' + b'[' * 100_000 + b'\n{"epoch": "1"}\n\xff\n'
+    path.write_bytes(b'{"epoch": 0}\n' + bad + b'{"epoch": 1}\n{"epoch": 2, "l')
     utils.RunLog(path, 2).write(epoch=2)
     assert path.read_text() == '{"epoch": 0}\n{"epoch": 1}\n{"epoch": 2}\n'
 
@@ -211,10 +213,14 @@ def hostile_torch_files():
     swelling = b'\x80\x02c__builtin__\nbytearray\nJ\xff\xff\xff\x7f\x85R.'  # bytearray(2 ** 31 - 1)
     yield 'compressed', repacked(torch.zeros(1 << 20, 8), compress=zipfile.ZIP_DEFLATED), 'compressed'
     yield 'size', claims_more(), 'claim|damaged'
-    yield 'strides', fuzz.torch_bytes(torch.ones(1, 1, dtype=torch.float16).expand(1 << 30, 1 << 30)), 'claim more numbers'
+    yield 'strides', fuzz.torch_bytes(torch.ones(1, 1).half().expand(1 << 30, 1 << 30)), 'claim more numbers'
     yield 'bytearray', repacked(torch.ones(1), swelling), 'calls bytearray'
-    yield 'old bytearray', pickle.dumps(0x1950a86a20f9469cfc6c, 2) + pickle.dumps(1001, 2) + swelling, 'bytearray'
-    yield 'encode', fuzz.torch_bytes({'model': b'bytes'}), 'calls encode'
+    yield 'old', pickle.dumps(0x1950a86a20f9469cfc6c, 2) + pickle.dumps(1001, 2) + swelling, 'calls bytearray'
+    encode = b'c_codecs\nencode\n(X\x01\0\0\0aX\x05\0\0\0utf-8tR' + 40 * b'q\0c_codecs\nencode\n(h\0X\x03\0\0\0HEXtR'
+    yield 'encode', repacked(torch.ones(1), b'\x80\x02' + encode + b'.'), 'calls encode'
+    yield 'long name', repacked(torch.ones(1), b'\x80\x02c' + b'[' * 100_000 + b'\nx\n.'), 'name too long'
+    word = b'X' + (1 << 17).to_bytes(4, 'little') + b'[' * (1 << 17)
+    yield 'long string', repacked(torch.ones(1), b'\x80\x02' + word + b')R.'), 'name too long'
     yield 'sparse', fuzz.torch_bytes(torch.ones(2, 2).to_sparse()), 'not a plain one'
     yield 'code', fuzz.torch_bytes(Evil()), 'run code|runs code'
 
@@ -349,6 +355,7 @@ def test_downloads_are_compared_with_the_hash_of_their_address(server):
     refused(url, td.load_codebook, f'{url}#sha256={"0" * 64}', match=f'has SHA-256 {right}')
     for fragment in 'sha256=12', 'md5=' + '0' * 64, 'x':
         refused(url, td.load_codebook, f'{url}#{fragment}', match='64 hexadecimal digits')
+    assert tokenize_images.identity(url) == {'file': 'codebook.ckpt', 'sha256': right}
 
 
 def test_messages_are_one_line_whatever_they_quote():
