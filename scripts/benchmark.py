@@ -289,8 +289,9 @@ def bench_data(args, device, folder):
 
     seconds = take_turns({'ours': ours, 'plain': plain}, args.repeats, device, args.clock)
     ours, plain = images / seconds['ours'], args.one_hot_images / seconds['plain']
-    return {'images_per_second': spread(ours), 'one_hot_images_per_second': spread(plain), 'ratio': spread(ours / plain),
-            'ms_an_image': spread(1e3 / ours), 'one_hot_ms_an_image': spread(1e3 / plain),
+    return {'images_per_second': spread(ours), 'one_hot_images_per_second': spread(plain),
+            'ratio': spread(ours / plain), 'ms_an_image': spread(1e3 / ours),
+            'one_hot_ms_an_image': spread(1e3 / plain),
             'crop_difference': difference, 'tokens_on_gpu': data.resident is not None}
 
 
@@ -366,7 +367,8 @@ def start(folder, ranks):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    common = {**os.environ, 'OMP_NUM_THREADS': '1', 'WORLD_SIZE': ranks, 'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': port}
+    common = {**os.environ, 'OMP_NUM_THREADS': '1', 'WORLD_SIZE': ranks, 'MASTER_ADDR': '127.0.0.1',
+              'MASTER_PORT': port}
     command = [sys.executable, str(Path(__file__).with_name('start_probe.py')), str(time.time()), *token_flags(folder)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={
         **{key: str(value) for key, value in common.items()}, 'RANK': str(r), 'LOCAL_RANK': str(r)})
@@ -383,7 +385,8 @@ def bench_start(args, device, folder):
     if not tokens.exists():
         print(f'writing {args.images:,} images of random codes into {folder}', flush=True)
         make_tokens(folder, args.images, args.grid, 1000)
-    result = {'stream_mb': round(tokens.stat().st_size / 1e6), 'index_mb': round(index_path(tokens).stat().st_size / 1e6)}
+    result = {'stream_mb': round(tokens.stat().st_size / 1e6),
+              'index_mb': round(index_path(tokens).stat().st_size / 1e6)}
     for ranks in args.ranks:
         for state in ('cold', 'warm'):
             runs = []
