@@ -22,8 +22,8 @@ from main_seit import KeyValues, create_model
 from samplers import in_order
 from token_augment import EvalTransform
 from token_dataset import load_codebook
-from utils import (InputError, RankError, cores, init_distributed, is_main, parse_flags, rank, run, say, world_size,
-                   write_text)
+from utils import (InputError, RankError, cores, init_distributed, is_main, parse_flags, rank, run, say, say_no_effect,
+                   world_size, write_text)
 
 NO_EFFECT = {
     '--eval': 'this program only evaluates',
@@ -171,9 +171,7 @@ def write_predictions(path, folder, rows):
 
 def main(args):
     device = init_distributed(args.device, args.dist_url)
-    for flag, why in NO_EFFECT.items():
-        if getattr(args, flag[2:].replace('-', '_')):
-            say(f'note: {flag} has no effect: {why}')
+    say_no_effect(args, NO_EFFECT)
     amp = args.amp or ('fp16' if device.type == 'cuda' else 'off')
 
     codebook = load_codebook(args.codebook_path)

@@ -34,7 +34,7 @@ from samplers import in_order, repeated_augmentation, shuffled
 from token_augment import EvalTransform, TrainAugment, check_crop
 from token_dataset import TokenDataset, load_codebook, load_synonyms
 from utils import (InputError, RunLog, barrier, init_distributed, is_main, keep_freed_memory, parse_flags, rank, run,
-                   say, world_size, write_text)
+                   say, say_no_effect, world_size, write_text)
 
 VERSIONS = {'python': platform.python_version(), 'torch': torch.__version__, 'timm': timm.__version__}
 ON_OFF = argparse.BooleanOptionalAction
@@ -521,9 +521,7 @@ def open_tensorboard(folder):
 def main(args):
     # ------------------------------------------------------------ set-up
     device = init_distributed(args.device, args.dist_url, args.dist_timeout)
-    for flag, why in NO_EFFECT.items():
-        if getattr(args, flag[2:].replace('-', '_')):
-            say(f'note: {flag} has no effect: {why}')
+    say_no_effect(args, NO_EFFECT)
     args.amp = args.amp or ('fp16' if device.type == 'cuda' else 'off')
     if not args.unscale_lr:
         args.lr *= args.batch_size * args.accum_iter * world_size() / 512

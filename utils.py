@@ -172,6 +172,13 @@ def say(*words):
         print(*words, flush=True)
 
 
+def say_no_effect(args, reasons):
+    """Name, once, the flags of `reasons` (flag -> why it changes nothing) that were given."""
+    for flag, why in reasons.items():
+        if getattr(args, flag[2:].replace('-', '_')):
+            say(f'note: {flag} has no effect: {why}')
+
+
 # ---------------------------------------------------------------- seeds
 
 def seed_step(seed, epoch, step, rank_, generator):

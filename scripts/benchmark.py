@@ -24,7 +24,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
-import timm
 import torch
 import torch.nn.functional as F
 from PIL import Image
