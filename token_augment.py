@@ -1,13 +1,15 @@
 """Augmentation of token grids: codes -> augmented codes -> embeddings -> crop -> noise (SeiT sec. 3.2, Token-EDA).
 
 Everything is a batched tensor operation on the device the batch is on, drawn from an explicit generator on that
-device, and without a host synchronisation. The published program crops one-hot grids and multiplies them by the
-codebook; because the crop is linear, resampling codebook rows is the same function at a fraction of the work.
+device (only how many images get which change is numpy's draw, on the host), and without a host synchronisation. The
+published program crops one-hot grids and multiplies them by the codebook; because the crop is linear, resampling
+codebook rows is the same function at a fraction of the work.
 
 Shapes: codes (B, h, w) int64; codebook (K, d) float32; model input (B, d, s, s) float32.
 """
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -154,13 +156,10 @@ def resized_crop(codes, table, boxes, size):
     taps, weights = cubic_taps(boxes[:, :2].flatten(), boxes[:, 2:].flatten(), size)
     (y, x), (y_weight, x_weight) = (both.view(b, 2, size, 4).unbind(1) for both in (taps, weights))
     rows = codes.int().gather(2, x.reshape(b, 1, size * 4).expand(-1, h, -1))  # (B, h, size · 4), int32
-    weight = x_weight[:, None].expand(-1, h, -1, -1)
-    out = _weighted_sums(rows, table, weight)  # (B · h · size, d)
+    out = _weighted_sums(rows, table, x_weight[:, None].expand(-1, h, -1, -1))  # (B · h · size, d)
+    out = out.view(b * h, -1)  # a row of the grid in each
     first = (torch.arange(b, device=codes.device) * h)[:, None, None]  # of each image's rows
-    column = torch.arange(size, device=codes.device, dtype=torch.int32)
-    rows = ((first + y) * size).int()[:, :, None] + column[:, None]  # (B, size, size, 4)
-    weight = y_weight[:, :, None].expand(-1, -1, size, -1)
-    return rearrange(_weighted_sums(rows, out, weight), '(b y x) d -> b d y x', b=b, y=size)
+    return rearrange(_weighted_sums(first + y, out, y_weight), '(b y) (x d) -> b d y x', b=b, x=size)
 
 
 def _weighted_sums(rows, table, weight):
@@ -228,14 +227,19 @@ class TrainAugment:
         self.noise = noise_prob, noise_scale, noise_std
 
     def token_eda(self, codes, generator):
-        """At most one of synonym replacement, swap and erase for each image of codes (B, g, g) int64."""
-        choice = uniform((len(codes), 1, 1), generator)
-        out, low = codes, 0.
-        for prob, change in ((self.rc_prob, self._replace), (self.sc_prob, self._swap), (self.erase_prob, self._erase)):
-            if prob:
-                out = torch.where((choice >= low) & (choice < low + prob), change(codes, generator), out)
-                low += prob
-        return out
+        """At most one of synonym replacement, swap and erase for each image of codes (B, g, g) int64; in place.
+
+        numpy's global generator draws how many images get each, `generator` which: as if each image had chosen for
+        itself, but without work for the others, and without asking the device.
+        """
+        changes = {self._replace: self.rc_prob, self._swap: self.sc_prob, self._erase: self.erase_prob}
+        counts = np.random.multinomial(len(codes), [*changes.values(), max(0, 1 - sum(changes.values()))])
+        order, first = torch.randperm(len(codes), generator=generator, device=codes.device), 0
+        for change, count in zip(changes, counts.tolist()):
+            chosen, first = order[first:first + count], first + count
+            if count:
+                codes.index_copy_(0, chosen, change(codes.index_select(0, chosen), generator))
+        return codes
 
     def _replace(self, codes, generator):
         return replace_synonyms(codes, *self.synonyms, self.replace_prob, generator)
