@@ -10,7 +10,6 @@ import argparse
 import csv
 import io
 
-import timm
 import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Subset
@@ -18,7 +17,7 @@ from torch.utils.data import DataLoader, Subset
 from checkpoints import load_checkpoint, load_weights
 from engine import autocast, evaluate
 from image_tokenizer import image_transform, load_tokenizer, open_image_folder, quantize
-from main_seit import KeyValues, create_model
+from models_seit import MODELS, KeyValues, create_model
 from samplers import in_order
 from token_augment import EvalTransform
 from token_dataset import load_codebook
@@ -38,7 +37,7 @@ def get_args_parser():
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
     add('--data-path', required=True, metavar='DIR', help='class folders of images')
-    add('--model', default='deit_base_token_32', help=', '.join(timm.list_models(module='models_seit')))
+    add('--model', default='deit_base_token_32', help=', '.join(MODELS))
     add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
         help='as given in training')
     add('--model-path', default='weights/trained-vit.ckpt', metavar='FILE', help='a checkpoint')

@@ -23,13 +23,13 @@ from timm.layers import resample_abs_pos_embed
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import ModelEmaV3, ParseKwargs
+from timm.utils import ModelEmaV3
 from torch.nn.parallel import DistributedDataParallel
 
-import models_seit  # noqa: F401 (registers the models with timm)
 from checkpoints import (REQUEUE, Checkpoints, StopSignal, TrainState, Vote, check_exact, find_checkpoint,
                          load_checkpoint, load_weights)
 from engine import LossMeter, NotFinite, autocast, check_finite, evaluate, make_scaler, train_one_epoch
+from models_seit import MODELS, KeyValues, create_model
 from samplers import in_order, repeated_augmentation, shuffled
 from token_augment import EvalTransform, TrainAugment, check_crop
 from token_dataset import TokenDataset, load_codebook, load_synonyms
@@ -59,16 +59,6 @@ RANGES = (
 )
 
 
-class KeyValues(ParseKwargs):
-    """timm's KEY=VALUE arguments, with a complaint about words of another form."""
-
-    def __call__(self, parser, namespace, values, option_string=None):
-        wrong = [word for word in values if '=' not in word]
-        if wrong:
-            parser.error(f'argument {option_string}: {wrong[0]!r} is not of the form key=value')
-        super().__call__(parser, namespace, values, option_string)
-
-
 def get_args_parser():
     """All flags; `parse_args` also takes them with underscores."""
     parser = argparse.ArgumentParser(description='Train and evaluate SeiT on token files.', allow_abbrev=False,
@@ -92,7 +82,7 @@ def get_args_parser():
 
     group = parser.add_argument_group('model')
     add = group.add_argument
-    add('--model', default='deit_base_token_32', help=', '.join(timm.list_models(module='models_seit')))
+    add('--model', default='deit_base_token_32', help=', '.join(MODELS))
     add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
         help='arguments of timm\'s VisionTransformer, as in depth=4 embed_dim=128 num_heads=4')
     add('--input-size', type=int, default=224, help='in pixels of --token-patch-size to a code: 224 / 8 = 28 codes')
@@ -272,21 +262,6 @@ def make_augment(args, codebook, grid, size, device):
 
 
 # ---------------------------------------------------------------- model, optimiser, loss
-
-def create_model(args, classes, size, width, **rates):
-    """The model by name, for `size` x `size` codes of a codebook `width` wide. Raises InputError."""
-    names = timm.list_models(module='models_seit')
-    if args.model not in names:
-        raise InputError(f'--model {args.model} is none of {", ".join(names)}')
-    try:
-        model = timm.create_model(args.model, num_classes=classes, img_size=size, **rates, **args.model_kwargs)
-    except (TypeError, AssertionError, ValueError) as error:
-        raise InputError(f'--model {args.model} with --model-kwargs {args.model_kwargs}: {error}') from None
-    if model.in_chans != width:
-        raise InputError(f'{args.codebook_path}: its rows have {width} elements, but {args.model} reads '
-                         f'{model.in_chans}: choose the codebook or the model of the tokens')
-    return model
-
 
 def finetune(model, path):
     """Start from other weights: a head or stem of another shape is dropped, position embeddings are resampled."""

@@ -3,11 +3,15 @@
 The state dict has timm 0.5.4's names (`norm.*` for the final norm), so published weights load with a plain
 `load_state_dict`, and ours load there.
 """
+import timm
 import torch
 from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
+from timm.utils import ParseKwargs
 from torch import nn
+
+from utils import InputError
 
 
 class StemAdaptor(nn.Module):
@@ -92,3 +96,32 @@ def deit_small_token_4(pretrained=False, **kwargs):
 def deit_base_token_4(pretrained=False, **kwargs):
     """ViT-B on 4-dimensional codes."""
     return _token_vit('deit_base_token_4', pretrained, kwargs, in_chans=4, embed_dim=768, depth=12, num_heads=12)
+
+
+# ---------------------------------------------------------------- from the command line
+
+MODELS = timm.list_models(module='models_seit')
+
+
+class KeyValues(ParseKwargs):
+    """timm's KEY=VALUE arguments, with a complaint about words of another form."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        wrong = [word for word in values if '=' not in word]
+        if wrong:
+            parser.error(f'argument {option_string}: {wrong[0]!r} is not of the form key=value')
+        super().__call__(parser, namespace, values, option_string)
+
+
+def create_model(args, classes, size, width, **rates):
+    """--model with --model-kwargs, for `size` x `size` codes of a codebook `width` wide. Raises InputError."""
+    if args.model not in MODELS:
+        raise InputError(f'--model {args.model} is none of {", ".join(MODELS)}')
+    try:
+        model = timm.create_model(args.model, num_classes=classes, img_size=size, **rates, **args.model_kwargs)
+    except (TypeError, AssertionError, ValueError) as error:
+        raise InputError(f'--model {args.model} with --model-kwargs {args.model_kwargs}: {error}') from None
+    if model.in_chans != width:
+        raise InputError(f'{args.codebook_path}: its rows have {width} elements, but {args.model} reads '
+                         f'{model.in_chans}: choose the codebook or the model of the tokens')
+    return model

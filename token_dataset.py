@@ -272,6 +272,18 @@ def load_synonyms(path, codes, top_k):
 
 # ---------------------------------------------------------------- decoding a file
 
+def one_ahead(function, items):
+    """Yield function(item) for each item in order; a thread computes the next one meanwhile."""
+    with ThreadPoolExecutor(1) as thread:
+        waiting = None
+        for item in items:
+            ready, waiting = waiting, thread.submit(function, item)
+            if ready:
+                yield ready.result()
+        if waiting:
+            yield waiting.result()
+
+
 def _image_chunks(index):
     """Ranges (first, last) of images whose bytes make about CHUNK_BYTES together."""
     first = 0
@@ -336,10 +348,13 @@ def decode_images(token_file, index):
         if index[-1] > MAX_GZIP_RATIO * os.path.getsize(token_file) + SMALL:
             raise InputError(f'{token_file}: its index says {index[-1]:,} bytes, which no gzip of its size unpacks to: '
                              'one of the two is truncated or of another file')
-        for first, last in _image_chunks(index):
-            size = int(index[last] - index[first])
-            data = np.frombuffer(file.read(size), np.uint8)
-            if len(data) < size:
+
+        def read(chunk):
+            first, last = chunk
+            return first, last, np.frombuffer(file.read(int(index[last] - index[first])), np.uint8)
+
+        for first, last, data in one_ahead(read, _image_chunks(index)):  # unpacks while the chunk before is decoded
+            if len(data) < index[last] - index[first]:
                 raise InputError(f'{token_file}: the stream ends at byte {index[first] + len(data)}, but its index '
                                  f'says {index[-1]}: one of the two is truncated or of another file')
             codes = _decode_images(token_file, data, index[first:last + 1] - index[first], first, n, split)
@@ -535,9 +550,5 @@ class TokenDataset:
         def load(chosen):
             return [t.pin_memory() if pin_memory else t for t in self.batch(chosen)]
 
-        with ThreadPoolExecutor(1) as ahead:
-            waiting = None
-            for chosen in [*slices, None]:
-                ready, waiting = waiting, ahead.submit(load, chosen) if chosen is not None else None
-                if ready:
-                    yield tuple(t.to(device, non_blocking=pin_memory) for t in ready.result())
+        for ready in one_ahead(load, slices):
+            yield tuple(t.to(device, non_blocking=pin_memory) for t in ready)

@@ -38,6 +38,7 @@ import tokenize_images  # noqa: E402
 from engine import AMP_DTYPE, evaluate, make_scaler, train_one_epoch  # noqa: E402
 from image_sources import open_source  # noqa: E402
 from image_tokenizer import PatchTokenizer, image_transform, open_image_folder  # noqa: E402
+from models_seit import create_model  # noqa: E402
 from samplers import in_order, shuffled  # noqa: E402
 from token_augment import EvalTransform, draw_random_resized_crop  # noqa: E402
 from token_dataset import cache_path, index_path, load_codebook, write_tokens  # noqa: E402
@@ -302,7 +303,7 @@ def set_up_training(real, grid, device):
     data = main_seit.load_split(real, 'train', codebook)
     size = real.input_size // real.token_patch_size
     torch.manual_seed(0)
-    model = main_seit.create_model(real, real.nb_classes, size, WIDTH, drop_path_rate=real.drop_path).to(device)
+    model = create_model(real, real.nb_classes, size, WIDTH, drop_path_rate=real.drop_path).to(device)
     flops = forward_flops(model, size)
     model.set_grad_checkpointing(real.grad_checkpointing)
     main_seit.place_data(real, {'train': data}, device)
@@ -436,7 +437,7 @@ def bench_eval(args, device, folder):
     codebook = load_codebook(flags.codebook_path)
     data = main_seit.load_split(flags, 'val', codebook)
     main_seit.place_data(real, {'val': data}, device)
-    model = main_seit.create_model(real, real.nb_classes, size, WIDTH).to(device)
+    model = create_model(real, real.nb_classes, size, WIDTH).to(device)
     make_images(folder / 'images', args.images)
     images = open_image_folder(folder / 'images', image_transform(args.grid * 8))
     tokenizer, rows = make_tokenizer(args.tokenizer)
