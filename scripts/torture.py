@@ -331,7 +331,7 @@ def restart_part(folder, words, chance, clock):
 # ---------------------------------------------------------------- two hosts
 
 class Namespaces:
-    """Two hosts as network namespaces, joined by a cable (veth) that can be pulled. Raises InputError without rights."""
+    """Two hosts as network namespaces, joined by a cable (veth) to pull. Raises InputError without the rights."""
     name, addresses = 'network namespaces and veth', ['10.213.77.1', '10.213.77.2']
 
     def __init__(self):

@@ -187,6 +187,8 @@ def test_one_choice_an_image_at_the_given_rates():
     changed = (out != codes).flatten(1)
     replaced, erased = (out == 60).flatten(1).any(1), (out == 50).flatten(1).any(1)
     assert not (replaced & erased).any()
+    for kind in (replaced, erased):  # any image may be chosen
+        assert kind[:2000].float().mean().item() == pytest.approx(kind[2000:].float().mean().item(), abs=0.06)
     assert replaced.float().mean().item() == pytest.approx(0.25, abs=0.03)
     assert 0.12 < erased.float().mean() < 0.2  # some rectangles are empty
     swapped = changed.any(1) & ~replaced & ~erased

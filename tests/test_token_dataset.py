@@ -212,7 +212,7 @@ def test_batches_come_in_order_and_whole(tmp_path):
     assert [len(c) for c, _ in got] == [5, 5, 5, 5, 3]
     assert got[0][0].dtype == torch.uint16 and got[0][0].shape == (5, 4, 4)
     assert np.array_equal(torch.cat([c for c, _ in got]).numpy().reshape(23, 16), x[indices])
-    assert np.array_equal(torch.cat([l for _, l in got]).numpy(), y[indices])
+    assert np.array_equal(torch.cat([labels for _, labels in got]).numpy(), y[indices])
 
 
 def test_resident_and_travelling_batches_equal_mapped_ones(tmp_path):
