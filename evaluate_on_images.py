@@ -3,26 +3,29 @@
 One process:   python evaluate_on_images.py --device cpu --data-path IMAGES --model-path trained-vit.ckpt ...
 One node:      torchrun --nproc_per_node=8 evaluate_on_images.py --dist-eval ...
 
-IMAGES holds a folder for each class; labels are the folders in alphabetical order, from 0. Images are resized to
---tokenizer-input-size on both sides, and the middle --vit-input-size codes of the grid are read.
+IMAGES holds a folder for each class, labels are the folders in alphabetical order, from 0; or it is a list, tar shards
+or parquet files, see image_sources.py. Images are resized to --tokenizer-input-size on both sides, and the middle
+--vit-input-size codes of the grid are read.
 """
 import argparse
 import csv
 import io
 
+import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
 from checkpoints import load_checkpoint, load_weights
 from engine import autocast, evaluate
-from image_tokenizer import image_transform, load_tokenizer, open_image_folder, quantize
+from image_sources import DecodedImages, good_images, open_source
+from image_tokenizer import load_tokenizer, quantize, unit_range
 from models_seit import MODELS, KeyValues, create_model
 from samplers import in_order
 from token_augment import EvalTransform
 from token_dataset import load_codebook
-from utils import (InputError, RankError, cores, init_distributed, is_main, parse_flags, rank, run, say, say_no_effect,
-                   world_size, write_text)
+from utils import (InputError, cores, init_distributed, is_main, parse_flags, rank, run, say, say_no_effect, world_size,
+                   write_text)
 
 NO_EFFECT = {
     '--eval': 'this program only evaluates',
@@ -36,7 +39,8 @@ def get_args_parser():
     parser = argparse.ArgumentParser(description='Evaluate a token-trained ViT on images.', allow_abbrev=False,
                                      formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add('--data-path', required=True, metavar='DIR', help='class folders of images')
+    add('--data-path', required=True, metavar='PATH',
+        help='class folders of images, a list file .txt, tar shards or parquet files: see image_sources.py')
     add('--model', default='deit_base_token_32', help=', '.join(MODELS))
     add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
         help='as given in training')
@@ -77,61 +81,38 @@ def parse_args(words=None):
     return args
 
 
-class Readable(torch.utils.data.Dataset):
-    """An ImageFolder whose items are (image or None, label, index, what is wrong or '')."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __len__(self):
-        return len(self.folder)
-
-    def __getitem__(self, index):
-        path, label = self.folder.samples[index]
-        try:
-            return self.folder.transform(self.folder.loader(path)), label, index, ''
-        except Exception as error:  # damage makes Pillow's decoders raise nearly anything
-            return None, label, index, f'{path}: cannot be read as an image ({str(error) or type(error).__name__})'
-
-
-def collate(items):
-    """images (B, 3, S, S), labels (B,), indices (B,) of what could be read, and the list of complaints."""
-    good = [item for item in items if item[0] is not None]
-    images = torch.stack([item[0] for item in good]) if good else torch.empty(0)
-    labels, indices = (torch.tensor([item[k] for item in good], dtype=torch.int64) for k in (1, 2))
-    return images, labels, indices, [item[3] for item in items if item[3]]
-
-
 class ImageCodes:
     """Batches of codes made from images while they are evaluated; iterate once.
 
+    Args: source: image_sources.Source; tokenizer, codebook (K, d); args: of the command line.
     Yields codes (B, g, g) int64 and labels (B,) int64 on `device`. Afterwards `indices` lists the images in the order
     they came, and `bad` counts those left out.
     """
 
-    def __init__(self, folder, tokenizer, codebook, device, args):
-        share = in_order(len(folder), *((world_size(), rank()) if args.dist_eval else (1, 0)))
-        self.loader = DataLoader(Subset(Readable(folder), share), args.batch_size,
-                                 num_workers=min(args.num_workers, cores()),
-                                 pin_memory=args.pin_mem and device.type == 'cuda', collate_fn=collate)
-        self.tokenizer, self.codebook, self.device = tokenizer.to(device), codebook.to(device), device
-        self.amp, self.skip, self.indices, self.bad = args.tokenizer_amp, args.skip_bad_images, [], 0
+    def __init__(self, source, tokenizer, codebook, device, args):
+        self.source, self.args, self.device = source, args, device
+        self.tokenizer, self.codebook, self.indices, self.bad = tokenizer.to(device), codebook.to(device), [], 0
+        share = in_order(len(source), *((world_size(), rank()) if args.dist_eval else (1, 0))).tolist()
+        self.batches = [share[start:start + args.batch_size] for start in range(0, len(share), args.batch_size)]
 
     def __iter__(self):
-        for images, labels, indices, complaints in self.loader:
-            if complaints and not self.skip:
-                raise RankError(f'{complaints[0]}: mend or remove it, or add --skip-bad-images')
-            for complaint in complaints:
-                print(f'skipped: {complaint}', flush=True)
-            self.bad += len(complaints)
-            if not len(images):
+        loader = DataLoader(DecodedImages(self.source, self.args.tokenizer_input_size), batch_sampler=self.batches,
+                            num_workers=min(self.args.num_workers, cores()),
+                            pin_memory=self.args.pin_mem and self.device.type == 'cuda')
+        for batch, (pixels, _, problems) in zip(self.batches, loader):
+            good = good_images(self.args, self.source, batch, problems)
+            self.bad += int((~good).sum())
+            if not good.all():
+                pixels = pixels[torch.from_numpy(good)]
+            if not len(pixels):
                 continue
-            with autocast(self.device, self.amp):
-                features = self.tokenizer(images.to(self.device, non_blocking=True))
+            with autocast(self.device, self.args.tokenizer_amp):
+                features = self.tokenizer(unit_range(pixels.to(self.device, non_blocking=True)))
             codes = quantize(features.float(), self.codebook)
             side = int(round(codes.shape[1] ** 0.5))
-            self.indices += indices.tolist()
-            yield codes.view(-1, side, side), labels.to(self.device, non_blocking=True)
+            chosen = np.array(batch)[good]
+            self.indices += chosen.tolist()
+            yield codes.view(-1, side, side), torch.from_numpy(self.source.labels[chosen]).to(self.device)
 
 
 def load_model(args, codebook, device):
@@ -157,14 +138,14 @@ def gather(values, split):
     return [value for part in gathered for value in part] if is_main() else None
 
 
-def write_predictions(path, folder, rows):
-    """CSV lines in the order of the folder. `rows`: (index, top-5 classes, probability of the first)."""
+def write_predictions(path, source, rows):
+    """CSV lines in the order of the source. `rows`: (index, top-5 classes, probability of the first)."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     writer.writerow(['image', 'label', 'prediction', 'probability', 'top5'])
     for index, top, probability in sorted(rows):
-        name, label = folder.samples[index]
-        writer.writerow([name, label, top[0], f'{probability:.6f}', ' '.join(map(str, top))])
+        writer.writerow([source.names[index], source.labels[index], top[0], f'{probability:.6f}',
+                         ' '.join(map(str, top))])
     write_text(path, text.getvalue())
 
 
@@ -179,18 +160,18 @@ def main(args):
     if tokenizer.embed_dim != codebook.shape[1]:
         raise InputError(f'{args.codebook_path}: rows of {codebook.shape[1]} elements, but the tokenizer gives '
                          f'{tokenizer.embed_dim}: they belong to different tokenizers')
-    folder = open_image_folder(args.data_path, image_transform(args.tokenizer_input_size))
-    if len(folder.classes) > model.num_classes:
-        raise InputError(f'{args.data_path}: {len(folder.classes)} class folders, but the model has '
-                         f'{model.num_classes} classes')
-    if len(folder.classes) < model.num_classes:
-        say(f'note: {args.data_path} has {len(folder.classes)} class folders and the model {model.num_classes} '
-            'classes; labels are the positions of the folders')
-    say(f'{len(folder):,} images in {len(folder.classes)} classes; {world_size()} x {device}, amp {amp}')
+    source = open_source(args.data_path)
+    classes = len(source.classes) if source.classes else int(source.labels.max()) + 1
+    if classes > model.num_classes:
+        raise InputError(f'{args.data_path}: {classes} classes, but the model has {model.num_classes}')
+    if classes < model.num_classes:
+        say(f'note: {args.data_path} has {classes} classes and the model {model.num_classes}; labels are from '
+            f'{source.labels_from}')
+    say(f'{len(source):,} images in {classes} classes; {world_size()} x {device}, amp {amp}')
 
     if args.compile:
         model, tokenizer = torch.compile(model), torch.compile(tokenizer)
-    batches = ImageCodes(folder, tokenizer, codebook, device, args)
+    batches = ImageCodes(source, tokenizer, codebook, device, args)
     rows = []
 
     def record(logits):
@@ -205,7 +186,7 @@ def main(args):
     if args.save_predictions:
         rows = gather([(index, *row) for index, row in zip(batches.indices, rows)], args.dist_eval)
         if is_main():
-            write_predictions(args.save_predictions, folder, rows)
+            write_predictions(args.save_predictions, source, rows)
             print(args.save_predictions)
 
 

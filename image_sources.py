@@ -18,15 +18,17 @@ import io
 import json
 import os
 import re
+import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 from image_tokenizer import open_image_folder
-from utils import InputError, expand_files, parse_json
+from utils import InputError, RankError, expand_files, parse_json
 
 TAR_IMAGES = 'jpg', 'jpeg', 'png', 'webp'
 LABEL_BYTES = 1 << 20  # more is no label
@@ -73,6 +75,21 @@ class DecodedImages(torch.utils.data.Dataset):
         except (BadImage, InputError) as error:
             why = str(error)
         return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0, why
+
+
+def good_images(args, source, batch, problems):
+    """(B,) bool: which images of a batch were read; a line on standard error names each of the others.
+
+    Args: args: data_path, skip_bad_images; batch: indices into `source`; problems: what DecodedImages said of each.
+    Raises RankError for an image that was not read, unless such are skipped.
+    """
+    for i, why in zip(batch, problems):
+        if why and not args.skip_bad_images:
+            raise RankError(f'{args.data_path}: {source.names[i]} is no readable image ({why}): replace or remove it, '
+                            'or add --skip-bad-images')
+        if why:
+            tqdm.write(f'skipped {source.names[i]}: {why}', file=sys.stderr)
+    return np.array([not why for why in problems])
 
 
 # ---------------------------------------------------------------- sources

@@ -40,6 +40,12 @@ def image_transform(size):
                                transforms.ToTensor()])
 
 
+def unit_range(pixels):
+    """uint8 pixels -> float32 in [0, 1], rounded as `image_transform` does, on any device."""
+    # by a tensor: CUDA would multiply by the reciprocal of a number, and round otherwise
+    return pixels / torch.full((1,), 255., device=pixels.device)
+
+
 def open_image_folder(path, transform):
     """torchvision's ImageFolder, its complaints as one line. Labels are class folders in alphabetical order."""
     try:

@@ -37,7 +37,7 @@ import main_seit  # noqa: E402
 import tokenize_images  # noqa: E402
 from engine import AMP_DTYPE, evaluate, make_scaler, train_one_epoch  # noqa: E402
 from image_sources import open_source  # noqa: E402
-from image_tokenizer import PatchTokenizer, image_transform, open_image_folder  # noqa: E402
+from image_tokenizer import PatchTokenizer  # noqa: E402
 from models_seit import create_model  # noqa: E402
 from samplers import in_order, shuffled  # noqa: E402
 from token_augment import EvalTransform, draw_random_resized_crop  # noqa: E402
@@ -439,11 +439,11 @@ def bench_eval(args, device, folder):
     main_seit.place_data(real, {'val': data}, device)
     model = create_model(real, real.nb_classes, size, WIDTH).to(device)
     make_images(folder / 'images', args.images)
-    images = open_image_folder(folder / 'images', image_transform(args.grid * 8))
+    images = open_source(str(folder / 'images'))
     tokenizer, rows = make_tokenizer(args.tokenizer)
     options = parse_flags(evaluate_on_images.get_args_parser(), [
-        '--data-path', str(folder / 'images'), '--batch-size', str(real.batch_size),
-        '--num-workers', str(args.image_workers)])
+        '--data-path', str(folder / 'images'), '--tokenizer-input-size', str(args.grid * 8),
+        '--batch-size', str(real.batch_size), '--num-workers', str(args.image_workers)])
     batch_size, order = int(1.5 * real.batch_size), in_order(args.images, 1, 0)
 
     def on_tokens():

@@ -39,8 +39,8 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from image_sources import DecodedImages, open_source  # noqa: E402
-from image_tokenizer import load_tokenizer, quantize  # noqa: E402
+from image_sources import DecodedImages, good_images, open_source  # noqa: E402
+from image_tokenizer import load_tokenizer, quantize, unit_range  # noqa: E402
 from token_dataset import card_path, format_for, index_path, load_codebook, write_tokens  # noqa: E402
 from utils import (InputError, RankError, atomic_path, cores, download, init_distributed, is_address,  # noqa: E402
                    is_main, rank, read_json, run, say, sha256, world_size, write_text)
@@ -243,12 +243,10 @@ class Encoder:
 
     def __init__(self, tokenizer, codebook, device, amp, path):
         self.tokenizer, self.codebook, self.device, self.amp, self.path = tokenizer, codebook, device, amp, path
-        # A tensor: CUDA would multiply by the reciprocal of a number, and round otherwise than torchvision does.
-        self.white = torch.full((1,), 255., device=device)
 
     def codes(self, pixels, amp):
         """(B, 3, S, S) uint8 on any device -> (B, n) int32 on the device; -1 where features are not finite."""
-        images = pixels.to(self.device, non_blocking=True) / self.white
+        images = unit_range(pixels.to(self.device, non_blocking=True))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=amp == 'bf16'):
             features = self.tokenizer(images)
         features = features.float()
@@ -270,17 +268,6 @@ def make_loader(args, source, batches, device):
     workers = cores() if args.num_workers is None else args.num_workers
     return DataLoader(DecodedImages(source, args.image_size), batch_sampler=batches, num_workers=workers,
                       pin_memory=device.type == 'cuda', prefetch_factor=4 if workers else None)
-
-
-def good_images(args, source, batch, problems):
-    """(B,) bool: which images of a batch were read. Raises InputError for a bad one unless such are skipped."""
-    for i, why in zip(batch, problems):
-        if why and not args.skip_bad_images:
-            raise InputError(f'{args.data_path}: {source.names[i]} is no readable image ({why}): replace or remove it, '
-                            'or add --skip-bad-images')
-        if why:
-            tqdm.write(f'skipped {source.names[i]}: {why}', file=sys.stderr)
-    return np.array([not why for why in problems])
 
 
 def tokenize(args, source, encoder, parts, mine, total):

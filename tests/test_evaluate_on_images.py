@@ -77,8 +77,8 @@ def test_logits_agree_with_those_on_tokens(images, checkpoint, tmp_path):
     args = evaluate_on_images.parse_args(words(images, checkpoint))
     codebook = load_codebook(args.codebook_path)
     model = evaluate_on_images.load_model(args, codebook, torch.device('cpu')).eval()
-    folder = evaluate_on_images.open_image_folder(images, evaluate_on_images.image_transform(64))
-    batches = evaluate_on_images.ImageCodes(folder, evaluate_on_images.load_tokenizer(args.tokenizer_path), codebook,
+    source = evaluate_on_images.open_source(images)
+    batches = evaluate_on_images.ImageCodes(source, evaluate_on_images.load_tokenizer(args.tokenizer_path), codebook,
                                             torch.device('cpu'), args)
     transform = EvalTransform(codebook, 6, 'cpu')
     with torch.no_grad():
@@ -137,7 +137,7 @@ def with_a_bad_image(images, folder, number):
 def test_a_bad_image_that_only_the_second_rank_meets_is_named(images, checkpoint, tmp_path):
     victim = with_a_bad_image(images, tmp_path, 21)
     done = in_two_processes(tmp_path, checkpoint)
-    assert done.returncode and f'error: {victim}: cannot be read' in done.stderr
+    assert done.returncode and f'error: {tmp_path}: {victim.relative_to(tmp_path)} is no readable' in done.stderr
 
 
 def test_bad_images(images, checkpoint, tmp_path, capsys):
@@ -145,8 +145,8 @@ def test_bad_images(images, checkpoint, tmp_path, capsys):
     with pytest.raises(InputError, match=f'{victim.name}.*--skip-bad-images'):
         on_images(tmp_path, checkpoint)
     on_images(tmp_path, checkpoint, '--skip-bad-images', '--save-predictions', tmp_path / 'p.csv')
-    out = capsys.readouterr().out
-    assert '1 unreadable images were left out' in out and f'skipped: {victim}' in out
+    said = capsys.readouterr()
+    assert '1 unreadable images were left out' in said.out and f'skipped {victim.relative_to(tmp_path)}: ' in said.err
     assert len((tmp_path / 'p.csv').read_text().splitlines()) == 70
 
 
@@ -157,13 +157,23 @@ def test_images_of_every_mode_become_rgb(mode, tmp_path):
     path = tmp_path / 'a' / ('x.jpg' if mode == 'CMYK' else 'x.png')
     path.parent.mkdir()
     image.save(path)
-    x, _ = evaluate_on_images.open_image_folder(tmp_path, evaluate_on_images.image_transform(16))[0]
-    assert x.shape == (3, 16, 16) and 0 <= x.min() and x.max() <= 1
+    pixels, _, problem = evaluate_on_images.DecodedImages(evaluate_on_images.open_source(tmp_path), 16)[0]
+    assert pixels.shape == (3, 16, 16) and pixels.max() > 0 and not problem
+
+
+def test_a_list_of_files_is_evaluated_like_their_folder(images, checkpoint, tmp_path, capsys):
+    on_images(images, checkpoint)
+    classes = sorted(path.name for path in images.iterdir())
+    (images.parent / 'list.txt').write_text(''.join(
+        f'{path.relative_to(images.parent)} {classes.index(path.parent.name)}\n' for path in images.rglob('*.png')))
+    on_images(images.parent / 'list.txt', checkpoint)
+    of_folder, of_list = accuracy_lines(capsys.readouterr().out)
+    assert of_folder.split()[:5] == of_list.split()[:5]
 
 
 @pytest.mark.parametrize('flags, message', [
     (['--tokenizer-input-size', 60], 'multiple of 8'), (['--tokenizer-input-size', 40], 'larger than the 5x5'),
-    (['--vit-input-size', 4], 'pos_embed'), (['--data-path', 'nowhere'], 'nowhere: no class folders'),
+    (['--vit-input-size', 4], 'pos_embed'), (['--data-path', 'nowhere'], 'nowhere: no such file or folder'),
     (['--tokenizer-path', 'no.pt'], 'no.pt'), (['--nb_classes', 3], 'head.weight'),
     (['--tokenizer-path', DEMO / 'codebook.ckpt'], 'no known kind'), (['--batch-size', 0], '--batch-size 0: must be 1'),
     (['--num_workers', -1], '--num-workers -1: must be 0'), (['--vit-input-size', 1], 'must be 2')])
