@@ -13,6 +13,7 @@ import pickletools
 import re
 import sys
 import tempfile
+import time
 import urllib.parse
 import zipfile
 from pathlib import Path
@@ -59,6 +60,7 @@ def run(main, *args):
         sys.exit(130)
     finally:
         if dist.is_available() and dist.is_initialized() and sys.exc_info()[0] is None:
+            time.sleep(0.1)  # destroying holds the GIL, which gloo's threads (torch 2.5) may need to drop their last work
             dist.destroy_process_group()
 
 

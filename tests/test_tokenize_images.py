@@ -315,7 +315,7 @@ def test_bad_options_get_one_line(data, tmp_path):
 
 
 def test_features_that_are_not_finite_stop_the_run(data, tmp_path):
-    state = torch.load(data / 'tok.pt')
+    state = torch.load(data / 'tok.pt', weights_only=True)
     torch.save({**state, 'scale': torch.tensor(float('nan'))}, tmp_path / 'nan.pt')
     fails(lambda: tokenize(data, tmp_path / 'out', tokenizer_path=tmp_path / 'nan.pt'), 'nan.pt', 'not finite')
 
