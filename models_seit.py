@@ -39,6 +39,7 @@ class TokenVisionTransformer(VisionTransformer):
 
     def __init__(self, **kwargs):
         super().__init__(patch_size=2, embed_layer=StemAdaptor, global_pool='avg', fc_norm=False, **kwargs)
+        self.in_chans = self.patch_embed.proj.in_channels  # as newer timm does
         trunc_normal_(self.cls_token, std=0.02)  # timm 1.x starts it at 1e-6, the published model did not
 
     def forward_features(self, x, **_):
