@@ -161,7 +161,7 @@ def main(args):
         raise InputError(f'{args.codebook_path}: rows of {codebook.shape[1]} elements, but the tokenizer gives '
                          f'{tokenizer.embed_dim}: they belong to different tokenizers')
     source = open_source(args.data_path)
-    classes = len(source.classes) if source.classes else int(source.labels.max()) + 1
+    classes = max(len(source.classes or ()), int(source.labels.max()) + 1)
     if classes > model.num_classes:
         raise InputError(f'{args.data_path}: {classes} classes, but the model has {model.num_classes}')
     if classes < model.num_classes:

@@ -169,6 +169,9 @@ def test_a_list_of_files_is_evaluated_like_their_folder(images, checkpoint, tmp_
     on_images(images.parent / 'list.txt', checkpoint)
     of_folder, of_list = accuracy_lines(capsys.readouterr().out)
     assert of_folder.split()[:5] == of_list.split()[:5]
+    (images.parent / 'list.txt').write_text(f'{next(images.rglob("*.png"))} 12\n')
+    with pytest.raises(InputError, match='list.txt: 13 classes, but the model has 10'):
+        on_images(images.parent / 'list.txt', checkpoint)
 
 
 @pytest.mark.parametrize('flags, message', [
