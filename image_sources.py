@@ -301,8 +301,8 @@ def open_parquet(path):
     try:
         import pyarrow
         from pyarrow import parquet
-    except ImportError:
-        raise InputError('parquet files need pyarrow: pip install -r requirements-formats.txt') from None
+    except ImportError as error:
+        raise InputError(f'parquet files need pyarrow ({error}): pip install -r requirements-formats.txt') from None
     try:
         file = parquet.ParquetFile(path, pre_buffer=False)
     except (OSError, pyarrow.ArrowException) as error:
