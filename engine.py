@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from samplers import in_order
 from utils import InputError, is_main, rank, say, seed_step, world_size
 
 AMP_DTYPE = {'bf16': torch.bfloat16, 'fp16': torch.float16}
@@ -19,6 +20,16 @@ def autocast(device, amp):
     if amp == 'off':
         return contextlib.nullcontext()
     return torch.autocast(device.type, AMP_DTYPE[amp])
+
+
+def default_amp(device_type):
+    """The published precision: 'fp16' on 'cuda', 'off' elsewhere."""
+    return 'fp16' if device_type == 'cuda' else 'off'
+
+
+def own_share(n, split):
+    """Indices (m,) int64 of the images, of n, that this rank evaluates: its share with `split`, else all."""
+    return in_order(n, world_size(), rank()) if split else in_order(n, 1, 0)
 
 
 def sum_over_ranks(tensor):

@@ -17,15 +17,14 @@ import torch.distributed as dist
 from torch.utils.data import DataLoader
 
 from checkpoints import load_checkpoint, load_weights
-from engine import autocast, evaluate
+from engine import default_amp, evaluate, own_share
 from image_sources import DecodedImages, good_images, open_source
-from image_tokenizer import load_tokenizer, quantize, unit_range
+from image_tokenizer import encode, load_tokenizer
 from models_seit import MODELS, KeyValues, create_model
-from samplers import in_order
 from token_augment import EvalTransform
 from token_dataset import load_codebook
-from utils import (InputError, cores, init_distributed, is_main, parse_flags, rank, run, say, say_no_effect, world_size,
-                   write_text)
+from utils import (InputError, check_least, cores, init_distributed, is_main, parse_flags, run, say, say_no_effect,
+                   world_size, write_text)
 
 NO_EFFECT = {
     '--eval': 'this program only evaluates',
@@ -75,9 +74,7 @@ def get_args_parser():
 def parse_args(words=None):
     """The command line. Raises InputError for values that cannot be."""
     args = parse_flags(get_args_parser(), words)
-    for flag, least in (('batch_size', 1), ('num_workers', 0), ('tokenizer_input_size', 1), ('vit_input_size', 2)):
-        if getattr(args, flag) < least:
-            raise InputError(f'--{flag.replace("_", "-")} {getattr(args, flag)}: must be {least} or more')
+    check_least(args, batch_size=1, num_workers=0, tokenizer_input_size=1, vit_input_size=2)
     return args
 
 
@@ -92,7 +89,7 @@ class ImageCodes:
     def __init__(self, source, tokenizer, codebook, device, args):
         self.source, self.args, self.device = source, args, device
         self.tokenizer, self.codebook, self.indices, self.bad = tokenizer.to(device), codebook.to(device), [], 0
-        share = in_order(len(source), *((world_size(), rank()) if args.dist_eval else (1, 0))).tolist()
+        share = own_share(len(source), args.dist_eval).tolist()
         self.batches = [share[start:start + args.batch_size] for start in range(0, len(share), args.batch_size)]
 
     def __iter__(self):
@@ -106,9 +103,7 @@ class ImageCodes:
                 pixels = pixels[torch.from_numpy(good)]
             if not len(pixels):
                 continue
-            with autocast(self.device, self.args.tokenizer_amp):
-                features = self.tokenizer(unit_range(pixels.to(self.device, non_blocking=True)))
-            codes = quantize(features.float(), self.codebook)
+            _, codes = encode(self.tokenizer, self.codebook, pixels, self.args.tokenizer_amp)
             side = int(round(codes.shape[1] ** 0.5))
             chosen = np.array(batch)[good]
             self.indices += chosen.tolist()
@@ -152,7 +147,7 @@ def write_predictions(path, source, rows):
 def main(args):
     device = init_distributed(args.device, args.dist_url)
     say_no_effect(args, NO_EFFECT)
-    amp = args.amp or ('fp16' if device.type == 'cuda' else 'off')
+    amp = args.amp or default_amp(device.type)
 
     codebook = load_codebook(args.codebook_path)
     model = load_model(args, codebook, device)

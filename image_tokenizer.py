@@ -63,6 +63,19 @@ def quantize(features, codebook):
     return (F.normalize(features, dim=-1) @ F.normalize(codebook, dim=-1).T).argmax(-1)
 
 
+def encode(tokenizer, codebook, pixels, amp):
+    """Images to codes, on the device of the tokenizer and the codebook (K, d).
+
+    Args: pixels (B, 3, S, S) uint8 on any device; amp: 'off' or 'bf16', of the tokenizer.
+    Returns (features (B, n, d) float32, codes (B, n) int64).
+    """
+    images = unit_range(pixels.to(codebook.device, non_blocking=True))
+    with torch.autocast(codebook.device.type, torch.bfloat16, enabled=amp == 'bf16'):
+        features = tokenizer(images)
+    features = features.float()
+    return features, quantize(features, codebook)
+
+
 class PatchTokenizer(nn.Module):
     """A linear tokenizer learned by PCA: a patch minus the mean patch, on the leading components.
 

@@ -28,9 +28,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import (REQUEUE, Checkpoints, StopSignal, TrainState, Vote, check_exact, find_checkpoint,
                          load_checkpoint, load_weights)
-from engine import LossMeter, NotFinite, autocast, check_finite, evaluate, make_scaler, train_one_epoch
+from engine import (LossMeter, NotFinite, autocast, check_finite, default_amp, evaluate, make_scaler, own_share,
+                    train_one_epoch)
 from models_seit import MODELS, KeyValues, create_model
-from samplers import in_order, repeated_augmentation, shuffled
+from samplers import repeated_augmentation, shuffled
 from token_augment import EvalTransform, TrainAugment, check_crop
 from token_dataset import TokenDataset, load_codebook, load_synonyms
 from utils import (InputError, RunLog, barrier, init_distributed, is_main, keep_freed_memory, parse_flags, rank, run,
@@ -344,7 +345,7 @@ def describe(args, model, datasets, classes, size, steps, device):
 
 def evaluate_all(args, model, ema, dataset, transform, device):
     """Evaluate the model, then the EMA; returns log entries test_* and ema_test_*."""
-    indices = in_order(len(dataset), *((world_size(), rank()) if args.dist_eval else (1, 0)))
+    indices = own_share(len(dataset), args.dist_eval)
 
     def measure(model, prefix, name=''):
         batches = dataset.batches(indices, int(1.5 * args.batch_size), device, args.pin_mem)
@@ -497,7 +498,7 @@ def main(args):
     # ------------------------------------------------------------ set-up
     device = init_distributed(args.device, args.dist_url, args.dist_timeout)
     say_no_effect(args, NO_EFFECT)
-    args.amp = args.amp or ('fp16' if device.type == 'cuda' else 'off')
+    args.amp = args.amp or default_amp(device.type)
     if not args.unscale_lr:
         args.lr *= args.batch_size * args.accum_iter * world_size() / 512
     torch.manual_seed(args.seed)

@@ -11,6 +11,7 @@ import os
 import pickle
 import pickletools
 import re
+import socket
 import sys
 import tempfile
 import time
@@ -60,7 +61,7 @@ def run(main, *args):
         sys.exit(130)
     finally:
         if dist.is_available() and dist.is_initialized() and sys.exc_info()[0] is None:
-            time.sleep(0.1)  # destroying holds the GIL, which gloo's threads (torch 2.5) may need to drop their last work
+            time.sleep(0.1)  # destroying holds the GIL, which gloo's threads (torch 2.5) need to drop their last work
             dist.destroy_process_group()
 
 
@@ -70,6 +71,14 @@ def parse_flags(parser, words=None):
     spelled = [word.partition('=') for word in words]
     return parser.parse_args([(flag.replace('_', '-') if flag.startswith('--') else flag) + equals + value
                               for flag, equals, value in spelled])
+
+
+def check_least(args, **least):
+    """InputError for a flag below what `least` allows; None passes."""
+    for name, bound in least.items():
+        value = getattr(args, name)
+        if value is not None and value < bound:
+            raise InputError(f'--{name.replace("_", "-")} {value}: must be {bound} or more')
 
 
 # ---------------------------------------------------------------- processes
@@ -107,7 +116,7 @@ def init_distributed(device, dist_url='env://', minutes=10):
         number = int(number or os.environ.get('LOCAL_RANK', 0))
         if number >= torch.cuda.device_count():
             raise RankError(f'GPU {number} is asked for (by local rank or --device), but there are '
-                             f'{torch.cuda.device_count()}: start fewer processes on this node')
+                            f'{torch.cuda.device_count()}: start fewer processes on this node')
         torch.cuda.set_device(number)
         kind = f'cuda:{number}'
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
@@ -151,6 +160,13 @@ def cores():
     """Processor cores for each process of this node."""
     here = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     return max(1, here // int(os.environ.get('LOCAL_WORLD_SIZE', 1)))
+
+
+def free_port():
+    """A TCP port that is free on this machine now."""
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
 
 
 def barrier():

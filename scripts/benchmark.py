@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import resource
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,15 +34,15 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import evaluate_on_images  # noqa: E402
 import main_seit  # noqa: E402
 import tokenize_images  # noqa: E402
-from engine import AMP_DTYPE, evaluate, make_scaler, train_one_epoch  # noqa: E402
+from engine import AMP_DTYPE, default_amp, evaluate, make_scaler, train_one_epoch  # noqa: E402
 from image_sources import open_source  # noqa: E402
 from image_tokenizer import PatchTokenizer  # noqa: E402
 from models_seit import create_model  # noqa: E402
 from samplers import in_order, shuffled  # noqa: E402
 from token_augment import EvalTransform, draw_random_resized_crop  # noqa: E402
 from token_dataset import cache_path, index_path, load_codebook, write_tokens  # noqa: E402
-from utils import (InputError, init_distributed, keep_freed_memory, parse_flags, run, save_torch,  # noqa: E402
-                   write_text)
+from utils import (InputError, free_port, init_distributed, keep_freed_memory, parse_flags, run,  # noqa: E402
+                   save_torch, write_text)
 from vitvqgan import ViTVQGAN  # noqa: E402
 
 CODES, WIDTH = 391, 32  # the published codebook
@@ -321,7 +320,7 @@ def main_flags(words, **more):
     """main_seit.py's arguments for the words a sub-command did not know itself, and what main() derives from them."""
     real = main_seit.parse_args([*words, *(word for flag, value in more.items() for word in (f'--{flag}', value))])
     real.nb_classes = real.nb_classes or 1000
-    real.amp = real.amp or ('fp16' if real.device.startswith('cuda') else 'off')
+    real.amp = real.amp or default_amp(real.device.partition(':')[0])
     if real.tf32:
         torch.set_float32_matmul_precision('high')
     return real
@@ -364,11 +363,8 @@ def bench_train(args, device, folder):
 
 def start(folder, ranks):
     """Start `ranks` processes of start_probe.py, as a launcher would; returns what each measured."""
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        port = free.getsockname()[1]
     common = {**os.environ, 'OMP_NUM_THREADS': '1', 'WORLD_SIZE': ranks, 'MASTER_ADDR': '127.0.0.1',
-              'MASTER_PORT': port}
+              'MASTER_PORT': free_port()}
     command = [sys.executable, str(Path(__file__).with_name('start_probe.py')), str(time.time()), *token_flags(folder)]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={
         **{key: str(value) for key, value in common.items()}, 'RANK': str(r), 'LOCAL_RANK': str(r)})

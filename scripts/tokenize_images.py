@@ -40,10 +40,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from image_sources import DecodedImages, good_images, open_source  # noqa: E402
-from image_tokenizer import load_tokenizer, quantize, unit_range  # noqa: E402
+from image_tokenizer import encode, load_tokenizer  # noqa: E402
 from token_dataset import card_path, format_for, index_path, load_codebook, write_tokens  # noqa: E402
-from utils import (InputError, RankError, atomic_path, cores, download, init_distributed, is_address,  # noqa: E402
-                   is_main, rank, read_json, run, say, sha256, world_size, write_text)
+from utils import (InputError, RankError, atomic_path, check_least, cores, download, init_distributed,  # noqa: E402
+                   is_address, is_main, rank, read_json, run, say, sha256, world_size, write_text)
 
 PART_BATCHES = 16  # lost at most when killed; few enough that all ranks have parts, many enough to write in the shade
 MAX_CODES = 1 << 16
@@ -84,10 +84,7 @@ def get_args_parser():
 
 def check_args(args):
     """InputError for values that cannot be."""
-    for flag, least in (('image_size', 1), ('batch_size', 1), ('shard_size', 0), ('num_workers', 0)):
-        value = getattr(args, flag)
-        if value is not None and value < least:
-            raise InputError(f'--{flag.replace("_", "-")} {value}: must be {least} or more')
+    check_least(args, image_size=1, batch_size=1, shard_size=0, num_workers=0)
     if not args.name or args.name != Path(args.name).name or args.name.startswith('.'):
         raise InputError(f'--name {args.name}: give a plain word, as in imagenet1k-train, and folders to --output-dir')
 
@@ -246,12 +243,8 @@ class Encoder:
 
     def codes(self, pixels, amp):
         """(B, 3, S, S) uint8 on any device -> (B, n) int32 on the device; -1 where features are not finite."""
-        images = unit_range(pixels.to(self.device, non_blocking=True))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=amp == 'bf16'):
-            features = self.tokenizer(images)
-        features = features.float()
-        codes = quantize(features, self.codebook).int()
-        return torch.where(features.isfinite().all(-1), codes, -1)
+        features, codes = encode(self.tokenizer, self.codebook, pixels, amp)
+        return torch.where(features.isfinite().all(-1), codes.int(), -1)
 
     @torch.inference_mode()
     def __call__(self, pixels):

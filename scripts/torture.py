@@ -22,7 +22,6 @@ import platform
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -34,7 +33,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / 'scripts')]
 import utils  # noqa: E402
-from utils import InputError, say  # noqa: E402
+from utils import InputError, free_port, say  # noqa: E402
 
 DEMO = ROOT / 'demo'
 PARTS = 'train', 'tokenise', 'restart', 'hosts'
@@ -88,12 +87,6 @@ def program(name, words, env, output):
     module = __import__(name)
     parse = getattr(module, 'parse_args', None) or module.get_args_parser().parse_args
     utils.run(lambda: module.main(parse(words)))
-
-
-def free_port():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return s.getsockname()[1]
 
 
 class Job:

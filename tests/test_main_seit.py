@@ -3,7 +3,6 @@ import functools
 import http.server
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -21,7 +20,7 @@ import utils
 from conftest import ROOT
 from test_models_seit import fill_golden
 from token_dataset import write_tokens
-from utils import InputError
+from utils import InputError, free_port
 
 SMALL = ['--device', 'cpu', '--model', 'deit_tiny_token_32', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2',
          '--batch-size', '8', '--input-size', '64', '--swap-token-scale', '0.25']
@@ -145,10 +144,7 @@ def run_here(*words):
 
 
 def two_processes():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    return '-m', 'torch.distributed.launch', '--nproc_per_node=2', f'--master_port={port}', '--use_env'
+    return '-m', 'torch.distributed.launch', '--nproc_per_node=2', f'--master_port={free_port()}', '--use_env'
 
 
 def read_log(folder):
@@ -261,9 +257,7 @@ def test_an_accuracy_of_zero_has_a_best_checkpoint_too(data, tmp_path, monkeypat
 
 def test_slurm_step(data, tmp_path):
     """Two processes with the variables srun sets, and no launcher."""
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
+    port = free_port()
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'SLURM_STEP_NUM_TASKS': '2', 'SLURM_JOB_ID': str(port - 10000),
            'SLURM_STEP_NODELIST': 'localhost', 'SLURM_NTASKS': '2'}
     ranks = [subprocess.Popen([sys.executable, str(ROOT / 'main_seit.py'), *map(str, [*SMALL, *data]), '--epochs', '1'],

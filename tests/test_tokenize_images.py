@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tarfile
@@ -25,6 +24,7 @@ from conftest import ROOT
 from image_tokenizer import image_transform, quantize
 from test_main_seit import SMALL, assert_same, states
 from test_token_dataset import fails
+from utils import free_port
 from vitvqgan import Size, ViTVQGAN
 
 PATCH, DIM, SIZE = 4, 8, 16
@@ -345,9 +345,7 @@ def command(data, output, *launch, **options):
 
 
 def two_processes():
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        return '-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={s.getsockname()[1]}'
+    return '-m', 'torch.distributed.run', '--nproc_per_node=2', f'--master_port={free_port()}'
 
 
 def test_two_processes_make_the_same_files(data, plain, tmp_path):
