@@ -1,241 +1,229 @@
-"""Checkpoints: what a run is made of, kept so that it goes on exactly where it stopped."""
-import contextlib
-import datetime
-import math
-import os
-import signal
-import time
+"""The state of a run, resuming it exactly, and starting from other weights."""
+from argparse import Namespace
 from dataclasses import dataclass, field
-from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed as dist
+from timm.layers import resample_abs_pos_embed
+from timm.utils import ModelEmaV3
+from torch import nn
 
-from utils import InputError, is_main, load_torch, save_torch, say, world_size
+from safe_load import load_torch
+from utils import InputError, print0, world_size
 
-REQUEUE = 75  # exit code of a run that a signal stopped after saving (EX_TEMPFAIL: try again)
-NEWEST, PREVIOUS = 'checkpoint.pth', 'checkpoint_previous.pth'
-# With another value of any of these, a run goes on with other batches or other augmentation.
+# With another value of any of these, a resumed run has other batches or other augmentation.
 EXACT = ('world_size', 'batch_size', 'accum_iter', 'seed', 'repeated_aug')
+THIS_START = {'resume', 'eval', 'allow_inexact_resume', 'output_dir', 'world_size'}  # flags of a start, not of the run
+WRAPPERS = ('module.', '_orig_mod.')  # what DDP and torch.compile put before the names of weights
 
-
-# ---------------------------------------------------------------- reading
-
-def load_checkpoint(path):
-    """A checkpoint, ours or a published one, as a dict with 'model'. Raises InputError."""
-    checkpoint = load_torch(path, 'a checkpoint')
-    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('model'), dict):
-        raise InputError(f'{path}: not a checkpoint (no "model" in it)')
-    return checkpoint
-
-
-def load_weights(model, state, path):
-    """load_state_dict, with the keys that differ in a one-line InputError."""
-    own = model.state_dict()
-    shapes = {key: tuple(value.shape) if isinstance(value, torch.Tensor) and value.is_floating_point() else None
-              for key, value in state.items()}
-    wrong = [f'{key}: {shapes[key]} for {tuple(own[key].shape)}' for key in own
-             if key in state and shapes[key] != own[key].shape]
-    wrong += [f'{key}: missing' for key in own if key not in state]
-    wrong += [f'{str(key)[:80]}: unknown' for key in state if key not in own]
-    if wrong:
-        raise InputError(f'{path}: does not fit the model: ' + '; '.join(wrong[:8])
-                         + (f'; and {len(wrong) - 8} more' if len(wrong) > 8 else ''))
-    model.load_state_dict(dict(state))  # plain: an OrderedDict of a file may carry attributes that torch trusts
-
-
-def find_checkpoint(args):
-    """(checkpoint to continue from or evaluate, its path), or (None, '').
-
-    `--resume auto` takes the newest of --output-dir, or the one before where that is damaged. Without --resume an
-    earlier run in --output-dir is an InputError: nothing is overwritten.
-    """
-    found = [Path(args.output_dir) / name for name in (NEWEST, PREVIOUS)] if args.output_dir else []
-    found = [path for path in found if path.exists()]
-    if args.resume != 'auto':
-        own = args.resume and Path(args.resume).resolve().parent == Path(args.output_dir).resolve()
-        if found and not own and not args.eval:
-            raise InputError(f'{found[0]}: an earlier run is here; add --resume auto to continue it, or choose another '
-                             '--output-dir')
-        return (load_checkpoint(args.resume), args.resume) if args.resume else (None, '')
-    if args.eval and not found:
-        raise InputError(f'{args.output_dir}: no checkpoint to evaluate')
-    for path in found:
-        try:
-            return load_checkpoint(path), str(path)
-        except InputError as error:
-            if path == found[-1]:
-                raise
-            say(f'warning: {error}; taking the one before it')
-    return None, ''
-
-
-def check_exact(args, checkpoint, path):
-    """Refuse to continue with flags under which the run is no longer the same, unless --allow-inexact-resume."""
-    before = checkpoint.get('args')
-    before = before if isinstance(before, dict) else {}
-    before = {**before, 'world_size': checkpoint.get('world_size')}
-    now = {**vars(args), 'world_size': world_size()}
-    differs = [f'{key} {before[key]} -> {now[key]}' for key in EXACT
-               if before.get(key) is not None and before[key] != now[key]]
-    if not differs:
-        return
-    if not args.allow_inexact_resume:
-        raise InputError(f'{path}: the run that wrote it differs in {", ".join(differs)}; resume it as it was, or add '
-                         '--allow-inexact-resume')
-    say(f'warning: {path} is continued with {", ".join(differs)}: batches, augmentation, the scaled learning rate '
-        'and the mean loss of the epoch are no longer those of the uninterrupted run')
-
-
-# ---------------------------------------------------------------- the state of a run
 
 @dataclass
 class TrainState:
-    """All that a run needs to go on. Random state is not among it: it is a function of (seed, epoch, step, rank).
+    """All that a run needs to resume. Random state is not among it: it is a function of (seed, epoch, step, rank).
 
-    epoch: the one in progress, or next; step: batches done in it, per rank; meter: the loss so far in it
-    (engine.LossMeter.gather), None at its start; best: top-1 (%) of the model and of the EMA.
+    Attributes:
+        model: bare: saved, averaged, evaluated.
+        train_model: the same weights as the loop calls them: compiled, in DDP.
+        optimizer, scheduler: timm's.
+        scaler: of gradients; skips a step that is not finite, on the device.
+        ema: timm's ModelEmaV3 of the model, or None.
+        amp: 'bf16', 'fp16' or 'off'.
+        epoch: the one in progress, or next.
+        step: batches done in it, per rank.
+        losses: (ranks, 2) sum and number of the losses so far in it (loss_meter.LossMeter), None at its start.
+        best: top-1 (%) of the model and of the EMA.
     """
-    model: torch.nn.Module
-    ema: object
+    model: nn.Module
+    train_model: nn.Module
     optimizer: torch.optim.Optimizer
-    scheduler: object
+    scheduler: Any
     scaler: torch.amp.GradScaler
+    ema: ModelEmaV3 | None = None
+    amp: str = 'off'
     epoch: int = 0
     step: int = 0
-    meter: dict = None
-    best: dict = field(default_factory=lambda: {'model': 0., 'ema': 0.})
+    losses: torch.Tensor | None = None
+    best: dict[str, float] = field(default_factory=lambda: {'model': 0., 'ema': 0.})
 
-    def state_dict(self, args):
+    def state_dict(self) -> dict[str, Any]:
         """The checkpoint, in plain types: the published keys ('epoch' is the last one finished), and ours."""
         return {
             'model': self.model.state_dict(), 'model_ema': self.ema.module.state_dict() if self.ema else None,
             'optimizer': self.optimizer.state_dict(), 'lr_scheduler': self.scheduler.state_dict(),
-            'scaler': self.scaler.state_dict() if args.amp == 'fp16' else {},  # otherwise its scale is a constant
-            'epoch': self.epoch - 1, 'step': self.step, 'meter': self.meter, 'best_acc1': self.best['model'],
-            'best_ema_acc1': self.best['ema'], 'world_size': world_size(), 'args': vars(args),
+            'scaler': self.scaler.state_dict() if self.amp == 'fp16' else {},  # otherwise its scale is a constant
+            'epoch': self.epoch - 1, 'step': self.step, 'meter': self.losses, 'best_acc1': self.best['model'],
+            'best_ema_acc1': self.best['ema'], 'world_size': world_size(),
         }
 
-    def load(self, checkpoint, path, args):
-        """Continue from a checkpoint, ours or a published one. Raises InputError."""
-        load_weights(self.model, checkpoint['model'], path)
-        if not isinstance(checkpoint.get('optimizer'), dict) or type(checkpoint.get('epoch')) is not int:
-            raise InputError(f'{path}: holds weights only; use --finetune to start from them, or --eval')
-        flags = checkpoint.get('args')
-        before = (flags if isinstance(flags, dict) else getattr(flags, '__dict__', {})).get('opt', args.opt)
-        if before != args.opt:
-            raise InputError(f'{path}: was written with --opt {before}, not {args.opt}; resume with the same, or start '
-                             'from the weights with --finetune')
-        try:
-            self.optimizer.load_state_dict(checkpoint['optimizer'])
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f'{path}: its optimiser state does not fit ({error}); resume with the flags of the run '
-                             'that wrote it') from None
-        if self.ema and checkpoint.get('model_ema'):
-            load_weights(self.ema.module, checkpoint['model_ema'], path)
-        elif self.ema:
-            say(f'{path}: no EMA in it; it starts anew from the weights')
-            self.ema.set(self.model)
-        if args.amp == 'fp16' and checkpoint.get('scaler'):
-            self.scaler.load_state_dict(checkpoint['scaler'])
-        self.best = {'model': checkpoint.get('best_acc1', 0.), 'ema': checkpoint.get('best_ema_acc1', 0.)}
-        self.epoch, self.step, self.meter = checkpoint['epoch'] + 1, checkpoint.get('step', 0), checkpoint.get('meter')
-        if checkpoint.get('world_size') != world_size():
-            self.meter = None
-        if self.step and checkpoint['world_size'] * checkpoint['args']['batch_size'] != world_size() * args.batch_size:
-            # an allowed, inexact resume: go on after about as many images
-            images = self.step * checkpoint['world_size'] * checkpoint['args']['batch_size']
-            batch = world_size() * args.batch_size * args.accum_iter
-            self.step = images // batch * args.accum_iter
 
+# ---------------------------------------------------------------- reading
 
-class Checkpoints:
-    """The files of --output-dir: the newest two checkpoints, and the best. Only rank 0 writes."""
+def load_checkpoint(path: str) -> dict[str, Any]:
+    """A checkpoint, ours or a published one, as a dict with 'model'. Raises InputError.
 
-    def __init__(self, args):
-        self.args, self.folder = args, Path(args.output_dir)
-        self.writing = bool(args.output_dir) and is_main()
-        self.saved = time.monotonic()
-        if self.writing:  # what a run killed while it wrote has left
-            for path in [*self.folder.glob('.*checkpoint.pth*.tmp'), self.folder / f'.{NEWEST}.new']:
-                path.unlink(missing_ok=True)
-
-    def due(self, state):
-        """Whether --save-every asks for a checkpoint now."""
-        every = self.args.save_every
-        if not self.args.output_dir or not every:
-            return False
-        if every[1] == 'steps':
-            return state.step // self.args.accum_iter % every[0] == 0
-        return is_main() and time.monotonic() - self.saved >= 60 * every[0]
-
-    def save(self, state, improved=()):
-        """Write best checkpoints for the names in `improved` ('model', 'ema'), then the newest; keep the one before.
-
-        Raises InputError (a full disk, say); what was on disk is then still there.
-        """
-        self.saved = time.monotonic()
-        if not self.writing:
-            return
-        content = state.state_dict(self.args)
-        for name, file in (('model', 'best_checkpoint.pth'), ('ema', 'best_ema_checkpoint.pth')):
-            if name in improved:
-                save_torch(content, self.folder / file)
-        newest, temporary = self.folder / NEWEST, self.folder / f'.{NEWEST}.new'
-        save_torch(content, temporary)
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(newest, self.folder / PREVIOUS)
-        os.replace(temporary, newest)
-
-
-# ---------------------------------------------------------------- agreeing and stopping
-
-class Vote:
-    """Ranks agree, once a step, whether any of them wishes something, without waiting for a GPU.
-
-    The ballots of a step travel while the next is computed, so that with several ranks the answer is a step late, and
-    the same on all.
+    What DDP and torch.compile put before the names of weights is taken off.
     """
-
-    def __init__(self, minutes=10):
-        wait = datetime.timedelta(minutes=minutes)
-        self.group = dist.new_group(backend='gloo', timeout=wait) if dist.is_initialized() else None
-        self.work = None
-
-    def __call__(self, *wishes):
-        """A list of bools: what any rank wished, in its last call (alone: in this one)."""
-        ballot = torch.tensor(wishes, dtype=torch.int32)
-        if self.group is None:
-            return ballot.bool().tolist()
-        answer = [False] * len(wishes)
-        if self.work:
-            self.work[0].wait()
-            answer = self.work[1].bool().tolist()
-        self.work = dist.all_reduce(ballot, dist.ReduceOp.MAX, self.group, async_op=True), ballot
-        return answer
+    checkpoint = load_torch(path, 'a checkpoint')
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('model'), dict):
+        raise InputError(f'{path}: not a checkpoint (no "model" in it)')
+    for key in ('model', 'model_ema'):
+        weights = checkpoint.get(key)
+        if isinstance(weights, dict):
+            checkpoint[key] = _without_wrappers(weights, path)
+    return checkpoint
 
 
-class StopSignal:
-    """SIGTERM and SIGUSR1 (what SLURM and torchrun send) ask for a stop at the next step; the second stops at once.
+def _without_wrappers(weights: dict[str, Any], path: str) -> dict[str, Any]:
+    for prefix in (*WRAPPERS, *WRAPPERS):  # in either order
+        if weights and all(str(name).startswith(prefix) for name in weights):
+            print0(f'{path}: names of weights begin with {prefix!r}, which is taken off')
+            weights = {name[len(prefix):]: value for name, value in weights.items()}
+    return weights
 
-    Attribute `received`: whether one came. Use as a context; the handlers before are put back.
+
+def saved_flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The flags of the run that wrote a checkpoint, {} where it does not say."""
+    flags = checkpoint.get('args')
+    flags = vars(flags) if isinstance(flags, Namespace) else flags
+    return flags if isinstance(flags, dict) else {}
+
+
+def progress_of(checkpoint: dict[str, Any] | None) -> dict[str, Any]:
+    """Where the run that wrote a checkpoint was: what must be the same on all ranks."""
+    return {f'{key} of the checkpoint': checkpoint.get(key) for key in ('epoch', 'step')} if checkpoint else {}
+
+
+def load_weights(model: nn.Module, weights: dict[str, Any], path: str) -> None:
+    """load_state_dict, with the keys that differ in a one-line InputError."""
+    wanted = model.state_dict()
+    shapes = {key: tuple(value.shape) if isinstance(value, torch.Tensor) and value.is_floating_point() else None
+              for key, value in weights.items()}
+    wrong = [f'{key}: {shapes[key]} for {tuple(wanted[key].shape)}' for key in wanted
+             if key in weights and shapes[key] != wanted[key].shape]
+    wrong += [f'{key}: missing' for key in wanted if key not in weights]
+    wrong += [f'{str(key)[:80]}: unknown' for key in weights if key not in wanted]
+    if wrong:
+        more = f'; and {len(wrong) - 8} more' if len(wrong) > 8 else ''
+        raise InputError(f'{path}: does not fit the model: {"; ".join(wrong[:8])}{more}')
+    model.load_state_dict(dict(weights))  # plain: an OrderedDict of a file may carry attributes that torch trusts
+
+
+# ---------------------------------------------------------------- resuming
+
+def resume(state: TrainState, checkpoint: dict[str, Any], path: str, flags: dict[str, Any]) -> None:
+    """Resume from a checkpoint, ours or a published one.
+
+    One rule: hyperparameters are those of the command line; the file gives weights, EMA, the optimizer's moments and
+    progress. A line is printed for each flag that differs from the run's.
+
+    Args:
+        state: of a new run with these flags; changed in place.
+        checkpoint: of `load_checkpoint`.
+        path: its name, for errors.
+        flags: of the command line, by name.
+
+    Raises:
+        InputError: for flags under which the run is no longer the same (see EXACT), unless allow_inexact_resume is
+            among them, and for a checkpoint that does not fit.
     """
-    SIGNALS = signal.SIGTERM, signal.SIGUSR1
+    if not isinstance(checkpoint.get('optimizer'), dict) or type(checkpoint.get('epoch')) is not int:
+        raise InputError(f'{path}: holds weights only; use --finetune to start from them, or --eval')
+    before = {**saved_flags(checkpoint), 'world_size': checkpoint.get('world_size')}
+    flags = {**flags, 'world_size': world_size()}
+    compare_flags(before, flags, path)
+    load_weights(state.model, checkpoint['model'], path)
+    load_optimizer(state.optimizer, checkpoint['optimizer'], path)
+    if state.ema and checkpoint.get('model_ema'):
+        load_weights(state.ema.module, checkpoint['model_ema'], path)
+    elif state.ema:
+        print0(f'{path}: no EMA in it; it starts from the weights')
+        state.ema.set(state.model)
+    if state.amp == 'fp16' and checkpoint.get('scaler'):
+        state.scaler.load_state_dict(checkpoint['scaler'])
+    state.best = {'model': checkpoint.get('best_acc1', 0.), 'ema': checkpoint.get('best_ema_acc1', 0.)}
+    state.epoch = checkpoint['epoch'] + 1
+    state.step = checkpoint.get('step', 0)
+    state.losses = checkpoint.get('meter') if before['world_size'] == flags['world_size'] else None
+    now = flags['world_size'] * flags['batch_size']
+    then = (before['world_size'] or flags['world_size']) * before.get('batch_size', flags['batch_size'])
+    if state.step and then != now:  # an allowed, inexact resume: after about as many images
+        state.step = state.step * then // (now * flags['accum_iter']) * flags['accum_iter']
 
-    def __init__(self):
-        self.received, self.since = False, math.inf
 
-    def _handle(self, number, frame):
-        # launchers may pass one request on twice, at the same moment
-        if self.received and time.monotonic() - self.since > 1:
-            os._exit(128 + number)
-        if not self.received:
-            self.received, self.since = True, time.monotonic()
+def compare_flags(before: dict[str, Any], now: dict[str, Any], path: str) -> None:
+    """Print the flags that differ from those of the run that wrote a checkpoint; InputError for some."""
+    for key in now:
+        if key in before and key not in THIS_START and before[key] != now[key]:
+            print0(f'note: --{key.replace("_", "-")} is {now[key]}; the run that wrote {path} had {before[key]}')
+    if before.get('opt', now['opt']) != now['opt']:
+        raise InputError(f'{path}: was written with --opt {before["opt"]}, not {now["opt"]}; resume with the same, or '
+                         'start from the weights with --finetune')
+    inexact = [f'{key} {before[key]} -> {now[key]}' for key in EXACT
+               if before.get(key) is not None and before[key] != now[key]]
+    if inexact and not now['allow_inexact_resume']:
+        raise InputError(f'{path}: the run that wrote it differs in {", ".join(inexact)}; resume it as it was, or add '
+                         '--allow-inexact-resume')
+    if inexact:
+        print0(f'warning: {path} is resumed with {", ".join(inexact)}: batches, augmentation, the scaled learning rate '
+               'and the mean loss of the epoch are no longer those of the uninterrupted run')
 
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self._handle) for number in self.SIGNALS}
-        return self
 
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: str) -> None:
+    """Take the moments of a saved optimizer state; hyperparameters stay the optimizer's own. Raises InputError."""
+    new = optimizer.state_dict()['param_groups']
+    try:
+        groups = saved['param_groups']
+        if [len(group['params']) for group in groups] != [len(group['params']) for group in new]:
+            raise ValueError('other parameter groups')
+        merged = [{**ours, 'params': theirs['params']} for ours, theirs in zip(new, groups)]
+        optimizer.load_state_dict({'state': saved['state'], 'param_groups': merged})
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise InputError(f'{path}: its optimizer state does not fit ({error}); resume with the flags of the run that '
+                         'wrote it') from None
+
+
+# ---------------------------------------------------------------- starting from other weights
+
+def load_pretrained(model: nn.Module, path: str) -> None:
+    """--finetune: start from other weights. Raises InputError for weights of another architecture.
+
+    A head or stem of another shape starts from scratch, distillation weights are left out, and position embeddings
+    are resampled bicubically.
+    """
+    weights = dict(load_checkpoint(path)['model'])
+    wanted = model.state_dict()
+    for key in [key for key in weights if str(key).startswith(('dist_token', 'head_dist.'))]:
+        print0(f'--finetune: {key} is left out: the model has no distillation token')
+        del weights[key]
+    for key in [key for key in wanted if key.startswith(('head.', 'patch_embed.'))]:
+        shape = tuple(weights[key].shape) if isinstance(weights.get(key), torch.Tensor) else None
+        if shape != wanted[key].shape:
+            print0(f'--finetune: {key} starts from scratch (in the file: {shape or "none"})')
+            weights[key] = wanted[key]
+    if isinstance(weights.get('pos_embed'), torch.Tensor):
+        weights['pos_embed'] = fit_positions(weights['pos_embed'], wanted['pos_embed'], path)
+    load_weights(model, weights, path)
+
+
+def fit_positions(positions: torch.Tensor, wanted: torch.Tensor, path: str) -> torch.Tensor:
+    """Position embeddings (1, p + n, d) of p = 0, 1 or 2 prefix tokens, as (1, 1 + m, d) for a class token and m
+    patches: a second prefix token is cut, a missing one is the model's own, and the grid is resampled.
+
+    Raises:
+        InputError: when the patches make no square grid.
+    """
+    if positions.shape == wanted.shape:
+        return positions
+    squares = [prefix for prefix in (1, 2, 0) if positions.ndim == 3 and positions.shape[1] > prefix
+               and round((positions.shape[1] - prefix) ** 0.5) ** 2 == positions.shape[1] - prefix]
+    if not squares or positions.shape[2] != wanted.shape[2]:
+        raise InputError(f'{path}: position embeddings of shape {tuple(positions.shape)} do not fit '
+                         f'{tuple(wanted.shape)}: the weights are of another model')
+    prefix = squares[0]
+    if prefix != 1:
+        print0(f'--finetune: pos_embed has {prefix} prefix tokens; '
+               + ('the first is taken' if prefix else "the class token's starts from scratch"))
+    first = positions[:, :1] if prefix else wanted[:, :1]
+    side = round((wanted.shape[1] - 1) ** 0.5)
+    grid = torch.cat([first, positions[:, prefix:]], 1).float()
+    return resample_abs_pos_embed(grid, [side, side], antialias=False)

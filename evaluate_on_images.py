@@ -1,6 +1,6 @@
 """Evaluate a token-trained ViT on images (SeiT sec. 4): image -> tokenizer -> codes -> codebook -> ViT.
 
-One process:   python evaluate_on_images.py --device cpu --data-path IMAGES --model-path trained-vit.ckpt ...
+One process:   python evaluate_on_images.py --data-path IMAGES --model-path trained-vit.ckpt ...
 One node:      torchrun --nproc_per_node=8 evaluate_on_images.py --dist-eval ...
 
 IMAGES holds a folder for each class, labels are the folders in alphabetical order, from 0; or it is a list, tar shards
@@ -10,21 +10,27 @@ or parquet files, see image_sources.py. Images are resized to --tokenizer-input-
 import argparse
 import csv
 import io
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
+from torch import nn
 
 from checkpoints import load_checkpoint, load_weights
-from engine import default_amp, evaluate, own_share
-from image_sources import DecodedImages, good_images, open_source
-from image_tokenizer import encode, load_tokenizer
+from codebook import load_codebook
+from engine import evaluate, rank_indices
+from files import check_writable, write_text
+from flags import Parser, integer, print_no_effect
+from image_sources import ImageBatch, Source, load_images, open_source
+from image_tokenizer import encode_images, load_tokenizer
 from models_seit import MODELS, KeyValues, create_model
+from recipe import default_amp
 from token_augment import EvalTransform
-from token_dataset import load_codebook
-from utils import (InputError, check_least, cores, init_distributed, is_main, parse_flags, run, say, say_no_effect,
-                   world_size, write_text)
+from token_dataset import check_class_names
+from utils import InputError, check_same_on_all_ranks, init_distributed, is_main, on_main, print0, run, world_size
 
 NO_EFFECT = {
     '--eval': 'this program only evaluates',
@@ -33,10 +39,9 @@ NO_EFFECT = {
 }
 
 
-def get_args_parser():
-    """All flags; they may be spelled with underscores too."""
-    parser = argparse.ArgumentParser(description='Evaluate a token-trained ViT on images.', allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def make_parser() -> Parser:
+    """All flags."""
+    parser = Parser('Evaluate a token-trained ViT on images.')
     add = parser.add_argument
     add('--data-path', required=True, metavar='PATH',
         help='class folders of images, a list file .txt, tar shards or parquet files: see image_sources.py')
@@ -49,11 +54,11 @@ def get_args_parser():
     add('--tokenizer-path', default='weights/tokenizer.ckpt', metavar='FILE')
     add('--tokenizer-code-path', metavar='DIR',
         help='folder of the code that a pickled tokenizer runs when loaded; scripts/convert_tokenizer.py does without')
-    add('--tokenizer-input-size', type=int, default=256, help='pixels images are resized to, both sides')
-    add('--vit-input-size', type=int, default=28, help='codes the model reads, each side')
-    add('--nb-classes', type=int, help="default: the checkpoint's (1000 in the published ones)")
-    add('--batch-size', type=int, default=64, help='per process')
-    add('--num-workers', type=int, default=10, help='processes that decode images; as many as the cores at most')
+    add('--tokenizer-input-size', type=integer(1), default=256, help='pixels images are resized to, both sides')
+    add('--vit-input-size', type=integer(2), default=28, help='codes the model reads, each side')
+    add('--nb-classes', type=integer(1), help="default: the checkpoint's (1000 in the published ones)")
+    add('--batch-size', type=integer(1), default=64, help='per process')
+    add('--num-workers', type=integer(), default=10, help='processes that decode images; as many as the cores at most')
     add('--pin-mem', action=argparse.BooleanOptionalAction, default=True,
         help='copy batches to a GPU from page-locked memory')
     add('--amp', choices=['bf16', 'fp16', 'off'], help='mixed precision of the ViT (default: fp16 on CUDA, off on CPU)')
@@ -63,78 +68,131 @@ def get_args_parser():
     add('--dist-eval', action='store_true', help='share the images over the ranks, each on exactly one')
     add('--save-predictions', metavar='FILE.csv', help='a line an image: file, label, prediction, probability, top 5')
     add('--skip-bad-images', action='store_true', help='leave unreadable images out and count them')
-    add('--device', default='cuda', help='cuda or cpu')
+    add('--max-image-pixels', type=integer(1), metavar='N',
+        help="larger images count as unreadable (default: PIL's limit, 178,956,970)")
+    add('--device', default='auto', help='auto (CUDA where there is one), cuda or cpu')
     add('--dist-url', default='env://', help="torch.distributed's init method")
-    group = parser.add_argument_group('accepted, without effect')
-    for flag, why in NO_EFFECT.items():
-        group.add_argument(flag, help=why, **({'action': 'store_true'} if flag == '--eval' else {}))
+    parser.add_no_effect(NO_EFFECT, switches=['--eval'])
     return parser
 
 
-def parse_args(words=None):
-    """The command line. Raises InputError for values that cannot be."""
-    args = parse_flags(get_args_parser(), words)
-    check_least(args, batch_size=1, num_workers=0, tokenizer_input_size=1, vit_input_size=2)
-    return args
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises InputError."""
+    return make_parser().parse_args(argv)
 
 
-class ImageCodes:
-    """Batches of codes made from images while they are evaluated; iterate once.
+# ---------------------------------------------------------------- the model
 
-    Args: source: image_sources.Source; tokenizer, codebook (K, d); args: of the command line.
-    Yields codes (B, g, g) int64 and labels (B,) int64 on `device`. Afterwards `indices` lists the images in the order
-    they came, and `bad` counts those left out.
+def load_model(args: argparse.Namespace, code_dim: int) -> tuple[nn.Module, list[str] | None]:
+    """The ViT with the checkpoint's weights, and its class names where the checkpoint has them. Raises InputError.
+
+    Args:
+        args: the command line.
+        code_dim: elements of a codebook row.
     """
-
-    def __init__(self, source, tokenizer, codebook, device, args):
-        self.source, self.args, self.device = source, args, device
-        self.tokenizer, self.codebook, self.indices, self.bad = tokenizer.to(device), codebook.to(device), [], 0
-        share = own_share(len(source), args.dist_eval).tolist()
-        self.batches = [share[start:start + args.batch_size] for start in range(0, len(share), args.batch_size)]
-
-    def __iter__(self):
-        loader = DataLoader(DecodedImages(self.source, self.args.tokenizer_input_size), batch_sampler=self.batches,
-                            num_workers=min(self.args.num_workers, cores()),
-                            pin_memory=self.args.pin_mem and self.device.type == 'cuda')
-        for batch, (pixels, _, problems) in zip(self.batches, loader):
-            good = good_images(self.args, self.source, batch, problems)
-            self.bad += int((~good).sum())
-            if not good.all():
-                pixels = pixels[torch.from_numpy(good)]
-            if not len(pixels):
-                continue
-            _, codes = encode(self.tokenizer, self.codebook, pixels, self.args.tokenizer_amp)
-            side = int(round(codes.shape[1] ** 0.5))
-            chosen = np.array(batch)[good]
-            self.indices += chosen.tolist()
-            yield codes.view(-1, side, side), torch.from_numpy(self.source.labels[chosen]).to(self.device)
-
-
-def load_model(args, codebook, device):
-    """The ViT with the checkpoint's weights, in eval mode on `device`."""
     checkpoint = load_checkpoint(args.model_path)
     state = checkpoint['model']
     if args.use_ema:
         state = checkpoint.get('model_ema')
         if not isinstance(state, dict):
             raise InputError(f'{args.model_path}: holds no EMA weights; leave --use-ema out')
-    classes = args.nb_classes or len(state.get('head.bias', ()))
-    model = create_model(args, classes, args.vit_input_size, codebook.shape[1])
+    bias = state.get('head.bias')
+    num_classes = args.nb_classes or (bias.numel() if isinstance(bias, torch.Tensor) else 0)
+    model = create_model(args.model, args.model_kwargs, num_classes, args.vit_input_size, code_dim)
     load_weights(model, state, args.model_path)
-    return model.to(device)
+    names = checkpoint.get('classes')
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        names = None
+    return model, names
 
 
-def gather(values, split):
-    """All ranks' lists in one, on rank 0 (elsewhere None); without `split` this rank's own."""
-    if not split or world_size() == 1:
+def check_classes(source: Source, data_path: str, names: list[str] | None, model_path: str, num_classes: int) -> int:
+    """Check that labels of the images mean the model's classes; a note where the model has more.
+
+    Args:
+        source: the images.
+        data_path: where they are.
+        names: the model's class names, where they are known.
+        model_path: the model's checkpoint.
+        num_classes: of the model.
+
+    Returns:
+        Number of classes of the images.
+
+    Raises:
+        InputError: the images have more classes than the model, or other ones.
+    """
+    classes = max(len(source.classes or ()), int(source.labels.max()) + 1)
+    if classes > num_classes:
+        raise InputError(f'{data_path}: {classes} classes, but the model has {num_classes}')
+    if names and source.classes:
+        check_class_names(names[:len(source.classes)], source.classes, model_path, data_path)
+    if classes < num_classes:
+        print0(f'note: {data_path} has {classes} classes and the model {num_classes}; labels are from '
+               f'{source.labels_from}')
+    return classes
+
+
+# ---------------------------------------------------------------- images to codes
+
+class CodeBatches:
+    """Batches of codes made from images while they are evaluated; iterate once.
+
+    Yields codes (B, grid_size, grid_size) int64 and labels (B,) int64, on the device.
+
+    Args:
+        images: what `load_images` yields.
+        labels: (N,) int64, of all images.
+        tokenizer: on the device.
+        codebook: (K, d), on the device.
+        amp: of the tokenizer, 'off' or 'bf16'.
+
+    Attributes:
+        indices: the images in the order they came.
+        skipped: how many could not be read.
+    """
+
+    def __init__(self, images: Iterable[ImageBatch], labels: torch.Tensor, tokenizer: nn.Module,
+                 codebook: torch.Tensor, amp: str):
+        self.images = images
+        self.labels = labels
+        self.tokenizer = tokenizer
+        self.codebook = codebook
+        self.amp = amp
+        self.indices = []
+        self.skipped = 0
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        for batch in self.images:
+            self.skipped += len(batch.skipped)
+            if not len(batch.indices):
+                continue
+            with torch.no_grad():
+                _, codes = encode_images(self.tokenizer, self.codebook, batch.pixels, self.amp)
+            grid_size = math.isqrt(codes.shape[1])
+            self.indices += batch.indices.tolist()
+            yield codes.view(-1, grid_size, grid_size), self.labels[batch.indices].to(codes.device)
+
+
+# ---------------------------------------------------------------- predictions
+
+def gather(values: list[Any], distributed: bool) -> list[Any] | None:
+    """All ranks' lists in one, on rank 0 (elsewhere None); without `distributed` this rank's own."""
+    if not distributed or world_size() == 1:
         return values
     gathered = [None] * world_size() if is_main() else None
     dist.gather_object(values, gathered)
     return [value for part in gathered for value in part] if is_main() else None
 
 
-def write_predictions(path, source, rows):
-    """CSV lines in the order of the source. `rows`: (index, top-5 classes, probability of the first)."""
+def write_predictions(path: str | Path, source: Source, rows: list[tuple[int, list[int], float]]) -> None:
+    """Write a line of CSV an image, in the order of the source. Raises InputError.
+
+    Args:
+        path: of the CSV.
+        source: the images.
+        rows: (image, its five most probable classes, probability of the first).
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     writer.writerow(['image', 'label', 'prediction', 'probability', 'top5'])
@@ -144,46 +202,59 @@ def write_predictions(path, source, rows):
     write_text(path, text.getvalue())
 
 
-def main(args):
-    device = init_distributed(args.device, args.dist_url)
-    say_no_effect(args, NO_EFFECT)
-    amp = args.amp or default_amp(device.type)
+# ---------------------------------------------------------------- the program
 
+def main(args: argparse.Namespace) -> None:
+    device = init_distributed(args.device, args.dist_url)
+    print_no_effect(NO_EFFECT, vars(args))
+    amp = args.amp or default_amp(device)
+    if args.save_predictions:
+        on_main(check_writable, args.save_predictions)
+
+    # model, tokenizer and images, which must belong together
     codebook = load_codebook(args.codebook_path)
-    model = load_model(args, codebook, device)
+    model, names = load_model(args, codebook.shape[1])
     tokenizer = load_tokenizer(args.tokenizer_path, args.tokenizer_code_path)
     if tokenizer.embed_dim != codebook.shape[1]:
         raise InputError(f'{args.codebook_path}: rows of {codebook.shape[1]} elements, but the tokenizer gives '
                          f'{tokenizer.embed_dim}: they belong to different tokenizers')
     source = open_source(args.data_path)
-    classes = max(len(source.classes or ()), int(source.labels.max()) + 1)
-    if classes > model.num_classes:
-        raise InputError(f'{args.data_path}: {classes} classes, but the model has {model.num_classes}')
-    if classes < model.num_classes:
-        say(f'note: {args.data_path} has {classes} classes and the model {model.num_classes}; labels are from '
-            f'{source.labels_from}')
-    say(f'{len(source):,} images in {classes} classes; {world_size()} x {device}, amp {amp}')
+    check_same_on_all_ranks({'the list of images': source.digest()})
+    classes = check_classes(source, args.data_path, names, args.model_path, model.num_classes)
+    print0(f'{len(source):,} images in {classes} classes; {world_size()} x {device}, amp {amp}')
 
+    # images to codes
+    model = model.to(device)
+    tokenizer = tokenizer.to(device)
+    codebook = codebook.to(device)
     if args.compile:
-        model, tokenizer = torch.compile(model), torch.compile(tokenizer)
-    batches = ImageCodes(source, tokenizer, codebook, device, args)
+        model = torch.compile(model)
+        tokenizer = torch.compile(tokenizer)
+    indices = rank_indices(len(source), args.dist_eval)
+    split = [indices[start:start + args.batch_size] for start in range(0, len(indices), args.batch_size)]
+    images = load_images(source, split, args.tokenizer_input_size, workers=args.num_workers,
+                         skip_bad=args.skip_bad_images, pin_memory=args.pin_mem and device.type == 'cuda',
+                         max_pixels=args.max_image_pixels)
+    batches = CodeBatches(images, torch.from_numpy(source.labels), tokenizer, codebook, args.tokenizer_amp)
+
+    # codes to classes
     rows = []
 
-    def record(logits):
+    def record(logits: torch.Tensor) -> None:
         probability, top = logits.softmax(1).topk(min(5, logits.shape[1]))
         rows.extend(zip(top.tolist(), probability[:, 0].tolist()))
 
-    evaluate(model, batches, EvalTransform(codebook, args.vit_input_size, device), device, amp, args.dist_eval,
-             'EMA' if args.use_ema else '', record if args.save_predictions else None)
-    bad = gather([batches.bad], args.dist_eval)
-    if is_main() and sum(bad):
-        print(f'{sum(bad)} unreadable images were left out')
+    evaluate(model, batches, EvalTransform(codebook, args.vit_input_size, device), amp=amp, distributed=args.dist_eval,
+             name='EMA' if args.use_ema else '', record=record if args.save_predictions else None)
+    skipped = gather([batches.skipped], args.dist_eval)
+    if is_main() and sum(skipped):
+        print0(f'{sum(skipped)} unreadable images were left out')
     if args.save_predictions:
         rows = gather([(index, *row) for index, row in zip(batches.indices, rows)], args.dist_eval)
         if is_main():
             write_predictions(args.save_predictions, source, rows)
-            print(args.save_predictions)
+            print0(args.save_predictions)
 
 
 if __name__ == '__main__':
-    run(lambda: main(parse_args()))
+    run(main, parse_args)

@@ -5,108 +5,69 @@ What --data-path may be, in which order the images come, and where their labels 
     DIR                     class folders of images; both in alphabetical order. The label is the number of the folder.
     LIST.txt                lines 'path label', cut at the tab or else at the last space; paths are relative to the
                             folder of the list. In the order of the lines.
-    SHARD.tar               tar shards in the layout of webdataset: members KEY.jpg (or jpeg, png, webp) and KEY.cls,
-                            an integer as text, or KEY.json, an object with an integer 'label'. In the order of the
+    SHARD.tar               tar shards in the layout of webdataset: members KEY.jpg (or another image) and KEY.cls, an
+                            integer as text, or KEY.json, an object with an integer 'label'. In the order of the
                             archive. A path, a glob, 'x-{000..146}.tar' or a comma-separated list.
     FILE.parquet            as image sets on Hugging Face: a column 'image' of struct{bytes, path} and an integer
                             column 'label'. A path, a glob, a comma-separated list, or a folder, which gives all in it.
 
+Images are what PIL reads. Hidden names (.ipynb_checkpoints, __MACOSX, ._x) are never classes, images or members.
 Tar shards are read in place, by offset: nothing is extracted. Parquet needs pyarrow (requirements-formats.txt).
 """
 import hashlib
-import io
-import json
 import os
 import re
 import sys
-import tarfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from image_tokenizer import open_image_folder
-from utils import InputError, RankError, expand_files, parse_json
-
-TAR_IMAGES = 'jpg', 'jpeg', 'png', 'webp'
-LABEL_BYTES = 1 << 20  # more is no label
-
-
-class BadImage(Exception):
-    """An image that cannot be read; the message says why, on one line."""
-
-
-# ---------------------------------------------------------------- decoding
-
-def decode_image(data, size):
-    """Encoded image -> (3, size, size) uint8, both sides resized bicubically.
-
-    Colours are converted as torchvision's loader does, by PIL's convert('RGB'), and EXIF rotation is ignored: after
-    division by 255 the pixels are those of `image_transform`. Raises BadImage.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image = image.convert('RGB').resize((size, size), Image.Resampling.BICUBIC)
-    except Exception as error:  # PIL raises nearly anything for damaged data, and an error of its own for bombs
-        raise BadImage(' '.join(str(error).split()) or type(error).__name__) from None
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-
-
-class DecodedImages(torch.utils.data.Dataset):
-    """A source's images decoded, for a DataLoader.
-
-    Item i is (pixels (3, size, size) uint8, bytes of the encoded image, '') or (zeros, 0, what is wrong with it).
-    """
-
-    def __init__(self, source, size):
-        self.source, self.size = source, size
-
-    def __len__(self):
-        return len(self.source)
-
-    def __getitem__(self, i):
-        try:
-            data = self.source.read(i)
-            return decode_image(data, self.size), len(data), ''
-        except OSError as error:
-            why = error.strerror or str(error)
-        except (BadImage, InputError) as error:
-            why = str(error)
-        return torch.zeros(3, self.size, self.size, dtype=torch.uint8), 0, why
-
-
-def good_images(args, source, batch, problems):
-    """(B,) bool: which images of a batch were read; a line on standard error names each of the others.
-
-    Args: args: data_path, skip_bad_images; batch: indices into `source`; problems: what DecodedImages said of each.
-    Raises RankError for an image that was not read, unless such are skipped.
-    """
-    for i, why in zip(batch, problems):
-        if why and not args.skip_bad_images:
-            raise RankError(f'{args.data_path}: {source.names[i]} is no readable image ({why}): replace or remove it, '
-                            'or add --skip-bad-images')
-        if why:
-            tqdm.write(f'skipped {source.names[i]}: {why}', file=sys.stderr)
-    return np.array([not why for why in problems])
+from files import expand_files
+from folder_images import holds_class_folders, read_folder, read_regular_file
+from image_files import BadImage, LeftOut, decode_image, image_formats, is_hidden
+from loader_workers import plan_workers
+from parquet_images import check_one_split, class_names, image_bytes, open_parquet, read_column, read_labels_of
+from tar_images import read_tar
+from token_dataset import check_class_names
+from token_files import MAX_CLASS
+from utils import InputError, print0
 
 
 # ---------------------------------------------------------------- sources
 
 class Source:
-    """Images in a fixed order. A subclass sets the attributes and has read(i), the encoded bytes of image i, which
-    raises OSError, BadImage or InputError where they cannot be had.
+    """Images in a fixed order.
 
-    Attributes: names: list of str, the same wherever the set lies; labels (N,) int64; classes: list of str or None;
-    labels_from: str.
+    Attributes:
+        data_path: what was asked for.
+        names: of the images, the same wherever the set lies.
+        labels: (N,) int64.
+        classes: names in the order of the labels, or None.
+        labels_from: where the labels come from, in words.
     """
-    classes = None
+    data_path: str
+    names: list[str]
+    labels: np.ndarray
+    classes: list[str] | None = None
+    labels_from: str
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.names)
 
-    def digest(self):
+    def read(self, i: int) -> bytes:
+        """The encoded bytes of image i. Raises OSError, BadImage or InputError where they cannot be had."""
+        raise NotImplementedError
+
+    def encoded_bytes(self) -> int:
+        """Bytes of all encoded images together. Raises InputError."""
+        raise NotImplementedError
+
+    def digest(self) -> str:
         """SHA-256 of names and labels: changes when the list of images does."""
         lines = hashlib.sha256()
         for name, label in zip(self.names, self.labels.tolist()):
@@ -114,222 +75,273 @@ class Source:
         return lines.hexdigest()
 
 
-def open_source(data_path):
-    """The Source that `data_path` names, see the module's docstring. Raises InputError."""
+def open_source(data_path: str | Path) -> Source:
+    """The Source that `data_path` names, see the module's docstring. Prints what is left out. Raises InputError."""
+    left_out = LeftOut()
+    source = _open(str(data_path), left_out)
+    source.data_path = str(data_path)
+    left_out.report(source.data_path)
+    return source
+
+
+def _open(data_path: str, left_out: LeftOut) -> Source:
     path = Path(data_path)
-    if path.is_dir():
-        parquet = sorted(path.glob('*.parquet'))
-        return ParquetImages(parquet) if parquet else FolderImages(path)
+    if os.path.isdir(data_path):
+        parquet = sorted(file for file in path.glob('*.parquet') if not is_hidden(file.name))
+        if not parquet:
+            return FolderImages(path, left_out)
+        if holds_class_folders(path):
+            raise InputError(f'{path}: holds parquet files ({parquet[0].name}) and class folders of images; give the '
+                             f"parquet files as a glob, '{path}/*.parquet', or move them out")
+        check_one_split(path, parquet)
+        if len(parquet) > 1:
+            print0(f'note: {path}: {len(parquet)} parquet files are read as one set ({parquet[0].name} to '
+                   f'{parquet[-1].name})')
+        return ParquetImages(parquet)
     files = expand_files(data_path)
     kinds = {file.suffix.lower() for file in files}
     if kinds == {'.txt'} and len(files) == 1:
         return ListedImages(files[0])
     if kinds == {'.tar'}:
-        return TarImages(files)
+        return TarImages(files, left_out)
     if kinds == {'.parquet'}:
         return ParquetImages(files)
-    if not files[0].exists():
+    if not os.path.exists(files[0]):
         raise InputError(f'{files[0]}: no such file or folder')
     raise InputError(f'{data_path}: images come from a folder of class folders, a list file .txt, .tar shards '
                      '(uncompressed) or .parquet files, one kind at a time')
 
 
-class FolderImages(Source):
-    """Class folders of images, as torchvision's ImageFolder finds them."""
+class _ImageFiles(Source):
+    """Images that are files of their own; `folder` is what their names are relative to."""
+    folder: Path
+
+    def read(self, i: int) -> bytes:
+        return read_regular_file(self.folder / self.names[i])
+
+    def encoded_bytes(self) -> int:
+        try:
+            return sum(os.path.getsize(self.folder / name) for name in self.names)
+        except OSError as error:
+            raise InputError(f'{error.filename}: {error.strerror}') from None
+
+
+class FolderImages(_ImageFiles):
+    """Class folders of images."""
     labels_from = 'class folders in alphabetical order'
 
-    def __init__(self, path):
-        folder = open_image_folder(path, None)
-        self.path, self.classes = path, folder.classes
-        self.names = [name[len(os.path.join(path, '')):] for name, _ in folder.samples]
-        self.labels = np.array(folder.targets, np.int64)
-
-    def read(self, i):
-        return (self.path / self.names[i]).read_bytes()
+    def __init__(self, path: Path, left_out: LeftOut):
+        self.folder = path
+        self.classes, self.names, labels = read_folder(path, left_out)
+        self.labels = np.array(labels, np.int64)
 
 
-class ListedImages(Source):
+class ListedImages(_ImageFiles):
     """A text file of paths and labels."""
     labels_from = 'the list file'
 
-    def __init__(self, path):
+    def __init__(self, path: Path):
+        self.folder = path.parent
+        self.names = []
+        labels = []
         try:
-            lines = path.read_text(encoding='utf-8').splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f'{path}: {getattr(error, "strerror", None) or error}') from None
-        self.path, self.names, labels = path.parent, [], []
+            lines = path.read_text(encoding='utf-8-sig').split('\n')
+        except OSError as error:
+            raise InputError(f'{path}: {error.strerror}') from None
+        except UnicodeDecodeError as error:
+            raise InputError(f'{path}: no UTF-8 text ({error.reason} at byte {error.start}); save it so') from None
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
             name, _, label = line.rstrip().rpartition('\t' if '\t' in line else ' ')
-            if not name.strip() or not re.fullmatch(r'\d{1,9}', label):
+            if not name.strip() or not re.fullmatch('[0-9]{1,18}', label):
                 raise InputError(f"{path}: line {number} is not 'path label' with an integer label from 0: "
                                  f'{line[:60]!r}')
+            if int(label) > MAX_CLASS:
+                raise InputError(f'{path}: line {number}: class {label} is not from 0 to {MAX_CLASS:,}')
             self.names.append(name.strip())
             labels.append(int(label))
-        self.labels = np.array(labels, np.int64)
         if not labels:
             raise InputError(f'{path}: no images in the list')
-
-    def read(self, i):
-        return (self.path / self.names[i]).read_bytes()
+        self.labels = np.array(labels, np.int64)
 
 
 class TarImages(Source):
     """Tar shards in webdataset's layout, read by offset."""
     labels_from = "the members .cls, or .json's 'label', of the tar shards"
 
-    def __init__(self, paths):
-        self.paths, self.names, labels, places = paths, [], [], []
+    def __init__(self, paths: list[Path], left_out: LeftOut):
+        self.paths = paths
+        self.names = []
+        labels = []
+        locations = []
         for number, path in enumerate(paths):
-            found = len(labels)
-            for image, label in read_tar(path):
+            before = len(labels)
+            for image in read_tar(path, left_out):
                 self.names.append(f'{path.name}/{image.name}')
-                labels.append(label)
-                places.append((number, image.offset_data, image.size))
-            if len(labels) == found:
-                raise InputError(f'{path}: no images ({", ".join(TAR_IMAGES)}) in it')
-        self.labels, self.places = np.array(labels, np.int64), np.array(places, np.int64)
+                labels.append(image.label)
+                locations.append((number, image.offset, image.size))
+            if len(labels) == before:
+                first = left_out.first.get(LeftOut.NO_IMAGE)
+                raise InputError(f'{path}: no images in it' + (f' (first member: {first})' if first else ''))
+        self.labels = np.array(labels, np.int64)
+        self.locations = np.array(locations, np.int64)
 
-    def read(self, i):
-        number, offset, size = self.places[i].tolist()
+    def read(self, i: int) -> bytes:
+        number, offset, size = self.locations[i].tolist()
         with open(self.paths[number], 'rb') as file:
             file.seek(offset)
-            return file.read(size)
+            data = file.read(size)
+        if len(data) < size:
+            raise BadImage('the shard ends within it')
+        return data
 
-
-def read_tar(path):
-    """Yield (image member, label) of a tar shard. Raises InputError."""
-    current, image, labels = None, None, {}
-    for key, extension, member, label in read_members(path):
-        if key != current:
-            yield from complete(path, current, image, labels)
-            current, image, labels = key, None, {}
-        if extension in TAR_IMAGES:
-            if image:
-                raise InputError(f'{path}: {image.name} and {member.name} are two images of one name; rename one')
-            image = member
-        elif label is not None:
-            labels[extension] = label
-    yield from complete(path, current, image, labels)
-
-
-def complete(path, key, image, labels):
-    """The (image, label) of a sample, if it has an image. Raises InputError when it lacks the label."""
-    if image and not labels:
-        raise InputError(f"{path}: {key} has no label: a member {key}.cls with an integer, or {key}.json with an "
-                         "integer 'label', must stand next to the image")
-    if image:
-        yield image, labels.get('cls', labels.get('json'))
-
-
-def read_members(path):
-    """Yield (key, extension, member, label or None) of the files in a tar. Raises InputError."""
-    try:
-        with tarfile.open(path, 'r:') as tar:
-            for member in tar:
-                tar.members = []  # it would keep them all
-                if member.size < 0:  # tarfile would go round in circles
-                    raise InputError(f'{path}: {member.name} claims a negative size: damaged; fetch it again')
-                if member.isdir():
-                    continue
-                if not member.isreg() or member.issparse():
-                    raise InputError(f'{path}: {member.name} is a link or another special member; pack plain files')
-                folder, _, name = member.name.rpartition('/')
-                stem, _, extension = name.partition('.')
-                extension = extension.lower()
-                label = read_label(path, tar, member, extension) if extension in ('cls', 'json') else None
-                yield f'{folder}/{stem}' if folder else stem, extension, member, label
-    except OSError as error:
-        raise InputError(f'{path}: {error.strerror or error}') from None
-    except tarfile.TarError as error:
-        raise InputError(f'{path}: no tar file, compressed, or truncated ({error}); fetch it again, or unpack '
-                         'a .tar.gz with gunzip') from None
-
-
-def read_label(path, tar, member, extension):
-    """The integer in a .cls or .json member; None for a .json without 'label'. Raises InputError."""
-    data = tar.extractfile(member).read() if member.size <= LABEL_BYTES else b''
-    try:
-        label = int(data) if extension == 'cls' else parse_json(data)
-    except ValueError:
-        label = None
-    if isinstance(label, dict):
-        if 'label' not in label:
-            return None
-        label = label['label']
-    if type(label) is not int or not 0 <= label < 10 ** 9:
-        raise InputError(f'{path}: {member.name} holds no integer label from 0')
-    return label
+    def encoded_bytes(self) -> int:
+        return int(self.locations[:, 2].sum())
 
 
 class ParquetImages(Source):
     """Parquet files with columns 'image' (struct{bytes, path}) and 'label' (integers)."""
     labels_from = "the column 'label' of the parquet files"
 
-    def __init__(self, paths):
-        self.paths, self.names, labels, groups = paths, [], [], []
+    def __init__(self, paths: list[Path]):
+        self.paths = paths
+        self.names = []
+        labels = []
+        locations = []
+        named = None  # the first file with class names
         for number, path in enumerate(paths):
             file = open_parquet(path)
-            own = read_column(path, file, 'label')
-            if None in own or min(own, default=0) < 0:
-                raise InputError(f"{path}: column 'label' has empty or negative labels: a test set without labels?")
-            labels += own
-            self.names += [f'{path.name}/{row}' for row in range(len(own))]
-            groups += [(number, group, row) for group in range(file.num_row_groups)
+            classes = class_names(file)
+            check_class_names(self.classes, classes, named, path)
+            if self.classes is None and classes is not None:
+                self.classes = classes
+                named = path
+            labels_here = read_labels_of(path, file, classes)
+            labels += labels_here
+            self.names += [f'{path.name}/{row}' for row in range(len(labels_here))]
+            locations += [(number, group, row) for group in range(file.num_row_groups)
                        for row in range(file.metadata.row_group(group).num_rows)]
-            self.classes = class_names(file) or self.classes
         if not labels:
             raise InputError(f'{paths[0]}: no images in it')
-        self.labels, self.places = np.array(labels, np.int64), np.array(groups, np.int64)
+        self.labels = np.array(labels, np.int64)
+        self.locations = np.array(locations, np.int64)
         self.group = None  # (file, row group, its images): the one read last, as images are asked for in order
 
-    def read(self, i):
-        number, group, row = self.places[i].tolist()
+    def _cell(self, i: int) -> bytes | None:
+        number, group, row = self.locations[i].tolist()
         if self.group is None or self.group[:2] != (number, group):
             path = self.paths[number]
             self.group = number, group, read_column(path, open_parquet(path), 'image', [group])
-        image = self.group[2][row]
-        data = image.get('bytes') if isinstance(image, dict) else image
-        if not isinstance(data, bytes):
+        return image_bytes(self.group[2][row])
+
+    def read(self, i: int) -> bytes:
+        data = self._cell(i)
+        if data is None:
             raise BadImage('holds no encoded image')
         return data
 
+    def encoded_bytes(self) -> int:
+        return sum(len(self._cell(i) or b'') for i in range(len(self)))
 
-def open_parquet(path):
-    """The pyarrow ParquetFile at `path`, with the columns that are needed. Raises InputError."""
+
+# ---------------------------------------------------------------- decoding in worker processes
+
+class ImageBatch(NamedTuple):
+    """Decoded images, those that can be read.
+
+    Attributes:
+        indices: (B,) int64, which images of the source.
+        pixels: (B, 3, S, S) uint8, on the CPU.
+        encoded_bytes: (B,) int64, of each encoded image.
+        skipped: (index, what is wrong) of the images that cannot be read.
+    """
+    indices: np.ndarray
+    pixels: torch.Tensor
+    encoded_bytes: np.ndarray
+    skipped: list[tuple[int, str]]
+
+
+def load_images(source: Source, batches: Sequence[Sequence[int]], size: int, *, workers: int = 0,
+                skip_bad: bool = False, pin_memory: bool = False, max_pixels: int | None = None,
+                advice: str = 'replace or remove it, or add --skip-bad-images') -> Iterator[ImageBatch]:
+    """Read and decode images, batch after batch.
+
+    Args:
+        source: of the images.
+        batches: indices into the source.
+        size: images become squares of it.
+        workers: processes that decode; as many as the cores, the batches and shared memory allow at most.
+        skip_bad: leave images that cannot be read out, with a line on standard error for each.
+        pin_memory: put pixels into page-locked memory, for a GPU.
+        max_pixels: larger images cannot be read; None for PIL's limit.
+        advice: what to do about an image that cannot be read.
+
+    Yields:
+        An ImageBatch for each batch, in order.
+
+    Raises:
+        InputError: naming an image that cannot be read, unless `skip_bad`.
+    """
+    image_formats()  # once, before the processes fork
+    processes, ahead = plan_workers(min(workers, len(batches)), max(map(len, batches), default=0) * 3 * size * size)
+    loader = iter(DataLoader(
+        _DecodedBatches(source, batches, size, max_pixels), batch_size=None, num_workers=processes,
+        collate_fn=_unchanged, pin_memory=pin_memory, prefetch_factor=ahead if processes else None,
+        multiprocessing_context='fork' if processes else None,
+        generator=torch.Generator()))  # else it would draw from torch's own
+    for _ in range(len(batches)):
+        batch = _next(loader, source)
+        for i, why in batch.skipped:
+            if not skip_bad:
+                raise InputError(f'{source.data_path}: {source.names[i]} is no readable image ({why}): {advice}')
+            tqdm.write(f'skipped {source.names[i].encode(errors="backslashreplace").decode()}: {why}', file=sys.stderr)
+        yield batch
+
+
+def _next(loader: Iterator[ImageBatch], source: Source) -> ImageBatch:
+    """The next batch. Raises InputError where a process that decodes has died, or found no shared memory."""
     try:
-        import pyarrow
-        from pyarrow import parquet
-    except ImportError as error:
-        raise InputError(f'parquet files need pyarrow ({error}): pip install -r requirements-formats.txt') from None
-    try:
-        file = parquet.ParquetFile(path, pre_buffer=False)
-    except (OSError, pyarrow.ArrowException) as error:
-        why = getattr(error, 'strerror', None) or str(error).splitlines()[0]
-        raise InputError(f'{path}: no readable parquet file ({why})') from None
-    types = {field.name: field.type for field in file.schema_arrow}
-    if 'image' not in types or not pyarrow.types.is_integer(types.get('label', pyarrow.null())):
-        raise InputError(f"{path}: expected columns 'image' (struct of bytes and path) and 'label' (integers), found "
-                         f'{", ".join(map(str, types))}')
-    return file
+        return next(loader)
+    except RuntimeError as error:
+        if re.search('DataLoader worker .* (killed|exited)|shared memory', str(error)):
+            raise InputError(f'{source.data_path}: a process that decodes images failed, perhaps for lack of memory '
+                             f'({str(error).splitlines()[-1][:200]}); give a smaller --num-workers, or 0') from None
+        raise
 
 
-def read_column(path, file, name, groups=None):
-    """One column of an open parquet file, or of some of its row groups, as a list. Raises InputError."""
-    import pyarrow
-    groups = range(file.num_row_groups) if groups is None else groups
-    try:  # without threads: loader processes are forks, in which pyarrow's threads do not run
-        return file.read_row_groups(list(groups), columns=[name], use_threads=False).column(name).to_pylist()
-    except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f'{path}: damaged parquet file ({str(error).splitlines()[0]}); fetch it again') from None
+def _unchanged(batch: ImageBatch) -> ImageBatch:
+    return batch
 
 
-def class_names(file):
-    """Class names that Hugging Face's datasets library leaves in a parquet file, or None."""
-    try:
-        info = json.loads(file.schema_arrow.metadata[b'huggingface'])
-        names = info['info']['features']['label']['names']
-    except (TypeError, KeyError, ValueError):
-        return None
-    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+class _DecodedBatches(Dataset):
+    """Batches of a source's images, decoded, for a DataLoader. Item i is the ImageBatch of `batches[i]`."""
+
+    def __init__(self, source: Source, batches: Sequence[Sequence[int]], size: int, max_pixels: int | None):
+        self.source = source
+        self.batches = batches
+        self.size = size
+        self.max_pixels = max_pixels
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, number: int) -> ImageBatch:
+        batch = self.batches[number]
+        pixels = torch.empty((len(batch), 3, self.size, self.size), dtype=torch.uint8)
+        if torch.utils.data.get_worker_info():
+            pixels.share_memory_()  # here, where a lack of it is an error; sent without, it would be a hang
+        good = []
+        sizes = []
+        skipped = []
+        for i in map(int, batch):
+            try:
+                data = self.source.read(i)
+                pixels[len(good)] = decode_image(data, self.size, self.max_pixels)
+                good.append(i)
+                sizes.append(len(data))
+            except OSError as error:
+                skipped.append((i, error.strerror or str(error)))
+            except (BadImage, InputError) as error:
+                skipped.append((i, str(error)))
+        return ImageBatch(np.array(good, np.int64), pixels[:len(good)], np.array(sizes, np.int64), skipped)

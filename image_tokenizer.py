@@ -7,8 +7,8 @@ A tokenizer is any nn.Module with this interface; plug in your own VQ model by g
     forward(images)     (B, 3, H, W) float in [0, 1]  ->  (B, n, embed_dim), n = H/patch_size * W/patch_size, row by row
     decode(embeddings)  (B, n, embed_dim) codebook rows  ->  (B, 3, H, W) float, unclamped. Optional.
 
-The codebook is a (K, embed_dim) tensor of its own. A feature's code is the row of largest cosine (`quantize`);
-the row as stored, not normalised, is what SeiT trains on.
+The codebook is a (K, embed_dim) tensor of its own. A feature's code is the row of largest cosine
+(`codebook.quantize`); the row as stored, not normalized, is what SeiT trains on.
 
 `load_tokenizer` reads every kind of tokenizer file: the patch tokenizer below; ViT-VQGAN (vitvqgan.py) as a plain state
 dict, as .safetensors or as a public Lightning checkpoint; and SeiT's published module, which runs code when loaded.
@@ -18,56 +18,44 @@ import math
 import pickle
 import re
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
-from torchvision import transforms
-from torchvision.datasets import ImageFolder
 
-from utils import InputError, load_torch
+from codebook import quantize
+from safe_load import load_torch
+from utils import InputError, first_line
 from vitvqgan import ViTVQGAN, prefixes
 
-
-def image_transform(size):
-    """PIL image -> (3, size, size) float32 in [0, 1]: both sides resized bicubically, nothing cropped or normalised
-    (the published preparation)."""
-    return transforms.Compose([transforms.Resize((size, size), transforms.InterpolationMode.BICUBIC),
-                               transforms.ToTensor()])
+DECODED_AT_ONCE = 8  # images: bounds memory
 
 
-def unit_range(pixels):
-    """uint8 pixels -> float32 in [0, 1], rounded as `image_transform` does, on any device."""
+# ---------------------------------------------------------------- images to codes and back
+
+def unit_range(pixels: torch.Tensor) -> torch.Tensor:
+    """uint8 pixels -> float32 in [0, 1], rounded as torchvision's ToTensor does, on any device."""
     # by a tensor: CUDA would multiply by the reciprocal of a number, and round otherwise
     return pixels / torch.full((1,), 255., device=pixels.device)
 
 
-def open_image_folder(path, transform):
-    """torchvision's ImageFolder, its complaints as one line. Labels are class folders in alphabetical order."""
-    try:
-        return ImageFolder(path, transform)
-    except OSError as error:  # no folder, no class folders, class folders without images
-        raise InputError(f'{path}: no class folders of images ({str(error).splitlines()[0]})') from None
+def encode_images(tokenizer: nn.Module, codebook: torch.Tensor, pixels: torch.Tensor,
+                  amp: str = 'off') -> tuple[torch.Tensor, torch.Tensor]:
+    """Images to codes, on the device of the tokenizer and the codebook.
 
+    Args:
+        tokenizer: see the module's docstring.
+        codebook: (K, d).
+        pixels: (B, 3, S, S) uint8, on any device.
+        amp: 'off' or 'bf16', of the tokenizer.
 
-def quantize(features, codebook):
-    """Codes of features: the nearest codebook row after L2-normalising both (ViT-VQGAN's quantiser).
-
-    Args: features (..., d) float; codebook (K, d) float.
-    Returns (...) int64 in [0, K). Ties go to the lowest code.
-    """
-    return (F.normalize(features, dim=-1) @ F.normalize(codebook, dim=-1).T).argmax(-1)
-
-
-def encode(tokenizer, codebook, pixels, amp):
-    """Images to codes, on the device of the tokenizer and the codebook (K, d).
-
-    Args: pixels (B, 3, S, S) uint8 on any device; amp: 'off' or 'bf16', of the tokenizer.
-    Returns (features (B, n, d) float32, codes (B, n) int64).
+    Returns:
+        features (B, n, d) float32 and codes (B, n) int64.
     """
     images = unit_range(pixels.to(codebook.device, non_blocking=True))
     with torch.autocast(codebook.device.type, torch.bfloat16, enabled=amp == 'bf16'):
@@ -75,6 +63,26 @@ def encode(tokenizer, codebook, pixels, amp):
     features = features.float()
     return features, quantize(features, codebook)
 
+
+@torch.inference_mode()
+def decode_codes(tokenizer: nn.Module, codebook: torch.Tensor, codes: torch.Tensor) -> torch.Tensor | None:
+    """Codes to images, on the device of the tokenizer and the codebook.
+
+    Args:
+        tokenizer: see the module's docstring.
+        codebook: (K, d).
+        codes: (B, n) int64, n a square.
+
+    Returns:
+        (B, 3, S, S) float32 in [0, 1], or None where the tokenizer has no decoder.
+    """
+    if not hasattr(tokenizer, 'decode') or getattr(tokenizer, 'decoder', True) is None:
+        return None
+    parts = codebook[codes.to(codebook.device)].split(DECODED_AT_ONCE)
+    return torch.cat([tokenizer.decode(part) for part in parts]).clamp(0, 1)
+
+
+# ---------------------------------------------------------------- tokenizers
 
 class PatchTokenizer(nn.Module):
     """A linear tokenizer learned by PCA: a patch minus the mean patch, on the leading components.
@@ -85,7 +93,7 @@ class PatchTokenizer(nn.Module):
         scale: () what features are multiplied by, so that codebook elements have standard deviation 1.
     """
 
-    def __init__(self, mean, basis, scale):
+    def __init__(self, mean: torch.Tensor, basis: torch.Tensor, scale: torch.Tensor):
         super().__init__()
         self.register_buffer('mean', mean)
         self.register_buffer('basis', basis)
@@ -93,7 +101,7 @@ class PatchTokenizer(nn.Module):
         self.patch_size = int(round((len(mean) / 3) ** 0.5))
         self.embed_dim = basis.shape[1]
 
-    def patches(self, images):
+    def patches(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) -> (B, n, 3·p·p)."""
         p = self.patch_size
         if images.shape[-2] % p or images.shape[-1] % p:
@@ -101,11 +109,11 @@ class PatchTokenizer(nn.Module):
                              f'choose an image size that is a multiple of {p}')
         return rearrange(images, 'b c (h p) (w q) -> b (h w) (c p q)', p=p, q=p)
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) float in [0, 1] -> (B, n, d) features."""
         return (self.patches(images) - self.mean) @ self.basis * self.scale
 
-    def decode(self, embeddings):
+    def decode(self, embeddings: torch.Tensor) -> torch.Tensor:
         """(B, n, d) codebook rows, n a square -> (B, 3, H, W)."""
         patches = embeddings / self.scale @ self.basis.T + self.mean
         side = int(round(embeddings.shape[1] ** 0.5))
@@ -118,28 +126,33 @@ class ModuleTokenizer(nn.Module):
 
     Args:
         module: gives (B, n, d) features for (B, 3, H, W) images in [0, 1].
-        patch_size, embed_dim: as in the interface above.
+        patch_size: as in the interface above.
+        embed_dim: likewise.
     """
 
-    def __init__(self, module, patch_size, embed_dim):
+    def __init__(self, module: nn.Module, patch_size: int, embed_dim: int):
         super().__init__()
-        self.module, self.patch_size, self.embed_dim = module, patch_size, embed_dim
+        self.module = module
+        self.patch_size = patch_size
+        self.embed_dim = embed_dim
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) float in [0, 1] -> (B, n, embed_dim) features."""
         return self.module(images)
 
 
 # ---------------------------------------------------------------- files that run no code
 
-def load_tokenizer(path, code_path=None):
+def load_tokenizer(path: str | Path, code_path: str | Path | None = None) -> nn.Module:
     """Read a tokenizer file of any kind, for use in eval mode on the CPU.
 
     Args:
         path: a .safetensors, or a torch file (which may be an http(s) address).
         code_path: a folder with the code of a pickled module. Giving it is the user's consent to run what the file
             says; it is used only for a file that cannot be read without.
-    Raises InputError.
+
+    Raises:
+        InputError: for a file that is no tokenizer, is damaged, or needs code that was not given.
     """
     try:
         value = read_file(path)
@@ -153,14 +166,15 @@ def load_tokenizer(path, code_path=None):
 class CodeNeeded(InputError):
     """A file that runs code when loaded. `name` is the first class it asks for, as 'package.module.Class'."""
 
-    def __init__(self, path, name):
-        super().__init__(f'{path}: runs code when loaded (it holds {name}). Convert it once to a plain file with '
+    def __init__(self, path: str | Path, name: str):
+        why = 'carries a numpy value' if name.startswith('numpy.') else 'runs code when loaded'
+        super().__init__(f'{path}: {why} (it holds {name}). Convert it once to a plain file with '
                          'scripts/convert_tokenizer.py, which runs none of it; or, if you trust it, give the folder '
                          'of its code to --tokenizer-code-path')
         self.name = name
 
 
-def read_file(path):
+def read_file(path: str | Path) -> Any:
     """What a .safetensors or torch file holds, without running code from it. Raises InputError, or its CodeNeeded."""
     if str(path).lower().endswith('.safetensors'):
         try:
@@ -180,8 +194,12 @@ def read_file(path):
         raise
 
 
-def build(path, value):
-    """The tokenizer in what was read from `path`: a dict of tensors, a dict with a 'state_dict', or a module."""
+def build(path: str | Path, value: Any) -> nn.Module:
+    """The tokenizer in what was read from `path`: a dict of tensors, a dict with a 'state_dict', or a module.
+
+    Raises:
+        InputError: when it is anything else.
+    """
     if isinstance(value, nn.Module):
         return from_module(path, value.eval())
     state = value
@@ -192,15 +210,15 @@ def build(path, value):
     if {'mean', 'basis', 'scale'} <= state.keys():
         return patch_tokenizer(path, state)
     if not prefixes(state):
-        found = ', '.join(str(key)[:40] for key in list(state)[:5]) or 'nothing'
-        raise InputError(f'{path}: a tokenizer file of no known kind (found: {found})')
+        names = ', '.join(str(key)[:40] for key in list(state)[:5]) or 'nothing'
+        raise InputError(f'{path}: a tokenizer file of no known kind (found: {names})')
     try:
         return ViTVQGAN.from_state_dict(state)
     except InputError as error:
         raise InputError(f'{path}: {error}') from None
 
 
-def patch_tokenizer(path, state):
+def patch_tokenizer(path: str | Path, state: dict[str, Any]) -> PatchTokenizer:
     """The PatchTokenizer of a state dict. Raises InputError when the shapes do not fit."""
     tensors = [state[name] for name in ('mean', 'basis', 'scale')]
     if not all(isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in tensors):
@@ -214,15 +232,10 @@ def patch_tokenizer(path, state):
     return PatchTokenizer(*(tensor.float() for tensor in tensors)).eval()
 
 
-def first_line(error):
-    """The first line of an exception's message, or its type where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
 # ---------------------------------------------------------------- files that do
 
 @contextlib.contextmanager
-def on_sys_path(folder):
+def on_sys_path(folder: str | Path) -> Iterator[None]:
     """Let Python import from `folder` inside the with block."""
     folder = str(Path(folder).resolve())
     sys.path.insert(0, folder)
@@ -233,10 +246,20 @@ def on_sys_path(folder):
             sys.path.remove(folder)
 
 
-def load_running_code(path, code_path, use):
-    """Load a torch file by running the code it asks for, found in `code_path`. Returns use(path, what was loaded).
+def load_running_code(path: str | Path, code_path: str | Path, use: Callable[[str | Path, Any], Any]) -> Any:
+    """Load a torch file by running the code it asks for.
 
-    `use` runs with the folder importable too, since a module may import at its first call. Raises InputError.
+    Args:
+        path: of the file.
+        code_path: the folder of the code.
+        use: called with `path` and what was loaded, while the folder is importable, since a module may import at its
+            first call.
+
+    Returns:
+        What `use` returns.
+
+    Raises:
+        InputError: for a missing folder, and whatever goes wrong in the file's own code.
     """
     if not Path(code_path).is_dir():
         raise InputError(f'--tokenizer-code-path {code_path}: no such folder')
@@ -253,10 +276,11 @@ def load_running_code(path, code_path, use):
 
 
 @torch.no_grad()
-def features_of(module, side):
-    """Features (1, n, d) a module gives for one fixed noise image of side x side pixels.
+def features_of(module: nn.Module, side: int) -> torch.Tensor:
+    """Features (1, n, d) that a module gives for one fixed noise image of side x side pixels.
 
-    Raises InputError when it gives anything else, or n is no square that divides the image.
+    Raises:
+        InputError: when it gives anything else, or n is no square that divides the image.
     """
     image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     try:
@@ -265,20 +289,24 @@ def features_of(module, side):
         raise InputError(f'the module fails on a {side}x{side} image ({first_line(error)})') from None
     if not isinstance(features, torch.Tensor):
         raise InputError(f'the module gives a {type(features).__name__} for an image, not features (1, n, d)')
-    grid = math.isqrt(features.shape[1]) if features.ndim == 3 else 0
-    if grid == 0 or grid ** 2 != features.shape[1] or side % grid:
+    grid_size = math.isqrt(features.shape[1]) if features.ndim == 3 else 0
+    if grid_size == 0 or grid_size ** 2 != features.shape[1] or side % grid_size:
         raise InputError(f'the module gives shape {tuple(features.shape)} for an image, not features (1, n, d) '
                          'on a square grid')
     return features
 
 
-def same_features(theirs, ours):
+def same_features(theirs: torch.Tensor, ours: torch.Tensor) -> bool:
     """Whether two (1, n, d) features are the same but for rounding."""
     return theirs.shape == ours.shape and bool((theirs - ours).abs().max() <= 1e-3 * theirs.abs().max())
 
 
-def from_module(path, module):
-    """A pickled module as a tokenizer: as our ViTVQGAN where names and features agree, else as it was found."""
+def from_module(path: str | Path, module: nn.Module) -> nn.Module:
+    """A pickled module as a tokenizer: as our ViTVQGAN where names and features agree, else as it was found.
+
+    Raises:
+        InputError: for a module that gives no features.
+    """
     try:
         model = ViTVQGAN.from_state_dict(module.state_dict())
     except InputError:

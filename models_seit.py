@@ -1,12 +1,15 @@
 """Vision transformers on token embeddings (SeiT sec. 3.3): a Stem-adaptor instead of the patch embedding.
 
 The state dict has timm 0.5.4's names (`norm.*` for the final norm), so published weights load with a plain
-`load_state_dict`, and ours load there.
+`load_state_dict`, and ours load there. All else is timm's: intermediate features, other input sizes, layer decay.
 """
+from argparse import ArgumentParser, Namespace
+from typing import Any
+
 import timm
 import torch
-from timm.layers import trunc_normal_
-from timm.models import build_model_with_cfg, checkpoint_seq, generate_default_cfgs, register_model
+from timm.layers import PatchEmbed, to_2tuple, trunc_normal_
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
 from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ParseKwargs
 from torch import nn
@@ -14,89 +17,112 @@ from torch import nn
 from utils import InputError
 
 
-class StemAdaptor(nn.Module):
-    """4x4 convolution, stride 2, padding 1: (B, in_chans, s, s) embeddings -> (B, (s/2)², embed_dim) tokens.
+class StemAdaptor(PatchEmbed):
+    """timm's PatchEmbed with patches that overlap by a code on every side: a 4x4 convolution, stride 2, padding 1.
 
-    Args: img_size: side s of the input, in codes; the other arguments are as timm's PatchEmbed has them.
+    (B, in_chans, H, W) embeddings -> (B, H/2 · W/2, embed_dim) tokens.
     """
 
-    def __init__(self, img_size=28, patch_size=2, in_chans=32, embed_dim=768, bias=True, device=None, dtype=None, **_):
-        super().__init__()
-        self.num_patches = (img_size // 2) ** 2
-        self.proj = nn.Conv2d(in_chans, embed_dim, kernel_size=4, stride=patch_size, padding=1, bias=bias,
-                              device=device, dtype=dtype)
+    def __init__(self, img_size: int | tuple[int, int] = 28, patch_size: int = 2, **kwargs: Any) -> None:
+        with torch.random.fork_rng(devices=[]):  # PatchEmbed's convolution is replaced, and shall draw no numbers
+            super().__init__(img_size, patch_size, **kwargs)
+        proj = self.proj
+        self.proj = nn.Conv2d(proj.in_channels, proj.out_channels, kernel_size=patch_size + 2, stride=patch_size,
+                              padding=1, bias=proj.bias is not None).to(proj.weight)
 
-    def forward(self, x):
-        return self.proj(x).flatten(2).transpose(1, 2)
+    def _init_img_size(self, img_size: int | tuple[int, int] | None) -> tuple:
+        for side in to_2tuple(self.patch_size if img_size is None else img_size):
+            if side < 1 or side % self.patch_size[0]:
+                raise ValueError(f'an input size of {side} is no multiple of the patch size, {self.patch_size[0]}')
+        return super()._init_img_size(img_size)
+
+    def set_input_size(self, img_size: int | tuple[int, int] | None = None, patch_size: int | None = None) -> None:
+        """Change the size of the input. The patch size is fixed."""
+        if patch_size is not None and to_2tuple(patch_size) != self.patch_size:
+            raise ValueError(f'patch_size={patch_size}: the patch size of the Stem-adaptor is {self.patch_size[0]}')
+        super().set_input_size(img_size)
+
+
+@register_notrace_module  # torch.fx cannot follow the branch
+class PooledNorm(nn.LayerNorm):
+    """The final norm, after pooling: (B, D) is normalized, (B, N, D) tokens pass unchanged.
+
+    timm would call it `fc_norm`, and make `norm` an identity; the published weights call it `norm`.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) if x.ndim == 2 else x
 
 
 class TokenVisionTransformer(VisionTransformer):
-    """timm's VisionTransformer reading token embeddings; the class token attends, but the head reads the mean of
-    the patch tokens, then the norm (timm would call that norm `fc_norm`; the published weights call it `norm`).
+    """timm's VisionTransformer reading token embeddings, (B, in_chans, H, W) -> (B, num_classes).
 
-    forward: (B, in_chans, img_size, img_size) float -> (B, num_classes).
+    The class token attends, but the head reads the mean of the patch tokens, then the norm.
+    Tokens are never normalized by the final norm: `norm=True` of `forward_intermediates` has no effect, as in all
+    of timm's models that pool before the norm, and its final features are those of `forward_features`.
+    `norm_layer` chooses the norms of the blocks; the final norm is a LayerNorm.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any) -> None:
         super().__init__(patch_size=2, embed_layer=StemAdaptor, global_pool='avg', fc_norm=False, **kwargs)
-        self.in_chans = self.patch_embed.proj.in_channels  # as newer timm does
-        trunc_normal_(self.cls_token, std=0.02)  # timm 1.x starts it at 1e-6, the published model did not
+        self.in_chans = self.patch_embed.proj.in_channels  # timm 1.0.15 does not set it
+        if not isinstance(self.norm, nn.Identity):  # as it is with final_norm=False
+            self.norm = PooledNorm(self.embed_dim, eps=1e-6).to(self.norm.weight)
 
-    def forward_features(self, x, **_):
-        """(B, in_chans, s, s) -> (B, 1 + n, embed_dim), class token first, not yet normalised."""
-        x = self.patch_embed(x)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], 1)
-        x = self.pos_drop(x + self.pos_embed)
-        return checkpoint_seq(self.blocks, x) if self.grad_checkpointing and self.training else self.blocks(x)
+    def init_weights(self, *args: Any, **kwargs: Any) -> None:
+        """As timm's, but timm 1.x starts the class token at 1e-6; the published model did not."""
+        super().init_weights(*args, **kwargs)
+        if self.cls_token is not None:
+            trunc_normal_(self.cls_token, std=0.02)
 
-    def forward_head(self, x, pre_logits=False):
-        """(B, 1 + n, embed_dim) -> (B, num_classes), or (B, embed_dim) with pre_logits."""
-        x = self.head_drop(self.norm(x[:, 1:].mean(1)))
-        return x if pre_logits else self.head(x)
+    def pool(self, x: torch.Tensor, pool_type: str | None = None) -> torch.Tensor:
+        """(B, 1 + N, D) tokens -> (B, D): the mean of the patch tokens, normalized."""
+        return self.norm(super().pool(x, pool_type))
 
 
 # timm looks here for what a name stands for; no weights are hosted
 default_cfgs = generate_default_cfgs({
-    f'deit_{size}_token_{width}': {'num_classes': 1000, 'input_size': (width, 28, 28), 'classifier': 'head',
-                                   'first_conv': 'patch_embed.proj'}
-    for size, width in (('tiny', 32), ('small', 32), ('base', 32), ('small', 4), ('base', 4))
+    f'deit_{size}_token_{code_dim}': {'num_classes': 1000, 'input_size': (code_dim, 28, 28), 'fixed_input_size': True,
+                                      'classifier': 'head', 'first_conv': 'patch_embed.proj'}
+    for size, code_dim in (('tiny', 32), ('small', 32), ('base', 32), ('small', 4), ('base', 4))
 })
 
 
-def _token_vit(variant, pretrained, kwargs, **defaults):
+def _token_vit(variant: str, pretrained: bool, kwargs: dict, **defaults: Any) -> nn.Module:
     if pretrained:
         raise ValueError(f'{variant}: no weights are hosted; load a checkpoint with load_state_dict')
-    return build_model_with_cfg(TokenVisionTransformer, variant, False, **{'img_size': 28, **defaults, **kwargs})
+    feature_cfg = {'out_indices': 3, 'feature_cls': 'getter'}  # of features_only=True: the last three blocks
+    return build_model_with_cfg(TokenVisionTransformer, variant, False, feature_cfg=feature_cfg, **(defaults | kwargs))
 
 
 @register_model
-def deit_tiny_token_32(pretrained=False, **kwargs):
+def deit_tiny_token_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ViT-Ti (192/12/3) on 32-dimensional codes. Ours; the others are published."""
-    return _token_vit('deit_tiny_token_32', pretrained, kwargs, in_chans=32, embed_dim=192, depth=12, num_heads=3)
+    return _token_vit('deit_tiny_token_32', pretrained, kwargs, embed_dim=192, depth=12, num_heads=3)
 
 
 @register_model
-def deit_small_token_32(pretrained=False, **kwargs):
+def deit_small_token_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ViT-S (384/12/6) on 32-dimensional codes."""
-    return _token_vit('deit_small_token_32', pretrained, kwargs, in_chans=32, embed_dim=384, depth=12, num_heads=6)
+    return _token_vit('deit_small_token_32', pretrained, kwargs, embed_dim=384, depth=12, num_heads=6)
 
 
 @register_model
-def deit_base_token_32(pretrained=False, **kwargs):
+def deit_base_token_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ViT-B (768/12/12) on 32-dimensional codes: the paper's model."""
-    return _token_vit('deit_base_token_32', pretrained, kwargs, in_chans=32, embed_dim=768, depth=12, num_heads=12)
+    return _token_vit('deit_base_token_32', pretrained, kwargs, embed_dim=768, depth=12, num_heads=12)
 
 
 @register_model
-def deit_small_token_4(pretrained=False, **kwargs):
+def deit_small_token_4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ViT-S on 4-dimensional codes."""
-    return _token_vit('deit_small_token_4', pretrained, kwargs, in_chans=4, embed_dim=384, depth=12, num_heads=6)
+    return _token_vit('deit_small_token_4', pretrained, kwargs, embed_dim=384, depth=12, num_heads=6)
 
 
 @register_model
-def deit_base_token_4(pretrained=False, **kwargs):
+def deit_base_token_4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """ViT-B on 4-dimensional codes."""
-    return _token_vit('deit_base_token_4', pretrained, kwargs, in_chans=4, embed_dim=768, depth=12, num_heads=12)
+    return _token_vit('deit_base_token_4', pretrained, kwargs, embed_dim=768, depth=12, num_heads=12)
 
 
 # ---------------------------------------------------------------- from the command line
@@ -107,22 +133,39 @@ MODELS = timm.list_models(module='models_seit')
 class KeyValues(ParseKwargs):
     """timm's KEY=VALUE arguments, with a complaint about words of another form."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: list[str],
+                 option_string: str | None = None) -> None:
         wrong = [word for word in values if '=' not in word]
         if wrong:
             parser.error(f'argument {option_string}: {wrong[0]!r} is not of the form key=value')
         super().__call__(parser, namespace, values, option_string)
 
 
-def create_model(args, classes, size, width, **rates):
-    """--model with --model-kwargs, for `size` x `size` codes of a codebook `width` wide. Raises InputError."""
-    if args.model not in MODELS:
-        raise InputError(f'--model {args.model} is none of {", ".join(MODELS)}')
+def create_model(name: str, model_kwargs: dict[str, Any], num_classes: int, img_size: int,
+                 in_chans: int | None = None, **rates: float) -> nn.Module:
+    """The model of --model and --model-kwargs.
+
+    Args:
+        name: One of MODELS.
+        model_kwargs: The user's arguments for timm's VisionTransformer.
+        num_classes: Outputs of the head; 0 for no head.
+        img_size: Side of the input in codes.
+        in_chans: Elements of a codebook row, which must be what the model reads; None for no check.
+        **rates: timm's drop rates, such as drop_path_rate.
+
+    Raises:
+        InputError: The name is unknown, the arguments or the size are wrong, or the codebook is another model's.
+    """
+    if name not in MODELS:
+        raise InputError(f'--model {name} is none of {", ".join(MODELS)}')
     try:
-        model = timm.create_model(args.model, num_classes=classes, img_size=size, **rates, **args.model_kwargs)
-    except (TypeError, AssertionError, ValueError) as error:
-        raise InputError(f'--model {args.model} with --model-kwargs {args.model_kwargs}: {error}') from None
-    if model.in_chans != width:
-        raise InputError(f'{args.codebook_path}: its rows have {width} elements, but {args.model} reads '
-                         f'{model.in_chans}: choose the codebook or the model of the tokens')
+        model = timm.create_model(name, num_classes=num_classes, img_size=img_size, **rates, **model_kwargs)
+        if not isinstance(model, TokenVisionTransformer):
+            raise TypeError('this makes no classifier')  # features_only=True
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        flags = f'--model {name} with --model-kwargs {model_kwargs}' if model_kwargs else f'--model {name}'
+        raise InputError(f'{flags}: {str(error) or repr(error)}') from None
+    if in_chans not in (None, model.in_chans):
+        raise InputError(f"the codebook's rows have {in_chans} elements, but {name} reads {model.in_chans}: choose the "
+                         'codebook or the model of the tokens')
     return model

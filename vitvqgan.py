@@ -1,12 +1,12 @@
 """ViT-VQGAN, the tokenizer SeiT was trained on, under the parameter names of the public checkpoints.
 
 Yu et al., 'Vector-quantized Image Modeling with Improved VQGAN' (ICLR 2022, arXiv 2110.04627), section 3.1 for the
-encoder and the decoder, 3.2 for the codebook: narrow rows, L2-normalised before they are compared or decoded.
+encoder and the decoder, 3.2 for the codebook: narrow rows, L2-normalized before they are compared or decoded.
 """
 import math
 import re
 from collections import OrderedDict
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,10 +34,14 @@ SIZES = {'small': Size(512, 8, 8, 2048), 'base': Size(768, 12, 12, 3072)}
 
 # ---------------------------------------------------------------- transformer
 
-def position_table(height, width, dim, device=None):
+def position_table(height: int, width: int, dim: int, device: torch.device | None = None) -> torch.Tensor:
     """Fixed position embedding: [sin x, cos x, sin y, cos y], dim/4 each; x is the column, y the row.
 
-    Returns (1, height·width, dim) float32, row by row. Raises InputError unless 4 divides `dim`.
+    Returns:
+        (1, height·width, dim) float32, row by row.
+
+    Raises:
+        InputError: unless 4 divides `dim`, and for a table that is too large.
     """
     if dim % 4:
         raise InputError(f'a position embedding of width {dim} cannot be computed: the width must be a multiple of 4')
@@ -45,15 +49,16 @@ def position_table(height, width, dim, device=None):
         raise InputError(f'a position embedding for {height}x{width} codes of width {dim} is too large')
     frequency = 10000 ** (-torch.arange(dim // 4, device=device) / (dim // 4))
 
-    def waves(length):
+    def waves(length: int) -> torch.Tensor:
         angle = torch.arange(length, device=device)[:, None] * frequency
         return torch.cat([angle.sin(), angle.cos()], -1)  # (length, dim/2)
 
-    x, y = repeat(waves(width), 'w d -> (h w) d', h=height), repeat(waves(height), 'h d -> (h w) d', w=width)
+    x = repeat(waves(width), 'w d -> (h w) d', h=height)
+    y = repeat(waves(height), 'h d -> (h w) d', w=width)
     return torch.cat([x, y], -1)[None]
 
 
-def add_position(x, height, width, table):
+def add_position(x: torch.Tensor, height: int, width: int, table: torch.Tensor) -> torch.Tensor:
     """x (B, height·width, dim) plus `table` (1, side², dim), or plus a computed table where the grid is another."""
     if height != width or table.shape[1] != height * width:
         table = position_table(height, width, x.shape[-1], x.device).to(table.dtype)
@@ -63,13 +68,13 @@ def add_position(x, height, width, table):
 class Attention(nn.Module):
     """Self-attention, (B, n, dim) -> (B, n, dim); queries, keys and values without bias."""
 
-    def __init__(self, dim, heads):
+    def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
         self.to_qkv = nn.Linear(dim, 3 * heads * HEAD_DIM, bias=False)
         self.to_out = nn.Linear(heads * HEAD_DIM, dim)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v = rearrange(self.to_qkv(x), 'b n (t h d) -> t b h n d', t=3, h=self.heads)
         return self.to_out(rearrange(F.scaled_dot_product_attention(q, k, v), 'b h n d -> b n (h d)'))
 
@@ -77,37 +82,37 @@ class Attention(nn.Module):
 class FeedForward(nn.Module):
     """(B, n, dim) -> (B, n, dim). Tanh, not GELU: what the public weights were trained with."""
 
-    def __init__(self, dim, mlp_dim):
+    def __init__(self, dim: int, mlp_dim: int):
         super().__init__()
         self.net = nn.Sequential(nn.Linear(dim, mlp_dim), nn.Tanh(), nn.Linear(mlp_dim, dim))
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.net(x)
 
 
 class PreNorm(nn.Module):
-    """`fn` of the normalised input."""
+    """`fn` of the normalized input."""
 
-    def __init__(self, dim, fn):
+    def __init__(self, dim: int, fn: nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(dim)
         self.fn = fn
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fn(self.norm(x))
 
 
 class Transformer(nn.Module):
     """Pre-norm layers and a final norm, (B, n, dim) -> (B, n, dim)."""
 
-    def __init__(self, size):
+    def __init__(self, size: Size):
         super().__init__()
         self.layers = nn.ModuleList(
             nn.ModuleList([PreNorm(size.dim, Attention(size.dim, size.heads)),
                            PreNorm(size.dim, FeedForward(size.dim, size.mlp_dim))]) for _ in range(size.depth))
         self.norm = nn.LayerNorm(size.dim)
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         for attention, feed_forward in self.layers:
             x = x + attention(x)
             x = x + feed_forward(x)
@@ -117,15 +122,15 @@ class Transformer(nn.Module):
 # ---------------------------------------------------------------- encoder, decoder, tokenizer
 
 class Encoder(nn.Module):
-    """(B, 3, H, W) -> (B, n, dim), n = H/patch · W/patch; `grid` is the side of the stored position table."""
+    """(B, 3, H, W) -> (B, n, dim), n = H/patch · W/patch; `grid_size` is the side of the stored position table."""
 
-    def __init__(self, size, patch_size, grid):
+    def __init__(self, size: Size, patch_size: int, grid_size: int):
         super().__init__()
         self.to_patch_embedding = nn.Sequential(nn.Conv2d(3, size.dim, patch_size, stride=patch_size))
-        self.register_buffer('en_pos_embedding', position_table(grid, grid, size.dim))
+        self.register_buffer('en_pos_embedding', position_table(grid_size, grid_size, size.dim))
         self.transformer = Transformer(size)
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.to_patch_embedding(images)  # (B, dim, h, w)
         height, width = x.shape[-2:]
         x = rearrange(x, 'b d h w -> b (h w) d')
@@ -135,14 +140,14 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """(B, n, dim), n a square -> (B, 3, H, W), unclamped."""
 
-    def __init__(self, size, patch_size, grid):
+    def __init__(self, size: Size, patch_size: int, grid_size: int):
         super().__init__()
-        self.register_buffer('de_pos_embedding', position_table(grid, grid, size.dim))
+        self.register_buffer('de_pos_embedding', position_table(grid_size, grid_size, size.dim))
         self.transformer = Transformer(size)
         convolution = nn.ConvTranspose2d(size.dim, 3, patch_size, stride=patch_size)
         self.to_pixel = nn.Sequential(OrderedDict({'1': convolution}))  # the published name is to_pixel.1
 
-    def forward(self, x):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         side = math.isqrt(x.shape[1])
         x = self.transformer(add_position(x, side, side, self.de_pos_embedding))
         return self.to_pixel(rearrange(x, 'b (h w) d -> b d h w', h=side))
@@ -160,35 +165,46 @@ class ViTVQGAN(nn.Module):
         patch_size: pixels a code covers, on each side.
     """
 
-    def __init__(self, encoder, decoder=None, codebook_size=0, embed_dim=32, image_size=256, patch_size=8):
+    def __init__(self, encoder: Size, decoder: Size | None = None, codebook_size: int = 0, embed_dim: int = 32,
+                 image_size: int = 256, patch_size: int = 8):
         super().__init__()
-        self.patch_size, self.embed_dim, self.image_size = patch_size, embed_dim, image_size
-        grid = image_size // patch_size
-        self.encoder = Encoder(encoder, patch_size, grid)
+        self.patch_size = patch_size
+        self.embed_dim = embed_dim
+        self.image_size = image_size
+        grid_size = image_size // patch_size
+        self.encoder = Encoder(encoder, patch_size, grid_size)
         self.pre_quant = nn.Linear(encoder.dim, embed_dim)
         self.quantizer = nn.ModuleDict({'embedding': nn.Embedding(codebook_size, embed_dim)}) if codebook_size else None
         self.post_quant = nn.Linear(embed_dim, decoder.dim) if decoder else None
-        self.decoder = Decoder(decoder, patch_size, grid) if decoder else None
+        self.decoder = Decoder(decoder, patch_size, grid_size) if decoder else None
 
     @classmethod
-    def from_name(cls, name):
-        """The published size 'small' or 'base', whole, with 8192 codes and random weights: for benchmarks."""
+    def from_name(cls, name: str) -> 'ViTVQGAN':
+        """The published size 'small' or 'base', whole, with 8192 codes and random weights: for benchmarks.
+
+        Raises:
+            InputError: for another name.
+        """
         if name not in SIZES:
             raise InputError(f'no ViT-VQGAN is called {name}: choose {" or ".join(SIZES)}')
         return cls(SIZES[name], SIZES[name], codebook_size=8192)
 
     @classmethod
-    def from_state_dict(cls, state):
+    def from_state_dict(cls, state: dict[str, Any]) -> 'ViTVQGAN':
         """Build the model a state dict describes, in float32 and eval mode.
 
         Sizes are read from the shapes. A prefix shared by all names is dropped, foreign names (`loss.*`) are ignored,
-        position tables may be absent. Raises InputError naming what is missing, mis-shaped or unknown.
+        position tables may be absent.
+
+        Raises:
+            InputError: naming what is missing, of another shape, or unknown.
         """
         state = without_prefix(state)
         with torch.device('meta'):  # names and shapes only; the tensors are those of `state`
             model = cls(**read_config(state))
-        wanted, grid = model.state_dict(), model.image_size // model.patch_size
-        tables = {key: position_table(grid, grid, value.shape[-1]) for key, value in wanted.items()
+        wanted = model.state_dict()
+        grid_size = model.image_size // model.patch_size
+        tables = {key: position_table(grid_size, grid_size, value.shape[-1]) for key, value in wanted.items()
                   if key.endswith('_pos_embedding')}
         state = tables | state
         check_names_and_shapes(state, wanted)
@@ -196,11 +212,11 @@ class ViTVQGAN(nn.Module):
         return model.eval()
 
     @property
-    def codebook(self):
+    def codebook(self) -> torch.Tensor | None:
         """(K, embed_dim) float, rows as stored, or None where the checkpoint has none."""
         return None if self.quantizer is None else self.quantizer['embedding'].weight.detach()
 
-    def forward(self, images):
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) float in [0, 1] -> (B, n, embed_dim) features, row by row. H and W: multiples of patch_size."""
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
@@ -208,10 +224,10 @@ class ViTVQGAN(nn.Module):
                              f'choose an image size that is a multiple of {self.patch_size}')
         return self.pre_quant(self.encoder(images))
 
-    def decode(self, embeddings):
+    def decode(self, embeddings: torch.Tensor) -> torch.Tensor:
         """(B, n, embed_dim) codebook rows as stored, n a square -> (B, 3, H, W) float, unclamped.
 
-        The decoder was trained on normalised rows (section 3.2), so they are normalised here.
+        The decoder was trained on normalized rows (section 3.2), so they are normalized here.
         """
         if self.decoder is None:
             raise InputError('this tokenizer has no decoder: codes cannot be turned back into images')
@@ -222,24 +238,24 @@ class ViTVQGAN(nn.Module):
 
 # ---------------------------------------------------------------- reading state dicts
 
-def prefixes(state):
+def prefixes(state: dict) -> set[str]:
     """What stands before the names of a ViT-VQGAN encoder in `state`: a set, {''} for a plain one, empty for none."""
     name = re.compile(r'((?:.*\.)?)(?:encoder\.(?:to_patch_embedding|transformer)|pre_quant)\.')
     return {match.group(1) for match in map(name.match, map(str, state)) if match}
 
 
-def without_prefix(state):
+def without_prefix(state: dict) -> dict[str, Any]:
     """`state` with the prefix common to the tokenizer's names dropped. Raises InputError for none or several."""
-    found = prefixes(state)
-    if not found:
+    choices = sorted(prefixes(state))  # '' first
+    if not choices:
         raise InputError('holds no ViT-VQGAN encoder')
-    prefix = '' if '' in found else found.pop()
-    if found and prefix:
-        raise InputError(f'holds several ViT-VQGAN encoders, under {prefix} and {", ".join(sorted(found))}')
+    prefix = choices[0]
+    if prefix and len(choices) > 1:
+        raise InputError(f'holds several ViT-VQGAN encoders, under {" and ".join(choices)}')
     return {str(key)[len(prefix):]: value for key, value in state.items() if str(key).startswith(prefix)}
 
 
-def shape_of(state, key, dims):
+def shape_of(state: dict[str, Any], key: str, dims: int) -> tuple[int, ...]:
     """Shape of the tensor `key`. Raises InputError where it is missing, or has not `dims` non-empty dimensions."""
     if not isinstance(state.get(key), torch.Tensor) or not state[key].is_floating_point():
         raise InputError(f'{key} is missing')
@@ -249,8 +265,8 @@ def shape_of(state, key, dims):
     return shape
 
 
-def read_size(state, part):
-    """Size of the transformer of 'encoder' or 'decoder', from the shapes."""
+def read_size(state: dict[str, Any], part: str) -> Size:
+    """Size of the transformer of 'encoder' or 'decoder', from the shapes. Raises InputError."""
     layers = re.compile(rf'{part}\.transformer\.layers\.(\d+)\.')
     depth = len({match.group(1) for match in map(layers.match, state) if match})
     if depth > MAX_DEPTH:
@@ -260,7 +276,7 @@ def read_size(state, part):
     return Size(dim, depth, max(1, rows // (3 * HEAD_DIM)), mlp_dim)
 
 
-def read_config(state):
+def read_config(state: dict[str, Any]) -> dict[str, Any]:
     """ViTVQGAN's arguments, from the shapes. Raises InputError."""
     patch_size = shape_of(state, 'encoder.to_patch_embedding.0.weight', 4)[-1]
     image_size = 256
@@ -274,7 +290,7 @@ def read_config(state):
             'image_size': image_size, 'patch_size': patch_size}
 
 
-def check_names_and_shapes(state, wanted):
+def check_names_and_shapes(state: dict[str, Any], wanted: dict[str, torch.Tensor]) -> None:
     """InputError unless `state` has every name of `wanted` in its shape, and no unknown one in encoder or decoder."""
     problems = []
     for key, value in wanted.items():

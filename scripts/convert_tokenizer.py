@@ -11,17 +11,32 @@ compared with those of the converted tokenizer.
 import argparse
 import sys
 from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from files import atomic_path, check_writable, save_torch
+from flags import Parser
+from image_tokenizer import CodeNeeded, features_of, load_running_code, read_file, same_features
+from utils import InputError, print0, run
+from vitvqgan import ViTVQGAN
 
-import safetensors.torch  # noqa: E402
-import torch  # noqa: E402
-from torch import nn  # noqa: E402
 
-from image_tokenizer import CodeNeeded, features_of, load_running_code, read_file, same_features  # noqa: E402
-from utils import InputError, atomic_path, run, save_torch  # noqa: E402
-from vitvqgan import ViTVQGAN  # noqa: E402
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises InputError."""
+    parser = Parser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    add('--input', required=True, metavar='FILE', help='published tokenizer file')
+    add('--output', required=True, metavar='FILE',
+        help='plain file to write: .safetensors, or any other ending for a torch file')
+    add('--tokenizer-code-path', metavar='DIR',
+        help='load the file by running its code, found in this folder, and compare the features')
+    return parser.parse_args(argv)
 
 
 # ---------------------------------------------------------------- reading without running code
@@ -29,18 +44,18 @@ from vitvqgan import ViTVQGAN  # noqa: E402
 class Container:
     """Stands for an object whose class is not run: takes whatever the file gives it and keeps named attributes."""
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args: Any, **kwargs: Any):
         pass
 
-    def __new__(cls, *args, **kwargs):
+    def __new__(cls, *args: Any, **kwargs: Any) -> 'Container':
         return super().__new__(cls)
 
-    def __setstate__(self, state):
+    def __setstate__(self, state: Any) -> None:
         if isinstance(state, dict):
             self.__dict__.update(state)
 
 
-def stand_in(name):
+def stand_in(name: str) -> type:
     """A class to be found under the name 'package.module.Class' whose instances are empty containers."""
     module, _, short = (name if '.' in name else f'builtins.{name}').rpartition('.')
     body = {'__module__': module}
@@ -49,7 +64,7 @@ def stand_in(name):
     return type(short, (Container,), body)
 
 
-def read_inert(path):
+def read_inert(path: str | Path) -> Any:
     """What a file holds, with an empty container in place of each class torch does not know. Raises InputError."""
     stand_ins = {}
     while True:
@@ -63,7 +78,7 @@ def read_inert(path):
                 stand_ins[error.name] = stand_in(error.name)
 
 
-def tensors_of(node, prefix=''):
+def tensors_of(node: Any, prefix: str = '') -> Iterator[tuple[str, torch.Tensor]]:
     """Yield (name, tensor) for all tensors in a nest of dicts and of modules, living or contained."""
     if isinstance(node, torch.Tensor):
         yield prefix[:-1], node.detach()
@@ -76,65 +91,97 @@ def tensors_of(node, prefix=''):
 
 # ---------------------------------------------------------------- finding the parts
 
-def root_of(tensors, end):
-    """What precedes `end` in the one name that ends so; None when none does. Raises InputError when several do."""
-    roots = [name.removesuffix(end) for name in tensors if f'.{name}'.endswith(f'.{end}')]
-    if len(roots) > 1:
-        raise InputError(f'several tensors are called {end}, under {", ".join(roots)}: which to take is unknown')
-    return roots[0] if roots else None
+class PartFinder:
+    """Moves tensors from a file's names to ours, one part of the ViT-VQGAN after the other; prints what it finds.
+
+    Args:
+        tensors: name -> tensor, as in the file.
+
+    Attributes:
+        left: those not taken yet.
+        taken: those taken, under our names.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor]):
+        self.left = dict(tensors)
+        self.taken = {}
+
+    def some_left(self) -> str:
+        """The first names that are left."""
+        return ', '.join(list(self.left)[:5])
+
+    def root_of(self, end: str) -> str | None:
+        """What precedes `end` in the one name that ends so; None when none does. Raises InputError for several."""
+        roots = [name.removesuffix(end) for name in self.left if f'.{name}'.endswith(f'.{end}')]
+        if len(roots) > 1:
+            raise InputError(f'several tensors are called {end}, under {", ".join(roots)}: which to take is unknown')
+        return roots[0] if roots else None
+
+    def take(self, part: str, root: str, starts: tuple[str, ...]) -> None:
+        """Take the tensors under `root` whose names continue with one of `starts`, as `part`."""
+        names = [name for name in self.left if name.startswith(root) and name[len(root):].startswith(starts)]
+        for name in names:
+            self.taken[f'{part}.{name[len(root):]}'] = self.left.pop(name)
+        print0(f'{part:20}  {len(names):3} tensors, from {root or "the top"}')
+
+    def take_matrix(self, part: str, fits: Callable[[tuple[int, ...], bool], bool]) -> None:
+        """Take a weight, and its bias if any, by the name `part`; else the only weight that fits(shape, has a bias)."""
+        root = self.root_of(f'{part}.weight')
+        if root is not None:
+            roots = [f'{root}{part}.']
+        else:
+            weights = [name for name in self.left if name.endswith('.weight')]
+            roots = [name.removesuffix('weight') for name in weights
+                     if fits(tuple(self.left[name].shape), name.removesuffix('weight') + 'bias' in self.left)]
+        if len(roots) == 1:
+            self.take(part, roots[0], ('weight', 'bias'))
+        else:
+            print0(f'{part:20}  not found' + (f': {", ".join(roots)} would all fit' if roots else ''))
 
 
-def take(tensors, part, found, root, ends):
-    """Move the tensors under `root` whose names go on with one of `ends` from `tensors` to `found`, under `part`."""
-    names = [name for name in tensors if name.startswith(root) and name[len(root):].startswith(ends)]
-    found.update({f'{part}.{name[len(root):]}': tensors.pop(name) for name in names})
-    print(f'{part:20}  {len(names):3} tensors, from {root or "the top"}')
-
-
-def take_matrix(tensors, part, found, fits):
-    """Move a weight, and its bias if any, by the name `part`; else the only weight that fits(shape, has a bias)."""
-    root = root_of(tensors, f'{part}.weight')
-    roots = [f'{root}{part}.'] if root is not None else [
-        name.removesuffix('weight') for name, value in tensors.items() if name.endswith('.weight')
-        and fits(tuple(value.shape), name.removesuffix('weight') + 'bias' in tensors)]
-    if len(roots) == 1:
-        take(tensors, part, found, roots[0], ('weight', 'bias'))
-    else:
-        print(f'{part:20}  not found' + (f': {", ".join(roots)} would all fit' if roots else ''))
-
-
-def find_parts(tensors):
+def find_parts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The tensors of encoder, pre_quant, and where there are any codebook, decoder, post_quant, under our names.
 
-    Args: tensors, a dict of name -> tensor, emptied of what is taken. Prints what was found. Raises InputError.
+    Prints what was found.
+
+    Args:
+        tensors: name -> tensor, as in the file.
+
+    Raises:
+        InputError: a part is missing, or cannot be told.
     """
-    found, listed = {}, ', '.join(list(tensors)[:5]) or 'no tensor'
-    root = root_of(tensors, 'to_patch_embedding.0.weight')
+    parts = PartFinder(tensors)
+    root = parts.root_of('to_patch_embedding.0.weight')
     if root is None:
         raise InputError('holds no ViT-VQGAN encoder: no tensor is called to_patch_embedding.0.weight '
-                         f'(found: {listed})')
-    take(tensors, 'encoder', found, root, ('to_patch_embedding.', 'transformer.', 'en_pos_embedding'))
-    root = root_of(tensors, 'to_pixel.1.weight')
-    if root is not None:
-        take(tensors, 'decoder', found, root, ('to_pixel.', 'transformer.', 'de_pos_embedding'))
-    dim = len(found['encoder.to_patch_embedding.0.weight'])
-    take_matrix(tensors, 'pre_quant', found, lambda shape, bias: bias and len(shape) == 2 and shape[1] == dim)
-    if 'pre_quant.weight' not in found:
-        raise InputError(f'no pre_quant, a Linear from {dim} to the codebook\'s width, could be told among what is '
-                         f'left: {", ".join(list(tensors)[:5]) or "nothing"}')
-    width = len(found['pre_quant.weight'])
-    take_matrix(tensors, 'quantizer.embedding', found,
-                lambda shape, bias: not bias and len(shape) == 2 and shape[1] == width)
-    if root is not None:
-        take_matrix(tensors, 'post_quant', found, lambda shape, bias: bias and len(shape) == 2 and shape[1] == width)
-    print(f'{"left out":20}  {len(tensors):3} tensors' + (f': {", ".join(list(tensors)[:5])} ...' if tensors else ''))
-    return found
+                         f'(found: {parts.some_left() or "no tensor"})')
+    parts.take('encoder', root, ('to_patch_embedding.', 'transformer.', 'en_pos_embedding'))
+    decoder_root = parts.root_of('to_pixel.1.weight')
+    if decoder_root is not None:
+        parts.take('decoder', decoder_root, ('to_pixel.', 'transformer.', 'de_pos_embedding'))
+    dim = len(parts.taken['encoder.to_patch_embedding.0.weight'])
+    parts.take_matrix('pre_quant', lambda shape, bias: bias and len(shape) == 2 and shape[1] == dim)
+    if 'pre_quant.weight' not in parts.taken:
+        raise InputError(f"no pre_quant, a Linear from {dim} to the codebook's code_dim, could be told among what is "
+                         f'left: {parts.some_left() or "nothing"}')
+    code_dim = len(parts.taken['pre_quant.weight'])
+    parts.take_matrix('quantizer.embedding',
+                      lambda shape, bias: not bias and len(shape) == 2 and shape[1] == code_dim)
+    if decoder_root is not None:
+        parts.take_matrix('post_quant', lambda shape, bias: bias and len(shape) == 2 and shape[1] == code_dim)
+    names = f': {parts.some_left()} ...' if parts.left else ''
+    print0(f'{"left out":20}  {len(parts.left):3} tensors{names}')
+    return parts.taken
 
 
 # ---------------------------------------------------------------- the program
 
-def convert(path, value):
-    """The ViTVQGAN in what was read from `path`. Where that is a living module, their features must agree."""
+def convert(path: str | Path, value: Any) -> ViTVQGAN:
+    """The tokenizer in what was read from `path`. Where that is a living module, their features must agree.
+
+    Raises:
+        InputError: it is no ViT-VQGAN.
+    """
     source = value['state_dict'] if isinstance(value, dict) and 'state_dict' in value else value
     tensors = {name: tensor for name, tensor in tensors_of(source) if not name.startswith('loss.')}
     try:
@@ -143,13 +190,14 @@ def convert(path, value):
             theirs = features_of(value.eval(), model.image_size)
             if not same_features(theirs, features_of(model, model.image_size)):
                 raise InputError('the module computes other features than a ViT-VQGAN with its weights: not converted')
-            print('the features of the module and of the converted tokenizer agree')
+            print0('the features of the module and of the converted tokenizer agree')
     except InputError as error:
         raise InputError(f'{path}: {error}') from None
     return model
 
 
-def main(args):
+def main(args: argparse.Namespace) -> None:
+    check_writable(args.output)
     if args.tokenizer_code_path:
         model = load_running_code(args.input, args.tokenizer_code_path, convert)
     else:
@@ -161,19 +209,9 @@ def main(args):
     else:
         save_torch(state, args.output)
     count = sum(tensor.numel() for tensor in state.values()) / 1e6
-    print(f'{args.output}: {count:.1f} M numbers, {model.image_size}x{model.image_size} images, patches of '
-          f'{model.patch_size}, features of {model.embed_dim}')
-
-
-def get_args():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--input', required=True, metavar='FILE', help='published tokenizer file')
-    parser.add_argument('--output', required=True, metavar='FILE',
-                        help='plain file to write: .safetensors, or any other ending for a torch file')
-    parser.add_argument('--tokenizer-code-path', metavar='DIR',
-                        help='load the file by running its code, found in this folder, and compare the features')
-    return parser.parse_args()
+    print0(f'{args.output}: {count:.1f} M numbers, {model.image_size}x{model.image_size} images, patches of '
+           f'{model.patch_size}, features of {model.embed_dim}')
 
 
 if __name__ == '__main__':
-    run(main, get_args())
+    run(main, parse_args)

@@ -1,58 +1,149 @@
-"""Learn a patch tokenizer and its codebook from a folder of images: PCA of patches, then spherical k-means.
+"""Learn a patch tokenizer and its codebook from images: PCA of patches, then spherical k-means.
 
     python scripts/fit_patch_tokenizer.py --data-path IMAGES/train --image-size 64 --output-dir tokens
 
 Writes tokenizer.pt (plain tensors) and codebook.ckpt. A stand-in for ViT-VQGAN that fits in a minute on a CPU and
-takes half a megabyte; equal input and flags give equal files on one machine.
+takes half a megabyte; equal input and flags give equal files on one machine. Images come as in tokenize_images.py:
+class folders, a list file, tar shards or parquet files. Memory goes with --max-patches, not with --max-images.
 """
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader, Subset
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from image_tokenizer import PatchTokenizer, image_transform, open_image_folder, quantize  # noqa: E402
-from utils import InputError, run, save_torch  # noqa: E402
+from codebook import quantize
+from files import check_writable, save_torch
+from flags import SEED, Parser, integer
+from image_sources import Source, load_images, open_source
+from image_tokenizer import PatchTokenizer, unit_range
+from utils import InputError, cores, run
+
+BATCH_SIZE = 64  # images decoded at a time
+ROWS_AT_ONCE = 1 << 16  # patches in one product: bounds memory
+SHUFFLED_WHOLE = 1 << 24  # numbers that are shuffled in memory to draw from them (128 MiB)
 
 
-def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises InputError for values that cannot be."""
+    parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add('--data-path', required=True, metavar='DIR', help='class folders of images')
+    add('--data-path', required=True, metavar='PATH',
+        help='class folders of images, a list file .txt, tar shards or parquet files: see image_sources.py')
     add('--output-dir', required=True, metavar='DIR')
-    add('--image-size', type=int, default=256, help='images are resized to this, both sides')
-    add('--patch-size', type=int, default=8)
-    add('--dim', type=int, default=32, help='components kept, the width of the codebook')
-    add('--codes', type=int, default=391, help='rows of the codebook')
-    add('--max-images', type=int, default=2000, help='drawn at random for the fit')
-    add('--max-patches', type=int, default=200_000, help='of their patches, drawn at random')
-    add('--iterations', type=int, default=50, help='of k-means')
-    add('--seed', type=int, default=0)
-    return parser
+    add('--image-size', type=integer(1), default=256, help='images are resized to this, both sides')
+    add('--patch-size', type=integer(1), default=8)
+    add('--dim', type=integer(1), default=32, help='components kept, the width of the codebook')
+    add('--codes', type=integer(1), default=391, help='rows of the codebook')
+    add('--max-images', type=integer(1), default=2000, help='drawn at random for the fit')
+    add('--max-patches', type=integer(1), default=200_000, help='of their patches, drawn at random')
+    add('--iterations', type=integer(0), default=50, help='of k-means')
+    add('--seed', type=SEED, default=0)
+    add('--num-workers', type=integer(0), metavar='N', help='processes that decode images; default: the cores')
+    add('--skip-bad-images', action='store_true', help='leave unreadable images out, instead of stopping at one')
+    add('--max-image-pixels', type=integer(1), metavar='N', help="images with more are refused; default: PIL's limit")
+    args = parser.parse_args(argv)
+    check_sizes(args.image_size, args.patch_size)
+    return args
 
 
-def sample_images(args, generator):
-    """(N, 3, S, S) float32 images drawn at random."""
-    folder = open_image_folder(args.data_path, image_transform(args.image_size))
-    chosen = torch.randperm(len(folder), generator=generator)[:args.max_images].tolist()
-    return torch.cat([images for images, _ in DataLoader(Subset(folder, chosen), batch_size=100)])
+def check_sizes(image_size: int, patch_size: int) -> None:
+    """InputError unless patches divide the images."""
+    if patch_size > image_size:
+        raise InputError(f'--patch-size {patch_size}: larger than images of --image-size {image_size}')
+    if image_size % patch_size:
+        near = image_size // patch_size * patch_size
+        raise InputError(f'--image-size {image_size}: images of it do not divide into patches of {patch_size}: choose '
+                         f'{near} or {near + patch_size}')
 
 
-def fit_pca(patches, dim):
+# ---------------------------------------------------------------- patches
+
+def draw(total: int, count: int, generator: torch.Generator) -> torch.Tensor:
+    """`count` of the numbers below `total` (all, where there are fewer), none twice, in random order: int64.
+
+    Many numbers are not shuffled to draw a few of them.
+    """
+    if total <= SHUFFLED_WHOLE or 2 * count > total:
+        return torch.randperm(total, generator=generator)[:count]
+    drawn = torch.empty(0, dtype=torch.int64)
+    while len(drawn) < count:
+        drawn = torch.cat([drawn, torch.randint(total, (count,), generator=generator)]).unique()
+    return drawn[torch.randperm(len(drawn), generator=generator)[:count]]
+
+
+def sample_patches(source: Source, args: argparse.Namespace, generator: torch.Generator) -> tuple[torch.Tensor, int]:
+    """Patches drawn at random from images drawn at random, which are decoded and dropped batch by batch.
+
+    Returns:
+        (N, 3·p·p) float32, and the number of images that they are from.
+
+    Raises:
+        InputError: for images that cannot be read, and too few patches.
+    """
+    n = (args.image_size // args.patch_size) ** 2
+    images = draw(len(source), args.max_images, generator)
+    chosen = draw(len(images) * n, args.max_patches, generator)  # patch k of image i has number i · n + k
+    check_enough(args, len(chosen))
+    order = chosen.argsort()
+    starts = torch.searchsorted(chosen[order], torch.arange(len(images) + 1) * n).tolist()
+    used = [i for i in range(len(images)) if starts[i] < starts[i + 1]]
+    position = {int(images[i]): i for i in used}
+
+    width = 3 * args.patch_size ** 2
+    cut = PatchTokenizer(torch.zeros(width), torch.eye(width), torch.tensor(1.)).patches
+    patches = torch.empty(len(chosen), width)
+    filled = torch.zeros(len(chosen), dtype=torch.bool)
+    numbers = sorted(position)  # row groups of parquet files are read once
+    batches = [numbers[first:first + BATCH_SIZE] for first in range(0, len(numbers), BATCH_SIZE)]
+    good = 0
+    for batch in load_images(source, batches, args.image_size, skip_bad=args.skip_bad_images,
+                             workers=cores() if args.num_workers is None else args.num_workers,
+                             max_pixels=args.max_image_pixels):
+        good += len(batch.indices)
+        for index, pixels in zip(batch.indices.tolist(), batch.pixels):
+            i = position[index]
+            rows = order[starts[i]:starts[i + 1]]
+            patches[rows] = cut(unit_range(pixels[None]))[0, chosen[rows] - i * n]
+            filled[rows] = True
+    if not filled.all():
+        patches = patches[filled]
+        check_enough(args, len(patches))
+    return patches, good
+
+
+def check_enough(args: argparse.Namespace, patches: int) -> None:
+    """InputError where patches are too few, or too small, for the codebook."""
+    width = 3 * args.patch_size ** 2
+    if patches < args.codes or width < args.dim:
+        raise InputError(f'{args.data_path}: {patches} patches of {width} values are too few for {args.codes} codes of '
+                         f'{args.dim}')
+
+
+# ---------------------------------------------------------------- the fit
+
+def fit_pca(patches: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean (m,) and leading components (m, dim) of patches (N, m); each component's largest entry is positive."""
     mean = patches.mean(0)
-    centred = (patches - mean).double()
-    _, vectors = torch.linalg.eigh(centred.T @ centred)
+    scatter = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+    for part in patches.split(ROWS_AT_ONCE):
+        centered = (part - mean).double()
+        scatter += centered.T @ centered
+    _, vectors = torch.linalg.eigh(scatter)
     basis = vectors.flip(1)[:, :dim]
     largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
     return mean, (basis * largest.sign()).float().contiguous()
 
 
-def spherical_kmeans(features, codes, iterations, generator):
+def nearest(features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """`quantize` for many features (N, d), in little memory."""
+    return torch.cat([quantize(part, rows) for part in features.split(ROWS_AT_ONCE)])
+
+
+def spherical_kmeans(features: torch.Tensor, codes: int, iterations: int, generator: torch.Generator) -> torch.Tensor:
     """Codebook (codes, d): k-means by cosine. A row is its cluster's mean feature, with its length.
 
     A cluster that empties starts again at the features that fit their rows worst.
@@ -60,42 +151,41 @@ def spherical_kmeans(features, codes, iterations, generator):
     unit = F.normalize(features, dim=-1)
     rows = unit[torch.randperm(len(unit), generator=generator)[:codes]]
     for _ in range(iterations):
-        assigned = quantize(unit, rows)
+        assigned = nearest(unit, rows)
         count = torch.bincount(assigned, minlength=codes)
         rows = F.normalize(torch.zeros_like(rows).index_add_(0, assigned, unit), dim=-1)
         empty = (count == 0).nonzero().squeeze(1)
         if len(empty):
             worst = (unit * rows[assigned]).sum(-1).argsort()[:len(empty)]
             rows[empty] = unit[worst]
-    assigned = quantize(unit, rows)
+    assigned = nearest(unit, rows)
     total = torch.zeros_like(rows).index_add_(0, assigned, features)
     count = torch.bincount(assigned, minlength=codes)
     return torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], rows * features.norm(dim=1).mean())
 
 
-def main(args):
+def main(args: argparse.Namespace) -> None:
+    tokenizer_path = Path(args.output_dir) / 'tokenizer.pt'
+    codebook_path = Path(args.output_dir) / 'codebook.ckpt'
+    source = open_source(args.data_path)
+    check_writable(tokenizer_path)
+    check_writable(codebook_path)
     generator = torch.Generator().manual_seed(args.seed)
-    images = sample_images(args, generator)
-    raw = PatchTokenizer(torch.zeros(3 * args.patch_size ** 2), torch.eye(3 * args.patch_size ** 2), torch.tensor(1.))
-    patches = raw.patches(images).flatten(0, 1)
-    patches = patches[torch.randperm(len(patches), generator=generator)[:args.max_patches]]
-    if len(patches) < args.codes or patches.shape[1] < args.dim:
-        raise InputError(f'{args.data_path}: {len(patches)} patches of {patches.shape[1]} values are too few for '
-                         f'{args.codes} codes of {args.dim}')
+    patches, images = sample_patches(source, args, generator)
     if (patches == patches[0]).all():
         raise InputError(f'{args.data_path}: every patch is the same; give images with something on them')
     mean, basis = fit_pca(patches, args.dim)
-    features = (patches - mean) @ basis
+    features = patches.sub_(mean) @ basis
+    count = len(patches)
+    del patches
     codebook = spherical_kmeans(features, args.codes, args.iterations, generator)
-    # embedding-noise has deviation 1, so codebook elements must have it too
-    scale = 1 / codebook.std()
-    output = Path(args.output_dir)
-    save_torch({'mean': mean, 'basis': basis, 'scale': scale}, output / 'tokenizer.pt')
-    save_torch(codebook * scale, output / 'codebook.ckpt')
-    cosine = (F.normalize(features, dim=-1) * F.normalize(codebook, dim=-1)[quantize(features, codebook)]).sum(-1)
-    print(f'{len(images):,} images, {len(patches):,} patches; {args.codes} codes of {args.dim}; '
-          f'mean cosine of a patch to its code {cosine.mean():.4f}; wrote {output}/tokenizer.pt and codebook.ckpt')
+    scale = 1 / codebook.std()  # embedding-noise has deviation 1, so codebook elements must have it too
+    save_torch({'mean': mean, 'basis': basis, 'scale': scale}, tokenizer_path)
+    save_torch(codebook * scale, codebook_path)
+    cosine = (F.normalize(features, dim=-1) * F.normalize(codebook, dim=-1)[nearest(features, codebook)]).sum(-1)
+    print(f'{images:,} images, {count:,} patches; {args.codes} codes of {args.dim}; mean cosine of a patch to its code '
+          f'{cosine.mean():.4f}; wrote {tokenizer_path} and codebook.ckpt')
 
 
 if __name__ == '__main__':
-    run(lambda: main(get_args_parser().parse_args()))
+    run(main, parse_args)

@@ -4,21 +4,26 @@
 """
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from utils import MAX_JSON_BYTES, InputError, atomic_path, parse_json, read_bytes, run  # noqa: E402
+from files import MAX_JSON_BYTES, atomic_path, check_writable, parse_json, read_bytes
+from flags import Parser
+from utils import InputError, print0, run
 
 
-def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises InputError."""
+    parser = Parser(__doc__.splitlines()[0])
     parser.add_argument('logs', nargs='+', metavar='LOG', help='log.txt of a run')
     parser.add_argument('--output', required=True, metavar='FILE.png')
-    return parser
+    return parser.parse_args(argv)
 
 
-def read_log(path):
-    """The lines of a log.txt as dicts."""
+def read_log(path: str) -> list[dict[str, Any]]:
+    """The lines of a log.txt as dicts. Raises InputError."""
     try:
         lines = [parse_json(line) for line in read_bytes(path, MAX_JSON_BYTES).splitlines()]
     except ValueError as error:
@@ -28,14 +33,14 @@ def read_log(path):
     return lines
 
 
-def draw(panel, lines, key, label):
-    """One curve, where the log has that key."""
+def draw(panel: Any, lines: list[dict[str, Any]], key: str, label: str) -> None:
+    """Draw one curve on a panel, where the log has that key."""
     points = [(line['epoch'], line[key]) for line in lines if key in line]
     if points:
         panel.plot(*zip(*points), marker='.', label=label)
 
 
-def main(args):
+def main(args: argparse.Namespace) -> None:
     try:
         import matplotlib
     except ImportError:
@@ -43,6 +48,7 @@ def main(args):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     logs = {path: read_log(path) for path in args.logs}
+    check_writable(args.output)
     figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(13, 4), layout='constrained')
     for path, lines in logs.items():
         run_name = f'{Path(path).absolute().parent.name} ' if len(logs) > 1 else ''
@@ -58,8 +64,8 @@ def main(args):
             panel.legend()
     with atomic_path(args.output) as temporary:
         figure.savefig(temporary, format='png', dpi=120)
-    print(args.output)
+    print0(args.output)
 
 
 if __name__ == '__main__':
-    run(lambda: main(get_args_parser().parse_args()))
+    run(main, parse_args)

@@ -1,13 +1,22 @@
 #!/usr/bin/env bash
 # Train the demo (Fashion-MNIST as tokens) on two CPU cores in a few minutes, evaluate it, and draw its curves.
-# Makes or reuses .venv in the project; SEIT_OUTPUT changes where results go (default: output/quickstart).
+# Makes or reuses .venv in the project; SEIT_OUTPUT changes where results go (default: output/quickstart). A folder that
+# an earlier quick start made is emptied first; no other is touched.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-. scripts/venv.sh requirements.txt requirements-plot.txt
 
 demo=demo
 output=${SEIT_OUTPUT:-output/quickstart}
-rm -rf "$output"  # the quick start always begins anew
+marker=$output/.quickstart  # says that the quick start made the folder, and may empty it
+if [ ! -f "$marker" ] && [ -n "$(ls -A "$output" 2>/dev/null)" ]; then
+    echo "error: $output: holds what the quick start did not make; name another folder in SEIT_OUTPUT" >&2
+    exit 2
+fi
+mkdir -p "$output"
+touch "$marker"
+find "$output/" -mindepth 1 ! -path "$output/.quickstart" -delete
+. scripts/venv.sh requirements.txt requirements-plot.txt
+
 data=(--codebook-path $demo/codebook.ckpt --token-synonym-dict $demo/synonyms.json
     --train-token-file $demo/fashion-train-token.data.bin.gz --train-label-file $demo/fashion-train-label.txt
     --val-token-file $demo/fashion-val-token.data.bin.gz --val-label-file $demo/fashion-val-label.txt
@@ -25,7 +34,7 @@ evaluate=(python main_seit.py "${model[@]}" "${data[@]}" --eval --no-model-ema -
 "${evaluate[@]}"
 
 echo "--- the same on ${demo}'s PNG images: as tokens made from them, then on the images themselves"
-python scripts/tokenize_images.py --data-path $demo/images/val --name png --output-dir "$output/tokens" --image-size 64 \
+python tokenize_images.py --data-path $demo/images/val --name png --output-dir "$output/tokens" --image-size 64 \
     --tokenizer-path $demo/tokenizer.pt --codebook-path $demo/codebook.ckpt --device cpu
 "${evaluate[@]}" --val-token-file "$output/tokens/png-token.data.bin.gz" --val-label-file "$output/tokens/png-label.txt"
 python evaluate_on_images.py "${model[@]:0:6}" --device cpu --model-path "$output/best_checkpoint.pth" \

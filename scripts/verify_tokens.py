@@ -1,4 +1,4 @@
-"""Check token sets, downloaded or made: streams, indices, labels, cards with their checksums, codebook, synonyms.
+"""Check token sets, downloaded or made: streams, indices, labels, manifests with checksums, codebook, synonyms.
 
     python scripts/verify_tokens.py --token-file tokens/my-train-token.data.bin.gz \\
         --label-file tokens/my-train-label.txt --codebook-path tokens/codebook.ckpt \\
@@ -8,33 +8,47 @@ Files may be globs or comma-separated lists, as in training. Prints one line whe
 found, one a line, and exits with 1. Nothing is written.
 """
 import argparse
+import math
+import reprlib
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from token_dataset import (BYTES, card_path, check_file, decode_images, index_path, load_codebook,  # noqa: E402
-                           load_synonyms, read_card, read_index, read_labels)
-from utils import InputError, expand_files, run, sha256  # noqa: E402
+from codebook import load_codebook, load_synonyms
+from files import expand_files, sha256
+from flags import Parser
+from token_codecs import PUBLISHED
+from token_dataset import check_class_names
+from token_files import TokenFile, decode, index_path, open_token_file, read_labels, read_manifest
+from utils import InputError, print0, run
+
+MAX_SYNONYMS = 5  # of each code, which training reads
 
 
-def get_args_parser():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises InputError."""
+    parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add('--token-file', required=True, metavar='FILE', help='a path, a glob or a comma-separated list')
     add('--label-file', required=True, metavar='FILE', help='as many, in the same order')
     add('--codebook-path', metavar='FILE')
     add('--token-synonym-dict', metavar='FILE', help='needs --codebook-path')
-    return parser
+    args = parser.parse_args(argv)
+    if args.token_synonym_dict and not args.codebook_path:
+        raise InputError('--token-synonym-dict: give --codebook-path too, synonyms are of its rows')
+    return args
 
 
 class Problems(list):
-    """The complaints found, as lines."""
+    """What is wrong, a line each."""
 
-    def attempt(self, check, *args):
-        """check(*args), or None with its InputError noted."""
+    def attempt(self, check: Callable, *args: Any) -> Any:
+        """check(*args), or None when it raises an InputError, which is then noted."""
         try:
             return check(*args)
         except InputError as error:
@@ -42,72 +56,122 @@ class Problems(list):
                 self.append(str(error))
 
 
-def read_stream(token_file):
-    """(images, codes an image, largest code, number of codes in use) of a token file. Raises InputError."""
-    index, used = read_index(token_file), np.zeros(1 << 16, bool)
-    for _, codes in decode_images(token_file, index):
+class Codebook(NamedTuple):
+    """A codebook and where it is."""
+    path: str
+    rows: torch.Tensor
+
+
+class Found(NamedTuple):
+    """What a token file holds."""
+    images: int
+    codes_an_image: int
+    largest: int
+    codes_used: int
+
+
+def read_stream(file: TokenFile) -> Found:
+    """Decode all images of a token file. Raises InputError."""
+    used = np.zeros(file.codec.largest_code + 1, bool)
+    for _, codes in decode(file):
         used[codes] = True
-    return len(index) - 1, codes.shape[1], int(used.nonzero()[0][-1]), int(used.sum())
+    return Found(len(file), codes.shape[1], int(used.nonzero()[0][-1]), int(used.sum()))
 
 
-def check_files(token_file, label_file, card, problems):
-    """Add complaints about the sizes and checksums that a card states for its files."""
-    for path in (token_file, index_path(token_file), label_file):
+def check_files(file: TokenFile, label_file: Path, problems: Problems) -> None:
+    """Compare files with the sizes and checksums in the manifest, where it has them."""
+    if 'files' not in file.manifest:
+        return
+    for path in (file.stream, index_path(file.stream), label_file):
         if path.exists():
-            problems.attempt(check_file, token_file, card, path)
+            problems.attempt(file.check_checksums, path)
 
 
-def check_set(token_file, label_file, codebook, codebook_path, problems):
-    """Check one set and add to `problems`; returns (images, codes an image), None where the stream is unreadable."""
-    card = problems.attempt(read_card, token_file) or {}
+def check_manifest(file: TokenFile, found: Found, labels: np.ndarray | None, codebook: Codebook | None,
+                   problems: Problems) -> None:
+    """Compare what the manifest says with what the files hold."""
+    path = file.manifest_path
+    stated = file.manifest.get('codes_used', found.codes_used)
+    if stated != found.codes_used:
+        problems.append(f'{path}: says codes_used {reprlib.repr(stated)}, but {found.codes_used} are')
+    if codebook and 'codebook' in file.manifest:
+        stated = file.manifest['codebook']
+        if not isinstance(stated, dict) or stated.get('sha256') != sha256(codebook.path):
+            problems.append(f'{codebook.path}: is not the codebook that {path} names by its SHA-256')
+    if file.classes and labels is not None and labels.max() >= len(file.classes):
+        problems.append(f'{file.stream}: its labels hold class {labels.max()}, but {path} names {len(file.classes)} '
+                        'classes')
+
+
+def check_set(token_file: Path, label_file: Path, codebook: Codebook | None,
+              problems: Problems) -> tuple[TokenFile | None, Found | None]:
+    """Check one set, and note its problems.
+
+    Returns:
+        The token file and what it holds, each None where it is unreadable.
+    """
     labels = problems.attempt(read_labels, label_file)
-    found = problems.attempt(read_stream, token_file)
-    if card:
-        check_files(token_file, label_file, card, problems)
+    file = problems.attempt(open_token_file, token_file)
+    if file is None:
+        manifest = problems.attempt(read_manifest, token_file)
+        if manifest:  # its checksums tell which files are damaged
+            check_files(TokenFile(token_file, np.zeros(1, np.int64), manifest, PUBLISHED), label_file, problems)
+        return None, None
+    check_files(file, label_file, problems)
+    found = problems.attempt(read_stream, file)
+    if labels is not None and len(labels) != len(file):
+        problems.append(f'{label_file}: {len(labels)} labels for the {len(file)} images of {token_file}')
     if found is None:
+        return file, None
+    if codebook and found.largest >= len(codebook.rows):
+        problems.append(f'{token_file}: holds code {found.largest}, but {codebook.path} has {len(codebook.rows)} rows')
+    check_manifest(file, found, labels, codebook, problems)
+    return file, found
+
+
+def check_shards(files: list[TokenFile], found: list[Found], token_file: str, problems: Problems) -> None:
+    """Check that sets are shards of one: grids of one size, and class names in one order."""
+    sizes = sorted({one.codes_an_image for one in found})
+    if len(sizes) > 1:
+        problems.append(f'{token_file}: shards of {" and ".join(map(str, sizes))} codes an image: they are no shards '
+                        'of one set')
+    named = [file for file in files if file.classes]
+    for file in named[1:]:
+        problems.attempt(check_class_names, named[0].classes, file.classes, named[0].stream, file.stream)
+
+
+def read_codebook(path: str, synonyms: str | None, problems: Problems) -> Codebook | None:
+    """Check a codebook, and the synonyms that belong to it; None where it is unreadable."""
+    rows = problems.attempt(load_codebook, path)
+    if rows is None:
         return None
-    images, n, largest, used = found
-    if labels is not None and len(labels) != images:
-        problems.append(f'{label_file}: {len(labels)} labels for the {images} images of {token_file}')
-    if codebook is not None and largest >= len(codebook):
-        problems.append(f'{token_file}: holds code {largest}, but {codebook_path} has {len(codebook)} rows')
-    if card.get('codes_used', used) != used:
-        problems.append(f'{card_path(token_file)}: says codes_used {card["codes_used"]!r}, but {used} are')
-    if codebook is not None and 'codebook' in card:
-        stated = card['codebook'].get('sha256') if isinstance(card['codebook'], dict) else None
-        if stated != sha256(codebook_path):
-            problems.append(f'{codebook_path}: is not the codebook that {card_path(token_file)} names by its SHA-256')
-    if isinstance(card.get('classes'), list) and labels is not None and labels.max() >= len(card['classes']):
-        problems.append(f'{label_file}: holds class {labels.max()}, but {card_path(token_file)} names '
-                        f'{len(card["classes"])} classes')
-    return images, n, card.get('format', BYTES)
+    if not rows.isfinite().all():
+        problems.append(f'{path}: has elements that are not finite')
+    if synonyms:
+        problems.attempt(load_synonyms, synonyms, len(rows), MAX_SYNONYMS)
+    return Codebook(path, rows)
 
 
-def main(args):
-    if args.token_synonym_dict and not args.codebook_path:
-        raise InputError('--token-synonym-dict: give --codebook-path too, synonyms are of its rows')
-    token_files, label_files = expand_files(args.token_file), expand_files(args.label_file)
+def main(args: argparse.Namespace) -> int:
+    token_files = expand_files(args.token_file)
+    label_files = expand_files(args.label_file)
     if len(token_files) != len(label_files):
         raise InputError(f'{len(token_files)} token files, but {len(label_files)} label files: give one for each')
     problems = Problems()
-    codebook = problems.attempt(load_codebook, args.codebook_path) if args.codebook_path else None
-    if codebook is not None and not codebook.isfinite().all():
-        problems.append(f'{args.codebook_path}: has elements that are not finite')
-    if args.token_synonym_dict and codebook is not None:
-        problems.attempt(load_synonyms, args.token_synonym_dict, len(codebook), 5)
-    sets = [check_set(*files, codebook, args.codebook_path, problems) for files in zip(token_files, label_files)]
-    sizes = {found[1] for found in sets if found}
-    if len(sizes) > 1:
-        problems.append(f'{args.token_file}: shards of {" and ".join(map(str, sorted(sizes)))} codes an image: '
-                        'they are no shards of one set')
+    codebook = read_codebook(args.codebook_path, args.token_synonym_dict, problems) if args.codebook_path else None
+    sets = [check_set(*pair, codebook, problems) for pair in zip(token_files, label_files)]
+    files = [file for file, _ in sets if file]
+    found = [one for _, one in sets if one]
+    check_shards(files, found, args.token_file, problems)
     if problems:
-        print('\n'.join(problems))
-        print(f'{len(problems)} problem{"s" * (len(problems) > 1)} found')
-        sys.exit(1)
-    grid = round(sets[0][1] ** 0.5)
-    print(f'right: {sum(found[0] for found in sets):,} images of {grid}x{grid} codes in {len(sets)} '
-          f'file{"s" * (len(sets) > 1)} ({", ".join(sorted({found[2] for found in sets}))})')
+        print0('\n'.join(problems))
+        print0(f'{len(problems)} problem{"" if len(problems) == 1 else "s"} found')
+        return 1
+    grid = math.isqrt(found[0].codes_an_image)
+    print0(f'right: {sum(one.images for one in found):,} images of {grid}x{grid} codes in {len(files)} '
+           f'file{"" if len(files) == 1 else "s"} ({", ".join(sorted({file.codec.name for file in files}))})')
+    return 0
 
 
 if __name__ == '__main__':
-    run(lambda: main(get_args_parser().parse_args()))
+    run(main, parse_args)

@@ -1,24 +1,27 @@
 """Evaluation on images: against evaluation on tokens of the same images, and what bad images get."""
 import csv
+import io
 import os
-import subprocess
+import re
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 
 import evaluate_on_images
 import main_seit
 import tokenize_images
-from conftest import ROOT
-from test_main_seit import accuracy_lines, two_processes
+import utils
+from codebook import load_codebook
+from helpers import DEMO, accuracy_lines, call, fails, start, two_processes
+from image_sources import load_images, open_source
+from image_tokenizer import load_tokenizer
 from token_augment import EvalTransform
-from token_dataset import TokenDataset, load_codebook
+from token_dataset import TokenDataset
 from utils import InputError
 
-DEMO = ROOT / 'demo'
 MODEL = ['--model', 'deit_tiny_token_32', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2', '--device', 'cpu']
 TOKENIZER = ['--tokenizer-path', DEMO / 'tokenizer.pt', '--codebook-path', DEMO / 'codebook.ckpt']
 
@@ -37,10 +40,10 @@ def images(tmp_path_factory):
 @pytest.fixture(scope='module')
 def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
-    make = lambda: timm.create_model('deit_tiny_token_32', depth=1, embed_dim=32, num_heads=2, img_size=6,  # noqa: E731
-                                     num_classes=10).state_dict()
+    models = [timm.create_model('deit_tiny_token_32', depth=1, embed_dim=32, num_heads=2, img_size=6, num_classes=10)
+              for _ in range(2)]
     path = tmp_path_factory.mktemp('weights') / 'trained-vit.ckpt'
-    torch.save({'model': make(), 'model_ema': make()}, path)
+    torch.save({'model': models[0].state_dict(), 'model_ema': models[1].state_dict()}, path)
     return path
 
 
@@ -51,21 +54,19 @@ def words(images, checkpoint, *more):
 
 
 def on_images(*args):
-    evaluate_on_images.main(evaluate_on_images.parse_args(words(*args)))
+    return call(evaluate_on_images, *words(*args))
 
 
-def tokenise(images, folder):
-    tokenize_images.main(tokenize_images.get_args_parser().parse_args([str(w) for w in [
-        '--data-path', images, '--name', 'x', '--output-dir', folder, *TOKENIZER, '--image-size', 64,
-        '--num-workers', 0, '--device', 'cpu']]))
+def tokenize(images, folder):
+    call(tokenize_images, '--data-path', images, '--name', 'x', '--output-dir', folder, *TOKENIZER, '--image-size', 64,
+         '--num-workers', 0, '--device', 'cpu')
     return folder / 'x-token.data.bin.gz', folder / 'x-label.txt'
 
 
 def test_agrees_with_evaluation_on_tokens_of_the_same_images(images, checkpoint, tmp_path, capsys):
-    tokens, labels = tokenise(images, tmp_path)
-    main_seit.main(main_seit.parse_args([str(w) for w in [
-        *MODEL, '--codebook-path', DEMO / 'codebook.ckpt', '--val-token-file', tokens, '--val-label-file', labels,
-        '--input-size', 48, '--eval', '--resume', checkpoint]]))
+    tokens, labels = tokenize(images, tmp_path)
+    call(main_seit, *MODEL, '--codebook-path', DEMO / 'codebook.ckpt', '--val-token-file', tokens, '--val-label-file',
+         labels, '--input-size', 48, '--eval', '--resume', checkpoint)
     on_tokens = accuracy_lines(capsys.readouterr().out)
     on_images(images, checkpoint)
     on_images(images, checkpoint, '--use-ema')
@@ -73,18 +74,21 @@ def test_agrees_with_evaluation_on_tokens_of_the_same_images(images, checkpoint,
 
 
 def test_logits_agree_with_those_on_tokens(images, checkpoint, tmp_path):
-    data = TokenDataset(*tokenise(images, tmp_path), 391, 'none')
+    data = TokenDataset(*tokenize(images, tmp_path), 391, 'none')
     args = evaluate_on_images.parse_args(words(images, checkpoint))
     codebook = load_codebook(args.codebook_path)
-    model = evaluate_on_images.load_model(args, codebook, torch.device('cpu')).eval()
-    source = evaluate_on_images.open_source(images)
-    batches = evaluate_on_images.ImageCodes(source, evaluate_on_images.load_tokenizer(args.tokenizer_path), codebook,
-                                            torch.device('cpu'), args)
-    transform = EvalTransform(codebook, 6, 'cpu')
+    model, _ = evaluate_on_images.load_model(args, codebook.shape[1])
+    model.eval()
+    source = open_source(images)
+    loaded = load_images(source, [list(part) for part in np.array_split(np.arange(70), 9)], 64)
+    batches = evaluate_on_images.CodeBatches(loaded, torch.from_numpy(source.labels),
+                                             load_tokenizer(args.tokenizer_path), codebook, 'off')
+    transform = EvalTransform(codebook, 6, torch.device('cpu'))
     with torch.no_grad():
         ours = torch.cat([model(transform(codes)) for codes, _ in batches])
         theirs = model(transform(data.batch(range(len(data)))[0]))
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+    assert batches.indices == list(range(70)) and batches.skipped == 0
 
 
 def test_bf16_tokenizer_is_a_flag(images, checkpoint, capsys):
@@ -104,20 +108,19 @@ def test_predictions_file(images, checkpoint, tmp_path, capsys):
 
 
 def in_two_processes(images, checkpoint, *more):
-    """A finished run of two processes that share the images."""
-    return subprocess.run([sys.executable, *two_processes(), str(ROOT / 'evaluate_on_images.py'),
-                           *words(images, checkpoint, '--dist-eval', *more)],
-                          capture_output=True, text=True, cwd=checkpoint.parent,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    """(exit code, output) of two processes that share the images."""
+    run = start('evaluate_on_images.py', *words(images, checkpoint, '--dist-eval', *more), launch=two_processes())
+    output, _ = run.communicate(timeout=200)
+    return run.returncode, output
 
 
 def test_two_processes_count_each_image_once(images, checkpoint, tmp_path, capsys):
     on_images(images, checkpoint, '--save-predictions', tmp_path / 'one.csv')
     alone = accuracy_lines(capsys.readouterr().out)
-    done = in_two_processes(images, checkpoint, '--save-predictions', tmp_path / 'two.csv')
-    assert done.returncode == 0, done.stderr
+    code, output = in_two_processes(images, checkpoint, '--save-predictions', tmp_path / 'two.csv')
+    assert code == 0, output
     # the loss may differ in its last digits, summed in another order
-    assert [x.split()[:5] for x in accuracy_lines(done.stdout)] == [x.split()[:5] for x in alone]
+    assert [x.split()[:5] for x in accuracy_lines(output)] == [x.split()[:5] for x in alone]
     one, two = ([row.rsplit(',', 2)[0] for row in (tmp_path / f'{n}.csv').read_text().splitlines()]
                 for n in ('one', 'two'))
     assert [row.split(',')[:3] for row in one] == [row.split(',')[:3] for row in two]
@@ -136,8 +139,10 @@ def with_a_bad_image(images, folder, number):
 
 def test_a_bad_image_that_only_the_second_rank_meets_is_named(images, checkpoint, tmp_path):
     victim = with_a_bad_image(images, tmp_path, 21)
-    done = in_two_processes(tmp_path, checkpoint)
-    assert done.returncode and f'error: {tmp_path}: {victim.relative_to(tmp_path)} is no readable' in done.stderr
+    code, output = in_two_processes(tmp_path, checkpoint)
+    assert code == 1  # torchrun's, where a rank failed
+    assert output.count('error: ') == 1
+    assert f'error: {tmp_path}: {victim.relative_to(tmp_path)} is no readable' in output
 
 
 def test_bad_images(images, checkpoint, tmp_path, capsys):
@@ -148,17 +153,6 @@ def test_bad_images(images, checkpoint, tmp_path, capsys):
     said = capsys.readouterr()
     assert '1 unreadable images were left out' in said.out and f'skipped {victim.relative_to(tmp_path)}: ' in said.err
     assert len((tmp_path / 'p.csv').read_text().splitlines()) == 70
-
-
-@pytest.mark.parametrize('mode', ['L', 'LA', 'P', 'RGBA', 'CMYK', 'I;16', '1'])
-def test_images_of_every_mode_become_rgb(mode, tmp_path):
-    rgb = Image.radial_gradient('L').resize((32, 32))
-    image = Image.new('I;16', (32, 32), 9000) if mode == 'I;16' else rgb.convert('RGB').convert(mode)
-    path = tmp_path / 'a' / ('x.jpg' if mode == 'CMYK' else 'x.png')
-    path.parent.mkdir()
-    image.save(path)
-    pixels, _, problem = evaluate_on_images.DecodedImages(evaluate_on_images.open_source(tmp_path), 16)[0]
-    assert pixels.shape == (3, 16, 16) and pixels.max() > 0 and not problem
 
 
 def test_a_list_of_files_is_evaluated_like_their_folder(images, checkpoint, tmp_path, capsys):
@@ -178,8 +172,9 @@ def test_a_list_of_files_is_evaluated_like_their_folder(images, checkpoint, tmp_
     (['--tokenizer-input-size', 60], 'multiple of 8'), (['--tokenizer-input-size', 40], 'larger than the 5x5'),
     (['--vit-input-size', 4], 'pos_embed'), (['--data-path', 'nowhere'], 'nowhere: no such file or folder'),
     (['--tokenizer-path', 'no.pt'], 'no.pt'), (['--nb_classes', 3], 'head.weight'),
-    (['--tokenizer-path', DEMO / 'codebook.ckpt'], 'no known kind'), (['--batch-size', 0], '--batch-size 0: must be 1'),
-    (['--num_workers', -1], '--num-workers -1: must be 0'), (['--vit-input-size', 1], 'must be 2')])
+    (['--tokenizer-path', DEMO / 'codebook.ckpt'], 'no known kind'),
+    (['--batch-size', 0], '--batch-size: 0: give a value of 1 or more'),
+    (['--num_workers', -1], '--num-workers: -1: give a value of 0'), (['--vit-input-size', 1], 'of 2 or more')])
 def test_mistakes(flags, message, images, checkpoint):
     with pytest.raises(InputError, match=message):
         on_images(images, checkpoint, *flags)
@@ -190,5 +185,129 @@ def test_published_defaults():
     expected = {'batch_size': 64, 'model': 'deit_base_token_32', 'model_path': 'weights/trained-vit.ckpt',
                 'codebook_path': 'weights/codebook.ckpt', 'vit_input_size': 28,
                 'tokenizer_path': 'weights/tokenizer.ckpt', 'tokenizer_code_path': None, 'tokenizer_input_size': 256,
-                'device': 'cuda', 'dist_eval': False, 'num_workers': 10, 'pin_mem': True}
+                'device': 'auto', 'dist_eval': False, 'num_workers': 10, 'pin_mem': True}
     assert {k: getattr(args, k) for k in expected} == expected
+
+
+# ---------------------------------------------------------------- class names
+
+@pytest.fixture
+def named(checkpoint, tmp_path, images):
+    """A function: the checkpoint with class names, made from those of the images."""
+    names = sorted(path.name for path in images.iterdir())
+
+    def save(change):
+        path = tmp_path / 'named.ckpt'
+        torch.save({**torch.load(checkpoint, weights_only=True), 'classes': change(names)}, path)
+        return path
+    return save
+
+
+@pytest.mark.parametrize('change', [lambda names: names, lambda names: None, lambda names: 7, lambda names: [1, 2]],
+                         ids=['the same', 'none', 'no list', 'no names'])
+def test_class_names_that_are_the_same_or_unknown(change, named, images, capsys):
+    assert on_images(images, named(change)) == 0
+    assert len(accuracy_lines(capsys.readouterr().out)) == 1
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda names: names[1:] + names[:1], "class 0 is '0-tshirt', but in .*named.ckpt it is '1-trouser'"),
+    (lambda names: names[:9] + ['9-Boot'], "class 9 is '9-boot', but in .*named.ckpt it is '9-Boot'"),
+    (lambda names: names[:3] + ['dre\u0301ss'] + names[4:], "class 3 is '3-dress'.* it is 'dre.u0301ss'"),
+    (lambda names: names[:9], "class 9 is '9-boot', but in .*named.ckpt it is missing")],
+    ids=['shifted', 'spelled otherwise', 'another Unicode form', 'one fewer'])
+def test_class_names_that_differ_are_refused(change, message, named, images, monkeypatch):
+    monkeypatch.setattr(evaluate_on_images, 'load_images', None)
+    fails(lambda: on_images(images, named(change)), message)
+
+
+def test_folders_called_by_their_labels_name_no_class(named, images, tmp_path):
+    """Folders 0 to 9, or a checkpoint from such, say nothing against names; other numbers do."""
+    for label, folder in enumerate(sorted(images.iterdir())):
+        (tmp_path / 'numbers' / f'{label:02d}').mkdir(parents=True)
+        for path in folder.iterdir():
+            (tmp_path / 'numbers' / f'{label:02d}' / path.name).write_bytes(path.read_bytes())
+    assert on_images(tmp_path / 'numbers', named(lambda names: names)) == 0
+    assert on_images(tmp_path / 'numbers', named(lambda names: [str(label) for label in range(10)])) == 0
+    assert on_images(images, named(lambda names: [str(label) for label in range(10)])) == 0
+    for shifted in ([*map(str, range(1, 11))], ['0', '1', '10', *'3456789']):
+        for folder in (images, tmp_path / 'numbers'):
+            fails(lambda: on_images(folder, named(lambda names: shifted)), 'labels would mean other classes')
+
+
+def test_images_that_lack_a_class_are_refused_and_those_that_lack_the_last_are_noted(named, images, tmp_path, capsys):
+    checkpoint = named(lambda names: names)
+    for missing, name in (('0-tshirt', 'zero'), ('9-boot', 'nine')):
+        for path in images.rglob('*.png'):
+            if path.parent.name != missing:
+                target = tmp_path / name / path.relative_to(images)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(path.read_bytes())
+    fails(lambda: on_images(tmp_path / 'zero', checkpoint), "zero: class 0 is '1-trouser'.*it is '0-tshirt'")
+    on_images(tmp_path / 'nine', checkpoint)  # its labels mean the same
+    assert 'nine has 9 classes and the model 10' in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- predictions that cannot be written, odd names
+
+@pytest.mark.parametrize('name', ['file/p.csv', 'n' * 250, '.', 'file/a/p.csv'])
+def test_predictions_that_cannot_be_written_are_refused_before_the_work(name, images, checkpoint, tmp_path,
+                                                                         monkeypatch):
+    (tmp_path / 'file').write_text('x')
+    monkeypatch.setattr(evaluate_on_images, 'load_checkpoint', None)
+    fails(lambda: on_images(images, checkpoint, '--save-predictions', tmp_path / name), 'cannot be written')
+
+
+def test_names_that_are_not_utf_8_are_escaped(images, checkpoint, tmp_path, capsys):
+    folder = tmp_path / 'images'
+    for path in images.rglob('*.png'):
+        target = os.fsencode(folder / path.relative_to(images))
+        if path.parent.name == '3-dress':
+            target = target.replace(b'dress', b'robe d\xe9t\xe9').replace(b'.png', b' \xff,"x".png')
+        os.makedirs(os.path.dirname(target), exist_ok=True)
+        with open(target, 'wb') as file:
+            file.write(path.read_bytes())
+    on_images(folder, checkpoint, '--save-predictions', tmp_path / 'p.csv')
+    rows = list(csv.DictReader((tmp_path / 'p.csv').open(encoding='utf-8')))
+    assert len(rows) == 70
+    odd = [row['image'] for row in rows if row['label'] == '3']
+    assert len(odd) == 7 and all(re.fullmatch(r'3-robe d\\udce9t\\udce9/.* \\udcff,"x".png', name) for name in odd)
+
+
+def test_paths_that_are_not_utf_8_are_escaped_in_print(monkeypatch):
+    """In a locale whose output is strict, one such path would silence all that is printed after it."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, 'stdout', io.TextIOWrapper(raw, 'utf-8', errors='strict'))
+    utils.keep_standard_output()
+    utils.print0('caf\udce9/p.csv')
+    utils.print0('* Acc@1')
+    assert raw.getvalue() == b'caf\\udce9/p.csv\n* Acc@1\n'
+
+
+def test_weights_with_the_prefixes_of_ddp_and_compile(images, checkpoint, tmp_path, capsys):
+    on_images(images, checkpoint)
+    plain = accuracy_lines(capsys.readouterr().out)
+    weights = torch.load(checkpoint, weights_only=True)['model']
+    for prefix in ('module.', '_orig_mod.', 'module._orig_mod.'):
+        torch.save({'model': {prefix + key: value for key, value in weights.items()}}, tmp_path / 'c.ckpt')
+        on_images(images, tmp_path / 'c.ckpt')
+        assert accuracy_lines(capsys.readouterr().out) == plain
+
+
+def test_large_images_are_bad_unless_allowed(images, checkpoint, capsys):
+    fails(lambda: on_images(images, checkpoint, '--max-image-pixels', 100), 'is no readable image')
+    on_images(images, checkpoint, '--max-image-pixels', 28 * 28)
+    assert len(accuracy_lines(capsys.readouterr().out)) == 1
+
+
+def test_nothing_is_left_to_evaluate(checkpoint, tmp_path):
+    for name in '0123456789':
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'a.png').write_bytes(b'no image')
+    fails(lambda: on_images(tmp_path, checkpoint, '--skip-bad-images'), 'no image is left to evaluate')
+
+
+def test_flags_without_effect_say_so(images, checkpoint, capsys):
+    on_images(images, checkpoint, '--eval', '--seed', 0, '--world_size', 1)
+    said = capsys.readouterr().out
+    assert all(f'note: {flag} has no effect' in said for flag in ('--eval', '--seed', '--world-size'))

@@ -5,14 +5,17 @@ import numpy as np
 import pytest
 import timm
 import torch
+from timm.models import create_feature_extractor
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
-import models_seit  # noqa: F401 (registers the models)
+from models_seit import StemAdaptor, create_model
+from utils import InputError
 
 NAMES = ['deit_small_token_32', 'deit_base_token_32', 'deit_small_token_4', 'deit_base_token_4']
 
 
 def fill_golden(model, seed=0, gain=0.02):
-    """Weights by the golden rule: a generator named after each tensor."""
+    """Weights by the golden rule: a generator named after each tensor, and the seed of the golden file."""
     state = {}
     for name, value in model.state_dict().items():
         x = gain * np.random.default_rng(zlib.crc32(name.encode()) + seed).standard_normal(tuple(value.shape))
@@ -30,12 +33,14 @@ def test_state_dict_has_published_names_and_shapes(name, golden):
 
 @pytest.mark.parametrize('name', NAMES)
 def test_logits_are_the_published_models(name, golden):
-    model = fill_golden(timm.create_model(name)).eval()
+    expected = golden('logits.npz')
+    seed = int(expected['seed'])
+    model = fill_golden(timm.create_model(name), seed).eval()
     c = model.in_chans
-    x = torch.from_numpy(np.random.default_rng(0 + c).standard_normal((2, c, 28, 28)).astype(np.float32))
+    x = torch.from_numpy(np.random.default_rng(seed + c).standard_normal((2, c, 28, 28)).astype(np.float32))
     with torch.no_grad():
         logits = model(x)
-    np.testing.assert_allclose(logits.numpy(), golden('logits.npz')[name], atol=1e-4)
+    np.testing.assert_allclose(logits.numpy(), expected[name], atol=1e-4)
 
 
 def test_tiny_and_small_experiments():
@@ -45,12 +50,12 @@ def test_tiny_and_small_experiments():
     assert model.pos_embed.shape == (1, 1 + 49, 64) and model(torch.zeros(3, 32, 14, 14)).shape == (3, 1000)
 
 
-def test_initialisation():
+def test_initialization():
     torch.manual_seed(0)
     model = timm.create_model('deit_small_token_32')
     for value in (model.cls_token, model.pos_embed, model.blocks[0].mlp.fc1.weight, model.head.weight):
         assert value.std().item() == pytest.approx(0.02, rel=0.15)
-    conv = torch.nn.Conv2d(32, 384, 4, 2, 1)  # PyTorch's default initialisation
+    conv = torch.nn.Conv2d(32, 384, 4, 2, 1)  # PyTorch's default initialization
     assert model.patch_embed.proj.weight.std().item() == pytest.approx(conv.weight.std().item(), rel=0.05)
     assert not model.head.bias.any()
 
@@ -70,6 +75,216 @@ def test_pretrained_is_refused():
 def test_activation_checkpointing_changes_nothing():
     model = fill_golden(timm.create_model('deit_tiny_token_32', depth=2, num_classes=3, img_size=8)).train()
     x = torch.randn(2, 32, 8, 8)
+    calls = []
+    model.blocks[0].register_forward_pre_hook(lambda *_: calls.append(1))
     plain = model(x)
+    plain_gradients = torch.autograd.grad(plain.sum(), model.parameters())
+    assert len(calls) == 1
     model.set_grad_checkpointing(True)
-    torch.testing.assert_close(model(x), plain)
+    logits = model(x)
+    assert len(calls) == 2
+    gradients = torch.autograd.grad(logits.sum(), model.parameters())
+    assert len(calls) == 3  # the block ran again in the backward pass
+    torch.testing.assert_close(logits, plain)
+    torch.testing.assert_close(gradients, plain_gradients)
+
+
+# ---------------------------------------------------------------- what timm's users do with a ViT
+
+def small_model(**kwargs):
+    options = {'depth': 3, 'embed_dim': 32, 'num_heads': 2, 'img_size': 8, 'num_classes': 5, **kwargs}
+    return timm.create_model('deit_tiny_token_32', **options).eval()
+
+
+def filled_model(**kwargs):
+    """A small model whose layers all do something: fill_golden's weights are larger than the initial ones."""
+    return fill_golden(small_model(**kwargs), gain=0.2)
+
+
+def embeddings(height, width, batch=2):
+    return torch.randn(batch, 32, height, width, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize('size, grid', [(28, (14, 14)), ((8, 12), (4, 6)), (2, (1, 1))])
+def test_stem_counts_the_patches_of_its_convolution(size, grid):
+    stem = StemAdaptor(size, in_chans=4, embed_dim=8)
+    x = torch.randn(2, 4, *stem.img_size)
+    assert stem.grid_size == grid == tuple(stem.proj(x).shape[2:])
+    assert stem(x).shape == (2, stem.num_patches, 8)
+    torch.testing.assert_close(stem(x), stem.proj(x).flatten(2).transpose(1, 2))
+    assert (stem.proj.kernel_size, stem.proj.stride, stem.proj.padding) == ((4, 4), (2, 2), (1, 1))
+
+
+def test_stem_draws_the_random_numbers_of_one_convolution():
+    torch.manual_seed(3)
+    stem = StemAdaptor(8, in_chans=4, embed_dim=8)
+    torch.manual_seed(3)
+    assert torch.equal(stem.proj.weight, torch.nn.Conv2d(4, 8, 4, 2, 1).weight)
+
+
+def test_stem_refuses_unknown_arguments():
+    with pytest.raises(TypeError, match='embed_dims'):
+        StemAdaptor(28, embed_dims=32)
+
+
+def test_odd_sizes_are_refused():
+    for size in (27, (28, 27), 1, 0):
+        with pytest.raises(ValueError, match='no multiple of the patch size, 2'):
+            small_model(img_size=size)
+    model = small_model()
+    with pytest.raises(ValueError, match='no multiple'):
+        model.set_input_size(9)
+    with pytest.raises(ValueError, match='patch_size=4'):
+        model.set_input_size(patch_size=4)
+    assert model.patch_embed.img_size == (8, 8) and model(embeddings(8, 8)).shape == (2, 5)  # as before
+    with pytest.raises(AssertionError, match='divisible'):
+        small_model(dynamic_img_size=True)(embeddings(8, 9))
+    with pytest.raises(AssertionError, match="doesn't match"):
+        model(embeddings(9, 9))
+
+
+def test_forward_intermediates():
+    model = filled_model()
+    x = embeddings(8, 8)
+    tokens = model.forward_features(x)
+    assert tokens.shape == (2, 1 + 16, 32)
+    final, maps = model.forward_intermediates(x)
+    assert [tuple(m.shape) for m in maps] == [(2, 32, 4, 4)] * 3
+    torch.testing.assert_close(final, tokens)
+    torch.testing.assert_close(model.forward_head(final), model(x))
+    torch.testing.assert_close(maps[-1].flatten(2).transpose(1, 2), tokens[:, 1:])
+    [(sequence, prefix)] = model.forward_intermediates(x, indices=[1], output_fmt='NLC', return_prefix_tokens=True,
+                                                       intermediates_only=True, stop_early=True)
+    assert prefix.shape == (2, 1, 32)
+    torch.testing.assert_close(maps[1].flatten(2).transpose(1, 2), sequence)
+    normed = model.forward_intermediates(x, norm=True, intermediates_only=True)
+    torch.testing.assert_close(normed, maps)  # the final norm comes after pooling
+
+
+def test_head_reads_the_norm_of_the_mean_patch_token():
+    model = filled_model(reg_tokens=2)
+    x = embeddings(8, 8)
+    tokens = model.forward_features(x)
+    assert tokens.shape == (2, 1 + 2 + 16, 32)
+    mean = tokens[:, 3:].mean(1)
+    pooled = torch.nn.functional.layer_norm(mean, (32,), model.norm.weight, model.norm.bias, 1e-6)
+    torch.testing.assert_close(model.forward_head(tokens, pre_logits=True), pooled)
+    torch.testing.assert_close(model(x), model.head(pooled))
+    for options in ({'class_token': False}, {'final_norm': False}, {'weight_init': 'jax'}):
+        assert small_model(**options)(x).shape == (2, 5)
+
+
+def test_get_intermediate_layers():
+    model = filled_model()
+    x = embeddings(8, 8)
+    maps = model.forward_intermediates(x, intermediates_only=True)
+    last_two = model.get_intermediate_layers(x, n=2, reshape=True)
+    torch.testing.assert_close(list(last_two), maps[1:])
+    sequence, prefix = model.get_intermediate_layers(x, n=[0], return_prefix_tokens=True)[0]
+    assert sequence.shape == (2, 16, 32) and prefix.shape == (2, 1, 32)
+
+
+def test_fx_features():
+    model = filled_model()
+    x = embeddings(8, 8)
+    extractor = create_feature_extractor(model, {'blocks.1': 'tokens', 'head': 'logits'})
+    torch.testing.assert_close(extractor(x)['logits'], model(x))
+
+
+@pytest.mark.parametrize('indices, count', [(None, 3), ((0, 2), 2), (1, 1)])
+def test_features_only(indices, count):
+    options = {} if indices is None else {'out_indices': indices}
+    model = small_model(features_only=True, **options)
+    assert model.feature_info.reduction() == [2] * count and model.feature_info.channels() == [32] * count
+    assert [tuple(m.shape) for m in model(embeddings(8, 8))] == [(2, 32, 4, 4)] * count
+
+
+def test_set_input_size_and_dynamic_sizes_agree():
+    model = filled_model()
+    dynamic = filled_model(dynamic_img_size=True)
+    torch.testing.assert_close(dynamic(embeddings(8, 8)), model(embeddings(8, 8)))
+    model.set_input_size((12, 6))
+    assert model.patch_embed.grid_size == (6, 3) and model.pos_embed.shape == (1, 1 + 18, 32)
+    torch.testing.assert_close(dynamic(embeddings(12, 6)), model(embeddings(12, 6)))
+    maps = dynamic.forward_intermediates(embeddings(12, 6), intermediates_only=True)
+    assert [tuple(m.shape) for m in maps] == [(2, 32, 6, 3)] * 3
+
+
+def test_patch_dropout():
+    model = small_model(patch_drop_rate=0.5).train()
+    assert model.forward_features(embeddings(8, 8)).shape == (2, 1 + 8, 32)
+    assert model.eval().forward_features(embeddings(8, 8)).shape == (2, 1 + 16, 32)
+
+
+def test_layer_decay():
+    model = small_model()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = param_groups_layer_decay(model, weight_decay=0.1, layer_decay=0.5,
+                                      no_weight_decay_list=model.no_weight_decay())
+    group_of = {names[id(parameter)]: group for group in groups for parameter in group['params']}
+    assert group_of.keys() == set(names.values())
+    scales = {name: group['lr_scale'] for name, group in group_of.items()}
+    layers = ['patch_embed.proj.weight', 'blocks.0.attn.qkv.weight', 'blocks.1.attn.qkv.weight',
+              'blocks.2.mlp.fc2.weight', 'head.weight']
+    assert [scales[name] for name in layers] == [0.5 ** 4, 0.5 ** 3, 0.5 ** 2, 0.5, 1]
+    assert scales['cls_token'] == scales['pos_embed'] == scales['patch_embed.proj.weight']
+    assert scales['norm.weight'] == scales['blocks.2.mlp.fc2.weight']  # as timm has it for every ViT's `norm`
+    for name, parameter in model.named_parameters():
+        decays = parameter.ndim > 1 and name not in ('cls_token', 'pos_embed')
+        assert group_of[name]['weight_decay'] == (0.1 if decays else 0)
+    optimizer = create_optimizer_v2(model, 'adamw', lr=1e-3, weight_decay=0.1, layer_decay=0.5)
+    assert sorted({group['lr_scale'] for group in optimizer.param_groups}) == [0.5 ** 4, 0.5 ** 3, 0.5 ** 2, 0.5, 1]
+
+
+def test_torch_export():
+    model = filled_model()
+    batch = torch.export.Dim('batch', min=1, max=64)
+    program = torch.export.export(model, (embeddings(8, 8),), dynamic_shapes=({0: batch},))
+    x = embeddings(8, 8, batch=5)
+    torch.testing.assert_close(program.module()(x), model(x))
+
+
+def test_onnx_export(tmp_path):
+    pytest.importorskip('onnx')
+    pytest.importorskip('onnxscript')
+    onnxruntime = pytest.importorskip('onnxruntime')
+    model = filled_model()
+    x = embeddings(8, 8)
+    torch.onnx.export(model, (x,), str(tmp_path / 'model.onnx'), input_names=['x'], dynamo=True)
+    session = onnxruntime.InferenceSession(str(tmp_path / 'model.onnx'), providers=['CPUExecutionProvider'])
+    [logits] = session.run(None, {'x': x.numpy()})
+    np.testing.assert_allclose(logits, model(x).detach().numpy(), atol=1e-4)
+
+
+# ---------------------------------------------------------------- from the command line
+
+def test_create_model():
+    small = {'depth': 1, 'embed_dim': 32, 'num_heads': 2}
+    model = create_model('deit_tiny_token_32', small, num_classes=7, img_size=14, in_chans=32, drop_path_rate=0.1)
+    assert model(torch.zeros(1, 32, 14, 14)).shape == (1, 7)
+    model = create_model('deit_small_token_4', small, 7, 14)
+    assert model.in_chans == 4
+    assert create_model('deit_small_token_4', {**small, 'in_chans': 16}, 7, 14, in_chans=16).in_chans == 16
+
+
+@pytest.mark.parametrize('name, model_kwargs, options, message', [
+    ('resnet50', {}, {}, '--model resnet50 is none of deit'),
+    ('deit_tiny_token_32', {'layers': 3}, {}, "--model-kwargs {'layers': 3}: .*unexpected keyword argument 'layers'"),
+    ('deit_tiny_token_32', {'patch_size': 4}, {}, 'patch_size'),
+    ('deit_tiny_token_32', {'embed_dim': 34}, {}, 'embed_dim'),
+    ('deit_tiny_token_32', {'embed_dim': -3}, {}, 'embed_dim'),
+    ('deit_tiny_token_32', {'num_heads': 0}, {}, 'num_heads'),
+    ('deit_tiny_token_32', {'depth': '2x'}, {}, 'depth'),
+    ('deit_tiny_token_32', {'act_layer': 'none_such'}, {}, 'none_such'),
+    ('deit_tiny_token_32', {'img_size': 14}, {}, 'img_size'),
+    ('deit_tiny_token_32', {'pretrained': True}, {}, 'no weights are hosted'),
+    ('deit_tiny_token_32', {'features_only': True}, {}, 'features_only.*no classifier'),
+    ('deit_tiny_token_32', {}, {'img_size': 27}, '--model deit_tiny_token_32: an input size of 27 is no multiple'),
+    ('deit_tiny_token_32', {}, {'in_chans': 4},
+     "^the codebook's rows have 4 elements, but deit_tiny_token_32 reads 32: "
+     'choose the codebook or the model of the tokens$'),
+])
+def test_create_model_says_what_is_wrong(name, model_kwargs, options, message):
+    with pytest.raises(InputError, match=message) as error:
+        create_model(name, model_kwargs, **{'num_classes': 10, 'img_size': 28, 'in_chans': 32, **options})
+    assert '\n' not in str(error.value)

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 import token_augment as ta
 from utils import InputError, seed_step
 
+CPU = torch.device('cpu')
+
 
 def generator(seed=0):
     return torch.Generator().manual_seed(seed)
@@ -36,7 +38,7 @@ def test_resized_crop_is_the_published_one_hot_route(golden):
 def test_center_crop_is_the_published_one(golden):
     z = golden('crop.npz')
     codes = torch.from_numpy(z['tokens'])
-    out = ta.EvalTransform(torch.from_numpy(z['codebook']), 28, 'cpu')(codes)
+    out = ta.EvalTransform(torch.from_numpy(z['codebook']), 28, CPU)(codes)
     np.testing.assert_allclose(out.numpy(), z['center_crop'], atol=2e-5)
 
 
@@ -101,7 +103,7 @@ def test_swap_is_the_published_one(golden):
 
 def test_swap_against_slow_version_and_bounds():
     codes = random_codes(400)
-    params = ta.draw_swap(400, 16, 0.4, ta.swap_table(16, 0.4), generator())
+    params = ta.SwapPatches(16, 0.4, CPU).draw(400, generator())
     out = ta.swap_patches(codes, params)
     for i, p in enumerate(params.tolist()):
         side, y0, x0, y1, x1 = p
@@ -113,7 +115,7 @@ def test_swap_against_slow_version_and_bounds():
 def test_swap_has_the_published_distribution(golden):
     stats = golden('augment_stats.json')
     n = stats['swap_n']
-    side, *corner = ta.draw_swap(n, 32, 0.25, ta.swap_table(32, 0.25), generator()).unbind(1)
+    side, *corner = ta.SwapPatches(32, 0.25, CPU).draw(n, generator()).unbind(1)
     expected = np.array(stats['swap_ps_hist'])
     found = np.bincount(side.numpy(), minlength=9)
     assert (np.abs(found - expected) < 5 * np.sqrt(found + expected + 1)).all()
@@ -125,8 +127,7 @@ def test_swap_has_the_published_distribution(golden):
 
 def test_swap_pairs_are_uniform_over_those_allowed():
     # side 1 on a 4x4 grid: all ordered pairs of 3x3 corners further apart than 1, equally often
-    table = ta.swap_table(4, 0.5)
-    p = ta.draw_swap(60000, 4, 0.5, table, generator())
+    p = ta.SwapPatches(4, 0.5, CPU).draw(60000, generator())
     p = p[p[:, 0] == 1][:, 1:]
     pairs = [(a, b, c, d) for a in range(3) for b in range(3) for c in range(3) for d in range(3)
              if math.hypot(a - c, b - d) > 1]
@@ -150,7 +151,7 @@ def test_synonyms_come_from_the_lists_at_the_given_rate():
     count = torch.full((k,), 5)
     count[7] = 2
     codes = random_codes(256, 32, k)
-    out = ta.replace_synonyms(codes, table, count, 0.25, generator())
+    out = ta.ReplaceSynonyms(table, count, 0.25, CPU)(codes, generator())
     shift = (out - codes) % k
     assert shift.max() <= 5
     assert (shift > 0).float().mean().item() == pytest.approx(0.25, abs=0.005)
@@ -161,7 +162,7 @@ def test_synonyms_come_from_the_lists_at_the_given_rate():
 
 def test_erase_makes_one_rectangle_of_zero_embeddings():
     codes = random_codes(300)
-    out = ta.erase_rectangle(codes, 0.5, 99, generator())
+    out = ta.EraseRectangle(0.5, 99)(codes, generator())
     sizes = []
     for before, after in zip(codes, out):
         at = (after == 99).nonzero()
@@ -173,17 +174,17 @@ def test_erase_makes_one_rectangle_of_zero_embeddings():
             sizes.append(size)
     sizes = torch.stack(sizes)
     assert sizes.min() == 1 and sizes.max() == 7
-    augment = ta.TrainAugment(torch.randn(50, 4), None, 16, 16, 'cpu', rc_prob=0, sc_prob=0, erase_prob=1,
-                              simple_crop=True, noise_prob=0)
-    x = augment(codes.to(torch.uint16), generator())
-    assert (x.abs().sum(1) == 0).any() and augment.embedding[50].abs().sum() == 0
+    crop = ta.RandomCrop(torch.randn(50, 4), 16, 16, 1., CPU)
+    x = crop(ta.EraseRectangle(0.5, 50)(codes, generator()), generator())
+    assert (x.abs().sum(1) == 0).any() and crop.embedding[50].abs().sum() == 0
 
 
 def test_one_choice_an_image_at_the_given_rates():
     codes = random_codes(4000, 16, 50)
-    augment = ta.TrainAugment(torch.randn(50, 4), (torch.full((50, 5), 60), torch.full((50,), 5)), 16, 12, 'cpu',
-                              rc_prob=0.25, sc_prob=0.25, erase_prob=0.2, swap_scale=0.4, erase_scale=0.9)
-    out = augment.token_eda(codes.clone(), generator())
+    synonyms = torch.full((50, 5), 60), torch.full((50,), 5)
+    eda = ta.TokenEDA([(0.25, ta.ReplaceSynonyms(*synonyms, 0.25, CPU)), (0.25, ta.SwapPatches(16, 0.4, CPU)),
+                       (0.2, ta.EraseRectangle(0.9, 50))])
+    out = eda(codes.clone(), generator())
     changed = (out != codes).flatten(1)
     replaced, erased = (out == 60).flatten(1).any(1), (out == 50).flatten(1).any(1)
     assert not (replaced & erased).any()
@@ -195,22 +196,17 @@ def test_one_choice_an_image_at_the_given_rates():
     assert 0.15 < swapped.float().mean() < 0.25  # some sides are 0
 
 
-def test_probabilities_over_one_are_refused():
-    with pytest.raises(InputError, match='add up'):
-        ta.TrainAugment(torch.randn(5, 4), None, 8, 8, 'cpu', rc_prob=0.6, sc_prob=0.5)
-
-
 def test_crop_larger_than_the_grid_is_refused():
     with pytest.raises(InputError, match='larger than the 8x8'):
-        ta.TrainAugment(torch.randn(5, 4), None, 8, 10, 'cpu')
+        ta.RandomResizedCrop(torch.randn(5, 4), 8, 10, 0.08, CPU)
     with pytest.raises(InputError, match='larger than the 8x8'):
-        ta.EvalTransform(torch.randn(5, 4), 10, 'cpu')(torch.zeros(1, 8, 8, dtype=torch.uint16))
+        ta.EvalTransform(torch.randn(5, 4), 10, CPU)(torch.zeros(1, 8, 8, dtype=torch.uint16))
 
 
 # ---------------------------------------------------------------- noise and the whole
 
 def test_embedding_noise_hits_half_the_batch_with_the_right_deviations():
-    x = ta.add_embedding_noise(torch.zeros(65, 32, 14, 14), 0.5, 2., 0.5, generator())
+    x = ta.EmbeddingNoise(0.5, 2., 0.5)(torch.zeros(65, 32, 14, 14), generator())
     noisy = x.flatten(1).abs().sum(1) > 0
     assert noisy.sum() == 32
     channel = x[noisy].mean((2, 3))
@@ -220,13 +216,16 @@ def test_embedding_noise_hits_half_the_batch_with_the_right_deviations():
 
 def test_a_seed_gives_one_batch_and_another_seed_another():
     synonyms = torch.randint(0, 50, (50, 5)), torch.full((50,), 5)
-    augment = ta.TrainAugment(torch.randn(50, 32), synonyms, 16, 14, 'cpu', erase_prob=0.1)
-    codes = random_codes().to(torch.uint16)
+    eda = ta.TokenEDA([(0.25, ta.ReplaceSynonyms(*synonyms, 0.25, CPU)), (0.25, ta.SwapPatches(16, 0.25, CPU)),
+                       (0.1, ta.EraseRectangle(0.25, 50))])
+    crop = ta.RandomResizedCrop(torch.randn(50, 32), 16, 14, 0.08, CPU)
+    noise = ta.EmbeddingNoise(0.5, 1., 1.)
+    codes = random_codes()
 
     def batch(seed):
         g = generator()
         seed_step(seed, 0, 0, 0, g)  # as the training loop does
-        return augment(codes, g)
+        return noise(crop(eda(codes.clone(), g), g), g)
     first, again, other = map(batch, (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert first.shape == (16, 32, 14, 14) and first.dtype == torch.float32

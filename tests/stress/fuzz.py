@@ -1,21 +1,21 @@
 """Fuzz every reader with arbitrary, damaged and hostile files (hypothesis, the same inputs each time).
 
-    python scripts/fuzz.py --inputs 1200
+    python tests/stress/fuzz.py --inputs 1200
 
 Each input must end in the right result, which a slow and obvious reader confirms, or in an InputError: one line that
 names the file. Anything else stops the program and shows the smallest input that does it: another exception, a wrong
-result, more than SECONDS, more than MEMORY above what was in use before. Prints one JSON line with counts per reader.
-Takes two to six minutes, with one core; needs hypothesis (requirements-test.txt).
+result, more time or memory than tests/helpers.py allows. Prints one JSON line with counts of each reader. Takes two to
+six minutes, with one core; needs hypothesis (requirements-test.txt).
 """
 import argparse
 import contextlib
 import gzip
 import io
+import itertools
 import json
 import math
 import random
 import resource
-import signal
 import sys
 import tarfile
 import tempfile
@@ -31,43 +31,28 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import token_dataset as td  # noqa: E402
+sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
+from image_files import image_extensions, is_hidden  # noqa: E402
+
 from checkpoints import load_checkpoint, load_weights  # noqa: E402
+from codebook import load_codebook, load_synonyms  # noqa: E402
+from files import sha256  # noqa: E402
+from flags import Parser, integer  # noqa: E402
+from helpers import limits, npy, open_codes, rewrite, torch_bytes  # noqa: E402
 from image_sources import open_source  # noqa: E402
 from image_tokenizer import PatchTokenizer, load_tokenizer  # noqa: E402
-from utils import InputError, RunLog, sha256  # noqa: E402
+from run_folder import RunLog  # noqa: E402
+from token_cache import map_cache  # noqa: E402
+from token_codecs import CODECS, encode  # noqa: E402
+from token_files import gzip_bytes, index_path, manifest_path, read_index, read_labels, write_tokens  # noqa: E402
+from twins import SLOW_DECODERS  # noqa: E402
+from utils import InputError, run  # noqa: E402
 from vitvqgan import Size, ViTVQGAN  # noqa: E402
 
-SECONDS = 60  # of wall time: a busy machine alone must not look like a hang
-MEMORY = 1 << 30  # bytes; the inputs themselves are of kilobytes
 REFUSED = object()
 
 
 # ---------------------------------------------------------------- what an input may do
-
-class Hang(BaseException):
-    """More than SECONDS; no Exception, which a reader might take for damage."""
-
-
-@contextlib.contextmanager
-def limits():
-    """Raise Hang after SECONDS, and let allocations beyond MEMORY fail, within the block."""
-    def stop(*_):
-        raise Hang(f'more than {SECONDS} s')
-
-    pages = int(Path('/proc/self/statm').read_text().split()[0]) if sys.platform == 'linux' else None
-    before = resource.getrlimit(resource.RLIMIT_AS), signal.signal(signal.SIGALRM, stop)
-    if pages:
-        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, before[0][1]))
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before[1])
-        resource.setrlimit(resource.RLIMIT_AS, before[0])
-
 
 def outcome(paths, read, *args):
     """read(*args) within limits, or REFUSED where it raises an InputError of one line that names one of `paths`."""
@@ -137,13 +122,6 @@ def any_object(draw):
     return argparse.Namespace(shape=torch.Size([3])) if kind == 'namespace' else any_tensor(draw)
 
 
-def torch_bytes(value, old=False):
-    """A torch file, in the format before torch 1.6 if `old`."""
-    file = io.BytesIO()
-    torch.save(value, file, _use_new_zipfile_serialization=not old)
-    return file.getvalue()
-
-
 def damaged_pickle(draw, data):
     """A torch file whose pickle is damaged, with the checksum that goes with it."""
     out = io.BytesIO()
@@ -176,81 +154,63 @@ def torch_says(path):
 
 # ---------------------------------------------------------------- token sets
 
-def slow_decode(data, format):
-    """The codes in one image's bytes, one by one; None where it is no image."""
-    if format == td.UINT16:
-        return None if len(data) % 2 else [data[i] + 256 * data[i + 1] for i in range(0, len(data), 2)]
-    codes, data = [], list(data)
-    while data:
-        byte = data.pop(0)
-        if byte == 255:
-            if not data or data[0] == 255:
-                return None
-            byte += data.pop(0)
-        codes.append(byte)
-    return codes
-
-
 def slow_read(token_file, index):
     """The codes of a set as lists, REFUSED where it is none."""
     try:
         stream = gzip.decompress(token_file.read_bytes())
     except Exception:
         return REFUSED
-    card = slow_card(token_file)
-    if card is None or index[0] != 0 or index[-1] != len(stream) or any(b <= a for a, b in zip(index, index[1:])):
+    manifest = slow_manifest(token_file)
+    if manifest is None or index[0] != 0 or index[-1] != len(stream) or any(b <= a for a, b in zip(index, index[1:])):
         return REFUSED
-    images = [slow_decode(stream[a:b], card.get('format', td.BYTES)) for a, b in zip(index, index[1:])]
+    decode = SLOW_DECODERS[manifest.get('format', 'escaped-bytes')]
+    images = [decode(stream[a:b]) for a, b in zip(index, index[1:])]
     if None in images or len({len(image) for image in images}) > 1 or math.isqrt(len(images[0])) ** 2 != len(images[0]):
         return REFUSED
-    found = {'images': len(images), 'grid': math.isqrt(len(images[0]))}
-    return images if all(card.get(key, value) == value for key, value in found.items()) else REFUSED
+    actual = {'images': len(images), 'grid': math.isqrt(len(images[0]))}
+    return images if all(manifest.get(key, value) == value for key, value in actual.items()) else REFUSED
 
 
-def slow_card(token_file):
-    """The card of a set, {} where there is none, None where it does not fit the files."""
+def slow_manifest(token_file):
+    """The manifest of a set, {} where there is none, None where it does not fit the files."""
     path = token_file.with_name('a.json')
     if not path.exists():
         return {}
     try:
-        card = json.loads(path.read_bytes().decode())
+        manifest = json.loads(path.read_bytes().decode())
     except (ValueError, RecursionError):
         return None
-    if not isinstance(card, dict) or card.get('format', td.BYTES) not in (td.BYTES, td.UINT16):
+    if not isinstance(manifest, dict) or manifest.get('format', 'escaped-bytes') not in ('escaped-bytes', 'uint16-le'):
         return None
-    if 'files' in card:
-        files = card['files'] if isinstance(card['files'], dict) else {}
+    if 'files' in manifest:
+        files = manifest['files'] if isinstance(manifest['files'], dict) else {}
         for name in 'a.data.bin.gz', 'a.index.npy.gz':
             file = token_file.with_name(name)
             if files.get(name) != {'bytes': len(file.read_bytes()), 'sha256': sha256(file)}:
                 return None
-    return card
+    return manifest
 
 
 def write_set(draw, folder):
-    """A small right set; returns (token file, stream, index as a list, format)."""
-    images, grid, format = draw(st.integers(1, 4)), draw(st.integers(1, 3)), draw(st.sampled_from(td.FORMATS))
-    largest = td.MAX_CODE if format == td.BYTES else 0xffff
-    codes = draw(st.lists(st.integers(0, largest), min_size=images * grid ** 2, max_size=images * grid ** 2))
-    codes, path = np.array(codes).reshape(images, -1), folder / 'a.data.bin.gz'
-    td.write_tokens(path, folder / 'labels', codes, [0] * images, format)
-    stream, index = (td.encode_codes if format == td.BYTES else td.encode_uint16)(codes)
-    card = folder / 'a.json'
-    card.unlink(missing_ok=True)
-    if format == td.UINT16:
-        card.write_text(json.dumps({'format': format}))
-    return path, stream.tobytes(), index.tolist(), format
-
-
-def write_index(token_file, index):
-    npy = io.BytesIO()
-    np.save(npy, np.array(index, np.int64))
-    td.index_path(token_file).write_bytes(td.gzip_bytes(npy.getvalue()))
+    """Write a small right set; returns (token file, stream, index as a list, name of the format)."""
+    images = draw(st.integers(1, 4))
+    grid = draw(st.integers(1, 3))
+    codec = CODECS[draw(st.sampled_from(sorted(CODECS)))]
+    codes = draw(st.lists(st.integers(0, codec.largest_code), min_size=images * grid ** 2, max_size=images * grid ** 2))
+    codes = np.array(codes).reshape(images, -1)
+    path = folder / 'a.data.bin.gz'
+    write_tokens(path, folder / 'labels', codes, [0] * images, codec)
+    stream, index = encode(codec, codes)
+    manifest = folder / 'a.json'
+    manifest.unlink(missing_ok=True)
+    if codec.name != 'escaped-bytes':
+        manifest.write_text(json.dumps({'format': codec.name}))
+    return path, stream.tobytes(), index.tolist(), codec.name
 
 
 def check_codes(path, index):
     """Read a set and compare with the slow reader, which must refuse what is refused."""
-    codes = outcome([path, td.index_path(path), td.card_path(path)], td.open_codes, path, 'none')
+    codes = outcome([path, index_path(path), manifest_path(path)], open_codes, path, 'none')
     slow = slow_read(path, index)
     assert (codes is REFUSED) == (slow is REFUSED), 'refused though right' if codes is REFUSED else 'taken though wrong'
     assert codes is REFUSED or codes.tolist() == slow
@@ -261,7 +221,7 @@ def stream(draw, folder):
     path, data, index, _ = write_set(draw, folder)
     kind = draw(st.sampled_from(['stream', 'gzip', 'index', 'arbitrary']))
     if kind == 'stream':
-        path.write_bytes(td.gzip_bytes(draw(damaged(data))))
+        path.write_bytes(gzip_bytes(draw(damaged(data))))
     elif kind == 'gzip':
         path.write_bytes(draw(damaged(path.read_bytes())))
     elif kind == 'index':
@@ -269,21 +229,21 @@ def stream(draw, folder):
     else:
         data = draw(st.binary(min_size=1, max_size=20) | st.lists(st.sampled_from([7, 255])).map(bytes))
         index = draw(st.lists(st.integers(1, len(data) + 1), unique=True, max_size=4).map(lambda x: [0, *sorted(x)]))
-        path.write_bytes(td.gzip_bytes(data))
+        path.write_bytes(gzip_bytes(data))
         if len(index) < 2:
             index.append(len(data) + 1)
-    write_index(path, index)
+    rewrite(path, index=np.array(index, np.int64))
     return check_codes(path, index)
 
 
-def card(draw, folder):
-    path, _, index, format = write_set(draw, folder)
+def manifest(draw, folder):
+    path, _, index, name = write_set(draw, folder)
     files = {file.name: {'bytes': len(file.read_bytes()), 'sha256': sha256(file)}
-             for file in (path, td.index_path(path), folder / 'labels')}
-    value = {'format': format, 'images': len(index) - 1, 'files': files}
+             for file in (path, index_path(path), folder / 'labels')}
+    value = {'format': name, 'images': len(index) - 1, 'files': files}
     kind = draw(st.sampled_from(['text', 'value', 'file', 'arbitrary']))
     if kind == 'value':
-        value[draw(st.sampled_from(['format', 'images', 'grid', 'files', 'codes']))] = draw(JSON)
+        value[draw(st.sampled_from(['format', 'images', 'grid', 'files', 'codes', 'classes']))] = draw(JSON)
     elif kind == 'file':
         files[draw(st.sampled_from(sorted(files)))] = draw(JSON)
     elif kind == 'arbitrary':
@@ -294,31 +254,31 @@ def card(draw, folder):
 
 
 def index(draw, folder):
-    path, npy, whole = folder / 'a.data.bin.gz', io.BytesIO(), draw(st.booleans())
+    path = folder / 'a.index.npy.gz'
+    whole = draw(st.booleans())
     intact = draw(st.integers(0, 3)) == 0  # often enough that some are right, whatever else is drawn
-    np.save(npy, np.cumsum([0] + draw(st.lists(st.integers(1, 300), min_size=1, max_size=5))).astype(
-        draw(st.sampled_from(['<i8', '>i8', '<u4', '<i2', '<u8', 'f8']))))
-    data = npy.getvalue()
+    offsets = np.cumsum([0] + draw(st.lists(st.integers(1, 300), min_size=1, max_size=5)))
+    data = npy(offsets.astype(draw(st.sampled_from(['<i8', '>i8', '<u4', '<i2', '<u8', 'f8']))))
     if not intact and draw(st.booleans()):  # a header of the right form, as long as before or not
         shape = draw(st.lists(NUMBERS, max_size=3).map(tuple) | st.just(True))
         header = str({'descr': draw(st.sampled_from(['<i8', '|O', '<U9', 'V0', [('a', '<i8')], '(2,)<i8', 'x'])),
                       'fortran_order': draw(st.booleans()), 'shape': shape})
         data = data[:10] + header.ljust(len(data[10:128]) - 1).encode() + b'\n' + data[128:]
-    data = td.gzip_bytes(data if whole or intact else draw(damaged(data)))
-    td.index_path(path).write_bytes(draw(damaged(data)) if whole and not intact else data)
-    found = outcome([td.index_path(path)], td.read_index, path)
+    data = gzip_bytes(data if whole or intact else draw(damaged(data)))
+    path.write_bytes(draw(damaged(data)) if whole and not intact else data)
+    found = outcome([path], read_index, path)
     if found is not REFUSED:
-        other = np.load(io.BytesIO(gzip.decompress(td.index_path(path).read_bytes())))
+        other = np.load(io.BytesIO(gzip.decompress(path.read_bytes())))
         assert found.dtype == np.int64 and found.tolist() == other.tolist() and found[0] == 0 and found[-1] > 0
         assert (other.astype(object)[1:] > other.astype(object)[:-1]).all()
     return found
 
 
 def cache(draw, folder):
-    path, npy = folder / 'a.codes-0.npy', io.BytesIO()
-    np.save(npy, np.arange(12, dtype=draw(st.sampled_from(['<u2', '<u2', '<i4']))).reshape(3, 4))
-    path.write_bytes(draw(damaged(npy.getvalue())))
-    found = outcome([path], td.map_cache, path)
+    path = folder / 'a.codes-0.npy'
+    codes = np.arange(12, dtype=draw(st.sampled_from(['<u2', '<u2', '<i4']))).reshape(3, 4)
+    path.write_bytes(draw(damaged(npy(codes))))
+    found = outcome([path], map_cache, path)
     assert found is REFUSED or np.array_equal(found, np.load(io.BytesIO(path.read_bytes())))
     return found
 
@@ -328,12 +288,18 @@ def cache(draw, folder):
 def labels(draw, folder):
     path = folder / 'labels.txt'
     words = st.integers(0, 999).map(str) | st.sampled_from([
-        '', '-1', '+3', ' 4 ', '5\r', '1_0', '१', '0x1', '1.', '6 7', '9' * 18, '9' * 19, '9' * 5000, '\u2028', '\x1c'])
+        '', '-1', '+3', ' 4 ', '5\r', '1_0', '१', '0x1', '1.', '6 7', '1000000', '1000001', '9' * 18, '9' * 19,
+        '9' * 5000, '\u2028', '\x1c'])
     lines = draw(st.lists(st.integers(0, 999).map(str), max_size=6) | st.lists(words, max_size=4))
-    path.write_bytes(draw(damaged('\n'.join(lines).encode() + b'\n' * draw(st.booleans()))))
-    found = outcome([path], td.read_labels, path)
-    lines = path.read_bytes().split(b'\n')
-    lines = lines[:-1] if lines[-1] == b'' else lines
+    start = draw(st.sampled_from([b'', b'', b'\xef\xbb\xbf']))
+    path.write_bytes(start + draw(damaged('\n'.join(lines).encode() + b'\n' * draw(st.integers(0, 2)))))
+    found = outcome([path], read_labels, path)
+    text = path.read_bytes()
+    if text.startswith(b'\xef\xbb\xbf'):
+        text = text[3:]
+    lines = text.split(b'\n')
+    while lines and not lines[-1].strip(b' \t\r'):
+        lines.pop()
     right = bool(lines) and all(is_class(line) for line in lines)
     assert (found is not REFUSED) == right
     assert found is REFUSED or found.tolist() == [int(line) for line in lines]
@@ -341,21 +307,61 @@ def labels(draw, folder):
 
 
 def is_class(line):
-    """Whether a line of a label file is an integer of up to 18 digits, from 0."""
+    """Whether a line of a label file is an integer from 0 to a million, in up to 18 digits."""
     word = line.lstrip(b' \t').rstrip(b' \t\r')
     digits = word[1:] if word[:1] in (b'+', b'-') else word
-    return digits.isdigit() and len(digits) <= 18 and int(word) >= 0
+    return digits.isdigit() and len(digits) <= 18 and 0 <= int(word) <= 10 ** 6
+
+
+def listed(draw, folder):
+    """A list file: a line 'path label' for each image."""
+    path = folder / 'list.txt'
+    names = st.sampled_from(['a.jpg', 'b/c.png', 'd e.jpg', 'ü.jpg', ' f.jpg ', '../g.jpg', '', '#', 'a\tb.jpg'])
+    right = st.integers(0, 999).map(str)
+    numbers = right | st.sampled_from(['-1', '+1', '1.0', '', '1000000', '1000001', '9' * 19, '१', '3 ', '4\r'])
+    ends = draw(st.sampled_from([right, numbers]))
+    lines = [draw(names) + draw(st.sampled_from([' ', ' ', '\t', '  '])) + draw(ends)
+             for _ in range(draw(st.integers(0, 4)))]
+    lines += draw(st.lists(st.sampled_from(['', ' ', '\r', '\ufeff']), max_size=1))
+    path.write_bytes(draw(damaged('\n'.join(lines).encode())))
+    found = outcome([path], open_source, str(path))
+    slow = slow_list(path.read_bytes())
+    assert (found is REFUSED) == (slow is REFUSED), 'refused though right' if found is REFUSED else 'taken though wrong'
+    assert found is REFUSED or list(zip(found.names, found.labels.tolist())) == slow
+    return found
+
+
+def slow_list(data):
+    """The (path, label) pairs in the bytes of a list file, REFUSED where it is none."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        return REFUSED
+    pairs = []
+    for line in text.removeprefix('\ufeff').split('\n'):
+        if not line.strip():
+            continue
+        end = line.rstrip()
+        gap = end.rfind('\t' if '\t' in line else ' ')
+        name = end[:max(gap, 0)].strip()
+        label = end[gap + 1:]
+        if gap < 0 or not name or not label.isascii() or not label.isdigit() or len(label) > 18 or int(label) > 10 ** 6:
+            return REFUSED
+        pairs.append((name, int(label)))
+    return pairs or REFUSED
 
 
 def synonyms(draw, folder):
-    path, codes, top_k = folder / 'synonyms.json', draw(st.integers(1, 5)), draw(st.integers(1, 4))
+    path = folder / 'synonyms.json'
+    codes = draw(st.integers(1, 5))
+    top_k = draw(st.integers(1, 4))
     value = {str(code): draw(st.lists(st.integers(0, codes - 1), min_size=1, max_size=5)) for code in range(codes)}
     kind = draw(st.sampled_from(['text', 'value', 'arbitrary']))
     if kind == 'value':
         value[str(draw(st.integers(0, 5)))] = draw(JSON | st.lists(NUMBERS, max_size=3))
     text = json.dumps(draw(JSON) if kind == 'arbitrary' else value).encode()
     path.write_bytes(draw(damaged(text)) if kind == 'text' else text)
-    found = outcome([path], td.load_synonyms, path, codes, top_k)
+    found = outcome([path], load_synonyms, path, codes, top_k)
     try:
         value = json.loads(path.read_bytes().decode())
     except (ValueError, RecursionError):
@@ -371,7 +377,8 @@ def synonyms(draw, folder):
 
 
 def log(draw, folder):
-    path, start = folder / 'log.txt', draw(st.integers(0, 4))
+    path = folder / 'log.txt'
+    start = draw(st.integers(0, 4))
     lines = [json.dumps({'epoch': epoch, 'loss': 0.5}) for epoch in range(draw(st.integers(0, 4)))]
     if draw(st.booleans()):
         lines.insert(draw(st.integers(0, len(lines))), json.dumps(draw(JSON | st.builds(dict, epoch=JSON))))
@@ -384,7 +391,12 @@ def log(draw, folder):
             continue
         if isinstance(value, dict) and type(value.get('epoch', -1)) is int and value.get('epoch', -1) < start:
             kept.append(value)
-    found = outcome([path], lambda: (RunLog(path, start).write(epoch=start), path.read_text())[1])
+
+    def read():
+        RunLog(str(folder), start).write(epoch=start)
+        return path.read_text()
+
+    found = outcome([path], read)
     assert found is not REFUSED and found == ''.join(json.dumps(line) + '\n' for line in [*kept, {'epoch': start}])
     return found
 
@@ -394,7 +406,7 @@ def log(draw, folder):
 def codebook(draw, folder):
     path = folder / 'codebook.ckpt'
     value = torch_file(draw, path, torch.arange(12.).reshape(4, 3), lambda: any_object(draw))
-    found = outcome([path], td.load_codebook, path)
+    found = outcome([path], load_codebook, path)
     if found is not REFUSED:
         assert found.dtype == torch.float32 and found.ndim == 2
         assert same(found, torch_says(path) if value is None else value)
@@ -402,7 +414,8 @@ def codebook(draw, folder):
 
 
 def checkpoint(draw, folder):
-    path, model = folder / 'checkpoint.pth', torch.nn.Linear(3, 2)
+    path = folder / 'checkpoint.pth'
+    model = torch.nn.Linear(3, 2)
     right = {'model': torch.nn.Linear(3, 2).state_dict(), 'epoch': 1, 'args': argparse.Namespace(lr=.1)}
 
     def change():
@@ -449,7 +462,8 @@ def from_safetensors(path):
 
 
 def tokenizer(draw, folder):
-    right, plain = tokenizer_state(draw), draw(st.booleans())
+    right = tokenizer_state(draw)
+    plain = draw(st.booleans())
     path = folder / ('tokenizer.safetensors' if plain else 'tokenizer.pt')
 
     def change():
@@ -490,7 +504,8 @@ def check_tokenizer(model, state):
 # ---------------------------------------------------------------- images
 
 def tar(draw, folder):
-    path, file = folder / 'a.tar', io.BytesIO()
+    path = folder / 'a.tar'
+    file = io.BytesIO()
     with tarfile.open(fileobj=file, mode='w') as archive:
         names = [f'{key}.{end}' for key in draw(st.sets(st.sampled_from(['a', 'b', '../c', '/d']), min_size=1))
                  for end in ('jpg', draw(st.sampled_from(['cls', 'json'])))]
@@ -499,21 +514,38 @@ def tar(draw, folder):
         for name in names:
             data = b'{"label": 3}' if name.endswith('json') else b'7'
             member = tarfile.TarInfo(name)
-            member.size, member.type = len(data), draw(st.sampled_from([tarfile.REGTYPE] * 20 + [
+            member.size = len(data)
+            member.type = draw(st.sampled_from([tarfile.REGTYPE] * 20 + [
                 tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE, tarfile.GNUTYPE_SPARSE]))
             archive.addfile(member, io.BytesIO(data))
     path.write_bytes(draw(damaged(file.getvalue())))
     found = outcome([path], open_source, str(path))
     if found is not REFUSED:
-        with tarfile.open(path, 'r:') as archive:
-            images = [archive.extractfile(member).read() for member in archive if member.isreg()
-                      and member.name.rpartition('/')[2].partition('.')[2].lower() in ('jpg', 'jpeg', 'png', 'webp')]
+        images = slow_tar(path)
         assert [found.read(i) for i in range(len(found))] == images and len(found.labels) == len(images)
     return found
 
 
+def slow_tar(path):
+    """The image of each sample in a tar that has one, by tarfile."""
+    members = []
+    with tarfile.open(path, 'r:') as archive:
+        for member in archive:
+            folder, _, name = member.name.rpartition('/')
+            if not member.isdir() and not is_hidden(member.name):
+                stem, _, ending = name.partition('.')
+                members.append(((folder, stem), ending.lower(), archive.extractfile(member).read()))
+    images = []
+    for _, sample in itertools.groupby(members, key=lambda member: member[0]):
+        readable = [(ending, data) for _, ending, data in sample if f'.{ending}' in image_extensions()]
+        usual = [(ending, data) for ending, data in readable if ending in ('jpg', 'jpeg', 'png', 'webp')]
+        images += [data for _, data in (usual or readable)[:1]]
+    return images
+
+
 READERS = {'stream': stream, 'index': index, 'labels': labels, 'synonyms': synonyms, 'codebook': codebook,
-           'checkpoint': checkpoint, 'tokenizer': tokenizer, 'card': card, 'log': log, 'cache': cache, 'tar': tar}
+           'checkpoint': checkpoint, 'tokenizer': tokenizer, 'manifest': manifest, 'log': log, 'cache': cache,
+           'tar': tar, 'list': listed}
 
 
 # ---------------------------------------------------------------- the program
@@ -534,24 +566,25 @@ def fuzz(name, inputs, folder):
     return dict(counts)
 
 
-def get_args():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False,
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument('--inputs', type=int, default=1200, help='to each reader')
-    parser.add_argument('--readers', nargs='+', choices=READERS, default=list(READERS))
-    return parser.parse_args()
+def parse_args(words=None):
+    parser = Parser(__doc__.splitlines()[0])
+    parser.add_argument('--inputs', type=integer(1), default=1200, help='to each reader')
+    parser.add_argument('--readers', nargs='+', choices=READERS, default=list(READERS), help='which')
+    return parser.parse_args(words)
 
 
 def main(args):
-    report, started = {}, time.monotonic()
+    report = {}
+    started = time.monotonic()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with tempfile.TemporaryDirectory() as folder:
         for name in args.readers:
-            report[name] = fuzz(name, args.inputs, Path(folder))
+            with contextlib.redirect_stdout(io.StringIO()):  # notes of what a source leaves out
+                report[name] = fuzz(name, args.inputs, Path(folder))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     print(json.dumps({'inputs': sum(sum(counts.values()) for counts in report.values()), **report,
                       'seconds': round(time.monotonic() - started), 'memory_mib': peak >> 10}))
 
 
 if __name__ == '__main__':
-    main(get_args())
+    run(main, parse_args)

@@ -1,0 +1,206 @@
+"""What the benchmarks share: their command line, rounds that take turns, synthetic data, the JSON line."""
+import argparse
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+import main_seit
+from flags import Parser, integer
+from run_info import VERSIONS
+from files import save_torch, write_text
+from image_tokenizer import PatchTokenizer
+from recipe import default_amp, keep_freed_memory
+from token_files import write_tokens
+from utils import device_of_rank
+from vitvqgan import ViTVQGAN
+
+CODES = 391  # of the published codebook
+CODE_DIM = 32
+CHUNK = 10_000  # images of random codes made at a time
+CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
+# Of main_seit.py's flags, those that the JSON line repeats.
+MAIN_FLAGS = 'model', 'model_kwargs', 'batch_size', 'input_size', 'compile', 'nb_classes', 'data_device'
+
+
+# ---------------------------------------------------------------- the command line
+
+def make_parser(about: str, repeats: int, clock: bool = False) -> Parser:
+    """The flags that all benchmarks have.
+
+    Args:
+        about: the benchmark in a few words.
+        repeats: rounds by default.
+        clock: the benchmark can count CPU time.
+    """
+    parser = Parser(about)
+    add = parser.add_argument
+    add('--repeats', type=integer(1), default=repeats, help='rounds')
+    add('--threads', type=integer(1), default=torch.get_num_threads(), help="torch's, on the CPU")
+    if clock:
+        add('--clock', default='wall', choices=list(CLOCKS), help='cpu: count CPU seconds of the process; with '
+            '--threads 1, what a CPU shared with other jobs would do alone')
+    return parser
+
+
+def parse_with_main(parser: Parser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags of `parser`; what it does not know is main_seit.py's, and becomes the list `main_flags`.
+
+    Raises:
+        InputError: for a mistake in either.
+    """
+    args, main_flags = parser.parse_known_args(argv)
+    main_args = main_seit.parse_args(main_flags)
+    if main_args.nb_classes is None:
+        main_flags = [*main_flags, '--nb-classes', '1000']
+    return argparse.Namespace(**vars(args), main_flags=main_flags, device=main_args.device)
+
+
+def set_up(device: str, threads: int) -> torch.device:
+    """The device, with so many threads of torch on the CPU. Raises InputError for a device that is not there."""
+    torch.set_num_threads(threads)
+    return device_of_rank(device)
+
+
+def keep_memory(device: torch.device) -> None:
+    """What main_seit.py does once its data are there: on a CPU, freed memory is kept."""
+    if device.type == 'cpu':
+        keep_freed_memory()
+
+
+# ---------------------------------------------------------------- measuring
+
+def take_turns(variants: dict[str, Callable], repeats: int, device: torch.device,
+               clock: str = 'wall') -> dict[str, np.ndarray]:
+    """Measure functions in turn, after a warm-up of each.
+
+    Args:
+        variants: functions without arguments, by name.
+        repeats: rounds.
+        device: where they work.
+        clock: 'wall' or 'cpu'.
+
+    Returns:
+        Seconds of each round, (repeats,), by name.
+    """
+    now = CLOCKS[clock]
+    seconds = {name: [] for name in variants}
+    for round_ in range(-1, repeats):
+        for name, variant in variants.items():
+            began = now()
+            variant()
+            if device.type == 'cuda':
+                torch.cuda.synchronize(device)
+            if round_ >= 0:
+                seconds[name].append(now() - began)
+    return {name: np.array(values) for name, values in seconds.items()}
+
+
+def spread(values: Sequence[float], digits: int = 4) -> dict[str, float]:
+    """Median, least and largest of some numbers, to so many significant digits."""
+    values = np.asarray(values, float)
+    of_interest = {'median': np.median(values), 'min': values.min(), 'max': values.max()}
+    return {name: float(f'{value:.{digits}g}') for name, value in of_interest.items()}
+
+
+def hardware(device: torch.device) -> dict[str, Any]:
+    """What the numbers were measured on and with."""
+    lines = Path('/proc/cpuinfo').read_text().splitlines()
+    names = [line.partition(':')[2].strip() for line in lines if line.startswith('model name')]
+    on_gpu = device.type == 'cuda'
+    return {'cpu': names[0] if names else 'unknown', 'cores': len(os.sched_getaffinity(0)),
+            'threads': torch.get_num_threads(), 'gpu': torch.cuda.get_device_name(device) if on_gpu else None,
+            'cuda': torch.version.cuda if on_gpu else None, **VERSIONS, 'numpy': np.__version__}
+
+
+def asked_of_main(main_args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """What main_seit.py's flags asked for, as the JSON line has it."""
+    asked = {name: getattr(main_args, name) for name in MAIN_FLAGS}
+    return asked | {'amp': main_args.amp or default_amp(device)}
+
+
+def print_result(name: str, result: dict[str, Any], asked: dict[str, Any], device: torch.device) -> None:
+    """Print a line for each result, then the JSON line.
+
+    Args:
+        name: of the benchmark.
+        result: numbers by name.
+        asked: the flags; those that say where files lie are left out.
+        device: it was measured on.
+    """
+    for key, value in result.items():
+        print(f'{key}: {value}')
+    asked = {key: value for key, value in asked.items() if key not in ('main_flags', 'folder')}
+    print(json.dumps({'benchmark': name, **result, 'asked': asked, 'hardware': hardware(device)}), flush=True)
+
+
+# ---------------------------------------------------------------- synthetic data
+
+def make_tokens(folder: Path, images: int, grid_size: int, classes: int) -> list[str]:
+    """Write a set of random codes, its codebook and synonyms; returns main_seit.py's flags that name the files."""
+    rng = np.random.default_rng(0)
+    runs = (rng.integers(CODES, size=(min(CHUNK, images - first), grid_size ** 2), dtype=np.uint16)
+            for first in range(0, images, CHUNK))
+    write_tokens(token_file(folder), folder / 'set-label.txt', runs, np.arange(images) % classes)
+    codebook = rng.standard_normal((CODES, CODE_DIM), np.float32)
+    save_torch(torch.from_numpy(codebook), folder / 'codebook.ckpt')
+    synonyms = {str(code): rng.permutation(CODES)[:5].tolist() for code in range(CODES)}
+    write_text(folder / 'synonyms.json', json.dumps(synonyms))
+    return token_flags(folder)
+
+
+def token_file(folder: Path) -> Path:
+    """Path of the stream that `make_tokens` writes."""
+    return folder / 'set-token.data.bin.gz'
+
+
+def token_flags(folder: Path) -> list[str]:
+    """main_seit.py's flags for the files of `make_tokens`, for training and for evaluation alike."""
+    flags = ['--codebook-path', folder / 'codebook.ckpt', '--token-synonym-dict', folder / 'synonyms.json']
+    for split in ('train', 'val'):
+        flags += [f'--{split}-token-file', token_file(folder), f'--{split}-label-file', folder / 'set-label.txt']
+    return [str(flag) for flag in flags]
+
+
+def make_images(folder: Path, images: int, classes: int = 10, width: int = 500, height: int = 375) -> None:
+    """Write JPEGs of ImageNet's typical size (about 90 KB) into class folders."""
+    rng = np.random.default_rng(0)
+    for i in range(images):
+        coarse = Image.fromarray(rng.integers(256, size=(24, 32, 3), dtype=np.uint8)).resize((width, height))
+        pixels = np.asarray(coarse) + rng.normal(0, 12, (height, width, 1))
+        path = folder / f'class-{i % classes}' / f'{i:05d}.jpg'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=90)
+
+
+TOKENIZERS = 'base', 'small', 'patch'
+
+
+def make_tokenizer(name: str, device: torch.device) -> tuple[nn.Module, torch.Tensor]:
+    """(tokenizer, codebook) on a device: ViT-VQGAN 'base' or 'small' with random weights, or 'patch'."""
+    torch.manual_seed(0)
+    if name == 'patch':
+        basis = torch.linalg.qr(torch.randn(192, CODE_DIM)).Q
+        tokenizer = PatchTokenizer(torch.full((192,), 0.5), basis, torch.ones(()))
+        codebook = torch.randn(CODES, CODE_DIM)
+    else:
+        tokenizer = ViTVQGAN.from_name(name).eval()
+        codebook = tokenizer.codebook
+    return tokenizer.to(device), codebook.to(device)
+
+
+# ---------------------------------------------------------------- processes
+
+def free_port() -> int:
+    """A TCP port that is free on this machine now."""
+    with socket.socket() as probe:
+        probe.bind(('127.0.0.1', 0))
+        return probe.getsockname()[1]

@@ -1,0 +1,89 @@
+"""Benchmark: images to codes, as tokenize_images.py makes them, with and without decoding the images.
+
+    python benchmarks/encode.py --amp off bf16 --compile
+
+(Named so because a file tokenize.py here would stand before Python's own module of that name.)
+"""
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks import common
+from flags import integer
+from image_sources import Source, load_images, open_source
+from token_parts import Parts
+from tokenize_images import Encoder, encode_part
+from utils import cores, run
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises InputError."""
+    parser = common.make_parser('Measure images to codes, with and without decoding the images.', 5)
+    add = parser.add_argument
+    add('--device', default='auto', help='auto (CUDA where there is one), cuda, cuda:N or cpu')
+    add('--tokenizer', default='base', choices=common.TOKENIZERS, help='ViT-VQGAN of that size, or patches')
+    add('--amp', nargs='+', default=['off', 'bf16'], choices=['off', 'bf16'])
+    add('--compile', action='store_true', help='measure each with torch.compile too')
+    add('--image-size', type=integer(1), default=256)
+    add('--batch-size', type=integer(1), default=64)
+    add('--images', type=integer(1), default=1024)
+    add('--num-workers', type=integer(), default=cores(), help='processes that decode images')
+    return parser.parse_args(argv)
+
+
+def make_encoders(args: argparse.Namespace, device: torch.device) -> dict[str, Encoder]:
+    """An encoder for each precision, compiled too where that is asked for, by name."""
+    tokenizer, codebook = common.make_tokenizer(args.tokenizer, device)
+    encoders = {}
+    for amp in args.amp:
+        name = 'fp32' if amp == 'off' else amp
+        encoders[name] = Encoder(tokenizer, codebook, amp, args.tokenizer)
+        if args.compile:
+            encoders[f'{name} compiled'] = Encoder(torch.compile(tokenizer), codebook, amp, args.tokenizer)
+    return encoders
+
+
+def encode_all(encoder: Encoder, source: Source, parts: Parts, args: argparse.Namespace, device: torch.device) -> None:
+    """Decode and encode all images, and write the parts."""
+    batches = [batch for part in range(len(parts)) for batch in parts.batches(part)]
+    images = load_images(source, batches, args.image_size, workers=args.num_workers, pin_memory=device.type == 'cuda')
+    for part in range(len(parts)):
+        encode_part(parts, part, images, encoder, lambda count: None)
+
+
+def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
+    """The numbers of the JSON line; images and codes are made in `folder`."""
+    torch.backends.cudnn.allow_tf32 = False  # as tokenize_images.py
+    common.keep_memory(device)
+    encoders = make_encoders(args, device)
+    pixels = torch.randint(256, (args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8).to(device)
+    alone = {name: lambda encoder=encoder: encoder(pixels) for name, encoder in encoders.items()}
+    seconds = common.take_turns(alone, args.repeats, device)
+    result = {'tokenizer_images_per_second': {
+        name: common.spread(args.batch_size / values) for name, values in seconds.items()}}
+
+    common.make_images(folder / 'images', args.images)
+    source = open_source(str(folder / 'images'))
+    parts = Parts(folder / 'parts', args.images, args.batch_size)
+    whole = {name: lambda encoder=encoder: encode_all(encoder, source, parts, args, device)
+             for name, encoder in encoders.items()}
+    seconds = common.take_turns(whole, args.repeats, device)
+    return result | {'with_decoding_images_per_second': {
+        name: common.spread(args.images / values) for name, values in seconds.items()}}
+
+
+def main(args: argparse.Namespace) -> None:
+    device = common.set_up(args.device, args.threads)
+    with tempfile.TemporaryDirectory(prefix='seit-benchmark-') as folder:
+        result = measure(args, device, Path(folder))
+    common.print_result('tokenize', result, vars(args), device)
+
+
+if __name__ == '__main__':
+    run(main, parse_args)

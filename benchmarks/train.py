@@ -1,0 +1,130 @@
+"""Benchmark: training steps, with the real data path and with a constant batch. Takes the flags of main_seit.py too.
+
+    python benchmarks/train.py --model deit_base_token_32 --batch-size 512 --amp bf16 --compile
+"""
+import argparse
+import resource
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import main_seit
+import recipe
+from benchmarks import common
+from codebook import load_codebook
+from engine import AMP_DTYPE, train_one_epoch
+from flags import integer
+from models_seit import create_model
+from samplers import shuffled
+from token_dataset import choose_data_device
+from utils import InputError, run
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Our arguments, and main_seit.py's as `main_flags`. Raises InputError."""
+    parser = common.make_parser('Measure training steps, with the real data path and with a constant batch. Takes the '
+                                'flags of main_seit.py too.', 5, clock=True)
+    parser.add_argument('--steps', type=integer(1), default=50, help='batches a round')
+    parser.add_argument('--grid', type=integer(2), default=32, help='codes on a side')
+    args = common.parse_with_main(parser, argv)
+    accum_iter = main_seit.parse_args(args.main_flags).accum_iter
+    if args.steps % accum_iter:
+        raise InputError(f'--steps {args.steps} is no multiple of --accum-iter {accum_iter}')
+    return args
+
+
+def matmul_peak(device: torch.device, amp: str, repeats: int, clock: str) -> float:
+    """The device's measured peak in FLOP/s: the best of large square matrix products in the precision of `amp`."""
+    best = 0.
+    for n in (4096, 8192, 16384) if device.type == 'cuda' else (1024, 2048):
+        a, b = (torch.randn(n, n, device=device, dtype=AMP_DTYPE.get(amp)) for _ in range(2))
+        seconds = common.take_turns({'matmul': lambda a=a, b=b: torch.mm(a, b)}, max(repeats, 10), device, clock)
+        best = max(best, 2 * n ** 3 / seconds['matmul'].min())
+    return best
+
+
+def forward_flops(model: nn.Module, input_shape: tuple[int, ...]) -> int:
+    """Floating-point operations of one image's forward pass, a multiply-add being two."""
+    x = torch.zeros(1, *input_shape, device=next(model.parameters()).device)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(x)
+    return counter.get_total_flops()
+
+
+def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
+    """The numbers of the JSON line; data are made in `folder`."""
+    # what main_seit.main makes before its loop
+    asked = main_seit.parse_args(args.main_flags)
+    batch_size = asked.batch_size
+    images = args.steps * batch_size
+    token_flags = common.make_tokens(folder, images, args.grid, asked.nb_classes)
+    main_args = main_seit.parse_args([*args.main_flags, *token_flags, '--no-eval'])
+    recipe.set_up_torch(main_args)
+    codebook = load_codebook(main_args.codebook_path)
+    size = main_args.input_size // main_args.token_patch_size
+    input_shape = codebook.shape[1], size, size
+    datasets = main_seit.load_data(main_args, codebook, size)
+    choose_data_device(datasets, main_args.data_device, device)
+    common.keep_memory(device)
+    data = datasets['train']
+    model = create_model(main_args.model, main_args.model_kwargs, main_args.nb_classes, size, codebook.shape[1],
+                         drop_path_rate=main_args.drop_path, pos_drop_rate=main_args.drop,
+                         proj_drop_rate=main_args.drop).to(device)
+    flops = forward_flops(model, input_shape)
+    augment = main_seit.make_augment(main_args, codebook, data.grid_size, size, device)
+    mixup, criterion = recipe.make_loss(main_args, main_args.nb_classes)
+    state = recipe.make_state(main_args, model, device, input_shape)
+    options = recipe.step_options(main_args, args.steps)
+
+    # the two that are compared
+    order = shuffled(images, 1, 0, 0, 0)
+    first_codes, first_targets = next(data.batches(order, batch_size, device))
+    constant_x = augment(first_codes, torch.Generator(device))
+
+    def loss_of_input(model: nn.Module, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if mixup:
+            x, targets = mixup(x, targets)
+        return criterion(model(x), targets)
+
+    def with_data() -> None:
+        state.step = 0
+        train_one_epoch(state, data.batches(order, batch_size, device, main_args.pin_mem),
+                        lambda model, batch, generator: loss_of_input(model, augment(batch[0], generator), batch[1]),
+                        options)
+
+    def constant() -> None:
+        state.step = 0
+        train_one_epoch(state, [first_targets] * args.steps,
+                        lambda model, targets, _: loss_of_input(model, constant_x, targets), options)
+
+    seconds = common.take_turns({'data': with_data, 'constant': constant}, args.repeats, device, args.clock)
+    peak = matmul_peak(device, state.amp, args.repeats, args.clock)
+    rate = images / seconds['data']
+    memory = (torch.cuda.max_memory_allocated(device) if device.type == 'cuda'
+              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    return {'images_per_second': common.spread(rate),
+            'constant_images_per_second': common.spread(images / seconds['constant']),
+            'data_to_constant': common.spread(seconds['constant'] / seconds['data']),
+            'ms_a_step': common.spread(1e3 * seconds['data'] / args.steps), 'forward_gflop_an_image': flops / 1e9,
+            'matmul_peak_tflops': peak / 1e12, 'flops_utilization': common.spread(3 * flops * rate / peak),
+            'peak_memory_mb': round(memory / 1e6)}
+
+
+def main(args: argparse.Namespace) -> None:
+    device = common.set_up(args.device, args.threads)
+    with tempfile.TemporaryDirectory(prefix='seit-benchmark-') as folder:
+        result = measure(args, device, Path(folder))
+    asked = vars(args) | common.asked_of_main(main_seit.parse_args(args.main_flags), device)
+    common.print_result('train', result, asked, device)
+
+
+if __name__ == '__main__':
+    run(main, parse_args)

@@ -1,0 +1,69 @@
+"""The codebook: reading it, finding codes of features, and the synonyms of codes that Token-EDA uses."""
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from files import read_json
+from safe_load import load_torch
+from utils import InputError
+
+
+def load_codebook(path: str | Path) -> torch.Tensor:
+    """The (K, d) float32 codebook in a torch file. Raises InputError."""
+    codebook = load_torch(path, 'a codebook')
+    if not isinstance(codebook, torch.Tensor) or codebook.ndim != 2 or not codebook.is_floating_point():
+        raise InputError(f'{path}: expected a float tensor (codes, code_dim) as codebook')
+    return codebook.float().detach()
+
+
+def quantize(features: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """Codes of features: the nearest codebook row after L2-normalizing both (ViT-VQGAN's quantizer).
+
+    Args:
+        features: (..., d) float.
+        codebook: (K, d) float.
+
+    Returns:
+        (...) int64 in [0, K). Ties go to the lowest code.
+    """
+    return (F.normalize(features, dim=-1) @ F.normalize(codebook, dim=-1).T).argmax(-1)
+
+
+def nearest_codes(codebook: torch.Tensor, top_k: int) -> torch.Tensor:
+    """(K, top_k) int64: for each row of the codebook the other rows by falling cosine; equal ones by rising code."""
+    unit = F.normalize(codebook.double(), dim=-1)
+    similarity = (unit @ unit.T).fill_diagonal_(-torch.inf)
+    return similarity.argsort(dim=1, descending=True, stable=True)[:, :top_k]
+
+
+def load_synonyms(path: str | Path, codes: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Synonyms as a table to index.
+
+    Args:
+        path: a synonyms.json, {"code": [other codes, best first], ...}.
+        codes: rows of the codebook, K.
+        top_k: how many of each list are used (published: 5).
+
+    Returns:
+        table (K, top_k) int64, short lists padded with the code itself, and count (K,) int64.
+
+    Raises:
+        InputError: when a code has no entry or a synonym lies beyond the codebook.
+    """
+    lists = read_json(path)
+    if not isinstance(lists, dict):
+        raise InputError(f'{path}: expected an object that maps each code to a list of codes')
+    missing = [c for c in range(codes) if not lists.get(str(c))]
+    if missing:
+        raise InputError(f'{path}: no synonyms for {len(missing)} of {codes} codes (first: {missing[0]}); '
+                         'make it from this codebook with scripts/build_synonyms.py')
+    table = torch.arange(codes)[:, None].repeat(1, top_k)
+    count = torch.empty(codes, dtype=torch.int64)
+    for code in range(codes):
+        row = lists[str(code)]
+        if not isinstance(row, list) or not all(type(c) is int and 0 <= c < codes for c in row):
+            raise InputError(f'{path}: the synonyms of code {code} are not codes from 0 to {codes - 1}')
+        count[code] = min(len(row), top_k)
+        table[code, :len(row[:top_k])] = torch.tensor(row[:top_k])
+    return table, count

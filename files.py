@@ -1,0 +1,281 @@
+"""Files: which ones a flag names, reading within limits, writing whole or not at all, locks, downloads."""
+import contextlib
+import fcntl
+import glob
+import hashlib
+import http.client
+import json
+import os
+import re
+import sys
+import tempfile
+import urllib.parse
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from utils import InputError, first_line, is_main
+
+# What a file may claim before memory is taken for it. Damaged or hostile ones would have us allocate anything.
+SMALL = 1 << 20  # bytes that are allowed whatever a file's size
+MAX_JSON_BYTES = 1 << 24  # manifests are of kilobytes, synonyms of 65,536 codes 3 MB, a log of 10,000 epochs 5 MB
+MAX_LABEL_BYTES = 1 << 28  # of one label file
+MAX_IMAGES = 1 << 27  # of one token file, 100 times ImageNet-1k; larger sets come as shards
+MAX_IMAGE_BYTES = 2 * 1024 ** 2  # two a code, of a grid of 1024 x 1024
+MAX_INDEX_RATIO = 64  # bytes of an index to one of its gzip; a regular one has 8
+MAX_GZIP_RATIO = 1032  # bytes of anything to one of its gzip: what deflate can do
+MAX_COMMAS = 8  # in a file's name, within a list of names
+MAX_TENSOR_RATIO = 4  # bytes of tensors to a byte of their file: those that share memory are stored once
+
+
+# ---------------------------------------------------------------- names
+
+def expand_files(spec: str) -> list[Path]:
+    """The files that a path, a glob (sorted) or a comma-separated list of both names.
+
+    '{000..146}' counts, as in the names of tar shards. What exists under a name with such characters is that file or
+    folder. Raises InputError when a glob matches nothing.
+    """
+    spec = str(spec)
+    if os.path.exists(spec):
+        return [Path(spec)]
+    files = []
+    for word in _split_list(spec):
+        matches = _match(word)
+        if not matches:
+            raise InputError(f'{word}: no file matches')
+        files += matches
+    if not files:
+        raise InputError(f'{spec!r} names no file')
+    return files
+
+
+def _split_list(spec: str) -> list[str]:
+    """The words between commas; a comma within a name that is there separates nothing."""
+    pieces = spec.split(',')
+    words = []
+    while pieces:
+        joined = [','.join(pieces[:count]).strip() for count in range(1, min(len(pieces), MAX_COMMAS + 1) + 1)]
+        number = next((number for number, word in enumerate(joined) if _finds_file(word)), 0)
+        words.append(joined[number])
+        del pieces[:number + 1]
+    return [word for word in words if word]
+
+
+def _finds_file(word: str) -> bool:
+    folder = os.path.dirname(word)
+    if ',' in word and not os.path.isdir(folder or '.'):
+        return False
+    return any(map(os.path.isfile, _match(word)))
+
+
+def _match(pattern: str) -> list[Path]:
+    """The sorted files that a glob with counting braces matches; a name without magic as it is."""
+    if os.path.exists(pattern):
+        return [Path(pattern)]
+    folder = next((str(parent) for parent in Path(pattern).parents if os.path.isdir(parent)), '')  # is no pattern
+    rest = os.path.relpath(pattern, folder) if folder else pattern
+    files = []
+    for name in _count_braces(rest):
+        if glob.has_magic(name):
+            files += sorted(glob.glob(os.path.join(glob.escape(folder), name)))
+        else:
+            files.append(os.path.join(folder, name))
+    return [Path(file) for file in files]
+
+
+def _count_braces(pattern: str) -> list[str]:
+    """'a-{00..02}.tar' as ['a-00.tar', 'a-01.tar', 'a-02.tar']; other words as they are, in a list."""
+    match = re.search(r'\{(\d+)\.\.(\d+)\}', pattern)
+    if not match:
+        return [pattern]
+    first, last = match.groups()
+    return [word for number in range(int(first), int(last) + 1)
+            for word in _count_braces(f'{pattern[:match.start()]}{number:0{len(first)}d}{pattern[match.end():]}')]
+
+
+# ---------------------------------------------------------------- reading
+
+def read_bytes(path: str | Path, limit: int) -> bytes:
+    """The content of a file. Raises InputError when it cannot be read or has more than `limit` bytes."""
+    try:
+        with open(path, 'rb') as file:
+            data = file.read(limit + 1)
+    except OSError as error:
+        raise InputError(f'{path}: {error.strerror}') from None
+    if len(data) > limit:
+        raise InputError(f'{path}: more than {limit:,} bytes, which no file of its kind has')
+    return data
+
+
+def parse_json(data: bytes) -> Any:
+    """The value of UTF-8 bytes of JSON. Raises ValueError, for what is nested too deep as well."""
+    try:
+        return json.loads(data.decode('utf-8'))
+    except RecursionError:
+        raise ValueError('nested too deep') from None
+
+
+def read_json(path: str | Path) -> Any:
+    """The JSON value in `path`; InputError when it is missing, not JSON, or longer than MAX_JSON_BYTES."""
+    data = read_bytes(path, MAX_JSON_BYTES)
+    try:
+        return parse_json(data)
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise InputError(f'{path}: not JSON ({error})') from None
+
+
+def sha256(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises InputError."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, 'rb') as file:
+            for block in iter(lambda: file.read(1 << 20), b''):
+                digest.update(block)
+    except OSError as error:
+        raise InputError(f'{path}: {error.strerror}') from None
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- writing
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path, advice: str = 'choose another folder') -> Iterator[str]:
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it, else remove it.
+
+    The reader of `path` sees the old file or the whole new one, never a part. While it is written the temporary file
+    is locked, so that `remove_leftovers` can tell it from what a killed run left.
+
+    Raises:
+        InputError: when the folder cannot be written, with the `advice`.
+    """
+    path = Path(path)
+    handle, temporary = _temporary_beside(path, advice)
+    with contextlib.suppress(OSError):  # file systems without locks
+        fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        yield temporary
+        with open(temporary, 'rb+') as file:
+            os.fsync(file.fileno())
+        with contextlib.suppress(OSError):  # a mount may refuse it
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are private; ours are like any other
+        os.replace(temporary, path)
+        _flush_folder(path.parent)
+    except OSError as error:
+        raise InputError(f'{path}: cannot be written ({error.strerror or error}); {advice}') from None
+    finally:
+        os.close(handle)
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+
+
+def _temporary_beside(path: Path, advice: str) -> tuple[int, str]:
+    """(open handle, name) of a new temporary file beside `path`. Raises InputError."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(21, 'a folder is there')
+        return tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
+    except OSError as error:
+        raise InputError(f'{path}: cannot be written ({error.strerror}); {advice}') from None
+
+
+def check_writable(path: str | Path, advice: str = 'choose another folder or name') -> None:
+    """InputError unless `atomic_path` could write `path` now: called before long work that ends in that file."""
+    handle, temporary = _temporary_beside(Path(path), advice)
+    os.close(handle)
+    os.unlink(temporary)
+
+
+def remove_leftovers(folder: str | Path, pattern: str) -> None:
+    """Remove temporary files that killed runs left in a folder; those a living process writes stay."""
+    for path in Path(folder).glob(pattern):
+        with contextlib.suppress(OSError), open(path, 'rb+') as file:  # NFS locks what is open for writing
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+
+
+def _flush_folder(folder: Path) -> None:
+    """Bring the names in a folder to disk, where the system allows that."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a whole UTF-8 text file atomically; file names that are not UTF-8 are escaped, as in \\udce9."""
+    with atomic_path(path) as temporary:
+        Path(temporary).write_text(text, encoding='utf-8', errors='backslashreplace')
+
+
+def save_torch(value: Any, path: str | Path) -> None:
+    """torch.save, atomically; equal values give equal files. Raises InputError (a full disk, say)."""
+    with atomic_path(path) as temporary, open(temporary, 'wb') as file:
+        try:
+            torch.save(value, file)  # given a path, torch would put the temporary name into the file
+        except RuntimeError as error:  # how torch's writer passes on an OSError
+            raise InputError(f'{path}: cannot be written ({first_line(error)})') from None
+
+
+# ---------------------------------------------------------------- one writer a folder
+
+def lock_file(path: str | Path) -> BinaryIO | None:
+    """Open `path` and lock it for this process until it is closed or the process ends, however it ends.
+
+    Returns:
+        The open file, or None where the file system has no locks.
+
+    Raises:
+        BlockingIOError: when another process holds the lock.
+        OSError: when the file cannot be opened.
+    """
+    file = open(path, 'ab+')  # noqa: SIM115 - it stays open, and so locked
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: forked loader processes do not keep it
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise BlockingIOError(f'{path} is locked') from None
+    except OSError:
+        file.close()
+        return None
+    return file
+
+
+# ---------------------------------------------------------------- the web
+
+def is_address(path: str | Path) -> bool:
+    """Whether a path is an http(s) address."""
+    return str(path).startswith(('https://', 'http://'))
+
+
+def download(url: str, folder: str | Path) -> str:
+    """Fetch `url` into `folder`; returns the path. (torch.hub's cache goes by file name alone.)
+
+    An address may end in '#sha256=' and 64 hexadecimal digits: a file with another SHA-256 is refused.
+
+    Raises:
+        InputError: when it cannot be fetched, or is not the file it should be.
+    """
+    address, _, fragment = url.partition('#')
+    stated = re.fullmatch(r'sha256=([0-9a-f]{64})', fragment)
+    if fragment and not stated:
+        raise InputError(f'{url}: after # may stand sha256= and 64 hexadecimal digits, and nothing else')
+    try:
+        path = os.path.join(folder, Path(urllib.parse.urlparse(address).path).name or 'file')
+        torch.hub.download_url_to_file(address, path, progress=is_main() and sys.stderr.isatty())
+    except (OSError, ValueError, http.client.HTTPException) as error:
+        raise InputError(f'{url}: cannot be fetched ({error})') from None
+    if stated and sha256(path) != stated.group(1):
+        raise InputError(f'{url}: what was fetched has SHA-256 {sha256(path)}: fetch it again, or mistrust it')
+    return path

@@ -1,0 +1,143 @@
+"""Class folders of images: which images are in them, in the order of torchvision's ImageFolder."""
+import os
+import stat
+from collections import Counter
+from pathlib import Path, PurePath
+
+from image_files import LeftOut, is_hidden, is_image
+from utils import InputError
+
+
+def read_folder(root: Path, left_out: LeftOut) -> tuple[list[str], list[str], list[int]]:
+    """Find the images in the class folders of `root`; what is left out is added to `left_out`.
+
+    Returns:
+        The classes in alphabetical order, the paths of the images relative to `root`, and their labels: the numbers
+        of their classes.
+
+    Raises:
+        InputError: for a folder that cannot be read, no class folders, or a class without images.
+    """
+    classes = class_folders(root, left_out)
+    if not classes:
+        more = f'; it has files ({_endings(os.listdir(root))}), which must be in a folder for each class'
+        raise InputError(f'{root}: no class folders of images in it{more if os.listdir(root) else ""}')
+    names = []
+    labels = []
+    for label, name in enumerate(classes):
+        images = images_in(root, name, left_out)
+        if not images:
+            seen = [file for _, _, files in os.walk(root / name) for file in files if not is_hidden(file)]
+            contents = f' (it has {_endings(seen)} files)' if seen else ', it is empty'
+            raise InputError(f'{root}: the class folder {name} holds no images{contents}; remove it, or put its images '
+                             'there')
+        names += images
+        labels += [label] * len(images)
+    return classes, names, labels
+
+
+def holds_class_folders(root: Path) -> bool:
+    """Whether a folder has class folders with an image in one of them."""
+    ignored = LeftOut()
+    return any(images_in(root, name, ignored) for name in class_folders(root, ignored))
+
+
+def class_folders(root: Path, left_out: LeftOut) -> list[str]:
+    """The names of the class folders in `root`, sorted."""
+    names = []
+    for entry in _entries(root):
+        if is_hidden(entry.name):
+            left_out.add(LeftOut.HIDDEN, entry.name)
+        elif not os.path.isdir(entry.path):
+            if not os.path.exists(entry.path):
+                raise InputError(f'{root}: {entry.name} is a link to nothing; mend or remove it, because a class '
+                                 'that lacks would give the others other numbers')
+            if is_image(entry.name):
+                left_out.add(LeftOut.LOOSE, entry.name)
+        elif entry.is_symlink() and _leads_back(entry.path, root):
+            left_out.add(LeftOut.LINK, entry.name)
+        else:
+            names.append(entry.name)
+    return names
+
+
+def images_in(root: Path, class_name: str, left_out: LeftOut) -> list[str]:
+    """Paths, relative to `root`, of the images in one class folder and the folders below it, in ImageFolder's order.
+
+    Links are followed, except to folders that are read anyway, so that none is read twice or without end.
+    """
+    files_of = []
+    seen = set()
+    folders = [class_name]
+    links = []  # after the folders themselves, so that an image has its own path
+    while folders or links:
+        folder = folders.pop() if folders else links.pop(0)
+        identity = os.stat(root / folder)
+        if (identity.st_dev, identity.st_ino) in seen:
+            left_out.add(LeftOut.LINK, folder)
+            continue
+        seen.add((identity.st_dev, identity.st_ino))
+        files = []
+        for entry in _entries(root / folder):
+            name = os.path.join(folder, entry.name)
+            kind = _kind(entry, root)
+            if kind == 'folder':
+                folders.append(name)
+            elif kind == 'link':
+                links.append(name)
+            elif kind == 'image':
+                files.append(name)
+            else:
+                left_out.add(kind, name)
+        files_of.append((folder, files))
+    return [name for _, files in sorted(files_of) for name in files]
+
+
+def _kind(entry: os.DirEntry, root: Path) -> str:
+    """'folder', 'link' (to a folder), 'image', or why the entry of a class folder is left out."""
+    if is_hidden(entry.name):
+        return LeftOut.HIDDEN
+    if entry.is_symlink() and os.path.isdir(entry.path):
+        return LeftOut.LINK if _leads_back(entry.path, root) else 'link'
+    if entry.is_dir(follow_symlinks=False):
+        return 'folder'
+    if not is_image(entry.name):
+        return LeftOut.OTHER
+    # A link to nothing is an image that cannot be read: the reader will say so.
+    regular = os.path.isfile(entry.path) or (entry.is_symlink() and not os.path.exists(entry.path))
+    return 'image' if regular else LeftOut.SPECIAL
+
+
+def _leads_back(link: str, root: Path) -> bool:
+    """Whether a link leads to `root`, above it, or to a folder in it that is read anyway."""
+    target = os.path.realpath(link)
+    home = os.path.realpath(root)
+    if home == target or home.startswith(os.path.join(target, '')):
+        return True
+    return target.startswith(os.path.join(home, '')) and not is_hidden(os.path.relpath(target, home))
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    """What is in a folder, by name. Raises InputError."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=_entry_name)
+    except OSError as error:
+        raise InputError(f'{folder}: {error.strerror}') from None
+
+
+def _entry_name(entry: os.DirEntry) -> str:
+    return entry.name
+
+
+def _endings(names: list[str]) -> str:
+    """The most frequent endings of files, as in '.txt, .gif'."""
+    counts = Counter(PurePath(name).suffix or 'unnamed' for name in names)
+    return ', '.join(ending for ending, _ in counts.most_common(3))
+
+
+def read_regular_file(path: Path) -> bytes:
+    """The bytes of a regular file. Raises OSError; for a pipe or a device, which may have no end, too."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError('no regular file')
+    return path.read_bytes()

@@ -1,0 +1,112 @@
+"""Encoded images: which names are images, which are passed over, and decoding."""
+import functools
+import io
+import re
+from pathlib import PurePath
+
+import numpy as np
+import torch
+from PIL import Image
+
+from utils import first_line, print0
+
+# Opened by PIL, but not read: data of other sciences, films, and what needs another program.
+NOT_READ = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'WMF'}
+# Folders that file managers, archivers and file systems add; some hold thumbnails.
+SYSTEM_FOLDERS = {'__MACOSX', '@eaDir', '$RECYCLE.BIN', 'System Volume Information', 'lost+found'}
+
+
+class BadImage(Exception):
+    """An image that cannot be read; the message says why, on one line."""
+
+
+# ---------------------------------------------------------------- names
+
+@functools.cache
+def image_formats() -> tuple[str, ...]:
+    """The formats that PIL can read here, in the order it tries them."""
+    Image.init()
+    return tuple(name for name in Image.ID if name not in NOT_READ)
+
+
+@functools.cache
+def image_extensions() -> frozenset[str]:
+    """The endings of images that PIL can read here, in lower case, as in '.jpg'."""
+    formats = image_formats()
+    return frozenset(ending for ending, name in Image.registered_extensions().items() if name in formats)
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name ends as an image that PIL can read."""
+    return PurePath(name).suffix.lower() in image_extensions()
+
+
+def is_hidden(name: str) -> bool:
+    """Whether any part of a relative path is hidden, or a folder that a system adds: never a class or an image."""
+    return any(part in SYSTEM_FOLDERS or (part.startswith('.') and part not in ('.', '..'))
+               for part in name.split('/'))
+
+
+class LeftOut:
+    """What a source leaves out, counted by reason and said once."""
+    HIDDEN = 'hidden names (such as .DS_Store) passed over'
+    OTHER = 'files of kinds that are not read left out'
+    LOOSE = 'images outside of class folders left out'
+    SPECIAL = 'files that are no regular files left out'
+    LINK = 'links to folders that are read already not followed'
+    NO_IMAGE = 'samples without an image of a kind that is read left out'
+
+    def __init__(self) -> None:
+        self.counts = {}
+        self.first = {}
+
+    def add(self, reason: str, name: str) -> None:
+        """Count one more file or folder."""
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        self.first.setdefault(reason, name)
+
+    def report(self, data_path: str) -> None:
+        """Print a line for each reason, on rank 0."""
+        for reason, count in self.counts.items():
+            name = self.first[reason].encode(errors='backslashreplace').decode()
+            print0(f'note: {data_path}: {reason}: {count:,} (first: {name})')
+
+
+# ---------------------------------------------------------------- decoding
+
+def decode_image(data: bytes, size: int, max_pixels: int | None = None) -> torch.Tensor:
+    """An encoded image, both sides resized bicubically.
+
+    Colors are converted as torchvision's loader does, by PIL's convert('RGB'), and EXIF rotation is ignored. Divided
+    by 255, the pixels are those of torchvision's Resize and ToTensor: the published preparation.
+
+    Args:
+        data: bytes of the file.
+        size: of the square result.
+        max_pixels: larger images are refused; None for PIL's limit.
+
+    Returns:
+        (3, size, size) uint8.
+
+    Raises:
+        BadImage: for anything that is no whole image.
+    """
+    limit = Image.MAX_IMAGE_PIXELS
+    try:
+        if max_pixels is not None:
+            Image.MAX_IMAGE_PIXELS = None  # else PIL refuses, or warns, by its own limit
+        with Image.open(io.BytesIO(data), formats=image_formats()) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise Image.DecompressionBombError(f'{image.width} x {image.height} pixels')
+            image = image.convert('RGB').resize((size, size), Image.Resampling.BICUBIC)
+    except Image.UnidentifiedImageError:
+        raise BadImage('no image of a kind that is read' if data else 'an empty file') from None
+    except Image.DecompressionBombError as error:
+        raise BadImage(f'more pixels than are allowed, as in a decompression bomb ({first_line(error)}); allow them '
+                       'with --max-image-pixels') from None
+    except Exception as error:  # PIL raises nearly anything for damaged data
+        why = re.sub(r'<_io\.BytesIO[^>]*>', 'it', ' '.join(str(error).split()))
+        raise BadImage(why or type(error).__name__) from None
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()

@@ -1,0 +1,253 @@
+"""What a run leaves in --output-dir: checkpoints, log.txt, args.json, and a lock while it writes.
+
+    checkpoint.pth, checkpoint_previous.pth      the newest two
+    best_checkpoint.pth, best_ema_checkpoint.pth best top-1 of the model and of the EMA
+    log.txt                                      a JSON line an epoch
+    args.json                                    flags, versions, device
+    .lock                                        locked by the process that writes here
+    .unsaved                                     there until the first checkpoint is whole
+
+A run killed at any moment leaves a folder from which `find_checkpoint` resumes it exactly.
+"""
+import contextlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from checkpoints import TrainState, load_checkpoint
+from files import MAX_JSON_BYTES, lock_file, parse_json, read_bytes, remove_leftovers, save_torch, write_text
+from utils import InputError, is_main, on_main, print0
+
+NEWEST = 'checkpoint.pth'
+PREVIOUS = 'checkpoint_previous.pth'
+COMPLETE = '.checkpoint.pth.new'  # the next newest, whole, about to be renamed
+BEST = {'model': 'best_checkpoint.pth', 'ema': 'best_ema_checkpoint.pth'}
+LOG = 'log.txt'
+LOCK = '.lock'
+UNSAVED = '.unsaved'
+
+
+# ---------------------------------------------------------------- finding a checkpoint
+
+def find_checkpoint(output_dir: str, resume: str, evaluating: bool = False) -> tuple[dict | None, str]:
+    """The checkpoint that a run begins from. Collective: rank 0 looks, and all take what it found.
+
+    Precedence: `resume` as a path or address; with 'auto' the newest in `output_dir`, or the one before where that is
+    damaged (it is set aside as checkpoint_damaged.pth); otherwise none.
+
+    Args:
+        output_dir: '' for none.
+        resume: --resume: '', 'auto', a path or an address.
+        evaluating: nothing will be written to output_dir.
+
+    Returns:
+        (checkpoint, its path), or (None, '').
+
+    Raises:
+        InputError: when there is none to evaluate, and when `output_dir` holds an earlier run that is not resumed:
+            nothing is overwritten.
+    """
+    path = on_main(_choose, output_dir, resume, evaluating)
+    return (load_checkpoint(path), path) if path else (None, '')
+
+
+def _choose(output_dir: str, resume: str, evaluating: bool) -> str:
+    """The path of the checkpoint to begin from, or ''. Rank 0 alone."""
+    folder = Path(output_dir)
+    if not evaluating and output_dir:
+        _finish_renames(folder)
+    earlier = _earlier_files(folder) if output_dir else []
+    if resume == 'auto':
+        candidates = [folder / name for name in (NEWEST, PREVIOUS) if (folder / name).exists()]
+        if candidates:
+            return _first_whole(candidates, evaluating)
+        if evaluating:
+            raise InputError(f'{output_dir}: no checkpoint to evaluate')
+        if earlier:
+            raise InputError(f'{earlier[0]}: an earlier run is here, but its {NEWEST} is not: give --resume FILE to '
+                             'start from one of its files, or choose another --output-dir')
+        return ''
+    from_folder = resume and Path(resume).resolve().parent == folder.resolve()
+    if earlier and not from_folder and not evaluating:
+        raise InputError(f'{earlier[0]}: an earlier run is here; add --resume auto to resume it, or choose another '
+                         '--output-dir')
+    return resume
+
+
+def _earlier_files(folder: Path) -> list[Path]:
+    """The files of an earlier run that a new one would overwrite."""
+    if (folder / UNSAVED).exists():
+        return []  # what is there was left by a run killed before its first checkpoint was whole
+    files = [folder / name for name in (NEWEST, PREVIOUS, *BEST.values(), LOG)]
+    return [path for path in files if path.exists() and path.stat().st_size]
+
+
+def _finish_renames(folder: Path) -> None:
+    """Do what a run killed between the renames of a save left undone."""
+    if (folder / COMPLETE).exists():
+        _rename_newest(folder)
+
+
+def _rename_newest(folder: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(folder / NEWEST, folder / PREVIOUS)
+    os.replace(folder / COMPLETE, folder / NEWEST)
+
+
+def _first_whole(candidates: list[Path], evaluating: bool) -> str:
+    """The first checkpoint that loads. A damaged one is set aside, so that it never replaces a good one."""
+    for path in candidates:
+        try:
+            load_checkpoint(path)
+            return str(path)
+        except InputError as error:
+            if path == candidates[-1]:
+                raise
+            print0(f'warning: {error}; taking the one before it')
+            if not evaluating:
+                os.replace(path, path.with_name('checkpoint_damaged.pth'))
+    return ''
+
+
+# ---------------------------------------------------------------- writing
+
+class RunFolder:
+    """The output folder of a run that trains. Only rank 0 writes; the folder is locked until the process ends.
+
+    Args:
+        path: '' saves nothing.
+        save_every: (N, 'steps') or (N, 'minutes') between checkpoints within an epoch, or None.
+
+    Raises:
+        InputError: on every rank, when another run writes there, or nobody can. Collective.
+    """
+
+    def __init__(self, path: str, save_every: tuple[float, str] | None = None):
+        self.path = Path(path)
+        self.saves = bool(path)
+        self.record = {}
+        self.save_every = save_every
+        self.saved_at = time.monotonic()
+        self.lock = None
+        on_main(self._take)
+
+    def _take(self) -> None:
+        """Lock the folder, and remove what a run killed while it wrote has left."""
+        if not self.saves:
+            return
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = lock_file(self.path / LOCK)
+        except BlockingIOError:
+            raise InputError(f'{self.path}: another run is writing there; choose another --output-dir, or end that '
+                             'run first') from None
+        except OSError as error:
+            raise InputError(f'{self.path}: --output-dir cannot be written ({error.strerror}); choose another '
+                             'folder') from None
+        for name in (NEWEST, COMPLETE, *BEST.values(), LOG, 'args.json'):
+            remove_leftovers(self.path, f'.{name.lstrip(".")}.*.tmp')
+            remove_leftovers(self.path, f'.{name}.*.tmp')
+
+    def begin(self, args_json: dict[str, Any], record: dict[str, Any]) -> None:
+        """The run is about to train: write args.json, and note what goes into its checkpoints.
+
+        Args:
+            args_json: flags as given, versions, device.
+            record: kept in each checkpoint beside the state: 'args' (the flags as plain values) and 'classes'.
+        """
+        self.record = record
+        if self.saves and is_main():
+            if not _earlier_files(self.path):
+                write_text(self.path / UNSAVED, '')
+            write_text(self.path / 'args.json', json.dumps(args_json, indent=1) + '\n')
+
+    def due(self, state: TrainState, accum_iter: int) -> bool:
+        """Whether --save-every asks for a checkpoint now."""
+        if not self.saves or not self.save_every:
+            return False
+        interval, unit = self.save_every
+        if unit == 'steps':
+            return state.step // accum_iter % interval == 0
+        return is_main() and time.monotonic() - self.saved_at >= 60 * interval
+
+    def save(self, state: TrainState, improved: list[str] = ()) -> None:
+        """Write best checkpoints for the names in `improved` ('model', 'ema'), then the newest; keep the one before.
+
+        Raises:
+            InputError: for a full disk, say; what was on disk is then still there.
+        """
+        self.saved_at = time.monotonic()
+        if not (self.saves and is_main()):
+            return
+        content = state.state_dict() | self.record
+        for name in improved:
+            save_torch(content, self.path / BEST[name])
+        save_torch(content, self.path / COMPLETE)
+        _rename_newest(self.path)
+        (self.path / UNSAVED).unlink(missing_ok=True)
+
+    def save_bad_step(self, error: Any, rank: int, seed: int, indices: list[int]) -> None:
+        """Leave what is needed to replay the bad step of a rank (engine.NotFinite) in bad_step_rankN.json."""
+        if self.saves:
+            bad = {'epoch': error.epoch, 'step': error.step, 'rank': rank, 'seed': seed, 'lr': error.lr,
+                   'indices': indices}
+            write_text(self.path / f'bad_step_rank{rank}.json', json.dumps(bad) + '\n')
+
+    def advice(self) -> str:
+        """What a stopped run tells the user."""
+        return '--resume auto continues there' if self.saves else 'without --output-dir nothing is saved'
+
+
+class RunLog:
+    """`log.txt`: one JSON line an epoch. Lines of epochs that are to run (again) are dropped on opening.
+
+    Args:
+        folder: of the run; '' or another rank than 0 writes nothing.
+        start_epoch: the first that is to run.
+        tensorboard: write the scalars there for TensorBoard too.
+    """
+
+    def __init__(self, folder: str, start_epoch: int = 0, tensorboard: bool = False):
+        self.path = Path(folder) / LOG if folder and is_main() else None
+        self.board = None
+        if self.path is None:
+            return
+        kept = [line for line in self._lines() if isinstance(line, dict) and type(line.get('epoch', -1)) is int
+                and line.get('epoch', -1) < start_epoch] if start_epoch else []
+        write_text(self.path, ''.join(json.dumps(line) + '\n' for line in kept))
+        if tensorboard:
+            self.board = _open_tensorboard(folder)
+
+    def _lines(self) -> Any:
+        if not self.path.exists():
+            return
+        for line in read_bytes(self.path, MAX_JSON_BYTES).split(b'\n'):
+            with contextlib.suppress(ValueError):  # a half line is what a crash leaves behind
+                yield parse_json(line)
+
+    def write(self, **values: Any) -> None:
+        """Append a line, on disk when this returns. Raises InputError."""
+        if self.path is None:
+            return
+        try:
+            with open(self.path, 'a', encoding='utf-8') as file:
+                file.write(json.dumps(values) + '\n')
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise InputError(f'{self.path}: cannot be written ({error.strerror})') from None
+        if self.board:
+            for key, value in values.items():
+                if key.startswith(('train_', 'test_', 'ema_')):
+                    self.board.add_scalar(key, value, values['epoch'])
+            self.board.flush()
+
+
+def _open_tensorboard(folder: str) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise InputError('--tensorboard needs the tensorboard package: pip install tensorboard') from None
+    return SummaryWriter(folder)

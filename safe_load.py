@@ -1,0 +1,139 @@
+"""Torch files from strangers: read without running code from them, and within the memory that their size allows."""
+import argparse
+import os
+import pickle
+import pickletools
+import re
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from files import MAX_TENSOR_RATIO, SMALL, download, is_address
+from utils import InputError, first_line
+
+MAX_NAME = 1000  # characters of a class name in a torch file
+MAX_STRING = 1 << 14  # characters of a string
+# What people put into checkpoints without harm, by torch's names for it.
+HARMLESS = (r'numpy\.(_?core\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer)|dtype|ndarray|dtypes\.\w+)|'
+            r'(pathlib|datetime|decimal|fractions|uuid|collections)\.[\w.]+')
+ENLARGING = {'hex', 'hexcodec', 'base64', 'base64codec', 'uu', 'uucodec', 'quopri', 'quopricodec', 'quotedprintable'}
+
+
+def check_zip(file: zipfile.ZipFile, size: int) -> None:
+    """RuntimeError unless the members of an open torch file of `size` bytes are whole and not compressed.
+
+    Torch does not look at the checksums. It can be told to write none (0 then): those are not compared.
+    """
+    for member in file.infolist():
+        if member.CRC == 0:
+            del member.CRC  # zipfile then compares nothing
+    if any(member.compress_type != zipfile.ZIP_STORED for member in file.infolist()):
+        raise RuntimeError('it is compressed, which no torch file is')
+    if sum(member.file_size for member in file.infolist()) > size:
+        raise RuntimeError('its members claim more bytes than it has')
+    bad = file.testzip()
+    if bad:
+        raise RuntimeError(f'{bad} has another checksum than was written')
+
+
+def check_pickle(file: bytes | BinaryIO) -> None:
+    """RuntimeError for a pickle in which a few bytes become any number of them, or any number of seconds.
+
+    Torch runs no code from it, but allows bytearray(n) and chains of encodings, and takes hours to refuse long names.
+    """
+    names = set()
+    strings = set()
+    for operation, word, _ in pickletools.genops(file):
+        if isinstance(word, str):
+            (names if operation.name == 'GLOBAL' else strings).add(word)
+    if any(len(name) > MAX_NAME for name in names) or any(len(word) > MAX_STRING for word in strings):
+        raise RuntimeError('it holds a name too long')
+    if any(name.endswith(' bytearray') for name in names):
+        raise RuntimeError('it calls bytearray, which no tensor needs')
+    if '_codecs encode' in names and ENLARGING & {re.sub('[^a-z0-9]', '', word.lower()) for word in strings}:
+        raise RuntimeError('it calls encode, to make bytes longer')
+
+
+def check_torch(path: str | Path) -> None:
+    """Exceptions of any kind where a torch file should not be given to torch."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            check_zip(file, os.path.getsize(path))
+            for member in file.infolist():
+                if member.filename.lower().endswith('data.pkl'):
+                    check_pickle(file.read(member))
+    else:
+        with open(path, 'rb') as file:
+            for _ in range(5):  # before torch 1.6: magic number, protocol, system, the object, keys of its storages
+                if file.peek(1):
+                    check_pickle(file)
+
+
+def check_tensors(value: Any, limit: int) -> None:
+    """RuntimeError unless the tensors in nested containers are plain, and take `limit` bytes at most together.
+
+    A tensor of a few bytes can claim any shape, with strides of 0.
+    """
+    todo = [value]
+    seen = {}
+    while todo:
+        node = todo.pop()
+        if id(node) in seen:
+            continue
+        seen[id(node)] = node  # kept, so that no other object gets its id
+        if isinstance(node, torch.Tensor):
+            if node.layout is not torch.strided or node.is_quantized or node.is_nested or node.device.type != 'cpu':
+                raise RuntimeError('it holds a tensor that is not a plain one')
+            limit -= node.numel() * node.element_size()
+            if limit < 0:
+                raise RuntimeError('its tensors claim more numbers than it has')
+        elif isinstance(node, (dict, list, tuple, set)):
+            todo += node.values() if isinstance(node, dict) else node
+        elif hasattr(node, '__dict__'):
+            todo.append(vars(node))
+
+
+def load_torch(path: str | Path, what: str) -> Any:
+    """torch.load on the CPU without running code from the file (`weights_only=True`).
+
+    argparse.Namespace is allowed, because the published checkpoints hold one.
+
+    Args:
+        path: may be an http(s) address, see `files.download`.
+        what: the file should be, as in 'a checkpoint': for errors.
+
+    Raises:
+        InputError: when it is anything else, damaged, or would run code.
+    """
+    path = str(path)
+    if is_address(path):
+        with tempfile.TemporaryDirectory() as folder:
+            return load_torch(download(path, folder), what)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        try:
+            check_torch(path)
+            value = torch.load(path, map_location='cpu', weights_only=True)
+            check_tensors(value, MAX_TENSOR_RATIO * os.path.getsize(path) + SMALL)
+            return value
+        except pickle.UnpicklingError as error:
+            why = _refusal(str(error))
+            raise InputError(f'{path}: refused as {what}: {why}') from None
+        except OSError as error:
+            raise InputError(f'{path}: cannot read {what} ({error.strerror or error})') from None
+        except Exception as error:  # damage makes the unpickler raise nearly anything
+            raise InputError(f'{path}: damaged or not {what} ({first_line(error)[:120]})') from None
+
+
+def _refusal(complaint: str) -> str:
+    """What torch's refusal of a pickle means to the user."""
+    match = re.search(r'GLOBAL (\S+)', complaint)
+    if not match:
+        return 'it is no torch file'
+    name = match.group(1)
+    if re.fullmatch(HARMLESS, name):
+        return (f'it carries a value of {name}; only tensors and plain Python values are read: convert it before '
+                'saving')
+    return f'it carries {name}, which would run code when loaded'

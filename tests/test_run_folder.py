@@ -1,0 +1,255 @@
+"""The output folder of a run: what it keeps, what it refuses, and what a killed run leaves."""
+import errno
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import run_folder
+from helpers import ROOT, SMALL, clean_environment, make_data, mistake, read_log, run_here, states
+from run_folder import RunFolder, RunLog, find_checkpoint
+from utils import InputError
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    return make_data(tmp_path_factory.mktemp('data'))
+
+
+@pytest.fixture(scope='module')
+def finished(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('finished')
+    run_here(*SMALL, *data, '--epochs', 2, '--output-dir', folder)
+    return folder
+
+
+@pytest.fixture
+def folder(finished, tmp_path):
+    """A copy of the folder of a run of two epochs."""
+    copy = tmp_path / 'run'
+    copy.mkdir()
+    for path in finished.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    return copy
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# ---------------------------------------------------------------- an earlier run
+
+def test_run_folders_are_not_overwritten(data, folder, tmp_path):
+    base = [*SMALL, *data, '--epochs', 2, '--output-dir', folder]
+    torch.save({'model': states(folder / 'checkpoint.pth')['model']}, tmp_path / 'weights.pth')
+    before = contents(folder)
+    assert '--resume auto' in mistake(*base)
+    for resume in (tmp_path / 'weights.pth', tmp_path / 'gone.pth'):  # another run's checkpoint must not replace it
+        assert 'an earlier run is here' in mistake(*base, '--resume', resume)
+    assert contents(folder) == before
+
+
+@pytest.mark.parametrize('removed', [
+    ['checkpoint.pth', 'checkpoint_previous.pth'],
+    ['checkpoint.pth', 'checkpoint_previous.pth', 'best_checkpoint.pth', 'best_ema_checkpoint.pth'],
+    ['checkpoint.pth', 'checkpoint_previous.pth', 'log.txt', '.lock', 'args.json']])
+@pytest.mark.parametrize('resume', [[], ['--resume', 'auto']])
+def test_what_is_left_of_an_earlier_run_is_not_overwritten(data, folder, removed, resume):
+    for name in removed:
+        (folder / name).unlink()
+    before = contents(folder)
+    assert 'an earlier run is here' in mistake(*SMALL, *data, '--epochs', 2, '--output-dir', folder, *resume)
+    assert before.items() <= contents(folder).items()
+
+
+def test_a_file_of_the_own_folder_resumes(data, folder, capsys):
+    best = states(folder / 'best_checkpoint.pth')['epoch']
+    for name in ('checkpoint.pth', 'checkpoint_previous.pth'):
+        (folder / name).unlink()
+    run_here(*SMALL, *data, '--epochs', best + 2, '--output-dir', folder, '--resume', folder / 'best_checkpoint.pth')
+    assert f'best_checkpoint.pth: resumed at epoch {best + 1}, step 0' in capsys.readouterr().out
+    assert [line['epoch'] for line in read_log(folder)] == list(range(best + 2))
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_from_scratch(data, tmp_path):
+    """It leaves a log line and a best checkpoint, if it dies just before checkpoint.pth is whole."""
+    run_here(*SMALL, *data, '--epochs', 1, '--output-dir', tmp_path)
+    assert not (tmp_path / '.unsaved').exists()
+    (tmp_path / 'checkpoint.pth').unlink()
+    (tmp_path / '.unsaved').touch()
+    run_here(*SMALL, *data, '--epochs', 1, '--output-dir', tmp_path, '--resume', 'auto')
+    assert (tmp_path / 'checkpoint.pth').exists() and len(read_log(tmp_path)) == 1
+
+
+def test_evaluation_takes_a_checkpoint_from_the_folder_and_writes_nothing(data, folder, tmp_path, capsys):
+    before = contents(folder)
+    run_here(*SMALL, *data, '--eval', '--resume', 'auto', '--output-dir', folder)
+    assert '* Acc@1' in capsys.readouterr().out and contents(folder) == before
+    assert 'no checkpoint to evaluate' in mistake(*SMALL, *data, '--eval', '--resume', 'auto', '--output-dir', tmp_path)
+
+
+# ---------------------------------------------------------------- damage and kills
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:len(path.read_bytes()) // 2])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def empty(path):
+    path.write_bytes(b'')
+
+
+@pytest.mark.parametrize('damage', [truncate, flip, empty])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_is_set_aside(folder, damage, capsys):
+    damage(folder / 'checkpoint.pth')
+    checkpoint, path = find_checkpoint(str(folder), 'auto')
+    output = capsys.readouterr().out
+    assert 'warning: ' in output and 'checkpoint.pth' in output and 'taking the one before it' in output
+    assert path == str(folder / 'checkpoint_previous.pth') and checkpoint['epoch'] == 0
+    assert (folder / 'checkpoint_damaged.pth').exists() and not (folder / 'checkpoint.pth').exists()
+
+
+@pytest.mark.parametrize('damage', [truncate, flip, empty])
+@pytest.mark.parametrize('step', ['newest to previous', 'new to newest'])
+def test_a_damaged_newest_and_a_kill_at_a_rename_leave_a_good_one(data, folder, damage, step, monkeypatch):
+    """A save is cut off before its first or its second rename; what it saved is whole, and is found."""
+    damage(folder / 'checkpoint.pth')
+
+    class Killed(BaseException):
+        pass
+    replace = os.replace
+
+    def killed(source, target):
+        names = os.path.basename(source), os.path.basename(target)
+        moment = {('checkpoint.pth', 'checkpoint_previous.pth'): 'newest to previous',
+                  ('.checkpoint.pth.new', 'checkpoint.pth'): 'new to newest'}.get(names)
+        if moment == step:
+            raise Killed
+        replace(source, target)
+    monkeypatch.setattr(os, 'replace', killed)
+    words = [*SMALL, *data, '--epochs', 3, '--output-dir', folder, '--resume', 'auto']
+    with pytest.raises(Killed):
+        run_here(*words)
+    monkeypatch.undo()
+    checkpoint, path = find_checkpoint(str(folder), 'auto')
+    assert checkpoint['epoch'] == 1 and path == str(folder / 'checkpoint.pth')
+
+
+def test_two_damaged_checkpoints_are_an_error(folder):
+    truncate(folder / 'checkpoint.pth')
+    empty(folder / 'checkpoint_previous.pth')
+    with pytest.raises(InputError, match='checkpoint_previous.pth: ') as error:
+        find_checkpoint(str(folder), 'auto')
+    assert '\n' not in str(error.value)
+
+
+def test_renames_left_undone_are_done(folder):
+    os.replace(folder / 'checkpoint.pth', folder / '.checkpoint.pth.new')
+    os.replace(folder / 'checkpoint_previous.pth', folder / 'checkpoint.pth')
+    checkpoint, path = find_checkpoint(str(folder), 'auto')
+    assert checkpoint['epoch'] == 1 and path == str(folder / 'checkpoint.pth')
+    assert states(folder / 'checkpoint_previous.pth')['epoch'] == 0
+    assert not (folder / '.checkpoint.pth.new').exists()
+
+
+def test_what_a_killed_run_left_is_removed(tmp_path):
+    names = ['..checkpoint.pth.new.abc.tmp', '.best_checkpoint.pth.abc.tmp', '.log.txt.abc.tmp', '.args.json.x.tmp']
+    for name in names:
+        (tmp_path / name).write_bytes(b'half')
+    (tmp_path / 'mine.tmp').write_bytes(b'stays')
+    RunFolder(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ['.lock', 'mine.tmp']
+
+
+# ---------------------------------------------------------------- two runs
+
+HOLD = 'import sys; from run_folder import RunFolder; f = RunFolder(sys.argv[1]); print("locked", flush=True); input()'
+
+
+def test_a_second_run_in_the_folder_is_refused_until_the_first_ends_however_it_ends(tmp_path):
+    first = subprocess.Popen([sys.executable, '-c', HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                             text=True, cwd=ROOT, env=clean_environment())
+    assert first.stdout.readline() == 'locked\n'
+    with pytest.raises(InputError, match='another run is writing there'):
+        RunFolder(str(tmp_path))
+    first.kill()
+    first.wait()
+    RunFolder(str(tmp_path))
+
+
+@pytest.mark.parametrize('code', [errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_still_trains(tmp_path, monkeypatch, code):
+    def refuse(*_):
+        raise OSError(code, os.strerror(code))
+    monkeypatch.setattr('fcntl.lockf', refuse)
+    monkeypatch.setattr('fcntl.flock', refuse)
+    folder = RunFolder(str(tmp_path))
+    folder.begin({'lr': 1}, {'args': {}})
+    assert json.loads((tmp_path / 'args.json').read_text()) == {'lr': 1}
+
+
+def test_an_output_folder_that_is_a_file_is_refused_before_the_work(data, tmp_path):
+    (tmp_path / 'file').write_text('x')
+    for place in (tmp_path / 'file', tmp_path / 'file' / 'below', tmp_path / ('n' * 300)):
+        line = mistake(*SMALL, *data, '--epochs', 1, '--output-dir', place)
+        assert '--output-dir cannot be written' in line
+
+
+# ---------------------------------------------------------------- the log
+
+def test_a_log_drops_lines_that_run_again_and_half_lines(tmp_path):
+    lines = '{"epoch": 0, "a": 1}\n[1]\nnull\n{"epoch": "x"}\n{"epoch": 1}\n{"epo'
+    (tmp_path / 'log.txt').write_text(lines)
+    log = RunLog(str(tmp_path), 1)
+    assert read_log(tmp_path) == [{'epoch': 0, 'a': 1}]
+    log.write(epoch=1, b=2)
+    assert read_log(tmp_path) == [{'epoch': 0, 'a': 1}, {'epoch': 1, 'b': 2}]
+
+
+def test_a_log_line_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+    log = RunLog(str(tmp_path))
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(InputError, match='log.txt: cannot be written .No space left'):
+        log.write(epoch=0)
+
+
+def test_without_a_folder_nothing_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = RunFolder('')
+    folder.begin({}, {})
+    RunLog('').write(epoch=0)
+    assert folder.advice() == 'without --output-dir nothing is saved' and not os.listdir(tmp_path)
+
+
+def test_due_by_steps_counts_steps_of_the_optimizer(tmp_path):
+    class State:
+        step = 0
+    folder = RunFolder(str(tmp_path), (2, 'steps'))
+    due = []
+    for step in range(3, 19, 3):  # batches, three to a step
+        State.step = step
+        due.append(folder.due(State, 3))
+    assert due == [False, True, False, True, False, True]
+    assert not RunFolder('', (1, 'steps')).due(State, 1)
+    minutes = RunFolder(str(tmp_path), (1., 'minutes'))
+    assert not minutes.due(State, 1)
+    minutes.saved_at -= 61
+    assert minutes.due(State, 1)
+
+
+def test_the_module_states_the_files_it_writes(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names == {'checkpoint.pth', 'checkpoint_previous.pth', 'best_checkpoint.pth', 'best_ema_checkpoint.pth',
+                     'log.txt', 'args.json', '.lock'}
+    assert all(name in run_folder.__doc__ for name in names)

@@ -1,0 +1,390 @@
+"""One token set on disk: golden bytes, what its manifest states, and what bad and hostile files get."""
+import errno
+import gzip
+import io
+import json
+import os
+
+import numpy as np
+import pytest
+
+import token_files as tf
+from files import sha256
+from helpers import (
+    failing_open,
+    fails,
+    make_checked_set,
+    make_set,
+    make_wide_set,
+    npy,
+    open_codes,
+    refused,
+    rewrite,
+    unpack,
+    write_manifest,
+    write_raw_set,
+)
+from token_codecs import CODECS, PUBLISHED, encode
+
+# ---------------------------------------------------------------- reading and writing
+
+
+def test_golden_file_reads(golden):
+    z = golden('codec.npz')
+    path = golden.folder / 'sample-token.data.bin.gz'
+    file = tf.open_token_file(path)
+    assert (len(file), file.manifest, file.codec, file.classes) == (len(z['tokens']), {}, PUBLISHED, None)
+    assert file.bytes_on_disk() == sum(p.stat().st_size for p in (path, tf.index_path(path)))
+    (first, codes), = tf.decode(file)
+    assert first == 0 and codes.dtype == np.uint16 and np.array_equal(codes, z['tokens'])
+    assert np.array_equal(tf.read_labels(golden.folder / 'sample-label.txt'), z['labels'])
+
+
+def test_golden_file_is_written_byte_for_byte(golden, tmp_path):
+    z = golden('codec.npz')
+    tf.write_tokens(tmp_path / 'sample-token.data.bin.gz', tmp_path / 'sample-label.txt', z['tokens'], z['labels'])
+    for name in ('sample-token.data.bin.gz', 'sample-token.index.npy.gz'):
+        assert gzip.decompress((tmp_path / name).read_bytes()) == \
+            gzip.decompress((golden.folder / name).read_bytes()), name
+    assert (tmp_path / 'sample-label.txt').read_bytes() == (golden.folder / 'sample-label.txt').read_bytes()
+
+
+def test_equal_content_gives_equal_files(tmp_path):
+    (tmp_path / 'one').mkdir()
+    (tmp_path / 'two').mkdir()
+    (a, la), *_ = make_set(tmp_path / 'one', name='first')
+    (b, lb), *_ = make_set(tmp_path / 'two', name='second')
+    assert a.read_bytes() == b.read_bytes() and la.read_bytes() == lb.read_bytes()
+    assert tf.index_path(a).read_bytes() == tf.index_path(b).read_bytes()
+
+
+def test_many_chunks_decode_like_one(tmp_path, monkeypatch):
+    (tokens, _), x, _ = make_set(tmp_path, n=50)
+    monkeypatch.setattr(tf, 'CHUNK_BYTES', 70)  # about three images, and not a whole number of them
+    assert np.array_equal(open_codes(tokens, 'none'), x)
+    monkeypatch.setattr(tf, 'CHUNK_BYTES', 1)  # less than one image
+    assert np.array_equal(open_codes(tokens, 'none'), x)
+    starts = [first for first, _ in tf.decode(tf.open_token_file(tokens))]
+    assert starts == list(range(50))
+
+
+def test_runs_of_images_are_written_like_one_array(tmp_path):
+    (tokens, labels), x, y = make_set(tmp_path, n=50)
+    stream, index = encode(PUBLISHED, x)
+    assert tokens.read_bytes() == tf.gzip_bytes(stream.tobytes())
+    runs = tmp_path / 'runs-token.data.bin.gz'
+    tf.write_tokens(runs, tmp_path / 'runs-label.txt', (x[i:i + 7] for i in range(0, 50, 7)), y)
+    assert np.array_equal(tf.open_token_file(runs).index, index)
+    assert gzip.decompress(runs.read_bytes()) == stream.tobytes()
+
+
+@pytest.mark.parametrize('codes', [511, 65536])
+def test_16_bit_codes_round_trip(tmp_path, codes, monkeypatch):
+    files, x = make_wide_set(tmp_path, codes=codes, images=12, grid=4)
+    assert gzip.decompress(files[0].read_bytes()) == x.astype('<u2').tobytes()
+    assert np.array_equal(tf.open_token_file(files[0]).index, np.arange(13) * 32)  # offsets stay in bytes
+    assert np.array_equal(open_codes(files[0], tmp_path / 'cache'), x)
+    monkeypatch.setattr(tf, 'CHUNK_BYTES', 70)
+    assert np.array_equal(open_codes(files[0], 'none'), x)
+    with pytest.raises(ValueError, match='0 to 65535'):
+        tf.write_tokens(*files, np.array([[65536]]), [0], CODECS['uint16-le'])
+
+
+def test_several_gzip_members_are_one_stream(tmp_path):
+    (tokens, _), x, _ = make_set(tmp_path)
+    stream, index = unpack(tokens)
+    parts = [bytes(stream[:index[5]]), bytes(stream[index[5]:])]
+    tokens.write_bytes(b''.join(map(tf.gzip_bytes, parts)))
+    assert np.array_equal(open_codes(tokens, 'none'), x)
+
+
+def test_names_of_the_files_of_a_set(tmp_path):
+    for make_name in tf.index_path, tf.manifest_path:
+        fails(lambda: make_name(tmp_path / 'odd.gz'), 'odd.gz', 'NAME.data.bin.gz')
+    assert tf.index_path('x/a-token.data.bin.gz').as_posix() == 'x/a-token.index.npy.gz'
+    assert tf.manifest_path('x/a-token.data.bin.gz').as_posix() == 'x/a-token.json'
+
+
+def test_prefetch_keeps_the_order_and_passes_errors_on():
+    assert list(tf.prefetch(lambda x: x * x, range(5))) == [0, 1, 4, 9, 16]
+    assert list(tf.prefetch(str, [])) == []
+    seen = []
+    with pytest.raises(ZeroDivisionError):
+        for value in tf.prefetch(lambda x: 1 / x, [1, 2, 0, 4]):
+            seen.append(value)
+    assert seen == [1, 0.5]
+
+
+# ---------------------------------------------------------------- the manifest
+
+@pytest.mark.parametrize('text, words', [
+    ('{', 'not JSON'), ('[]', 'no JSON object'), ('{"format": "uint32"}', 'uint32.*escaped-bytes'),
+    ('{"format": ["uint16-le"]}', 'none of the token formats'), ('{"format": null}', 'none of the token formats'),
+    ('{"format": "uint16-le", "images": 13}', 'says images 13.*has 12'),
+    ('{"format": "uint16-le", "grid": 32}', 'says grid 32.*has 4'),
+    ('{"format": "uint16-le", "files": []}', "'files' is no object")])
+def test_a_wrong_manifest_is_named(tmp_path, text, words):
+    (tokens, _), _ = make_wide_set(tmp_path)
+    manifest = tf.manifest_path(tokens)
+    assert manifest.name == 'w-token.json'
+    manifest.write_text(text)
+    fails(lambda: open_codes(tokens, 'none'), 'w-token.json', words)
+
+
+def test_codes_of_another_format_than_the_manifest_says(tmp_path):
+    files, x = make_wide_set(tmp_path)
+    manifest = tf.manifest_path(files[0])
+    for text in ('{"grid": 4}', None):  # no format: the published one, which this is not
+        if text is None:
+            manifest.unlink()
+        else:
+            manifest.write_text(text)
+        fails(lambda: open_codes(files[0], 'none'), 'w-token.data.bin.gz', 'escape|codes')
+    manifest.write_text('{"format": "uint16-le"}')
+    tf.write_tokens(*files, x % 300, np.zeros(12, int))  # escaped bytes under a manifest of 16-bit codes
+    fails(lambda: open_codes(files[0], 'none'), 'w-token.data.bin.gz', 'odd number|codes')
+
+
+def test_class_names_are_a_list(tmp_path):
+    path, _ = make_checked_set(tmp_path)
+    for classes, expected in ((['cat', 'dog'], ['cat', 'dog']), ('cat', None), ({'cat': 0}, None), (None, None)):
+        tf.manifest_path(path).write_text(json.dumps({'classes': classes}))
+        assert tf.open_token_file(path).classes == expected
+
+
+def test_a_manifest_of_another_set_is_refused(tmp_path):
+    path, _ = make_checked_set(tmp_path)
+    manifest = tf.manifest_path(path)
+    manifest.write_text(manifest.read_text().replace('a.data', 'b.data'))
+    fails(lambda: open_codes(path), str(manifest), 'says nothing of a.data.bin.gz')
+
+
+def test_checksums_are_compared(tmp_path):
+    path, labels = make_checked_set(tmp_path)
+    file = tf.open_token_file(path)
+    for part in path, tf.index_path(path), labels:
+        file.check_checksums(part)
+        whole = part.read_bytes()
+        part.write_bytes(whole + b'\0')
+        fails(lambda: file.check_checksums(part), str(part), 'changed or damaged, fetch or make it again')
+        part.write_bytes(whole)
+
+
+@pytest.mark.parametrize('name', ['labels.txt', 'labels'])
+def test_line_endings_changed_under_a_manifest_are_named(tmp_path, name):
+    """Git's autocrlf does that to text."""
+    path = write_raw_set(tmp_path, bytes(8), [0, 4, 8])
+    labels = tmp_path / name
+    labels.write_bytes(b'0\n1\n')
+    write_manifest(path, labels)
+    file = tf.open_token_file(path)
+    labels.write_bytes(b'0\r\n1\r\n')
+    fails(lambda: file.check_checksums(labels), name, 'line endings were changed to CRLF', 'change them back to LF')
+    labels.write_bytes(b'0\r\n2\r\n')  # other labels: CRLF is not all that differs
+    fails(lambda: file.check_checksums(labels), name, 'changed or damaged')
+
+
+@pytest.mark.parametrize('stated', [None, 5, 'x', [], {}, {'sha256': None}])
+def test_a_checksum_of_any_json_is_compared(tmp_path, stated):
+    path, labels = make_checked_set(tmp_path)
+    manifest = json.loads(tf.manifest_path(path).read_text())
+    manifest['files']['labels'] = stated
+    tf.manifest_path(path).write_text(json.dumps(manifest))
+    fails(lambda: tf.open_token_file(path).check_checksums(labels), 'changed or damaged|says nothing of labels')
+
+
+@pytest.mark.parametrize('text', [b'[' * 1_000_000, b'{"a":' * 100_000, b'9' * 5000, b'[' + b'0,' * (1 << 24) + b'0]',
+                                  b'\xff', b'\0', b''])
+def test_json_bombs(tmp_path, text):
+    path = write_raw_set(tmp_path, bytes(8), [0, 4, 8])
+    tf.manifest_path(path).write_bytes(text)
+    refused(tf.manifest_path(path), open_codes, path, match='not JSON|more than')
+
+
+def test_long_values_of_a_manifest_are_not_printed_whole(tmp_path):
+    path = write_raw_set(tmp_path, bytes(8), [0, 4, 8])
+    for manifest in ({'format': 'x' * 10_000}, {'images': json.loads('[' * 900 + ']' * 900)},
+                     {'grid': ['\n'] * 10_000}):
+        tf.manifest_path(path).write_text(json.dumps(manifest))
+        refused(tf.manifest_path(path), open_codes, path, match='none of the|says')
+
+
+# ---------------------------------------------------------------- bad streams and indices
+
+def test_files_that_are_not_there_or_no_gzip(tmp_path):
+    (tokens, labels), *_ = make_set(tmp_path)
+
+    def load():
+        return open_codes(tokens, 'none')
+    fails(lambda: open_codes(tmp_path / 'no.data.bin.gz'), 'no.data.bin.gz', 'o such file')
+    fails(lambda: open_codes(tmp_path / 'odd.gz'), 'odd.gz', 'NAME.data.bin.gz')
+    tokens.write_bytes(tokens.read_bytes()[:-20])
+    fails(load, tokens.name, 'truncated')
+    tokens.write_bytes(b'no gzip at all')
+    fails(load, tokens.name, 'gzip')
+    tf.index_path(tokens).unlink()
+    fails(load, tf.index_path(tokens).name, 'o such file')
+    tokens.unlink()
+    tokens.mkdir()
+    rewrite(tokens, index=np.arange(3))
+    fails(load, tokens.name, 'directory')
+
+
+@pytest.mark.parametrize('number', [errno.EACCES, errno.EIO, errno.EMFILE])
+def test_files_that_cannot_be_read(tmp_path, monkeypatch, number):
+    (tokens, labels), *_ = make_set(tmp_path)
+    tf.manifest_path(tokens).write_text('{}')
+    for path in tokens, tf.index_path(tokens), tf.manifest_path(tokens), labels:
+        with monkeypatch.context() as patch:
+            failing_open(patch, path, number)
+            fails(lambda: (open_codes(tokens, 'none'), tf.read_labels(labels)), f'{path}: {os.strerror(number)}')
+
+
+def test_bad_streams(tmp_path):
+    (tokens, _), *_ = make_set(tmp_path)
+    stream, index = unpack(tokens)
+    name = tokens.name
+
+    def load():
+        return open_codes(tokens, 'none')
+    rewrite(tokens, stream=stream[:-3])
+    fails(load, name, 'ends at byte')
+    rewrite(tokens, stream=stream + b'\0')
+    fails(load, name, 'goes on')
+    escaped = bytearray(stream)
+    escaped[index[4] - 1] = 255
+    rewrite(tokens, stream=escaped)
+    fails(load, name, 'image 3 has a dangling escape')
+    escaped = bytearray(stream)
+    escaped[-1] = 255
+    rewrite(tokens, stream=escaped)
+    fails(load, name, 'image 11 has a dangling escape')
+    rewrite(tokens, stream=bytes(16 * 6 + 15 + 16 * 5), index=np.r_[np.arange(7) * 16, 111 + np.arange(6) * 16])
+    fails(load, name, 'image 6 has 15 codes')
+    rewrite(tokens, stream=bytes(12 * 12), index=np.arange(13) * 12)
+    fails(load, name, '12 codes', 'no square')
+
+
+def test_bad_images_are_numbered_in_later_chunks_too(tmp_path, monkeypatch):
+    (tokens, _), *_ = make_set(tmp_path)
+    stream, index = unpack(tokens)
+    stream[index[9] - 1] = 255
+    rewrite(tokens, stream=stream)
+    monkeypatch.setattr(tf, 'CHUNK_BYTES', 70)
+    fails(lambda: open_codes(tokens, 'none'), 'image 8 has a dangling escape')
+
+
+def test_bad_indices(tmp_path):
+    (tokens, _), *_ = make_set(tmp_path)
+    stream, index = unpack(tokens)
+    name = tf.index_path(tokens).name
+
+    def load():
+        return open_codes(tokens, 'none')
+    swapped = index.copy()
+    swapped[[3, 4]] = swapped[[4, 3]]
+    for bad, words in ((swapped, 'do not rise'), (index + 1, 'do not rise'), (index.astype(float), 'integer offsets'),
+                       (index[:, None], 'integer offsets'), (index[:1], 'integer offsets')):
+        rewrite(tokens, index=bad)
+        fails(load, name, words)
+    tf.index_path(tokens).write_bytes(tf.gzip_bytes(b'not numpy'))
+    fails(load, name, 'not a .npy')
+    rewrite(tokens, index=np.array([{}], dtype=object))  # a pickle inside a .npy
+    fails(load, name, 'not a .npy')
+    rewrite(tokens, index=index[:-1])
+    fails(load, tokens.name, 'goes on after')
+    rewrite(tokens, index=index.astype('>u4'))
+    assert np.array_equal(tf.open_token_file(tokens).index, index)
+
+
+# ---------------------------------------------------------------- what files claim
+
+def header(text):
+    """A .npy of a header and nothing else."""
+    return b'\x93NUMPY\x01\x00' + len(text).to_bytes(2, 'little') + text.encode()
+
+
+@pytest.mark.parametrize('index, match', [
+    (npy(np.arange(3)) + bytes(1 << 26), 'unpacks to more than'),
+    (header("{'descr': '<i8', 'fortran_order': False, 'shape': (1000000000000,)}\n"), 'not a .npy array'),
+    (header("{'descr': '<i8', 'fortran_order': False, 'shape': (-1,)}\n"), 'not a .npy array'),
+    (header("{'descr': '<i8', 'fortran_order': False, 'shape': (1e9,)}\n"), 'not a .npy array'),
+    (header('(' * 5000), 'not a .npy array'),
+    (header("{'descr': '<i8', 'fortran_order': False,\n 'shape'"), 'not a .npy array'),
+    (b'', 'not a .npy array'),
+    (npy(np.array([0, 2 ** 63 + 5], np.uint64)), 'do not rise'),
+    (npy(np.array([0, 2 ** 62])), 'more than 2,097,152 bytes'),
+])
+def test_index_claims_too_much(tmp_path, index, match):
+    path = write_raw_set(tmp_path, bytes(16), index)
+    refused(tf.index_path(path), open_codes, path, 'none', match=match)
+
+
+def test_npz_is_no_index(tmp_path):
+    file = io.BytesIO()
+    np.savez(file, np.arange(3))
+    path = write_raw_set(tmp_path, bytes(2), file.getvalue())
+    refused(tf.index_path(path), tf.open_token_file, path, match='not a .npy array')
+
+
+def test_stream_bomb_is_read_only_as_far_as_its_index_says(tmp_path):
+    path = write_raw_set(tmp_path, bytes(1 << 28), [0, 4, 8])
+    refused(path, open_codes, path, 'none', match='goes on after byte 8')
+
+
+def test_index_says_more_bytes_than_gzip_can_hold(tmp_path):
+    path = write_raw_set(tmp_path, bytes(64), np.arange(1 << 12) << 20)
+    refused(path, open_codes, path, 'none', match='no gzip of its size unpacks to')
+
+
+def test_one_large_image_does_not_make_all_large(tmp_path, monkeypatch):
+    """100,000 images as large as the first would take 200 GB."""
+    monkeypatch.setattr(tf, 'CHUNK_BYTES', 1 << 20)
+    path = write_raw_set(tmp_path, bytes((1 << 20) + 100_000), np.concatenate([[0], (1 << 20) + np.arange(100_001)]))
+    for cache in 'none', '':
+        refused(path, open_codes, path, cache, match='are more than the 1148576 bytes')
+    assert not list(tmp_path.glob('*.npy')) and not list(tmp_path.glob('.*'))
+
+
+# ---------------------------------------------------------------- labels
+
+@pytest.mark.parametrize('text', [b'1\n2\n3\n', b'1\n2\n3', b'1\r\n2\r\n3\r\n', b'\xef\xbb\xbf1\n2\n3\n',
+                                  b'1\n2\n3\n\n', b'1\n2\n3\n\n\n \t\r\n', b' 1\n+2 \n03\t\n'])
+def test_labels_read(tmp_path, text):
+    """With a byte-order mark, Windows's line endings, blank last lines."""
+    (tmp_path / 'labels').write_bytes(text)
+    labels = tf.read_labels(tmp_path / 'labels')
+    assert labels.dtype == np.int64 and labels.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize('text, words', [
+    (b'1\ncat\n', "line 2 is not an integer class: 'cat'"), (b'1\n1_0\n', "line 2 .*'1_0'"),
+    (b'9' * 18 + b'\n' + b'9' * 19, 'line 2'), (b'9223372036854775807\nx', 'line 1'), (b'1\n\n2', 'line 2'),
+    (b'\n1\n', 'line 1'), (b'\xff\n', 'line 1'), (b'\xff\xfe', 'line 1'), (b'1 2\n', 'line 1'), (b'1.0\n', 'line 1'),
+    (b'nan\n', 'line 1'), (b'', 'no labels'), (b'\n\n', 'no labels'), (b' \r\n', 'no labels'),
+    (b'\xef\xbb\xbf', 'no labels'), ('١\n'.encode(), 'line 1'), (b'1\r2\r3\r', 'line 1')])
+def test_labels_that_are_no_classes(tmp_path, text, words):
+    (tmp_path / 'labels').write_bytes(text)
+    fails(lambda: tf.read_labels(tmp_path / 'labels'), str(tmp_path / 'labels'), words)
+
+
+@pytest.mark.parametrize('label', ['-1', '1000001', '999999999', '9' * 18])
+def test_labels_out_of_range(tmp_path, label):
+    """An id is no class number: the head of the model has one output for each."""
+    (tmp_path / 'labels').write_text(f'0\n1000000\n{label}\n2\n')
+    fails(lambda: tf.read_labels(tmp_path / 'labels'), f'line 3: class {label} is not from 0 to 1,000,000')
+
+
+def test_labels_are_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr(tf, 'MAX_LABEL_BYTES', 10)
+    (tmp_path / 'labels').write_bytes(b'1\n' * 6)
+    fails(lambda: tf.read_labels(tmp_path / 'labels'), str(tmp_path / 'labels'), 'more than 10 bytes')
+    fails(lambda: tf.read_labels(tmp_path), str(tmp_path), 'directory')
+    fails(lambda: tf.read_labels(tmp_path / 'none'), 'none: No such file')
+
+
+def test_checksum_of_what_is_written(tmp_path):
+    (tokens, labels), x, y = make_set(tmp_path)
+    before = [sha256(path) for path in (tokens, tf.index_path(tokens), labels)]
+    tf.write_tokens(tokens, labels, [x], list(y))  # an iterable of runs, labels of any integers
+    assert [sha256(path) for path in (tokens, tf.index_path(tokens), labels)] == before

@@ -1,0 +1,139 @@
+"""The cache of a node: token files decoded once into a memory-mapped array that all ranks share."""
+import contextlib
+import errno
+import functools
+import glob
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from files import atomic_path, remove_leftovers
+from token_files import TokenFile, decode, index_path
+from utils import InputError, local_rank, one_first, print0
+
+
+def _fingerprint(path: Path) -> tuple[int, int, str]:
+    """What changes when the file does: its size, time and checksum (gzip keeps one of the content at its end)."""
+    try:
+        with open(path, 'rb') as file:
+            stat = os.stat(file.fileno())
+            file.seek(max(0, stat.st_size - 8))
+            return stat.st_size, stat.st_mtime_ns, file.read().hex()
+    except OSError as error:
+        raise InputError(f'{path}: {error.strerror}') from None
+
+
+def cache_path(files: Sequence[TokenFile], folder: str = '') -> Path:
+    """Where the decoded codes of token files belong; the name changes with what they are decoded from."""
+    paths = [file.stream.absolute() for file in files]
+    content = [(file.codec.name, _fingerprint(path), _fingerprint(index_path(path)))
+               for file, path in zip(files, paths)]
+    key = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+    location = hashlib.sha256('\0'.join(map(str, paths)).encode()).hexdigest()[:8]
+    stem = paths[0].name.replace('.data.bin.gz', '').replace('.gz', '')
+    return Path(folder or paths[0].parent) / f'{stem}.{location}.codes-{key}.npy'
+
+
+def decode_into(files: Sequence[TokenFile], allocate: Callable[[tuple[int, int]], np.ndarray]) -> np.ndarray:
+    """Decode every image into the array that `allocate((N, n))` returns once the grid is known.
+
+    Raises:
+        InputError: for damaged files, and for files that are not as their manifests say.
+    """
+    for file in files:
+        if 'files' in file.manifest:
+            file.check_checksums(file.stream)
+            file.check_checksums(index_path(file.stream))
+    codes = None
+    start = 0
+    for file in files:
+        for first, run in decode(file):
+            if codes is None:
+                codes = allocate((sum(map(len, files)), run.shape[1]))
+            if run.shape[1] != codes.shape[1]:
+                raise InputError(f'{file.stream}: {run.shape[1]} codes an image, where {files[0].stream} has '
+                                 f'{codes.shape[1]}: they are no shards of one set')
+            codes[start + first:start + first + len(run)] = run
+        start += len(file)
+    return codes
+
+
+def _allocate(path: str, shape: tuple[int, int]) -> np.ndarray:
+    """A new .npy of codes, mapped; all its space is taken at once, since a map on a full disk dies of a bus error."""
+    codes = np.lib.format.open_memmap(path, 'w+', np.uint16, shape)
+    if hasattr(os, 'posix_fallocate'):
+        with open(path, 'rb+') as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):  # not known to this file system
+                    raise
+    return codes
+
+
+def build_cache(files: Sequence[TokenFile], path: Path) -> None:
+    """Decode token files into the .npy at `path`, atomically; older caches of the same files are removed."""
+    more = f' and {len(files) - 1} more' if len(files) > 1 else ''
+    print0(f'decoding {files[0].stream}{more} into {path}')
+    with atomic_path(path, 'choose another folder with --token-cache') as temporary:
+        codes = decode_into(files, functools.partial(_allocate, temporary))
+        codes.flush()
+    for old in path.parent.glob(_versions(path)):
+        if old != path:
+            with contextlib.suppress(OSError):
+                old.unlink()
+
+
+def _versions(path: Path) -> str:
+    """A glob for the names of a cache: those made from earlier versions of its files too."""
+    return glob.escape(path.name.rpartition('.codes-')[0]) + '.codes-*.npy'
+
+
+def open_codes(files: Sequence[TokenFile], cache: str = '') -> np.ndarray:
+    """The codes of token files, (N, n) uint16, one file after the other. Collective.
+
+    With several ranks, the first of each node decodes and all map the same file.
+
+    Args:
+        files: the shards of one set.
+        cache: folder of the decoded file; '' puts it beside the (first) token file; 'none' decodes into this
+            process's own memory instead.
+
+    Raises:
+        InputError: for damaged files, or a cache that cannot be written or read.
+    """
+    if cache == 'none':
+        return decode_into(files, in_memory)
+    path = cache_path(files, cache)
+    with one_first(local_rank() == 0):
+        remove_leftovers(path.parent, f'.{_versions(path)}.*.tmp')
+        if not os.path.exists(path):
+            build_cache(files, path)
+    return map_cache(path)
+
+
+def in_memory(shape: tuple[int, int]) -> np.ndarray:
+    """An empty uint16 array. Raises InputError where memory lacks."""
+    try:
+        return np.empty(shape, np.uint16)
+    except MemoryError:
+        raise InputError(f'{shape[0]:,} images of {shape[1]} codes do not fit into memory: use a cache') from None
+
+
+def map_cache(path: Path) -> np.ndarray:
+    """The codes in a cache, mapped. Raises InputError."""
+    try:
+        codes = np.load(path, mmap_mode='r', allow_pickle=False)
+    except OSError as error:
+        if error.errno is None:  # numpy's own complaint
+            raise InputError(f'{path}: damaged cache ({error}); delete it, and it is made again') from None
+        raise InputError(f'{path}: the cache cannot be mapped ({error.strerror}); choose another folder with '
+                         '--token-cache') from None
+    except Exception as error:  # numpy parses the header as Python, and passes on what that raises
+        raise InputError(f'{path}: damaged cache ({error}); delete it, and it is made again') from None
+    if not isinstance(codes, np.ndarray) or codes.dtype != np.uint16 or codes.ndim != 2 or not codes.size:
+        raise InputError(f'{path}: no cache of codes; delete it, and it is made again')
+    return codes

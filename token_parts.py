@@ -1,0 +1,335 @@
+"""A tokenizing run on disk: its finished parts, which make it resumable, and the token sets made of them.
+
+Images are cut into parts of a fixed number of fixed batches. Each finished part is one file in DIR/.NAME.parts, written
+whole or not at all. When all are there, the token sets are written and the folder of parts is removed.
+"""
+import json
+import math
+import re
+import shutil
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from files import atomic_path, check_writable, lock_file, read_json, remove_leftovers, sha256, write_text
+from token_codecs import Codec
+from token_files import index_path, manifest_path, write_tokens
+from utils import InputError
+
+# Batches lost if killed. Few enough that all ranks have parts, many enough that writing hides behind encoding.
+PART_BATCHES = 16
+
+
+# ---------------------------------------------------------------- names
+
+@dataclass(frozen=True)
+class Output:
+    """Where a run writes.
+
+    Attributes:
+        folder: of the token sets.
+        name: first part of their file names.
+        shard_size: images to a numbered shard; 0 for one set.
+    """
+    folder: Path
+    name: str
+    shard_size: int = 0
+
+    @property
+    def parts_folder(self) -> Path:
+        """Folder of the finished parts; hidden, so that no folder of images takes it for a class."""
+        return self.folder / f'.{self.name}.parts'
+
+    @property
+    def codebook(self) -> Path:
+        """Path of the codebook, where the run writes one."""
+        return self.folder / 'codebook.ckpt'
+
+    def token_file(self, shard: int) -> Path:
+        """Path of the stream of a shard."""
+        return self.folder / f'{self.name}-token{self._number(shard)}.data.bin.gz'
+
+    def label_file(self, shard: int) -> Path:
+        """Path of the labels of a shard."""
+        return self.folder / f'{self.name}-label{self._number(shard)}.txt'
+
+    def _number(self, shard: int) -> str:
+        return f'-{shard:05d}' if self.shard_size else ''
+
+    def existing(self) -> list[Path]:
+        """The files that token sets of this name have in the folder, sorted. Raises InputError."""
+        names = re.compile(re.escape(self.name) + r'-(token(-\d+)?\.(data\.bin\.gz|index\.npy\.gz|json)'
+                                                  r'|label(-\d+)?\.txt)')
+        if not self.folder.is_dir():
+            return []
+        try:
+            return sorted(path for path in self.folder.iterdir() if names.fullmatch(path.name))
+        except OSError as error:
+            raise InputError(f'{self.folder}: {error.strerror}') from None
+
+    def is_complete(self, run_id: dict[str, Any]) -> bool:
+        """Whether all files of the run `run_id` are there. Raises InputError for a manifest that cannot be read."""
+        manifests = [read_json(path) for path in self.existing() if path.suffix == '.json']
+        return bool(manifests) and all(self._is_whole(manifest, run_id) for manifest in manifests)
+
+    def _is_whole(self, manifest: Any, run_id: dict[str, Any]) -> bool:
+        if not isinstance(manifest, dict) or manifest.get('run') != run_id:
+            return False
+        files = manifest.get('files')
+        return isinstance(files, dict) and all((self.folder / name).exists() for name in files)
+
+    def check_free(self, run_id: dict[str, Any], own_codebook: bool) -> None:
+        """InputError when a run that begins would overwrite files of another. For the arguments see `plan`."""
+        existing = self.existing()
+        if existing:
+            raise InputError(f'{existing[0]}: belongs to another run: choose another --name or --output-dir, or remove '
+                             f'{self.name}-token* and {self.name}-label* there')
+        if not self.codebook.exists():
+            return
+        if run_id['limit_codes']:
+            raise InputError(f'{self.codebook}: a codebook is there, which this run would overwrite: choose another '
+                             '--output-dir, or drop --limit-codes to quantize against it')
+        if own_codebook and sha256(self.codebook) != run_id['codebook']['sha256']:
+            raise InputError(f'{self.codebook}: a codebook is there, which this run would overwrite: choose another '
+                             '--output-dir')
+
+    def check_writable(self, images: int, codebook: bool) -> None:
+        """InputError unless the final files can be written, called before the work that ends in them.
+
+        Args:
+            images: of the run; names of the last shard are the longest.
+            codebook: whether the run writes one.
+        """
+        last = max(0, math.ceil(images / self.shard_size) - 1) if self.shard_size else 0
+        tokens = self.token_file(last)
+        for path in (tokens, index_path(tokens), manifest_path(tokens), self.label_file(last)):
+            check_writable(path, 'choose a shorter --name or another --output-dir')
+        if codebook:
+            check_writable(self.codebook, 'choose another --output-dir')
+
+    def remove_leftovers(self) -> None:
+        """Remove what killed runs left; temporary files that a living process writes stay."""
+        shutil.rmtree(_retired(self.parts_folder), ignore_errors=True)
+        for path in (self.token_file(0), self.label_file(0), self.codebook):
+            pattern = path.name.replace('-00000', '-*').replace('.data.bin.gz', '.*')
+            remove_leftovers(self.folder, f'.{pattern}.*.tmp')
+        remove_leftovers(self.parts_folder, '.*.tmp')
+
+
+def _retired(folder: Path) -> Path:
+    """The name a parts folder gets when its run is complete: renaming is one step, removing many."""
+    return folder.with_name(folder.name + '-done')
+
+
+# ---------------------------------------------------------------- parts
+
+class Parts:
+    """The cut of a run's images into parts and batches, and the folder of the finished parts.
+
+    Args:
+        folder: of the parts.
+        images: how many there are.
+        batch_size: images a batch. Batches never mix parts.
+    """
+
+    def __init__(self, folder: Path, images: int, batch_size: int):
+        self.folder = folder
+        self.images = images
+        self.batch_size = batch_size
+        self.size = PART_BATCHES * batch_size
+        self.lock = None
+
+    def __len__(self) -> int:
+        return math.ceil(self.images / self.size)
+
+    def path(self, part: int) -> Path:
+        """Path of a part."""
+        return self.folder / f'{part:06d}.npz'
+
+    def batches(self, part: int) -> list[range]:
+        """The batches of a part, as ranges of images."""
+        end = min((part + 1) * self.size, self.images)
+        return [range(start, min(start + self.batch_size, end))
+                for start in range(part * self.size, end, self.batch_size)]
+
+    def unfinished(self) -> list[int]:
+        """The parts still to be made."""
+        return [part for part in range(len(self)) if not self.path(part).exists()]
+
+    def is_begun(self, run_id: dict[str, Any]) -> bool:
+        """Whether the folder holds parts of the run `run_id`. Raises InputError when it holds another run's."""
+        path = self.folder / 'run.json'
+        if not path.exists():
+            return False
+        before = read_json(path)
+        if before != run_id:
+            differs = [key for key in run_id if not isinstance(before, dict) or before.get(key) != run_id[key]]
+            raise InputError(f'{self.folder}: holds an unfinished run that differs in {", ".join(differs)}: give the '
+                             'same inputs and options to finish it, or delete that folder to start from scratch')
+        return True
+
+    def begin(self, run_id: dict[str, Any]) -> None:
+        """Lock the folder for this process, and write down what the run is. Raises InputError."""
+        path = self.folder / 'run.json'
+        check_writable(path, 'choose another --output-dir')
+        try:
+            self.lock = lock_file(self.folder / 'lock')
+        except BlockingIOError:
+            raise InputError(f'{self.folder}: another process is at work on this run; wait for it, or choose another '
+                             '--name') from None
+        except OSError as error:
+            raise InputError(f'{self.folder}: cannot be locked ({error.strerror})') from None
+        write_text(path, json.dumps(run_id, indent=1) + '\n')
+
+    def write(self, part: int, **arrays: np.ndarray) -> None:
+        """Write a finished part. Raises InputError."""
+        with atomic_path(self.path(part)) as temporary, open(temporary, 'wb') as file:
+            np.savez(file, **arrays)
+
+    def read(self, part: int, name: str) -> np.ndarray:
+        """One array of a finished part. Raises InputError."""
+        path = self.path(part)
+        try:
+            with np.load(path) as arrays:
+                return arrays[name]
+        except FileNotFoundError:
+            raise InputError(f'{path}: another rank made it, but it is not here: all nodes must share '
+                             '--output-dir') from None
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            raise InputError(f'{path}: damaged; delete it and start the same command again') from None
+
+    def remove(self) -> None:
+        """Remove the folder of a complete run."""
+        self.folder.rename(_retired(self.folder))
+        if self.lock:
+            self.lock.close()
+        shutil.rmtree(_retired(self.folder), ignore_errors=True)
+
+
+def plan(output: Output, parts: Parts, run_id: dict[str, Any], own_codebook: bool) -> list[int] | None:
+    """What is left to do of a run, whose folder of parts is made, and locked for this process.
+
+    Args:
+        output: where the run writes.
+        parts: of the run.
+        run_id: all that the codes depend on; with 'codebook' and 'limit_codes'.
+        own_codebook: the codebook is the tokenizer's own, so that the run writes it.
+
+    Returns:
+        The parts still to be made, or None when the run's files are all there.
+
+    Raises:
+        InputError: the output folder holds files of another run, or cannot be written.
+    """
+    output.remove_leftovers()
+    begun = parts.is_begun(run_id)
+    if not begun and output.is_complete(run_id):
+        return None
+    if not begun:
+        output.check_free(run_id, own_codebook)
+    output.check_writable(parts.images, codebook=run_id['limit_codes'] or own_codebook)
+    parts.begin(run_id)
+    return parts.unfinished()
+
+
+class FinishedParts:
+    """All finished parts as one array of codes, which is never in memory whole. Images that were skipped are left out.
+
+    Args:
+        parts: all of them finished.
+
+    Attributes:
+        good: (all images,) bool, those that were read.
+        sizes: (good images,) int64, bytes of the encoded images.
+        used: (codes,) int64, the codes in use, rising.
+    """
+
+    def __init__(self, parts: Parts):
+        self.parts = parts
+        good = self._all('good')
+        self.good = np.concatenate(good)
+        self.sizes = np.concatenate(self._all('sizes'))
+        self.used = np.unique(np.concatenate(self._all('used')))
+        self.starts = np.cumsum([0] + [int(mask.sum()) for mask in good])  # of each part, among good images
+        self.latest = None  # (part, its codes): shards are smaller than parts, often
+
+    def _all(self, name: str) -> list[np.ndarray]:
+        return [self.parts.read(part, name) for part in range(len(self.parts))]
+
+    def agreement(self) -> float | None:
+        """Share of the first batch's codes that are the same in fp32; None where no image of it could be read."""
+        agreement = float(self.parts.read(0, 'agreement'))
+        return None if math.isnan(agreement) else agreement
+
+    def grid_size(self) -> int:
+        """Side of the token grid."""
+        first = next(self.runs(0, 1))
+        return math.isqrt(first.shape[1])
+
+    def runs(self, first: int, last: int) -> Iterator[np.ndarray]:
+        """Yield the codes of good images first to last - 1, (m, n) integers at a time."""
+        part = int(np.searchsorted(self.starts, first, side='right')) - 1
+        while part < len(self.parts) and self.starts[part] < last:
+            start = max(first - self.starts[part], 0)
+            yield self._codes(part)[start:last - self.starts[part]]
+            part += 1
+
+    def _codes(self, part: int) -> np.ndarray:
+        if self.latest is None or self.latest[0] != part:
+            self.latest = part, self.parts.read(part, 'codes')
+        return self.latest[1]
+
+
+# ---------------------------------------------------------------- token sets
+
+def write_sets(output: Output, finished: FinishedParts, labels: np.ndarray, codec: Codec, new_codes: np.ndarray | None,
+               manifest: dict[str, Any]) -> int:
+    """Write the token sets of a run, each with its manifest. Raises InputError.
+
+    Args:
+        output: their names.
+        finished: the codes.
+        labels: (good images,) integers.
+        codec: of the streams.
+        new_codes: (codes,) what the finished parts' codes become; None for no change.
+        manifest: what all manifests say.
+
+    Returns:
+        Bytes of streams and indices.
+    """
+    stored = 0
+    size = output.shard_size or len(labels)
+    for shard, first in enumerate(range(0, len(labels), size)):
+        chosen = slice(first, first + size)
+        tokens = output.token_file(shard)
+        label_file = output.label_file(shard)
+        used = np.zeros(codec.largest_code + 1, bool)
+        runs = _final_codes(finished.runs(first, first + size), new_codes, used)
+        write_tokens(tokens, label_file, runs, labels[chosen], codec)
+        files = [tokens, index_path(tokens), label_file]
+        of_shard = {'images': len(labels[chosen]), 'codes_used': int(used.sum()),
+                    'source_bytes': int(finished.sizes[chosen].sum()),
+                    'files': {path.name: {'bytes': path.stat().st_size, 'sha256': sha256(path)} for path in files}}
+        write_text(manifest_path(tokens), manifest_text(manifest | of_shard))
+        stored += sum(path.stat().st_size for path in files[:2])
+    return stored
+
+
+def _final_codes(runs: Iterable[np.ndarray], new_codes: np.ndarray | None, used: np.ndarray) -> Iterator[np.ndarray]:
+    """Yield the codes as files have them, and mark them in `used`."""
+    for codes in runs:
+        if new_codes is not None:
+            codes = new_codes[codes]
+        used[codes] = True
+        yield codes
+
+
+def manifest_text(manifest: dict[str, Any]) -> str:
+    """JSON with a key a line."""
+    first = ['format', 'images', 'grid', 'codes', 'codes_used']
+    keys = first + [key for key in manifest if key not in first]
+    return '{\n' + ',\n'.join(f' {json.dumps(key)}: {json.dumps(manifest[key])}' for key in keys) + '\n}\n'
