@@ -1,58 +1,220 @@
-"""The README's commands, as they stand there but for sizes that make them quick."""
+"""README and docs: their commands parse with the real parsers, their flags and files exist, and one block is run."""
+import argparse
+import importlib.util
 import os
 import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
-import numpy as np
+import pytest
 from PIL import Image
 
-from conftest import ROOT
-
-README = (ROOT / 'README.md').read_text()
-
-
-def commands(heading):
-    """The shell commands of the first code block under a heading."""
-    block = re.search(rf'## {heading}\n.*?```\n(.*?)```', README, re.S).group(1)
-    return [shlex.split(line, comments=True) for line in block.replace('\\\n', ' ').splitlines() if line.strip()]
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md')),
+             ROOT / 'demo' / 'README.md']
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding='utf-8') for path in DOCUMENTS}
+README = TEXTS['README.md']
+# Flags of torchrun, torch.distributed.launch, sbatch and pytest, which commands hold before our programs' names.
+OTHERS = {'--nproc-per-node', '--use-env', '--nnodes', '--rdzv-backend', '--rdzv-endpoint', '--max-restarts', '--help'}
 
 
-def test_own_images_in_five_commands(tmp_path):
-    rng = np.random.default_rng(0)
-    for split in ('train', 'val'):
-        for k, name in enumerate(('cats', 'dogs')):
-            (tmp_path / 'images' / split / name).mkdir(parents=True)
-            for i in range(6):
-                pixels = rng.integers(0, 100, (40, 50, 3), dtype=np.uint8) + np.uint8(100 * k)
-                Image.fromarray(pixels).save(tmp_path / 'images' / split / name / f'{i}.jpg')
-    small = {'fit_patch_tokenizer.py': ['--max-patches', '3000', '--iterations', '2'],
-             'main_seit.py': ['--device', 'cpu', '--epochs', '1', '--batch-size', '4', '--model-kwargs', 'depth=1'],
-             'evaluate_on_images.py': ['--device', 'cpu', '--num_workers', '0', '--model-kwargs', 'depth=1']}
-    steps = commands('Your own images')
-    assert len(steps) == 5
-    steps.insert(2, ['val' if w == 'images/train' else w for w in steps[1]])  # "and again for images/val, my-val"
-    steps[2] = [{'val': 'images/val', 'my-train': 'my-val'}.get(w, w) for w in steps[2]]
-    for python, script, *words in steps:
-        assert python == 'python'
-        words += small.get(os.path.basename(script), [])
-        command = [sys.executable, str(ROOT / script), *words]
-        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr
-    assert '* Acc@1 ' in done.stdout
+# ---------------------------------------------------------------- reading documents
+
+def blocks(text):
+    """Code blocks, fenced or indented, with continued lines joined."""
+    fenced = re.findall(r'^```\n(.*?)^```', text, re.DOTALL | re.MULTILINE)
+    rest = re.sub(r'^```\n(.*?)^```', '', text, flags=re.DOTALL | re.MULTILINE)
+    indented = re.findall(r'(?<=\n\n)((?:    .*\n)+)', rest)
+    return [block.replace('\\\n', ' ') for block in fenced + indented]
 
 
-def test_every_flag_and_file_in_the_readme_exists():
-    import evaluate_on_images
-    import main_seit
-    known = {flag for parser in (main_seit.get_args_parser(), evaluate_on_images.get_args_parser())
-             for flag in parser._option_string_actions}
-    for script in (ROOT / 'scripts').glob('*.py'):
-        known |= set(re.findall(r"add(?:_argument)?\('(--[a-z0-9-]+)'", script.read_text()))
-    launcher = {'--nproc-per-node', '--use-env', '--nnodes', '--rdzv-backend', '--rdzv-endpoint', '--help',
-                '--max-restarts'}
-    used = {flag.replace('_', '-') for flag in re.findall(r'(?<![\w-])--[a-z][a-z_0-9-]*', README)}
-    assert not used - known - launcher
-    for path in re.findall(r'\b(?:scripts|docs|demo)/[\w./]+\w', README):
-        assert (ROOT / path).exists(), path
+def inline_code(text):
+    """What stands between single backticks outside of blocks."""
+    return re.findall(r'`([^`\n]+)`', re.sub(r'^```.*?^```', '', text, flags=re.DOTALL | re.MULTILINE))
+
+
+def words_of(line):
+    """The simple commands of a shell line, as lists of words, without what is redirected."""
+    lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+    lexer.whitespace_split = True
+    command = []
+    for word in [*lexer, ';']:
+        if word and set(word) <= set(';&|()'):
+            yield command
+            command = []
+        else:
+            command.append(word)
+
+
+def program_calls(text):
+    """(program, its words) of each call of one of our programs in a document."""
+    for line in [line for block in blocks(text) for line in block.splitlines()] + inline_code(text):
+        if '.py' not in line and '.sbatch' not in line:
+            continue
+        for words in words_of(line):
+            at = next((i for i, word in enumerate(words) if re.fullmatch(r'[\w/]+\.(py|sbatch)', word)), None)
+            if at is None:
+                continue
+            words = words[at:]
+            if '>' in words:
+                words = words[:words.index('>')]
+            if len(words) > 1 or at > 0:  # a bare name is no call
+                yield words[0], words[1:]
+
+
+CALLS = [(name, program, words) for name, text in TEXTS.items() for program, words in program_calls(text)]
+
+
+def section(text, heading):
+    """The text under a heading, up to the next of its level."""
+    level = heading.split()[0]
+    return re.search(rf'^{re.escape(heading)}\n(.*?)(?=^#{{1,{len(level)}}} |\Z)', text, re.DOTALL | re.MULTILINE)[1]
+
+
+# ---------------------------------------------------------------- programs
+
+def load(program):
+    """A program as a module, by its path."""
+    name = program.removesuffix('.py').replace('/', '_')
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / program)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+class Captured(Exception):
+    """Carries a parser."""
+
+
+def parser_of(program):
+    """The argparse parser that a program's parse_args uses."""
+    def capture(self, *_, **__):
+        raise Captured(self)
+    with pytest.MonkeyPatch.context() as patch:
+        module = load(program)
+        for kind in {argparse.ArgumentParser, *argparse.ArgumentParser.__subclasses__()}:
+            patch.setattr(kind, 'parse_known_args', capture)
+        with pytest.raises(Captured) as caught:
+            module.parse_args([])
+    return caught.value.args[0]
+
+
+def options(parser):
+    """The actions of a parser that are flags, without --help."""
+    return [action for action in parser._actions if action.option_strings and action.dest != 'help']
+
+
+PROGRAMS = sorted({program for _, program, _ in CALLS if program.endswith('.py')})
+
+
+@pytest.mark.parametrize(('document', 'program', 'words'), CALLS,
+                         ids=[f'{i}-{name}-{program}' for i, (name, program, _) in enumerate(CALLS)])
+def test_command_parses(document, program, words):
+    assert (ROOT / program).exists(), f'{document}: {program}'
+    if program.endswith('.sbatch'):
+        program = 'main_seit.py'  # whose flags follow
+    load(program).parse_args(words)
+    if '--' in words:
+        load('main_seit.py').parse_args(words[words.index('--') + 1:])
+
+
+def test_the_documents_hold_commands():
+    """The reading above finds what is there: else the test before this one would pass on nothing."""
+    assert len(CALLS) > 35
+    assert {'main_seit.py', 'evaluate_on_images.py', 'tokenize_images.py', 'scripts/slurm_train.sbatch',
+            'scripts/run_with_submitit.py', 'benchmarks/data.py', 'tests/stress/fuzz.py'} <= {call[1] for call in CALLS}
+    assert ('README.md', 'main_seit.py') in {call[:2] for call in CALLS}
+
+
+def test_every_flag_in_the_documents_exists():
+    known = set(OTHERS)
+    for program in PROGRAMS:
+        known |= {flag for action in options(parser_of(program)) for flag in action.option_strings}
+    for name, text in TEXTS.items():
+        code = ' '.join([*blocks(text), *inline_code(text)])
+        used = {flag.replace('_', '-') for flag in re.findall(r'(?<![\w-])--[a-z][a-z0-9_-]*', code)}
+        assert used - known == set(), name
+
+
+def test_every_file_in_the_documents_exists():
+    for name, text in TEXTS.items():
+        folder = (ROOT / name).parent
+        for link in re.findall(r'\]\((?!https?:)([^)#]+)\)', text):
+            assert (folder / link).exists(), f'{name}: {link}'
+        for path in re.findall(r'(?<![\w./])(?:scripts|docs|demo|tests|benchmarks)/[\w./-]+\w(?![\w<])', text):
+            assert (ROOT / path).exists(), f'{name}: {path}'
+        for path in re.findall(r'`(\w+\.py)`', text):
+            assert list(ROOT.glob(path)) + list(ROOT.glob(f'*/{path}')) + list(ROOT.glob(f'tests/*/{path}')), path
+
+
+# ---------------------------------------------------------------- docs/flags.md
+
+@pytest.mark.parametrize('program', ['main_seit.py', 'evaluate_on_images.py', 'tokenize_images.py'])
+def test_flags_and_defaults_are_those_of_the_parser(program):
+    rows = {}
+    for line in section(TEXTS['docs/flags.md'], f'## {program}').splitlines():
+        if line.startswith('| `--'):
+            flags, default, _ = (cell.strip() for cell in line.strip('|').split(' | ', 2))
+            rows[tuple(re.findall(r'`([^`]+)`', flags))] = default.strip('`')
+    parser = parser_of(program)
+    assert set(rows) == {tuple(action.option_strings) for action in options(parser)}
+    for action in options(parser):
+        stated = rows[tuple(action.option_strings)]
+        if action.required:
+            assert stated == 'required', action.dest
+        elif isinstance(action, argparse.BooleanOptionalAction):
+            assert stated == {True: 'on', False: 'off'}[action.default], action.dest
+        elif stated == 'the cores':
+            assert action.default in (None, len(os.sched_getaffinity(0))), action.dest
+        elif action.default is False or action.default in (None, '', {}):
+            assert stated == '', action.dest
+        elif isinstance(action.default, int | float):
+            assert float(stated) == action.default, action.dest
+        else:
+            assert stated == str(action.default), action.dest
+
+
+# ---------------------------------------------------------------- the README
+
+def test_the_first_screen():
+    """One sentence, the figure, the table with the published numbers, the clone line and the quick start."""
+    first = README[:README.index('## How it works')]
+    assert re.match(r'# SeiT[^\n]*\n\n[^\n]+\.\n\n!\[[^\]]+\]\(docs/pipeline\.png\)\n\n\| ViT-B', first)
+    for row in ('| full pixels | 140 GB | 81.8 | paper |', '| **SeiT tokens** | **1.4 GB** | **74.0** | paper |'):
+        assert row in re.sub(' +', ' ', first)
+    for command in ('git clone', 'bash scripts/quickstart.sh', 'bash scripts/test.sh'):
+        assert command in first
+    with Image.open(ROOT / 'docs' / 'pipeline.png') as figure:
+        assert figure.width == 1200
+
+
+def test_the_quick_start_prints_the_line_that_the_readme_shows():
+    line = section(README, '## Quick start').split('```\n')[3]
+    assert re.fullmatch(r'top-1        \d\d\.\d\d %\n', line)
+    assert "print(f'top-1        {best:.2f} %')" in (ROOT / 'scripts' / 'quickstart.sh').read_text()
+
+
+def test_every_program_and_module_has_its_place():
+    where = section(README, '## What is where')
+    assert [path.name for path in sorted(ROOT.glob('*.py')) if f'`{path.name}`' not in where] == []
+
+
+def test_your_own_images_runs_as_it_stands(tmp_path):
+    """All blocks under the heading, in a folder that holds links to the project, by a shell that stops at a failure."""
+    for path in [*ROOT.glob('*.py'), ROOT / 'scripts', ROOT / 'demo']:
+        (tmp_path / path.name).symlink_to(path)
+    commands = '\n'.join(block for block in blocks(section(README, '## Your own images')))
+    assert commands.count('python ') == 8
+    environment = os.environ | {'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'}
+    done = subprocess.run(['bash', '-euo', 'pipefail', '-c', commands], cwd=tmp_path, env=environment,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r'^\* Acc@1 \d', done.stdout, re.MULTILINE)
+    assert (tmp_path / 'output' / 'mine' / 'sheet.png').exists()
