@@ -26,7 +26,7 @@ def golden():
     return load
 
 
-# ---------------------------------------------------------------- images-A: tokenizer files
+# ---------------------------------------------------------------- tokenizer files
 
 @pytest.fixture(scope='session')
 def shapes(golden):
