@@ -1,14 +1,13 @@
-"""The state of a run, resuming it exactly, and starting from other weights."""
+"""The state of a run, and resuming it exactly."""
 from argparse import Namespace
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.layers import resample_abs_pos_embed
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from safe_load import load_torch
+from safe_load import MAX_STRING, load_torch
 from utils import InputError, print0, world_size
 
 # With another value of any of these, a resumed run has other batches or other augmentation.
@@ -81,6 +80,12 @@ def _without_wrappers(weights: dict[str, Any], path: str) -> dict[str, Any]:
     return weights
 
 
+def flags_to_save(flags: dict[str, Any]) -> dict[str, Any]:
+    """Flags as checkpoints hold them: a very long list of shards is cut, as `safe_load` refuses long strings."""
+    return {name: f'{value[:1000]} and so on, {len(value)} characters' if len(str(value)) > MAX_STRING // 2 else value
+            for name, value in flags.items()}
+
+
 def saved_flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
     """The flags of the run that wrote a checkpoint, {} where it does not say."""
     flags = checkpoint.get('args')
@@ -110,7 +115,7 @@ def load_weights(model: nn.Module, weights: dict[str, Any], path: str) -> None:
 
 # ---------------------------------------------------------------- resuming
 
-def resume(state: TrainState, checkpoint: dict[str, Any], path: str, flags: dict[str, Any]) -> None:
+def resume(state: TrainState, checkpoint: dict[str, Any], path: str, flags: dict[str, Any], steps: int) -> None:
     """Resume from a checkpoint, ours or a published one.
 
     One rule: hyperparameters are those of the command line; the file gives weights, EMA, the optimizer's moments and
@@ -121,6 +126,7 @@ def resume(state: TrainState, checkpoint: dict[str, Any], path: str, flags: dict
         checkpoint: of `load_checkpoint`.
         path: its name, for errors.
         flags: of the command line, by name.
+        steps: batches of an epoch, per rank.
 
     Raises:
         InputError: for flags under which the run is no longer the same (see EXACT), unless allow_inexact_resume is
@@ -129,7 +135,9 @@ def resume(state: TrainState, checkpoint: dict[str, Any], path: str, flags: dict
     if not isinstance(checkpoint.get('optimizer'), dict) or type(checkpoint.get('epoch')) is not int:
         raise InputError(f'{path}: holds weights only; use --finetune to start from them, or --eval')
     before = {**saved_flags(checkpoint), 'world_size': checkpoint.get('world_size')}
-    flags = {**flags, 'world_size': world_size()}
+    if 'classes' not in checkpoint:  # written before there was one: it holds what was made of these two
+        before = {key: value for key, value in before.items() if key not in ('lr', 'amp')}
+    flags = {**flags_to_save(flags), 'world_size': world_size()}
     compare_flags(before, flags, path)
     load_weights(state.model, checkpoint['model'], path)
     load_optimizer(state.optimizer, checkpoint['optimizer'], path)
@@ -146,8 +154,9 @@ def resume(state: TrainState, checkpoint: dict[str, Any], path: str, flags: dict
     state.losses = checkpoint.get('meter') if before['world_size'] == flags['world_size'] else None
     now = flags['world_size'] * flags['batch_size']
     then = (before['world_size'] or flags['world_size']) * before.get('batch_size', flags['batch_size'])
-    if state.step and then != now:  # an allowed, inexact resume: after about as many images
-        state.step = state.step * then // (now * flags['accum_iter']) * flags['accum_iter']
+    # an allowed, inexact resume: after about as many images, and with a step of the epoch left
+    whole = min(state.step * then // now, steps - flags['accum_iter']) // flags['accum_iter'] * flags['accum_iter']
+    state.step = max(0, whole)
 
 
 def compare_flags(before: dict[str, Any], now: dict[str, Any], path: str) -> None:
@@ -180,50 +189,3 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f'{path}: its optimizer state does not fit ({error}); resume with the flags of the run that '
                          'wrote it') from None
-
-
-# ---------------------------------------------------------------- starting from other weights
-
-def load_pretrained(model: nn.Module, path: str) -> None:
-    """--finetune: start from other weights. Raises InputError for weights of another architecture.
-
-    A head or stem of another shape starts from scratch, distillation weights are left out, and position embeddings
-    are resampled bicubically.
-    """
-    weights = dict(load_checkpoint(path)['model'])
-    wanted = model.state_dict()
-    for key in [key for key in weights if str(key).startswith(('dist_token', 'head_dist.'))]:
-        print0(f'--finetune: {key} is left out: the model has no distillation token')
-        del weights[key]
-    for key in [key for key in wanted if key.startswith(('head.', 'patch_embed.'))]:
-        shape = tuple(weights[key].shape) if isinstance(weights.get(key), torch.Tensor) else None
-        if shape != wanted[key].shape:
-            print0(f'--finetune: {key} starts from scratch (in the file: {shape or "none"})')
-            weights[key] = wanted[key]
-    if isinstance(weights.get('pos_embed'), torch.Tensor):
-        weights['pos_embed'] = fit_positions(weights['pos_embed'], wanted['pos_embed'], path)
-    load_weights(model, weights, path)
-
-
-def fit_positions(positions: torch.Tensor, wanted: torch.Tensor, path: str) -> torch.Tensor:
-    """Position embeddings (1, p + n, d) of p = 0, 1 or 2 prefix tokens, as (1, 1 + m, d) for a class token and m
-    patches: a second prefix token is cut, a missing one is the model's own, and the grid is resampled.
-
-    Raises:
-        InputError: when the patches make no square grid.
-    """
-    if positions.shape == wanted.shape:
-        return positions
-    squares = [prefix for prefix in (1, 2, 0) if positions.ndim == 3 and positions.shape[1] > prefix
-               and round((positions.shape[1] - prefix) ** 0.5) ** 2 == positions.shape[1] - prefix]
-    if not squares or positions.shape[2] != wanted.shape[2]:
-        raise InputError(f'{path}: position embeddings of shape {tuple(positions.shape)} do not fit '
-                         f'{tuple(wanted.shape)}: the weights are of another model')
-    prefix = squares[0]
-    if prefix != 1:
-        print0(f'--finetune: pos_embed has {prefix} prefix tokens; '
-               + ('the first is taken' if prefix else "the class token's starts from scratch"))
-    first = positions[:, :1] if prefix else wanted[:, :1]
-    side = round((wanted.shape[1] - 1) ** 0.5)
-    grid = torch.cat([first, positions[:, prefix:]], 1).float()
-    return resample_abs_pos_embed(grid, [side, side], antialias=False)

@@ -100,7 +100,7 @@ def train_one_epoch(state: TrainState, batches: Iterable, loss_of: Callable, opt
             optimizer_step(state, options.clip_grad)
         state.step = step + 1
         text = None
-        if state.step % LOG_EVERY == 0 or state.step == options.steps:
+        if update and (state.step % LOG_EVERY < options.accum_iter or state.step == options.steps):
             mean = check_finite(meter, state, step, options.on_nan)
             text = f'loss {mean:.4f} lr {state.optimizer.param_groups[0]["lr"]:.3g}'
         progress.step(text)

@@ -72,8 +72,8 @@ def check_finite(meter: LossMeter, state: TrainState, step: int, on_nan: str) ->
     With `on_nan` 'skip' a line says so instead; the step has changed no weight in either case.
     """
     mean, bad = meter.read()
-    # a constant scale only ever shrinks, and only for a gradient that is not finite; fp16's does so all the time
-    shrunk = state.amp != 'fp16' and state.scaler.get_scale() < 1
+    # a constant scale only ever shrinks, and only for a gradient that is not finite; fp16's begins at 65,536 and moves
+    shrunk = state.scaler.get_scale() < 1
     if bad is None and not shrunk:
         return mean
     what, at = ('a gradient by step', step) if bad is None else ('the loss of step', bad)
@@ -81,7 +81,7 @@ def check_finite(meter: LossMeter, state: TrainState, step: int, on_nan: str) ->
         raise NotFinite(what, state.epoch, at, state.optimizer.param_groups[0]['lr'])
     print0(f'warning: skipped: {what} {at} of epoch {state.epoch} is not finite')
     meter.first_bad.fill_(torch.inf)
-    if shrunk:
+    if shrunk and state.amp != 'fp16':
         state.scaler.update(1.)
     return mean
 

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import recipe
-from checkpoints import load_pretrained, load_weights, progress_of, resume
+from checkpoints import flags_to_save, load_weights, progress_of, resume
 from codebook import load_codebook, load_synonyms
 from flags import Parser, integer, number, print_no_effect
 from run_info import print_batch, print_model, run_record
@@ -24,6 +24,7 @@ from engine import evaluate, rank_indices, train
 from loss_meter import NotFinite
 from models_seit import create_model
 from preemption import REQUEUE
+from pretrained import load_pretrained
 from run_folder import RunFolder, RunLog, find_checkpoint
 from samplers import repeated_augmentation, shuffled
 from token_augment import (EmbeddingNoise, EraseRectangle, EvalTransform, RandomCrop, RandomResizedCrop,
@@ -176,7 +177,8 @@ def main(args: argparse.Namespace) -> int:
     classes = count_classes(args, datasets, checkpoint)
     names = (train_data or val_data).classes
     if checkpoint:
-        check_class_names(checkpoint.get('classes'), names, path, args.val_token_file)
+        check_class_names(checkpoint.get('classes'), names, path,
+                          args.val_token_file if args.eval else args.train_token_file)
     check_same_on_all_ranks({'training images': len(train_data or ()), 'validation images': len(val_data or ()),
                              'codebook': tuple(codebook.shape), **progress_of(checkpoint)})
     choose_data_device(datasets, args.data_device, device)
@@ -232,12 +234,13 @@ def main(args: argparse.Namespace) -> int:
     steps = recipe.count_steps(args, rank_images, args.train_token_file)
     state = recipe.make_state(args, model, device, (codebook.shape[1], size, size))
     if checkpoint:
-        resume(state, checkpoint, path, vars(args))
+        resume(state, checkpoint, path, vars(args), steps)
+        del checkpoint  # its tensors are copied
         print0(f'{path}: resumed at epoch {state.epoch}, step {state.step}, best Acc@1 {state.best["model"]:.3f}')
     print_batch(args.batch_size, args.accum_iter, steps, args.epochs, recipe.scaled_lr(args), args.unscale_lr)
 
     # ------------------------------------------------------------ train
-    folder.begin(run_record(vars(args), device), {'args': vars(args), 'classes': names})
+    folder.begin(run_record(vars(args), device), {'args': flags_to_save(vars(args)), 'classes': names})
     log = RunLog(args.output_dir, state.epoch, args.tensorboard)
     try:
         finished = train(state, batches_of, loss_of, None if args.no_eval else evaluate_of, folder, log, args.epochs,

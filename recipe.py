@@ -148,8 +148,9 @@ def mixes(args: argparse.Namespace) -> bool:
 
 def flags_alike(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that must be the same on all ranks, by their names on the command line."""
-    return {f'--{name.replace("_", "-")}': value for name, value in vars(args).items()
-            if not name.endswith(LOCATIONS) and name not in ('finetune', 'resume', 'dist_url')}
+    alike = {f'--{name.replace("_", "-")}': value for name, value in vars(args).items()
+             if not name.endswith(LOCATIONS) and name not in ('finetune', 'resume', 'dist_url')}
+    return alike | {'--token-cache none': args.token_cache == 'none'}  # then no rank waits for another's cache
 
 
 # ---------------------------------------------------------------- what the flags make
@@ -257,8 +258,9 @@ def make_state(args: argparse.Namespace, model: nn.Module, device: torch.device,
                                               gradient_as_bucket_view=True)
         # DDP arranges its buckets for good after a first backward. Their layout decides in which order ranks are
         # summed, so a resumed run must not begin with another.
+        x = torch.zeros(args.batch_size, *input_shape, device=device).to(memory_format=torch.channels_last)
         with autocast(device, amp):
-            train_model(torch.zeros(args.batch_size, *input_shape, device=device)).float().sum().backward()
+            train_model(x).float().sum().backward()
         model.zero_grad()
     return TrainState(model, train_model, optimizer, make_scheduler(args, optimizer), make_scaler(device, amp), ema,
                       amp, epoch=args.start_epoch)

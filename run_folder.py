@@ -78,7 +78,7 @@ def _choose(output_dir: str, resume: str, evaluating: bool) -> str:
 
 def _earlier_files(folder: Path) -> list[Path]:
     """The files of an earlier run that a new one would overwrite."""
-    if (folder / UNSAVED).exists():
+    if (folder / UNSAVED).exists() and not (folder / NEWEST).exists():
         return []  # what is there was left by a run killed before its first checkpoint was whole
     files = [folder / name for name in (NEWEST, PREVIOUS, *BEST.values(), LOG)]
     return [path for path in files if path.exists() and path.stat().st_size]
@@ -106,7 +106,7 @@ def _first_whole(candidates: list[Path], evaluating: bool) -> str:
             if path == candidates[-1]:
                 raise
             print0(f'warning: {error}; taking the one before it')
-            if not evaluating:
+            if not evaluating and not isinstance(error.__context__, OSError | MemoryError):
                 os.replace(path, path.with_name('checkpoint_damaged.pth'))
     return ''
 
@@ -158,7 +158,10 @@ class RunFolder:
             record: kept in each checkpoint beside the state: 'args' (the flags as plain values) and 'classes'.
         """
         self.record = record
-        if self.saves and is_main():
+        on_main(self._begin, args_json)
+
+    def _begin(self, args_json: dict[str, Any]) -> None:
+        if self.saves:
             if not _earlier_files(self.path):
                 write_text(self.path / UNSAVED, '')
             write_text(self.path / 'args.json', json.dumps(args_json, indent=1) + '\n')
@@ -170,7 +173,10 @@ class RunFolder:
         interval, unit = self.save_every
         if unit == 'steps':
             return state.step // accum_iter % interval == 0
-        return is_main() and time.monotonic() - self.saved_at >= 60 * interval
+        due = is_main() and time.monotonic() - self.saved_at >= 60 * interval
+        if due:
+            self.saved_at = time.monotonic()  # the ranks agree a step later: asked again by then, it is not due twice
+        return due
 
     def save(self, state: TrainState, improved: list[str] = ()) -> None:
         """Write best checkpoints for the names in `improved` ('model', 'ema'), then the newest; keep the one before.
@@ -212,13 +218,16 @@ class RunLog:
     def __init__(self, folder: str, start_epoch: int = 0, tensorboard: bool = False):
         self.path = Path(folder) / LOG if folder and is_main() else None
         self.board = None
+        on_main(self._open, start_epoch, tensorboard)
+
+    def _open(self, start_epoch: int, tensorboard: bool) -> None:
         if self.path is None:
             return
         kept = [line for line in self._lines() if isinstance(line, dict) and type(line.get('epoch', -1)) is int
                 and line.get('epoch', -1) < start_epoch] if start_epoch else []
         write_text(self.path, ''.join(json.dumps(line) + '\n' for line in kept))
         if tensorboard:
-            self.board = _open_tensorboard(folder)
+            self.board = _open_tensorboard(str(self.path.parent))
 
     def _lines(self) -> Any:
         if not self.path.exists():

@@ -87,6 +87,8 @@ class TokenDataset:
         page-locked memory, so that the copy overlaps with computing. Only codes and labels travel.
         """
         slices = [indices[start:start + batch_size] for start in range(0, len(indices), batch_size)]
+        if not slices:  # which torch would split into one empty batch
+            return
         if self.resident:
             yield from self._resident_batches(indices, batch_size)
         elif device.type == 'cpu':

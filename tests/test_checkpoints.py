@@ -1,8 +1,5 @@
 """Reading checkpoints, the rule of resuming, and starting from other weights."""
 import argparse
-import functools
-import http.server
-import threading
 
 import pytest
 import timm
@@ -12,6 +9,7 @@ import checkpoints
 import main_seit
 import recipe
 from helpers import SMALL, accuracy_lines, make_data, mistake, run_here, states
+from pretrained import load_pretrained
 from utils import InputError
 
 
@@ -43,7 +41,7 @@ def saved(state, flags):
     """A checkpoint of `state` after one step of the optimizer."""
     state.train_model(torch.randn(2, 32, 8, 8)).sum().backward()
     state.optimizer.step()
-    return state.state_dict() | {'args': flags}
+    return state.state_dict() | {'args': flags, 'classes': None}
 
 
 # ---------------------------------------------------------------- reading
@@ -69,7 +67,7 @@ def test_names_of_ddp_and_compile_are_taken_off(trained, data, prefix, tmp_path,
     output = capsys.readouterr().out
     assert accuracy_lines(output) == lines and 'which is taken off' in output
     model = tiny(embed_dim=32, num_heads=2, num_classes=4, img_size=8)
-    checkpoints.load_pretrained(model, str(tmp_path / 'wrapped.pth'))
+    load_pretrained(model, str(tmp_path / 'wrapped.pth'))
 
 
 def test_weights_of_other_names_are_an_error_about_names(data, tmp_path):
@@ -103,7 +101,7 @@ def test_hyperparameters_are_the_command_lines_and_differences_are_said(capsys):
     state, flags = state_of()
     checkpoint = saved(state, flags)
     other, flags = state_of('--weight-decay', '0.3', '--lr', '1e-2', '--opt-eps', '1e-6', '--opt-betas', '0.8', '0.9')
-    checkpoints.resume(other, checkpoint, 'c.pth', flags)
+    checkpoints.resume(other, checkpoint, 'c.pth', flags, 12)
     output = capsys.readouterr().out
     for words in ('--weight-decay is 0.3; the run that wrote c.pth had 0.1', '--lr is 0.01', '--opt-eps is 1e-06',
                   '--opt-betas is [0.8, 0.9]'):
@@ -119,7 +117,7 @@ def test_the_same_flags_resume_without_a_word(capsys):
     state, flags = state_of()
     checkpoint = saved(state, flags)
     again, flags = state_of()
-    checkpoints.resume(again, checkpoint, 'c.pth', {**flags, 'resume': 'auto', 'output_dir': 'elsewhere'})
+    checkpoints.resume(again, checkpoint, 'c.pth', {**flags, 'resume': 'auto', 'output_dir': 'elsewhere'}, 12)
     assert capsys.readouterr().out == ''
 
 
@@ -133,7 +131,7 @@ def test_optimizer_groups_of_another_torch_resume(missing):
             if missing == 'removed':
                 del group[key]
     other, flags = state_of()
-    checkpoints.resume(other, checkpoint, 'c.pth', flags)
+    checkpoints.resume(other, checkpoint, 'c.pth', flags, 12)
     assert all(group['fused'] for group in other.optimizer.param_groups)
     other.train_model(torch.randn(2, 32, 8, 8)).sum().backward()
     other.scaler.scale(other.train_model(torch.randn(2, 32, 8, 8)).sum()).backward()
@@ -148,7 +146,7 @@ def test_an_optimizer_state_that_does_not_fit_is_one_line(damage):
     checkpoint = saved(state, flags)
     damage(checkpoint)
     with pytest.raises(InputError, match='c.pth: its optimizer state does not fit'):
-        checkpoints.resume(state_of()[0], checkpoint, 'c.pth', flags)
+        checkpoints.resume(state_of()[0], checkpoint, 'c.pth', flags, 12)
 
 
 @pytest.mark.parametrize('flag, value', [('seed', 1), ('batch_size', 4), ('accum_iter', 2), ('repeated_aug', True)])
@@ -156,8 +154,8 @@ def test_flags_that_change_the_run_are_refused_or_allowed_with_a_warning(flag, v
     state, flags = state_of()
     checkpoint = saved(state, flags)
     with pytest.raises(InputError, match='--allow-inexact-resume'):
-        checkpoints.resume(state, checkpoint, 'c.pth', {**flags, flag: value})
-    checkpoints.resume(state, checkpoint, 'c.pth', {**flags, flag: value, 'allow_inexact_resume': True})
+        checkpoints.resume(state, checkpoint, 'c.pth', {**flags, flag: value}, 12)
+    checkpoints.resume(state, checkpoint, 'c.pth', {**flags, flag: value, 'allow_inexact_resume': True}, 12)
     assert 'no longer those of the uninterrupted run' in capsys.readouterr().out
 
 
@@ -165,7 +163,7 @@ def test_another_optimizer_and_weights_alone_are_refused(trained, data, tmp_path
     state, flags = state_of()
     checkpoint = saved(state, flags)
     with pytest.raises(InputError, match='was written with --opt adamw, not sgd'):
-        checkpoints.resume(state, checkpoint, 'c.pth', {**flags, 'opt': 'sgd'})
+        checkpoints.resume(state, checkpoint, 'c.pth', {**flags, 'opt': 'sgd'}, 12)
     torch.save({'model': states(trained / 'checkpoint.pth')['model']}, tmp_path / 'weights.pth')
     assert '--finetune' in mistake(*SMALL, *data, '--epochs', 1, '--resume', tmp_path / 'weights.pth')
 
@@ -176,64 +174,31 @@ def test_weights_that_do_not_fit_are_named(trained, data):
     assert 'checkpoint.pth: does not fit' in line and 'blocks.1.norm1.weight: missing' in line
 
 
-# ---------------------------------------------------------------- other weights
-
-def test_finetune_from_an_address(tmp_path):
-    """A local server stands for the web."""
-    model = tiny()
-    torch.save({'model': model.state_dict()}, tmp_path / 'w.pth')
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=tmp_path)
-    handler.log_message = lambda *a: None
-    with http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        address = f'http://127.0.0.1:{server.server_port}'
-        other = tiny()
-        checkpoints.load_pretrained(other, f'{address}/w.pth')
-        assert torch.equal(other.head.weight, model.head.weight)
-        with pytest.raises(InputError, match='gone.pth: cannot be fetched'):
-            checkpoints.load_pretrained(other, f'{address}/gone.pth')
-        server.shutdown()
+def test_very_long_lists_of_shards_do_not_make_checkpoints_unreadable(tmp_path):
+    state, flags = state_of()
+    flags = {**flags, 'train_token_file': ','.join(f'folder/train-token-{i:05d}.data.bin.gz' for i in range(2000))}
+    torch.save(saved(state, checkpoints.flags_to_save(flags)), tmp_path / 'c.pth')
+    again, _ = state_of()
+    checkpoints.resume(again, checkpoints.load_checkpoint(str(tmp_path / 'c.pth')), 'c.pth', flags, 12)
 
 
-def test_finetune_resamples_positions_and_drops_what_differs(tmp_path, capsys):
-    old = tiny(num_classes=5, img_size=28)
-    torch.save({'model': old.state_dict()}, tmp_path / 'old.pth')
-    new = tiny(num_classes=3, img_size=20)
-    head = new.head.weight.clone()
-    checkpoints.load_pretrained(new, str(tmp_path / 'old.pth'))
-    assert torch.equal(new.head.weight, head)
-    assert torch.equal(new.blocks[0].mlp.fc1.weight, old.blocks[0].mlp.fc1.weight)
-    assert torch.equal(new.pos_embed[:, 0], old.pos_embed[:, 0])
-    grid = old.pos_embed[:, 1:].reshape(1, 14, 14, -1).permute(0, 3, 1, 2)
-    slow = torch.nn.functional.interpolate(grid, (10, 10), mode='bicubic', align_corners=False)
-    torch.testing.assert_close(new.pos_embed[:, 1:], slow.flatten(2).transpose(1, 2))
-    torch.save({'model': {k: v for k, v in old.state_dict().items() if 'head' not in k}}, tmp_path / 'headless.pth')
-    checkpoints.load_pretrained(old, str(tmp_path / 'headless.pth'))
-    assert '--finetune: head.weight starts from scratch (in the file: none)' in capsys.readouterr().out
-    with pytest.raises(InputError, match='blocks.1.norm1.weight: missing'):
-        checkpoints.load_pretrained(tiny(depth=2), str(tmp_path / 'old.pth'))
+@pytest.mark.parametrize('step, more, resumed', [
+    (11, {'accum_iter': 4}, 8), (3, {'accum_iter': 4}, 0), (11, {'batch_size': 4}, 11), (6, {}, 6), (0, {}, 0),
+    (9, {'repeated_aug': True}, 9)])
+def test_an_inexact_resume_is_at_whole_steps_with_one_left(step, more, resumed):
+    """Of 12 batches an epoch. With half the batch, twice as many batches were done: more than there are."""
+    state, flags = state_of()
+    checkpoint = saved(state, flags) | {'step': step, 'world_size': 1}
+    checkpoints.resume(state, checkpoint, 'c.pth', {**flags, **more, 'allow_inexact_resume': True}, 12)
+    assert state.step == resumed
 
 
-@pytest.mark.parametrize('prefix, said', [(2, 'the first is taken'), (0, "the class token's starts from scratch")])
-def test_finetune_from_two_prefix_tokens_or_none(prefix, said, tmp_path, capsys):
-    model = tiny()
-    weights = dict(model.state_dict())
-    positions = torch.randn(1, prefix + 196, 192)
-    weights['pos_embed'] = positions
-    if prefix == 2:
-        weights |= {'dist_token': torch.zeros(1, 1, 192), 'head_dist.weight': torch.zeros(1000, 192),
-                    'head_dist.bias': torch.zeros(1000)}
-    torch.save({'model': weights}, tmp_path / 'w.pth')
-    own = model.pos_embed[:, 0].clone()
-    checkpoints.load_pretrained(model, str(tmp_path / 'w.pth'))
-    output = capsys.readouterr().out
-    assert said in output and ('dist_token is left out' in output) == (prefix == 2)
-    assert torch.equal(model.pos_embed[:, 1:], positions[:, prefix:])
-    assert torch.equal(model.pos_embed[:, 0], positions[:, 0] if prefix else own)
-
-
-@pytest.mark.parametrize('shape', [(1, 200, 192), (1, 197, 100), (197, 192), (1, 0, 192)])
-def test_finetune_from_positions_of_no_square_is_one_line(shape, tmp_path):
-    torch.save({'model': {**tiny().state_dict(), 'pos_embed': torch.zeros(shape)}}, tmp_path / 'w.pth')
-    with pytest.raises(InputError, match='w.pth: position embeddings of shape'):
-        checkpoints.load_pretrained(tiny(), str(tmp_path / 'w.pth'))
+def test_checkpoints_of_before_say_nothing_of_the_scaled_learning_rate(capsys):
+    state, flags = state_of()
+    checkpoint = saved(state, {**flags, 'lr': 0.0015, 'amp': 'fp16'})
+    del checkpoint['classes']
+    checkpoints.resume(state, checkpoint, 'c.pth', flags, 12)
+    assert '--lr' not in capsys.readouterr().out
+    checkpoint['classes'] = None
+    checkpoints.resume(state, checkpoint, 'c.pth', flags, 12)
+    assert 'note: --lr is 0.00075' in capsys.readouterr().out

@@ -253,3 +253,41 @@ def test_the_module_states_the_files_it_writes(finished):
     assert names == {'checkpoint.pth', 'checkpoint_previous.pth', 'best_checkpoint.pth', 'best_ema_checkpoint.pth',
                      'log.txt', 'args.json', '.lock'}
     assert all(name in run_folder.__doc__ for name in names)
+
+
+def test_a_whole_first_checkpoint_is_kept_though_its_mark_is_left(data, tmp_path):
+    """The run was killed after the renames of its first save, before the mark was removed."""
+    run_here(*SMALL, *data, '--epochs', 1, '--output-dir', tmp_path)
+    (tmp_path / '.unsaved').touch()
+    assert 'an earlier run is here' in mistake(*SMALL, *data, '--epochs', 1, '--output-dir', tmp_path)
+
+
+def test_a_checkpoint_of_minutes_is_not_due_twice(tmp_path):
+    """With several ranks the answer comes a step later, and the question is asked again until then."""
+    class State:
+        step = 1
+    folder = RunFolder(str(tmp_path), (1., 'minutes'))
+    folder.saved_at -= 61
+    assert folder.due(State, 1) and not folder.due(State, 1)
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_set_aside(folder, monkeypatch, capsys):
+    load = run_folder.load_checkpoint
+
+    def failing(path):
+        if str(path) == str(folder / 'checkpoint.pth'):
+            try:
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            except OSError:
+                raise InputError(f'{path}: cannot read a checkpoint') from None
+        return load(path)
+    monkeypatch.setattr(run_folder, 'load_checkpoint', failing)
+    _, path = find_checkpoint(str(folder), 'auto')
+    assert path.endswith('checkpoint_previous.pth') and (folder / 'checkpoint.pth').exists()
+    assert 'taking the one before it' in capsys.readouterr().out
+
+
+def test_tensorboard_that_is_missing_is_an_error_on_every_rank(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
+    with pytest.raises(InputError, match='pip install tensorboard'):
+        RunLog(str(tmp_path), 0, True)
