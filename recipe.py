@@ -67,7 +67,7 @@ def add_optimization_flags(parser: Parser) -> None:
     add('--lr', type=number(0), default=7.5e-4, help='for a batch of 512 over all processes')
     add('--unscale-lr', action='store_true', help='take --lr as it is, whatever the batch')
     add('--lr-noise', type=number(), nargs='+', metavar='PCT', help='parts of all epochs between which lr is noisy')
-    add('--lr-noise-pct', type=number(), default=0.67)
+    add('--lr-noise-pct', type=number(1e-3), default=0.67, help='largest change of lr, as a part of it')
     add('--lr-noise-std', type=number(), default=1.)
     add('--warmup-lr', type=number(0), default=1e-6)
     add('--min-lr', type=number(0), default=1e-5)

@@ -83,7 +83,7 @@ def test_flags_that_cannot_work_together(flags, words):
     ['--dist-timeout', 'nan'], ['--token-noise-std', '-1'], ['--clip-grad', '-1'], ['--clip-grad', '0'],
     ['--lr', '-1'], ['--lr', 'inf'], ['--save-every', '0'], ['--save-every', '5x'], ['--save-every', '-3m'],
     ['--weight-decay', '-0.1'], ['--model-ema-decay', '1.5'], ['--batch-size', '1e3'], ['--opt-betas', '0.9', '2'],
-    ['--amp', 'fp8'], ['--nb-classes', '0']])
+    ['--lr-noise-pct', '0'], ['--amp', 'fp8'], ['--nb-classes', '0']])
 def test_values_out_of_range_name_their_flag(flags):
     with pytest.raises(InputError) as error:
         main_seit.parse_args(flags)
