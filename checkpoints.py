@@ -13,6 +13,7 @@ from utils import InputError, print0, world_size
 # With another value of any of these, a resumed run has other batches or other augmentation.
 EXACT = ('world_size', 'batch_size', 'accum_iter', 'seed', 'repeated_aug')
 THIS_START = {'resume', 'eval', 'allow_inexact_resume', 'output_dir', 'world_size'}  # flags of a start, not of the run
+MOMENTS = {'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'momentum_buffer'}  # that have their parameter's shape
 WRAPPERS = ('module.', '_orig_mod.')  # what DDP and torch.compile put before the names of weights
 
 
@@ -186,6 +187,24 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path
             raise ValueError('other parameter groups')
         merged = [{**ours, 'params': theirs['params']} for ours, theirs in zip(new, groups)]
         optimizer.load_state_dict({'state': saved['state'], 'param_groups': merged})
+        check_moments(optimizer)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f'{path}: its optimizer state does not fit ({error}); resume with the flags of the run that '
                          'wrote it') from None
+
+
+def check_moments(optimizer: torch.optim.Optimizer) -> None:
+    """ValueError for moments of another shape than their parameter, with which fused kernels write anywhere."""
+    names = set()
+    for group in optimizer.param_groups:
+        for parameter in group['params']:
+            moments = optimizer.state.get(parameter, {})
+            for name in MOMENTS & moments.keys():
+                if name == 'momentum_buffer' and moments[name] is None:  # SGD without momentum
+                    continue
+                if not isinstance(moments[name], torch.Tensor) or moments[name].shape != parameter.shape:
+                    raise ValueError(f'{name} is not of the shape of its parameter, {tuple(parameter.shape)}')
+            if moments:
+                names.add(frozenset(moments))
+    if len(names) > 1:
+        raise ValueError('parameters have different moments')

@@ -140,7 +140,9 @@ def test_optimizer_groups_of_another_torch_resume(missing):
 
 @pytest.mark.parametrize('damage', [
     lambda c: c['optimizer'].pop('state'), lambda c: c['optimizer']['param_groups'].pop(),
-    lambda c: c['optimizer']['param_groups'][0]['params'].pop(), lambda c: c['optimizer'].update(param_groups=3)])
+    lambda c: c['optimizer']['param_groups'][0]['params'].pop(), lambda c: c['optimizer'].update(param_groups=3),
+    lambda c: c['optimizer']['state'][0].update(exp_avg=torch.zeros(3)),
+    lambda c: c['optimizer']['state'][1].update(exp_avg_sq=None), lambda c: c['optimizer']['state'][2].pop('exp_avg')])
 def test_an_optimizer_state_that_does_not_fit_is_one_line(damage):
     state, flags = state_of()
     checkpoint = saved(state, flags)
@@ -202,3 +204,12 @@ def test_checkpoints_of_before_say_nothing_of_the_scaled_learning_rate(capsys):
     checkpoint['classes'] = None
     checkpoints.resume(state, checkpoint, 'c.pth', flags, 12)
     assert 'note: --lr is 0.00075' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('momentum', ['0', '0.9'])
+def test_sgd_resumes_with_and_without_momentum(momentum):
+    state, flags = state_of('--opt', 'momentum', '--momentum', momentum)
+    checkpoint = saved(state, flags)
+    other, flags = state_of('--opt', 'momentum', '--momentum', momentum)
+    checkpoints.resume(other, checkpoint, 'c.pth', flags, 12)
+    assert len(other.optimizer.state) == len(state.optimizer.state)
