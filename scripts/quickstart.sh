@@ -1,20 +1,32 @@
 #!/usr/bin/env bash
 # Train the demo (Fashion-MNIST as tokens) on two CPU cores in a few minutes, evaluate it, and draw its curves.
-# Makes or reuses .venv in the project; SEIT_OUTPUT changes where results go (default: output/quickstart). A folder that
-# an earlier quick start made is emptied first; no other is touched.
+# Makes or reuses .venv in the project; SEIT_OUTPUT changes where results go (default: output/quickstart). In a folder that
+# an earlier quick start made, its files are removed first, and nothing else; no other folder is touched.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 demo=demo
 output=${SEIT_OUTPUT:-output/quickstart}
-marker=$output/.quickstart  # says that the quick start made the folder, and may empty it
+marker=$output/.quickstart  # says that the quick start made the folder
 if [ ! -f "$marker" ] && [ -n "$(ls -A "$output" 2>/dev/null)" ]; then
     echo "error: $output: holds what the quick start did not make; name another folder in SEIT_OUTPUT" >&2
     exit 2
 fi
 mkdir -p "$output"
+if ! "${PYTHON:-python3}" -c 'import fcntl, sys; fcntl.lockf(open(sys.argv[1], "a"), fcntl.LOCK_EX | fcntl.LOCK_NB)' \
+    "$output/.lock" 2>/dev/null; then
+    echo "error: $output: a run is writing there; wait for its end, or name another folder in SEIT_OUTPUT" >&2
+    exit 2
+fi
 touch "$marker"
-find "$output/" -mindepth 1 ! -path "$output/.quickstart" -delete
+for name in checkpoint.pth checkpoint_previous.pth checkpoint_damaged.pth .checkpoint.pth.new .unsaved args.json log.txt \
+    best_checkpoint.pth best_ema_checkpoint.pth curves.png predictions.csv; do
+    rm -f "$output/$name"
+done
+if [ ! -L "$output/tokens" ]; then
+    rm -f "$output"/tokens/png-{token.data.bin.gz,token.index.npy.gz,token.json,label.txt}
+    rm -rf "$output/tokens/.png.parts"
+fi
 . scripts/venv.sh requirements.txt requirements-plot.txt
 
 data=(--codebook-path $demo/codebook.ckpt --token-synonym-dict $demo/synonyms.json

@@ -1,7 +1,8 @@
-"""scripts/quickstart.sh empties only a folder that it made. The training itself is not run here."""
+"""scripts/quickstart.sh removes only what it made. The training itself is not run here."""
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -73,17 +74,35 @@ def test_a_missing_or_empty_folder_is_taken_and_marked(quickstart, tmp_path, mak
     assert (folder / '.quickstart').is_file()
 
 
-def test_its_own_folder_is_emptied_without_following_links(quickstart, tmp_path):
+def test_only_its_own_files_are_removed_from_its_own_folder(quickstart, tmp_path):
     folder = tmp_path / 'run'
     assert quickstart(folder).returncode == 0
     (folder / 'tokens').mkdir()
-    (folder / 'tokens' / 'old.txt').write_text('old')
-    (folder / '.lock').write_text('')
+    for name in ('tokens/png-label.txt', 'log.txt', 'best_checkpoint.pth', '.unsaved'):
+        (folder / name).write_text('old')
+    (folder / 'mine').mkdir()
+    for name in ('mine/best_checkpoint.pth', 'tokens/my-label.txt', 'notes.txt'):
+        (folder / name).write_text('precious')
     photos = tmp_path / 'photos'
     photos.mkdir()
-    (photos / 'cat.jpg').write_bytes(b'cat')
+    (photos / 'png-label.txt').write_text('precious')
     (folder / 'link').symlink_to(photos)
     process = quickstart(folder)
     assert process.returncode == 0, process.stderr
-    assert [path.name for path in folder.iterdir()] == ['.quickstart']
-    assert (photos / 'cat.jpg').exists()
+    left = {str(path.relative_to(folder)) for path in folder.rglob('*') if not path.is_dir()}
+    assert left == {'.quickstart', '.lock', 'mine/best_checkpoint.pth', 'tokens/my-label.txt', 'notes.txt'}
+    assert (photos / 'png-label.txt').read_text() == 'precious'
+
+
+def test_a_folder_in_which_a_run_writes_is_refused_and_stays(quickstart, tmp_path):
+    folder = tmp_path / 'run'
+    assert quickstart(folder).returncode == 0
+    (folder / 'log.txt').write_text('precious')
+    hold = ('import fcntl, sys; file = open(sys.argv[1], "a"); fcntl.lockf(file, fcntl.LOCK_EX); '
+            'print(1, flush=True); input()')
+    with subprocess.Popen([sys.executable, '-c', hold, folder / '.lock'], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                          text=True) as run:
+        assert run.stdout.readline() == '1\n'
+        assert refused(quickstart(folder), folder)
+        run.kill()
+    assert (folder / 'log.txt').read_text() == 'precious'
