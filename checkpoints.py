@@ -7,13 +7,23 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from safe_load import MAX_STRING, load_torch
+from safe_load import MAX_STRING, check_fields, load_torch
 from utils import InputError, print0, world_size
 
 # With another value of any of these, a resumed run has other batches or other augmentation.
 EXACT = ('world_size', 'batch_size', 'accum_iter', 'seed', 'repeated_aug')
 THIS_START = {'resume', 'eval', 'allow_inexact_resume', 'output_dir', 'world_size'}  # flags of a start, not of the run
 MOMENTS = {'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'momentum_buffer'}  # that have their parameter's shape
+FIELDS = {  # of a checkpoint, where it has them
+    'model_ema': lambda value: isinstance(value, dict),
+    'epoch': lambda value: type(value) is int and value >= -1,
+    'step': lambda value: type(value) is int and value >= 0,
+    'world_size': lambda value: type(value) is int and value > 0,
+    'best_acc1': lambda value: isinstance(value, int | float),
+    'best_ema_acc1': lambda value: isinstance(value, int | float),
+    'meter': lambda value: isinstance(value, torch.Tensor) and value.ndim == 2 and value.shape[1] == 2,
+    'classes': lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
+}
 WRAPPERS = ('module.', '_orig_mod.')  # what DDP and torch.compile put before the names of weights
 
 
@@ -66,10 +76,10 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     checkpoint = load_torch(path, 'a checkpoint')
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('model'), dict):
         raise InputError(f'{path}: not a checkpoint (no "model" in it)')
+    check_fields(checkpoint, FIELDS, path, 'a checkpoint')
     for key in ('model', 'model_ema'):
-        weights = checkpoint.get(key)
-        if isinstance(weights, dict):
-            checkpoint[key] = _without_wrappers(weights, path)
+        if checkpoint.get(key):
+            checkpoint[key] = _without_wrappers(checkpoint[key], path)
     return checkpoint
 
 
@@ -149,10 +159,11 @@ def resume(state: TrainState, checkpoint: dict[str, Any], path: str, flags: dict
         state.ema.set(state.model)
     if state.amp == 'fp16' and checkpoint.get('scaler'):
         state.scaler.load_state_dict(checkpoint['scaler'])
-    state.best = {'model': checkpoint.get('best_acc1', 0.), 'ema': checkpoint.get('best_ema_acc1', 0.)}
+    state.best = {'model': checkpoint.get('best_acc1') or 0., 'ema': checkpoint.get('best_ema_acc1') or 0.}
     state.epoch = checkpoint['epoch'] + 1
-    state.step = checkpoint.get('step', 0)
-    state.losses = checkpoint.get('meter') if before['world_size'] == flags['world_size'] else None
+    state.step = checkpoint.get('step') or 0
+    losses = checkpoint.get('meter')
+    state.losses = None if losses is None or len(losses) != world_size() else losses
     now = flags['world_size'] * flags['batch_size']
     then = (before['world_size'] or flags['world_size']) * before.get('batch_size', flags['batch_size'])
     # an allowed, inexact resume: after about as many images, and with a step of the epoch left

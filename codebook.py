@@ -14,6 +14,8 @@ def load_codebook(path: str | Path) -> torch.Tensor:
     codebook = load_torch(path, 'a codebook')
     if not isinstance(codebook, torch.Tensor) or codebook.ndim != 2 or not codebook.is_floating_point():
         raise InputError(f'{path}: expected a float tensor (codes, code_dim) as codebook')
+    if not codebook.numel() or not codebook.isfinite().all() or not codebook.any():
+        raise InputError(f'{path}: its elements are not finite, all zero, or none; fetch or make it again')
     return codebook.float().detach()
 
 

@@ -1,5 +1,6 @@
 """Files: which ones a flag names, reading within limits, writing whole or not at all, locks, downloads."""
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -10,7 +11,7 @@ import re
 import sys
 import tempfile
 import urllib.parse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -19,6 +20,7 @@ import torch
 from utils import InputError, first_line, is_main
 
 # What a file may claim before memory is taken for it. Damaged or hostile ones would have us allocate anything.
+MAX_FILES = 100_000  # shards of a set
 SMALL = 1 << 20  # bytes that are allowed whatever a file's size
 MAX_JSON_BYTES = 1 << 24  # manifests are of kilobytes, synonyms of 65,536 codes 3 MB, a log of 10,000 epochs 5 MB
 MAX_LABEL_BYTES = 1 << 28  # of one label file
@@ -92,6 +94,8 @@ def _count_braces(pattern: str) -> list[str]:
     if not match:
         return [pattern]
     first, last = match.groups()
+    if int(last) - int(first) >= MAX_FILES:
+        raise InputError(f'{pattern}: counts {int(last) - int(first) + 1:,} files; {MAX_FILES:,} are the most')
     return [word for number in range(int(first), int(last) + 1)
             for word in _count_braces(f'{pattern[:match.start()]}{number:0{len(first)}d}{pattern[match.end():]}')]
 
@@ -151,7 +155,7 @@ def atomic_path(path: str | Path, advice: str = 'choose another folder') -> Iter
     Raises:
         InputError: when the folder cannot be written, with the `advice`.
     """
-    path = Path(path)
+    path = _target(path)
     handle, temporary = _temporary_beside(path, advice)
     with contextlib.suppress(OSError):  # file systems without locks
         fcntl.flock(handle, fcntl.LOCK_EX)
@@ -175,26 +179,43 @@ def _temporary_beside(path: Path, advice: str) -> tuple[int, str]:
     """(open handle, name) of a new temporary file beside `path`. Raises InputError."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(21, 'a folder is there')
+        if os.path.isdir(path):
+            raise IsADirectoryError(errno.EISDIR, 'a folder is there')
+        if os.path.exists(path) and not path.is_file():
+            raise FileExistsError(errno.EEXIST, 'a device, pipe or socket is there')
         return tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.', suffix='.tmp')
     except OSError as error:
         raise InputError(f'{path}: cannot be written ({error.strerror}); {advice}') from None
 
 
-def check_writable(path: str | Path, advice: str = 'choose another folder or name') -> None:
-    """InputError unless `atomic_path` could write `path` now: called before long work that ends in that file."""
-    handle, temporary = _temporary_beside(Path(path), advice)
+def _target(path: str | Path) -> Path:
+    """What a link points to: the link stays, and what it points to is written."""
+    return Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
+
+
+def check_writable(path: str | Path, advice: str = 'choose another folder or name',
+                   inputs: Sequence[str | Path] = ()) -> None:
+    """InputError unless `atomic_path` could write `path` now: called before long work that ends in that file.
+
+    Args:
+        path: of the output.
+        advice: what to do.
+        inputs: files that are read, which the output must not replace.
+    """
+    if any(os.path.realpath(path) == os.path.realpath(file) for file in inputs):
+        raise InputError(f'{path}: is read, and would be replaced by the output; choose another name for the output')
+    handle, temporary = _temporary_beside(_target(path), advice)
     os.close(handle)
     os.unlink(temporary)
 
 
 def remove_leftovers(folder: str | Path, pattern: str) -> None:
     """Remove temporary files that killed runs left in a folder; those a living process writes stay."""
-    for path in Path(folder).glob(pattern):
-        with contextlib.suppress(OSError), open(path, 'rb+') as file:  # NFS locks what is open for writing
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
+    with contextlib.suppress(OSError):  # a folder that cannot be read
+        for path in Path(folder).glob(pattern):
+            with contextlib.suppress(OSError), open(path, 'rb+') as file:  # NFS locks what is open for writing
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
 
 
 def _flush_folder(folder: Path) -> None:

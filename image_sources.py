@@ -154,7 +154,7 @@ class ListedImages(_ImageFiles):
             if not line.strip():
                 continue
             name, _, label = line.rstrip().rpartition('\t' if '\t' in line else ' ')
-            if not name.strip() or not re.fullmatch('[0-9]{1,18}', label):
+            if not name.strip() or '\0' in name or not re.fullmatch('[0-9]{1,18}', label):
                 raise InputError(f"{path}: line {number} is not 'path label' with an integer label from 0: "
                                  f'{line[:60]!r}')
             if int(label) > MAX_CLASS:

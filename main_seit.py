@@ -94,6 +94,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.input_size % args.token_patch_size or args.input_size < 2 * args.token_patch_size:
         raise InputError(f'--input-size {args.input_size}: give twice --token-patch-size {args.token_patch_size}, or a '
                          'larger multiple of it')
+    low, high = (int(args.input_size // args.token_patch_size * side) for side in args.cutmix_minmax or (0, 1))
+    if low >= high:
+        raise InputError(f'--cutmix-minmax {args.cutmix_minmax}: give two rising shares, with whole codes between them')
     if args.eda_rc_prob + args.eda_sc_prob + args.eda_erase_prob > 1:
         raise InputError('--eda-rc-prob, --eda-sc-prob and --eda-erase-prob add up to more than 1')
     return args
@@ -122,7 +125,7 @@ def count_classes(args: argparse.Namespace, datasets: dict[str, TokenDataset], c
     classes = args.nb_classes
     if classes is None and args.eval:
         bias = checkpoint['model'].get('head.bias')
-        if not isinstance(bias, torch.Tensor):
+        if not isinstance(bias, torch.Tensor) or bias.ndim != 1:
             names = ', '.join(map(str, list(checkpoint['model'])[:3]))
             raise InputError(f'{args.resume}: no head.bias among its weights ({names}, ...): of another kind of model')
         classes = len(bias)

@@ -125,12 +125,10 @@ def save_interval(text: str) -> tuple[float, str]:
 
 def check_flags(args: argparse.Namespace) -> None:
     """InputError for flags of the groups above that cannot work together."""
-    low, high = args.cutmix_minmax or (0, 1)
     checks = [
         (mixes(args) and args.batch_size % 2, f'--batch-size {args.batch_size} is odd; CutMix and Mixup want it even'),
         (args.bce_loss and (args.smoothing or not mixes(args)),
          '--bce-loss needs --smoothing 0 (any smoothing makes every target 1) and --cutmix or --mixup on'),
-        (low >= high, f'--cutmix-minmax {low} {high}: give two rising shares between 0 and 1'),
         (args.eval and not args.resume, '--eval needs --resume CHECKPOINT'),
         (args.eval and args.no_eval, '--eval and --no-eval exclude each other'),
         (args.resume == 'auto' and not args.output_dir, '--resume auto looks in --output-dir: give one'),

@@ -60,7 +60,7 @@ def _choose(output_dir: str, resume: str, evaluating: bool) -> str:
         _finish_renames(folder)
     earlier = _earlier_files(folder) if output_dir else []
     if resume == 'auto':
-        candidates = [folder / name for name in (NEWEST, PREVIOUS) if (folder / name).exists()]
+        candidates = [folder / name for name in (NEWEST, PREVIOUS) if os.path.exists(folder / name)]
         if candidates:
             return _first_whole(candidates, evaluating)
         if evaluating:
@@ -78,15 +78,15 @@ def _choose(output_dir: str, resume: str, evaluating: bool) -> str:
 
 def _earlier_files(folder: Path) -> list[Path]:
     """The files of an earlier run that a new one would overwrite."""
-    if (folder / UNSAVED).exists() and not (folder / NEWEST).exists():
+    if os.path.exists(folder / UNSAVED) and not os.path.exists(folder / NEWEST):
         return []  # what is there was left by a run killed before its first checkpoint was whole
     files = [folder / name for name in (NEWEST, PREVIOUS, *BEST.values(), LOG)]
-    return [path for path in files if path.exists() and path.stat().st_size]
+    return [path for path in files if os.path.exists(path) and path.stat().st_size]
 
 
 def _finish_renames(folder: Path) -> None:
     """Do what a run killed between the renames of a save left undone."""
-    if (folder / COMPLETE).exists():
+    if os.path.exists(folder / COMPLETE):
         _rename_newest(folder)
 
 

@@ -6,6 +6,7 @@ import pickletools
 import re
 import tempfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -125,6 +126,13 @@ def load_torch(path: str | Path, what: str) -> Any:
             raise InputError(f'{path}: cannot read {what} ({error.strerror or error})') from None
         except Exception as error:  # damage makes the unpickler raise nearly anything
             raise InputError(f'{path}: damaged or not {what} ({first_line(error)[:120]})') from None
+
+
+def check_fields(value: dict[str, Any], fits: dict[str, Callable], path: str | Path, what: str) -> None:
+    """InputError unless each field of a loaded dict that is there, and is not None, is of the kind it should be."""
+    wrong = [name for name, kind in fits.items() if value.get(name) is not None and not kind(value[name])]
+    if wrong:
+        raise InputError(f'{path}: damaged or not {what} (its {", ".join(wrong)} cannot be)')
 
 
 def _refusal(complaint: str) -> str:

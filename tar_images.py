@@ -141,7 +141,7 @@ def _read_label(path: Path, tar: tarfile.TarFile, info: tarfile.TarInfo, extensi
     """The integer in a .cls or .json member; None for a .json without 'label'. Raises InputError."""
     data = tar.extractfile(info).read() if info.size <= LABEL_BYTES else b''
     try:
-        label = int(data) if extension == 'cls' else parse_json(data)
+        label = int(data) if extension == 'cls' and b'_' not in data else parse_json(data)
     except ValueError:
         label = None
     if isinstance(label, dict):

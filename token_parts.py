@@ -5,6 +5,7 @@ whole or not at all. When all are there, the token sets are written and the fold
 """
 import json
 import math
+import os
 import re
 import shutil
 import zipfile
@@ -64,23 +65,39 @@ class Output:
         """The files that token sets of this name have in the folder, sorted. Raises InputError."""
         names = re.compile(re.escape(self.name) + r'-(token(-\d+)?\.(data\.bin\.gz|index\.npy\.gz|json)'
                                                   r'|label(-\d+)?\.txt)')
-        if not self.folder.is_dir():
+        if not os.path.isdir(self.folder):
             return []
         try:
             return sorted(path for path in self.folder.iterdir() if names.fullmatch(path.name))
         except OSError as error:
             raise InputError(f'{self.folder}: {error.strerror}') from None
 
-    def is_complete(self, run_id: dict[str, Any]) -> bool:
-        """Whether all files of the run `run_id` are there. Raises InputError for a manifest that cannot be read."""
+    def is_complete(self, run_id: dict[str, Any], images: int, own_codebook: bool) -> bool:
+        """Whether all files of the run `run_id`, of so many images, are there; for the last argument see `plan`.
+
+        Raises:
+            InputError: for a manifest that cannot be read, and for a finished run that lacks files.
+        """
         manifests = [read_json(path) for path in self.existing() if path.suffix == '.json']
-        return bool(manifests) and all(self._is_whole(manifest, run_id) for manifest in manifests)
+        if not any(isinstance(manifest, dict) and manifest.get('run') == run_id for manifest in manifests):
+            return False
+        whole = all(self._is_whole(manifest, run_id) for manifest in manifests)
+        if whole:
+            counted = sum(manifest['images'] for manifest in manifests) + manifests[0].get('skipped_in_run', 0)
+            whole = counted == images
+        if not whole or ((own_codebook or run_id['limit_codes']) and not self.codebook.exists()):
+            raise InputError(f'{self.folder}: a finished run of {self.name} is there, but files of it are missing or '
+                             f'changed: fetch them again, or remove {self.name}-token* and {self.name}-label* there')
+        return True
 
     def _is_whole(self, manifest: Any, run_id: dict[str, Any]) -> bool:
         if not isinstance(manifest, dict) or manifest.get('run') != run_id:
             return False
         files = manifest.get('files')
-        return isinstance(files, dict) and all((self.folder / name).exists() for name in files)
+        if not isinstance(files, dict) or type(manifest.get('images')) is not int:
+            return False
+        return all(isinstance(stated, dict) and (self.folder / name).exists()
+                   and (self.folder / name).stat().st_size == stated.get('bytes') for name, stated in files.items())
 
     def check_free(self, run_id: dict[str, Any], own_codebook: bool) -> None:
         """InputError when a run that begins would overwrite files of another. For the arguments see `plan`."""
@@ -88,7 +105,7 @@ class Output:
         if existing:
             raise InputError(f'{existing[0]}: belongs to another run: choose another --name or --output-dir, or remove '
                              f'{self.name}-token* and {self.name}-label* there')
-        if not self.codebook.exists():
+        if not os.path.exists(self.codebook):
             return
         if run_id['limit_codes']:
             raise InputError(f'{self.codebook}: a codebook is there, which this run would overwrite: choose another '
@@ -163,7 +180,7 @@ class Parts:
     def is_begun(self, run_id: dict[str, Any]) -> bool:
         """Whether the folder holds parts of the run `run_id`. Raises InputError when it holds another run's."""
         path = self.folder / 'run.json'
-        if not path.exists():
+        if not os.path.exists(path):
             return False
         before = read_json(path)
         if before != run_id:
@@ -227,7 +244,7 @@ def plan(output: Output, parts: Parts, run_id: dict[str, Any], own_codebook: boo
     """
     output.remove_leftovers()
     begun = parts.is_begun(run_id)
-    if not begun and output.is_complete(run_id):
+    if not begun and output.is_complete(run_id, parts.images, own_codebook):
         return None
     if not begun:
         output.check_free(run_id, own_codebook)

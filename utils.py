@@ -82,7 +82,8 @@ def report(error: InputError) -> None:
 
 def _print_error(error: InputError, first: bool) -> None:
     if first:
-        print(f'error: {error}', file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError, ValueError):  # standard error that is full or closed
+            print(f'error: {error}', file=sys.stderr, flush=True)
 
 
 def a_rank_reported() -> bool:

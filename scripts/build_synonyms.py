@@ -27,12 +27,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     codebook = load_codebook(args.codebook_path)
-    if not codebook.isfinite().all():
-        raise InputError(f'{args.codebook_path}: has elements that are not finite; fetch or make it again')
     if args.top_k >= len(codebook):
         raise InputError(f'--top-k {args.top_k}: choose 1 to {len(codebook) - 1}, the other codes in '
                          f'{args.codebook_path}')
-    check_writable(args.output)
+    check_writable(args.output, inputs=[args.codebook_path])
     lists = nearest_codes(codebook, args.top_k).tolist()
     rows = ',\n'.join(f'"{code}": {json.dumps(row)}' for code, row in enumerate(lists))
     write_text(args.output, '{\n' + rows + '\n}\n')

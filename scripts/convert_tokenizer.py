@@ -197,7 +197,7 @@ def convert(path: str | Path, value: Any) -> ViTVQGAN:
 
 
 def main(args: argparse.Namespace) -> None:
-    check_writable(args.output)
+    check_writable(args.output, inputs=[args.input])
     if args.tokenizer_code_path:
         model = load_running_code(args.input, args.tokenizer_code_path, convert)
     else:

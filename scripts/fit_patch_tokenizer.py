@@ -7,6 +7,7 @@ takes half a megabyte; equal input and flags give equal files on one machine. Im
 class folders, a list file, tar shards or parquet files. Memory goes with --max-patches, not with --max-images.
 """
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from files import check_writable, save_torch
 from flags import SEED, Parser, integer
 from image_sources import Source, load_images, open_source
 from image_tokenizer import PatchTokenizer, unit_range
-from utils import InputError, cores, run
+from utils import InputError, cores, print0, run
 
 BATCH_SIZE = 64  # images decoded at a time
 ROWS_AT_ONCE = 1 << 16  # patches in one product: bounds memory
@@ -168,8 +169,11 @@ def main(args: argparse.Namespace) -> None:
     tokenizer_path = Path(args.output_dir) / 'tokenizer.pt'
     codebook_path = Path(args.output_dir) / 'codebook.ckpt'
     source = open_source(args.data_path)
-    check_writable(tokenizer_path)
-    check_writable(codebook_path)
+    for path in (tokenizer_path, codebook_path):
+        if os.path.isfile(path):
+            raise InputError(f'{path}: is there, and tokens may have been made with it: choose another --output-dir, '
+                             'or remove it')
+        check_writable(path)
     generator = torch.Generator().manual_seed(args.seed)
     patches, images = sample_patches(source, args, generator)
     if (patches == patches[0]).all():
@@ -183,8 +187,8 @@ def main(args: argparse.Namespace) -> None:
     save_torch({'mean': mean, 'basis': basis, 'scale': scale}, tokenizer_path)
     save_torch(codebook * scale, codebook_path)
     cosine = (F.normalize(features, dim=-1) * F.normalize(codebook, dim=-1)[nearest(features, codebook)]).sum(-1)
-    print(f'{images:,} images, {count:,} patches; {args.codes} codes of {args.dim}; mean cosine of a patch to its code '
-          f'{cosine.mean():.4f}; wrote {tokenizer_path} and codebook.ckpt')
+    print0(f'{images:,} images, {count:,} patches; {args.codes} codes of {args.dim}; mean cosine of a patch to its '
+           f'code {cosine.mean():.4f}; wrote {tokenizer_path} and codebook.ckpt')
 
 
 if __name__ == '__main__':

@@ -29,7 +29,7 @@ from image_sources import Source, load_images, open_source
 from image_tokenizer import decode_codes, load_tokenizer, unit_range
 from token_cache import open_codes
 from token_files import TokenFile, open_token_file, read_labels
-from utils import InputError, run
+from utils import InputError, print0, run
 
 IMAGES_AT_ONCE = 4096  # counted at a time: bounds memory
 PATCH_SIZE = 8  # pixels a code covers where no tokenizer says so (the published one)
@@ -192,7 +192,8 @@ def main(args: argparse.Namespace) -> None:
     codebook = load_codebook(args.codebook_path)
     files = [open_token_file(path) for path in expand_files(args.token_file)]
     if args.output:
-        check_writable(args.output)
+        inputs = [args.codebook_path, args.label_file, args.tokenizer_path, args.data_path]
+        check_writable(args.output, inputs=[*filter(None, inputs), *(file.stream for file in files)])
     source = open_source(args.data_path) if args.data_path else None
     codes = open_codes(files, cache='none')
     try:
@@ -205,13 +206,13 @@ def main(args: argparse.Namespace) -> None:
     summary = summarize(files, source, codes, counts)
     if args.label_file:
         summary['class_counts'] = count_classes(args.label_file, len(codes))
-    print('\n'.join(describe(summary)))
+    print0('\n'.join(describe(summary)))
     if args.output:
         sheet = contact_sheet(args, codes, codebook, source)
         with atomic_path(args.output) as temporary:
             sheet.save(temporary, 'PNG')
-        print(f'contact sheet: {args.output}')
-    print(json.dumps(summary))
+        print0(f'contact sheet: {args.output}')
+    print0(json.dumps(summary))
 
 
 if __name__ == '__main__':

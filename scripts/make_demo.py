@@ -90,6 +90,8 @@ def main(args: argparse.Namespace) -> None:
         export(*train, images / 'train')
         export(val[0][:args.val_images], val[1][:args.val_images], images / 'val')
         if args.fit:
+            for name in ('tokenizer.pt', 'codebook.ckpt'):  # fit_patch_tokenizer.py refuses to overwrite others
+                (output / name).unlink(missing_ok=True)
             call(fit_patch_tokenizer, '--data-path', images / 'train', '--image-size', args.image_size,
                  '--output-dir', output)
         call(build_synonyms, '--codebook-path', output / 'codebook.ckpt', '--output', output / 'synonyms.json')

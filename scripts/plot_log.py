@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     logs = {path: read_log(path) for path in args.logs}
-    check_writable(args.output)
+    check_writable(args.output, inputs=args.logs)
     figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(13, 4), layout='constrained')
     for path, lines in logs.items():
         run_name = f'{Path(path).absolute().parent.name} ' if len(logs) > 1 else ''

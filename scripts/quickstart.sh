@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Train the demo (Fashion-MNIST as tokens) on two CPU cores in a few minutes, evaluate it, and draw its curves.
-# Makes or reuses .venv in the project; SEIT_OUTPUT changes where results go (default: output/quickstart). In a folder that
-# an earlier quick start made, its files are removed first, and nothing else; no other folder is touched.
+# Makes or reuses .venv in the project; SEIT_OUTPUT changes where results go (default: output/quickstart). In a folder
+# that an earlier quick start made, its files are removed first, and nothing else; no other folder is touched.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -19,8 +19,8 @@ if ! "${PYTHON:-python3}" -c 'import fcntl, sys; fcntl.lockf(open(sys.argv[1], "
     exit 2
 fi
 touch "$marker"
-for name in checkpoint.pth checkpoint_previous.pth checkpoint_damaged.pth .checkpoint.pth.new .unsaved args.json log.txt \
-    best_checkpoint.pth best_ema_checkpoint.pth curves.png predictions.csv; do
+for name in checkpoint.pth checkpoint_previous.pth checkpoint_damaged.pth .checkpoint.pth.new .unsaved args.json \
+    log.txt best_checkpoint.pth best_ema_checkpoint.pth curves.png predictions.csv; do
     rm -f "$output/$name"
 done
 if [ ! -L "$output/tokens" ]; then

@@ -145,8 +145,6 @@ def read_codebook(path: str, synonyms: str | None, problems: Problems) -> Codebo
     rows = problems.attempt(load_codebook, path)
     if rows is None:
         return None
-    if not rows.isfinite().all():
-        problems.append(f'{path}: has elements that are not finite')
     if synonyms:
         problems.attempt(load_synonyms, synonyms, len(rows), MAX_SYNONYMS)
     return Codebook(path, rows)

@@ -63,7 +63,7 @@ def test_top_k_beyond_the_codebook_is_refused(codebook, tmp_path):
 def test_a_codebook_that_is_not_finite_is_refused(codebook, tmp_path):
     codebook[3, 2] = torch.nan
     torch.save(codebook, tmp_path / 'codebook.ckpt')
-    fails(lambda: build(tmp_path), 'codebook.ckpt: has elements that are not finite')
+    fails(lambda: build(tmp_path), 'codebook.ckpt: its elements are not finite')
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(codebook, tmp_path, monkeypatch):

@@ -213,3 +213,27 @@ def test_sgd_resumes_with_and_without_momentum(momentum):
     other, flags = state_of('--opt', 'momentum', '--momentum', momentum)
     checkpoints.resume(other, checkpoint, 'c.pth', flags, 12)
     assert len(other.optimizer.state) == len(state.optimizer.state)
+
+
+@pytest.mark.parametrize('change', [
+    {'best_acc1': 'x'}, {'step': 'x'}, {'step': -1}, {'epoch': -5}, {'meter': 'x'}, {'meter': torch.zeros(5, 7)},
+    {'model_ema': [1]}, {'classes': 5}, {'classes': [1]}, {'world_size': 0}])
+def test_fields_that_cannot_be_are_one_line(trained, change, tmp_path):
+    torch.save(states(trained / 'checkpoint.pth') | change, tmp_path / 'c.pth')
+    name, = change
+    with pytest.raises(InputError, match=f'c.pth: damaged or not a checkpoint .its {name} cannot be'):
+        checkpoints.load_checkpoint(str(tmp_path / 'c.pth'))
+
+
+def test_fields_that_are_empty_are_as_if_missing():
+    state, flags = state_of()
+    empty = dict.fromkeys(('best_acc1', 'best_ema_acc1', 'step', 'meter', 'model_ema'))
+    checkpoints.resume(state, saved(state, flags) | empty, 'c.pth', flags, 12)
+    assert state.best == {'model': 0., 'ema': 0.} and state.step == 0 and state.losses is None
+
+
+def test_a_head_bias_that_is_a_number_is_one_line(trained, data, tmp_path):
+    content = states(trained / 'checkpoint.pth')
+    content['model']['head.bias'] = torch.tensor(1.)
+    torch.save(content, tmp_path / 'c.pth')
+    assert 'no head.bias' in mistake(*SMALL, *data, '--eval', '--resume', tmp_path / 'c.pth')

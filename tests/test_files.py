@@ -14,6 +14,7 @@ import torch
 import files
 from codebook import load_codebook
 from helpers import fails, forked, no_space, refused, torch_bytes
+from utils import InputError
 
 # ---------------------------------------------------------------- names
 
@@ -281,3 +282,34 @@ def test_downloads_that_fail(server, tmp_path):
 def test_addresses():
     assert files.is_address('http://a/b') and files.is_address('https://a/b')
     assert not any(map(files.is_address, ['a/b', 'ftp://a/b', 'http:/a', Path('http://a')]))
+
+
+# ---------------------------------------------------------------- what an output must not replace
+
+def test_an_output_that_is_read_is_refused(tmp_path):
+    (tmp_path / 'in').write_text('x')
+    (tmp_path / 'link').symlink_to(tmp_path / 'in')
+    for output in ('in', 'link', f'../{tmp_path.name}/in'):
+        with pytest.raises(InputError, match='would be replaced by the output'):
+            files.check_writable(tmp_path / output, inputs=[tmp_path / 'other', tmp_path / 'in'])
+    files.check_writable(tmp_path / 'out', inputs=[tmp_path / 'in'])
+
+
+def test_a_pipe_is_not_replaced(tmp_path):
+    os.mkfifo(tmp_path / 'pipe')
+    for action in (files.check_writable, lambda path: files.write_text(path, 'x')):
+        with pytest.raises(InputError, match='pipe: cannot be written .a device, pipe or socket is there'):
+            action(tmp_path / 'pipe')
+    assert (tmp_path / 'pipe').is_fifo()
+
+
+def test_what_a_link_points_to_is_written(tmp_path):
+    (tmp_path / 'target').write_text('old')
+    (tmp_path / 'link').symlink_to('target')
+    files.write_text(tmp_path / 'link', 'new')
+    assert (tmp_path / 'link').is_symlink() and (tmp_path / 'target').read_text() == 'new'
+
+
+def test_braces_that_count_too_far_are_refused_at_once():
+    with pytest.raises(InputError, match='counts 1,000,000,000 files'):
+        files.expand_files('x-{0..999999999}.tar')

@@ -1,4 +1,5 @@
 """Fitting the patch tokenizer: PCA and k-means against slow ones; which images and patches are drawn; memory."""
+import os
 import subprocess
 import sys
 
@@ -193,6 +194,8 @@ def test_bad_images_stop_the_fit_or_are_left_out(tmp_path, capsys):
     assert not list((tmp_path / 'out').iterdir())
     call(fit_patch_tokenizer, *line, '--skip-bad-images')
     assert f'23 images, {23 * 64:,} patches' in capsys.readouterr().out
+    fails(lambda: call(fit_patch_tokenizer, *line), 'tokenizer.pt: is there, and tokens may have been made with it')
+    line[3] = tmp_path / 'again'
     for path in paths[1:]:
         path.write_bytes(b'no image')
     fails(lambda: call(fit_patch_tokenizer, *line, '--codes', 65, '--skip-bad-images'),
@@ -217,11 +220,12 @@ def test_memory_does_not_go_with_the_number_of_images(fitted, tmp_path):
     code = (
         'import resource, sys; import fit_patch_tokenizer as fit\n'
         'for images in ("64", "1500"):\n'
-        '    fit.main(fit.parse_args([*sys.argv[1:], "--max-images", images]))\n'
+        '    fit.main(fit.parse_args([*sys.argv[1:], "--output-dir", images, "--max-images", images]))\n'
         '    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)')
-    done = subprocess.run([sys.executable, '-c', code, '--data-path', tmp_path / 'l.txt', '--output-dir', tmp_path,
+    done = subprocess.run([sys.executable, '-c', code, '--data-path', tmp_path / 'l.txt',
                            '--max-patches', '2000', '--codes', '20', '--iterations', '1', '--num-workers', '0'],
-                          cwd=ROOT / 'scripts', capture_output=True, text=True)
+                          cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(ROOT / 'scripts')}, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
     few, many = (int(line) for line in done.stdout.splitlines() if line.isdigit())  # KiB at most so far
     assert many - few < 150_000

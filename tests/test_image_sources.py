@@ -253,3 +253,8 @@ def test_shared_memory_that_runs_out_is_one_line(data, monkeypatch):
     monkeypatch.setattr(torch.Tensor, 'share_memory_', full)
     fails(lambda: list(load_images(open_source(data), [[0]], SIZE, workers=1)),
           'a process that decodes images failed.*No space left.*--num-workers')
+
+
+def test_a_nul_byte_in_a_list_is_one_line(tmp_path):
+    (tmp_path / 'list.txt').write_text('a.png 0\nb\0.png 1\n')
+    fails(lambda: open_source(tmp_path / 'list.txt'), "list.txt: line 2 is not 'path label'")

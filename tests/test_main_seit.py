@@ -55,7 +55,8 @@ def test_both_spellings():
 @pytest.mark.parametrize('flags, words', [
     (['--input-size', '100'], 'multiple'), (['--input-size', '8'], '--input-size 8: give twice'),
     (['--eda-rc-prob', '0.6', '--eda-sc-prob', '0.5'], 'add up to more than 1'), (['--epoch', '3'], '--epoch'),
-    (['--model-kwargs', 'depth=1', 'heads'], "'heads' is not of the form key=value"), (['--lr'], '--lr')])
+    (['--model-kwargs', 'depth=1', 'heads'], "'heads' is not of the form key=value"), (['--lr'], '--lr'),
+    (['--cutmix-minmax', '0.9', '0.2'], 'rising'), (['--cutmix-minmax', '0.30', '0.32'], 'whole codes')])
 def test_flags_that_cannot_be(flags, words):
     line = mistake(*flags)
     assert words in line

@@ -171,7 +171,7 @@ def test_skipped_parts_are_not_taken_for_whole_ones(data, bad_data, tmp_path, mo
 
 def test_bad_options_get_one_line(data, tmp_path):
     out = tmp_path / 'out'
-    torch.save(torch.zeros(40, 5), tmp_path / 'narrow.ckpt')
+    torch.save(torch.ones(40, 5), tmp_path / 'narrow.ckpt')
     torch.save(torch.zeros(65537, DIM), tmp_path / 'huge.ckpt')
     for options, said in (({'image_size': 18}, '--image-size 18: patches of 4.*choose 16 or 20'),
                           ({'codebook_path': tmp_path / 'narrow.ckpt'}, 'narrow.ckpt: rows of 5.*gives 8'),
@@ -586,3 +586,20 @@ def test_training_on_shards_equals_training_on_the_single_file(data, plain, tmp_
         results.append(torch.load(tmp_path / name / 'checkpoint.pth', weights_only=True))
     for key in ('model', 'model_ema', 'optimizer'):
         assert_same(results[0][key], results[1][key])
+
+
+@pytest.mark.parametrize('damage', ['shard', 'empty', 'codebook'])
+def test_a_finished_run_that_lacks_files_is_not_called_complete(data, tmp_path, damage):
+    options = {'shard_size': 15} if damage == 'shard' else {}
+    if damage == 'codebook':
+        options = {'limit_codes': True}
+    tokenize(data, tmp_path, **options)
+    tokenize(data, tmp_path, **options)  # nothing to do
+    if damage == 'shard':
+        for path in tmp_path.glob('my-*-00001*'):
+            path.unlink()
+    elif damage == 'empty':
+        (tmp_path / 'my-token.data.bin.gz').write_bytes(b'')
+    else:
+        (tmp_path / 'codebook.ckpt').unlink()
+    fails(lambda: tokenize(data, tmp_path, **options), 'files of it are missing or changed')
