@@ -172,7 +172,7 @@ def test_skipped_parts_are_not_taken_for_whole_ones(data, bad_data, tmp_path, mo
 def test_bad_options_get_one_line(data, tmp_path):
     out = tmp_path / 'out'
     torch.save(torch.ones(40, 5), tmp_path / 'narrow.ckpt')
-    torch.save(torch.zeros(65537, DIM), tmp_path / 'huge.ckpt')
+    torch.save(torch.ones(65537, DIM), tmp_path / 'huge.ckpt')
     for options, said in (({'image_size': 18}, '--image-size 18: patches of 4.*choose 16 or 20'),
                           ({'codebook_path': tmp_path / 'narrow.ckpt'}, 'narrow.ckpt: rows of 5.*gives 8'),
                           ({'codebook_path': tmp_path / 'huge.ckpt'}, 'huge.ckpt: 65537 codes.*--limit-codes'),
