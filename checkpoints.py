@@ -22,7 +22,6 @@ FIELDS = {  # of a checkpoint, where it has them
     'best_acc1': lambda value: isinstance(value, int | float),
     'best_ema_acc1': lambda value: isinstance(value, int | float),
     'meter': lambda value: isinstance(value, torch.Tensor) and value.ndim == 2 and value.shape[1] == 2,
-    'classes': lambda value: isinstance(value, list) and all(isinstance(name, str) for name in value),
 }
 WRAPPERS = ('module.', '_orig_mod.')  # what DDP and torch.compile put before the names of weights
 
@@ -80,6 +79,9 @@ def load_checkpoint(path: str) -> dict[str, Any]:
     for key in ('model', 'model_ema'):
         if checkpoint.get(key):
             checkpoint[key] = _without_wrappers(checkpoint[key], path)
+    names = checkpoint.get('classes')
+    if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        checkpoint['classes'] = None  # another program's, with another meaning
     return checkpoint
 
 
@@ -215,7 +217,6 @@ def check_moments(optimizer: torch.optim.Optimizer) -> None:
                     continue
                 if not isinstance(moments[name], torch.Tensor) or moments[name].shape != parameter.shape:
                     raise ValueError(f'{name} is not of the shape of its parameter, {tuple(parameter.shape)}')
-            if moments:
-                names.add(frozenset(moments))
-    if len(names) > 1:
+            names.add(frozenset(moments))
+    if len(names - {frozenset()}) > 1:
         raise ValueError('parameters have different moments')

@@ -100,10 +100,7 @@ def load_model(args: argparse.Namespace, code_dim: int) -> tuple[nn.Module, list
     num_classes = args.nb_classes or (bias.numel() if isinstance(bias, torch.Tensor) else 0)
     model = create_model(args.model, args.model_kwargs, num_classes, args.vit_input_size, code_dim)
     load_weights(model, state, args.model_path)
-    names = checkpoint.get('classes')
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        names = None
-    return model, names
+    return model, checkpoint.get('classes')
 
 
 def check_classes(source: Source, data_path: str, names: list[str] | None, model_path: str, num_classes: int) -> int:

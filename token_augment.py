@@ -285,7 +285,6 @@ class RandomCrop(RandomResizedCrop):
     """The same with a plain random crop of size x size codes (`--src`); `min_area` is not used."""
 
     def draw(self, batch: int, generator: torch.Generator) -> torch.Tensor:
-        """Boxes (batch, 4)."""
         return draw_random_crop(batch, self.grid_size, self.size, generator)
 
 
