@@ -21,8 +21,8 @@ import tokenize_images
 from codebook import load_codebook, quantize
 from conftest import ROOT
 from files import sha256
-from helpers import (DIM, PATCH, SIZE, call, contents, fails, make_images, published_transform, start, tokenize,
-                     tokenize_words, two_processes)
+from helpers import (DIM, PATCH, SIZE, assert_same, call, contents, fails, make_images, published_transform, start,
+                     tokenize, tokenize_words, two_processes)
 from image_tokenizer import load_tokenizer
 from token_codecs import PUBLISHED
 from token_cache import open_codes
@@ -555,22 +555,6 @@ def test_shards_hold_what_the_single_file_holds(data, plain, tmp_path):
     manifests = [manifest(out, f'my-token-0000{i}') for i in range(3)]
     assert sum(one['source_bytes'] for one in manifests) == manifest(plain)['source_bytes']
     assert [one['codes_used'] for one in manifests] == [len(np.unique(x)) for x in np.split(codes_of(plain), (20, 40))]
-
-
-def assert_same(a, b):
-    assert type(a) is type(b)
-    if isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_same(a[key], b[key])
-    elif isinstance(a, (list, tuple)):
-        assert len(a) == len(b)
-        for x, y in zip(a, b):
-            assert_same(x, y)
-    elif isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    else:
-        assert a == b
 
 
 def test_training_on_shards_equals_training_on_the_single_file(data, plain, tmp_path):
