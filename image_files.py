@@ -68,8 +68,7 @@ class LeftOut:
     def report(self, data_path: str) -> None:
         """Print a line for each reason, on rank 0."""
         for reason, count in self.counts.items():
-            name = self.first[reason].encode(errors='backslashreplace').decode()
-            print0(f'note: {data_path}: {reason}: {count:,} (first: {name})')
+            print0(f'note: {data_path}: {reason}: {count:,} (first: {self.first[reason]})')
 
 
 # ---------------------------------------------------------------- decoding

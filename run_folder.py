@@ -49,12 +49,13 @@ def find_checkpoint(output_dir: str, resume: str, evaluating: bool = False) -> t
         InputError: when there is none to evaluate, and when `output_dir` holds an earlier run that is not resumed:
             nothing is overwritten.
     """
-    path = on_main(_choose, output_dir, resume, evaluating)
-    return (load_checkpoint(path), path) if path else (None, '')
+    loaded = {}
+    path = on_main(_choose, output_dir, resume, evaluating, loaded)
+    return (loaded.get(path) or load_checkpoint(path), path) if path else (None, '')
 
 
-def _choose(output_dir: str, resume: str, evaluating: bool) -> str:
-    """The path of the checkpoint to begin from, or ''. Rank 0 alone."""
+def _choose(output_dir: str, resume: str, evaluating: bool, loaded: dict[str, dict]) -> str:
+    """The path of the checkpoint to begin from, or ''. Rank 0 alone; what it had to load is put into `loaded`."""
     folder = Path(output_dir)
     if not evaluating and output_dir:
         _finish_renames(folder)
@@ -62,7 +63,7 @@ def _choose(output_dir: str, resume: str, evaluating: bool) -> str:
     if resume == 'auto':
         candidates = [folder / name for name in (NEWEST, PREVIOUS) if os.path.exists(folder / name)]
         if candidates:
-            return _first_whole(candidates, evaluating)
+            return _first_whole(candidates, evaluating, loaded)
         if evaluating:
             raise InputError(f'{output_dir}: no checkpoint to evaluate')
         if earlier:
@@ -96,11 +97,11 @@ def _rename_newest(folder: Path) -> None:
     os.replace(folder / COMPLETE, folder / NEWEST)
 
 
-def _first_whole(candidates: list[Path], evaluating: bool) -> str:
+def _first_whole(candidates: list[Path], evaluating: bool, loaded: dict[str, dict]) -> str:
     """The first checkpoint that loads. A damaged one is set aside, so that it never replaces a good one."""
     for path in candidates:
         try:
-            load_checkpoint(path)
+            loaded[str(path)] = load_checkpoint(str(path))
             return str(path)
         except InputError as error:
             if path == candidates[-1]:
@@ -147,7 +148,6 @@ class RunFolder:
             raise InputError(f'{self.path}: --output-dir cannot be written ({error.strerror}); choose another '
                              'folder') from None
         for name in (NEWEST, COMPLETE, *BEST.values(), LOG, 'args.json'):
-            remove_leftovers(self.path, f'.{name.lstrip(".")}.*.tmp')
             remove_leftovers(self.path, f'.{name}.*.tmp')
 
     def begin(self, args_json: dict[str, Any], record: dict[str, Any]) -> None:
@@ -195,7 +195,7 @@ class RunFolder:
         (self.path / UNSAVED).unlink(missing_ok=True)
 
     def save_bad_step(self, error: Any, rank: int, seed: int, indices: list[int]) -> None:
-        """Leave what is needed to replay the bad step of a rank (engine.NotFinite) in bad_step_rankN.json."""
+        """Leave what is needed to replay the bad step of a rank (loss_meter.NotFinite) in bad_step_rankN.json."""
         if self.saves:
             bad = {'epoch': error.epoch, 'step': error.step, 'rank': rank, 'seed': seed, 'lr': error.lr,
                    'indices': indices}

@@ -97,10 +97,7 @@ def a_rank_reported() -> bool:
 
 
 def keep_standard_output() -> None:
-    """Let a program that was started without standard output or error run: what it prints there is dropped.
-
-    What the output's encoding lacks, such as a file name that is not UTF-8, is escaped.
-    """
+    """Let a program that was started without standard output or error run: what it prints there is dropped."""
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:
             handle = os.open(os.devnull, os.O_WRONLY)
@@ -108,8 +105,6 @@ def keep_standard_output() -> None:
                 handle = os.dup(handle)
             file = open(handle, 'w', encoding='utf-8', errors='backslashreplace')  # noqa: SIM115 - for all its time
             setattr(sys, name, file)
-        elif getattr(sys, name).errors == 'strict':
-            getattr(sys, name).reconfigure(errors='backslashreplace')
 
 
 # ---------------------------------------------------------------- processes

@@ -3,6 +3,7 @@ import argparse
 import json
 import os
 import socket
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -119,6 +120,22 @@ def hardware(device: torch.device) -> dict[str, Any]:
     return {'cpu': names[0] if names else 'unknown', 'cores': len(os.sched_getaffinity(0)),
             'threads': torch.get_num_threads(), 'gpu': torch.cuda.get_device_name(device) if on_gpu else None,
             'cuda': torch.version.cuda if on_gpu else None, **VERSIONS, 'numpy': np.__version__}
+
+
+def run_benchmark(name: str, measure: Callable, asked: dict[str, Any]) -> None:
+    """Measure in a temporary folder, and print the result.
+
+    Args:
+        name: of the benchmark.
+        measure: (device, folder) -> numbers by name.
+        asked: the flags by name, 'device' and 'threads' among them, and what `parse_with_main` adds where it was used.
+    """
+    device = set_up(asked['device'], asked['threads'])
+    with tempfile.TemporaryDirectory(prefix='seit-benchmark-') as folder:
+        result = measure(device, Path(folder))
+    if 'main_flags' in asked:
+        asked = asked | asked_of_main(main_seit.parse_args(asked['main_flags']), device)
+    print_result(name, result, asked, device)
 
 
 def asked_of_main(main_args: argparse.Namespace, device: torch.device) -> dict[str, Any]:

@@ -3,8 +3,8 @@
     python benchmarks/data.py --device cpu --threads 1
 """
 import argparse
+import functools
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -95,10 +95,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
 
 
 def main(args: argparse.Namespace) -> None:
-    device = common.set_up(args.device, args.threads)
-    with tempfile.TemporaryDirectory(prefix='seit-benchmark-') as folder:
-        result = measure(args, device, Path(folder))
-    common.print_result('data', result, vars(args), device)
+    common.run_benchmark('data', functools.partial(measure, args), vars(args))
 
 
 if __name__ == '__main__':

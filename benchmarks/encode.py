@@ -5,8 +5,8 @@
 (Named so because a file tokenize.py here would stand before Python's own module of that name.)
 """
 import argparse
+import functools
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,10 +79,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
 
 
 def main(args: argparse.Namespace) -> None:
-    device = common.set_up(args.device, args.threads)
-    with tempfile.TemporaryDirectory(prefix='seit-benchmark-') as folder:
-        result = measure(args, device, Path(folder))
-    common.print_result('tokenize', result, vars(args), device)
+    common.run_benchmark('tokenize', functools.partial(measure, args), vars(args))
 
 
 if __name__ == '__main__':

@@ -3,8 +3,8 @@
     python benchmarks/evaluate.py --model deit_base_token_32 --amp bf16
 """
 import argparse
+import functools
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,11 +75,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
 
 
 def main(args: argparse.Namespace) -> None:
-    device = common.set_up(args.device, args.threads)
-    with tempfile.TemporaryDirectory(prefix='seit-benchmark-') as folder:
-        result = measure(args, device, Path(folder))
-    asked = vars(args) | common.asked_of_main(main_seit.parse_args(args.main_flags), device)
-    common.print_result('eval', result, asked, device)
+    common.run_benchmark('eval', functools.partial(measure, args), vars(args))
 
 
 if __name__ == '__main__':

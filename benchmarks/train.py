@@ -3,9 +3,9 @@
     python benchmarks/train.py --model deit_base_token_32 --batch-size 512 --amp bf16 --compile
 """
 import argparse
+import functools
 import resource
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -119,11 +119,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
 
 
 def main(args: argparse.Namespace) -> None:
-    device = common.set_up(args.device, args.threads)
-    with tempfile.TemporaryDirectory(prefix='seit-benchmark-') as folder:
-        result = measure(args, device, Path(folder))
-    asked = vars(args) | common.asked_of_main(main_seit.parse_args(args.main_flags), device)
-    common.print_result('train', result, asked, device)
+    common.run_benchmark('train', functools.partial(measure, args), vars(args))
 
 
 if __name__ == '__main__':

@@ -200,6 +200,36 @@ def write_parquet(path, rows, names=None, row_group_size=None):
     return path
 
 
+def samples(data):
+    """(path, class) of the images, in the order of the class folders."""
+    return [(path, int(path.parent.name[-1])) for path in sorted(data.rglob('*.png'))]
+
+
+def as_list(data, folder, separator='\t', start='', newline='\n'):
+    lines = [f'{os.path.relpath(path, folder)}{separator}{label}{newline}' for path, label in samples(data)]
+    (folder / 'list.txt').write_bytes((start + newline.join(lines)).encode())  # with empty lines between
+    return folder / 'list.txt'
+
+
+def as_tars(data, folder, kind='cls'):
+    content = {'cls': lambda label: b'%d\n' % label, 'json': lambda label: json.dumps({'label': label}).encode()}[kind]
+    chosen = samples(data)
+    for shard, part in enumerate((chosen[:20], chosen[20:])):
+        members = [('x/readme.txt', b'hello')]
+        for i, (path, label) in enumerate(part):
+            pair = [(f'x/{shard}{i:03d}.png', path.read_bytes()), (f'x/{shard}{i:03d}.{kind}', content(label))]
+            members += pair if i % 2 else pair[::-1]
+        write_tar(folder / f'in-{shard:02d}.tar', members)
+    return f'{folder}/in-{{00..01}}.tar'
+
+
+def as_parquet(data, folder):
+    chosen = [(path.read_bytes(), label) for path, label in samples(data)]
+    for shard, part in enumerate((chosen[:20], chosen[20:])):
+        write_parquet(folder / f'train-{shard}.parquet', part, list('abcd'), row_group_size=7)
+    return folder
+
+
 def smooth_images(folder, per_class=8, size=40):
     """Write smooth color images in three class folders; returns their paths in the order of an ImageFolder."""
     rng = np.random.default_rng(0)

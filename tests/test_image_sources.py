@@ -1,5 +1,4 @@
 """Sources of images, whole: every kind gives the same; and loading them in worker processes."""
-import json
 import os
 import re
 
@@ -9,7 +8,8 @@ import torch
 from torchvision.datasets import ImageFolder
 
 import image_sources
-from helpers import encoded, fails, noise, published_transform, save_image, tar_samples, write_parquet, write_tar
+from helpers import (as_list, as_parquet, as_tars, encoded, fails, noise, published_transform, samples, save_image,
+                     tar_samples, write_parquet, write_tar)
 from image_sources import load_images, open_source
 from token_files import MAX_CLASS
 
@@ -25,37 +25,7 @@ def data(tmp_path_factory):
     return root
 
 
-def samples(data):
-    """(path, class) of the images, in the order of the class folders."""
-    return [(path, int(path.parent.name[-1])) for path in sorted(data.rglob('*.png'))]
-
-
 # ---------------------------------------------------------------- kinds of sources
-
-def as_list(data, folder, separator='\t', start='', newline='\n'):
-    lines = [f'{os.path.relpath(path, folder)}{separator}{label}{newline}' for path, label in samples(data)]
-    (folder / 'list.txt').write_bytes((start + newline.join(lines)).encode())  # with empty lines between
-    return folder / 'list.txt'
-
-
-def as_tars(data, folder, kind='cls'):
-    content = {'cls': lambda label: b'%d\n' % label, 'json': lambda label: json.dumps({'label': label}).encode()}[kind]
-    chosen = samples(data)
-    for shard, part in enumerate((chosen[:20], chosen[20:])):
-        members = [('x/readme.txt', b'hello')]
-        for i, (path, label) in enumerate(part):
-            pair = [(f'x/{shard}{i:03d}.png', path.read_bytes()), (f'x/{shard}{i:03d}.{kind}', content(label))]
-            members += pair if i % 2 else pair[::-1]
-        write_tar(folder / f'in-{shard:02d}.tar', members)
-    return f'{folder}/in-{{00..01}}.tar'
-
-
-def as_parquet(data, folder):
-    chosen = [(path.read_bytes(), label) for path, label in samples(data)]
-    for shard, part in enumerate((chosen[:20], chosen[20:])):
-        write_parquet(folder / f'train-{shard}.parquet', part, list('abcd'), row_group_size=7)
-    return folder
-
 
 KINDS = {
     'tabs': as_list, 'spaces': lambda *args: as_list(*args, ' '), 'bom': lambda *args: as_list(*args, start='\ufeff'),

@@ -1,11 +1,9 @@
 """Images to token files: kinds of input, resuming, shards, codebooks, and what cannot be done."""
-import io
 import json
 import os
 import signal
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 
@@ -21,8 +19,8 @@ import tokenize_images
 from codebook import load_codebook, quantize
 from conftest import ROOT
 from files import sha256
-from helpers import (DIM, PATCH, SIZE, assert_same, call, contents, fails, make_images, published_transform, start,
-                     tokenize, tokenize_words, two_processes)
+from helpers import (DIM, PATCH, SIZE, as_list, as_parquet, as_tars, assert_same, call, contents, fails, make_images,
+                     published_transform, samples, start, tokenize, tokenize_words, two_processes)
 from image_tokenizer import load_tokenizer
 from token_codecs import PUBLISHED
 from token_cache import open_codes
@@ -69,56 +67,12 @@ def test_codes_are_those_of_the_slow_way(data, plain):
 
 # ---------------------------------------------------------------- kinds of input
 
-def samples(data):
-    """(path, class) of the training images, in the order of the class folders."""
-    return [(path, int(path.parent.name[-1])) for path in sorted((data / 'train').rglob('*.png'))]
-
-
-def write_tar(path, members):
-    with tarfile.open(path, 'w') as tar:
-        for name, content in members:
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
-
-
-def as_list(data, folder, separator='\t'):
-    lines = [f'{os.path.relpath(path, folder)}{separator}{label}\n' for path, label in samples(data)]
-    (folder / 'list.txt').write_text('\n'.join(lines))  # with empty lines between
-    return folder / 'list.txt'
-
-
-def as_tars(data, folder, kind='cls'):
-    content = {'cls': lambda label: b'%d\n' % label, 'json': lambda label: json.dumps({'label': label}).encode()}[kind]
-    chosen = samples(data)
-    for shard, part in enumerate((chosen[:20], chosen[20:])):
-        members = [('x/readme.txt', b'hello')]
-        for i, (path, label) in enumerate(part):
-            pair = [(f'x/{shard}{i:03d}.png', path.read_bytes()), (f'x/{shard}{i:03d}.{kind}', content(label))]
-            members += pair if i % 2 else pair[::-1]
-        write_tar(folder / f'in-{shard:02d}.tar', members)
-    return f'{folder}/in-{{00..01}}.tar'
-
-
-def as_parquet(data, folder):
-    pa = pytest.importorskip('pyarrow')
-    from pyarrow import parquet
-    chosen = samples(data)
-    info = {'info': {'features': {'label': {'names': list('abcd'), '_type': 'ClassLabel'}}}}
-    for shard, part in enumerate((chosen[:20], chosen[20:])):
-        table = pa.table({'image': [{'bytes': path.read_bytes(), 'path': path.name} for path, _ in part],
-                          'label': [label for _, label in part]})
-        table = table.replace_schema_metadata({'huggingface': json.dumps(info)})
-        parquet.write_table(table, folder / f'train-{shard}.parquet', row_group_size=7)
-    return folder
-
-
 @pytest.mark.parametrize('make', [as_list, lambda *a: as_list(*a, ' '), as_tars, lambda *a: as_tars(*a, 'json'),
                                   as_parquet], ids=['tabs', 'spaces', 'cls', 'json', 'parquet'])
 def test_every_kind_of_input_gives_the_same_tokens(data, plain, make, tmp_path):
     folder = tmp_path / 'in put'
     folder.mkdir()
-    out = tokenize(data, tmp_path / 'out', data_path=make(data, folder), num_workers=2)
+    out = tokenize(data, tmp_path / 'out', data_path=make(data / 'train', folder), num_workers=2)
     for name in ('my-token.data.bin.gz', 'my-token.index.npy.gz', 'my-label.txt'):
         assert (out / name).read_bytes() == (plain / name).read_bytes(), name
     assert manifest(out)['source_bytes'] == manifest(plain)['source_bytes']
@@ -131,11 +85,11 @@ def test_every_kind_of_input_gives_the_same_tokens(data, plain, make, tmp_path):
 @pytest.fixture
 def bad_data(data, tmp_path):
     """The training images as a list, three of them unreadable: truncated, no image, missing."""
-    for path, _ in samples(data):
+    for path, _ in samples(data / 'train'):
         target = tmp_path / 'in' / 'train' / path.parent.name / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
-    listed = as_list(data, tmp_path / 'in')
+    listed = as_list(data / 'train', tmp_path / 'in')
     listed.write_text(listed.read_text().replace(os.path.relpath(data, tmp_path / 'in') + '/', ''))
     images = sorted((tmp_path / 'in').rglob('*.png'))
     images[5].write_bytes(images[5].read_bytes()[:700])
@@ -192,7 +146,7 @@ def test_large_images_are_bad_unless_allowed(data, plain, tmp_path):
 def test_a_part_without_any_good_image(data, plain, tmp_path, monkeypatch):
     """The first part gives no codes, and nothing to compare precisions on."""
     monkeypatch.setattr(token_parts, 'PART_BATCHES', 2)
-    lines = [f'{path} {label}' for path, label in samples(data)[:9]]
+    lines = [f'{path} {label}' for path, label in samples(data / 'train')[:9]]
     (tmp_path / 'list.txt').write_text('\n'.join(['no.png 0'] * 4 + lines))
     out = tokenize(data, tmp_path / 'out', data_path=tmp_path / 'list.txt', skip_bad_images=True, amp='bf16')
     exact = tokenize(data, tmp_path / 'exact', data_path=tmp_path / 'list.txt', skip_bad_images=True, shard_size=5)
@@ -289,7 +243,7 @@ def test_a_folder_in_the_place_of_a_final_file_is_refused(data, tmp_path, monkey
 # ---------------------------------------------------------------- the output beside the images
 
 def copied(data, folder):
-    for path, _ in samples(data):
+    for path, _ in samples(data / 'train'):
         target = folder / path.parent.name / path.name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes(path.read_bytes())
