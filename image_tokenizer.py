@@ -34,6 +34,7 @@ from utils import InputError, first_line
 from vitvqgan import ViTVQGAN, prefixes
 
 DECODED_AT_ONCE = 8  # images: bounds memory
+LIFTED = 2  # dimensions that a patch tokenizer's lift adds
 
 
 # ---------------------------------------------------------------- images to codes and back
@@ -87,19 +88,29 @@ def decode_codes(tokenizer: nn.Module, codebook: torch.Tensor, codes: torch.Tens
 class PatchTokenizer(nn.Module):
     """A linear tokenizer learned by PCA: a patch minus the mean patch, on the leading components.
 
+    With `lift`, the row of largest cosine is the nearest one by Euclidean distance. For components z of a patch and
+    m of a row, and constants e (d,) and l, features and rows are
+
+        feature = [z / e, l, 0]        row = [m · e, -|m|² / 2l, h]
+
+    where h makes all rows equally long. Their product is z·m - |m|²/2, largest where |z - m| is smallest (`lift_rows`).
+
     Args:
         mean: (3·p·p,) mean patch, values in [0, 1], ordered (channel, row, column).
         basis: (3·p·p, d) orthonormal components as columns.
-        scale: () what features are multiplied by, so that codebook elements have standard deviation 1.
+        scale: () what features are multiplied by, so that codebook elements have standard deviation 1; with `lift`
+            (d,), what components are multiplied by in rows.
+        lift: () or None, as files made before 2026-11-25 have it: directions of components are compared.
     """
 
-    def __init__(self, mean: torch.Tensor, basis: torch.Tensor, scale: torch.Tensor):
+    def __init__(self, mean: torch.Tensor, basis: torch.Tensor, scale: torch.Tensor, lift: torch.Tensor | None = None):
         super().__init__()
         self.register_buffer('mean', mean)
         self.register_buffer('basis', basis)
         self.register_buffer('scale', scale)
+        self.register_buffer('lift', lift)
         self.patch_size = int(round((len(mean) / 3) ** 0.5))
-        self.embed_dim = basis.shape[1]
+        self.embed_dim = basis.shape[1] + (0 if lift is None else LIFTED)
 
     def patches(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) -> (B, n, 3·p·p)."""
@@ -110,15 +121,28 @@ class PatchTokenizer(nn.Module):
         return rearrange(images, 'b c (h p) (w q) -> b (h w) (c p q)', p=p, q=p)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) float in [0, 1] -> (B, n, d) features."""
-        return (self.patches(images) - self.mean) @ self.basis * self.scale
+        """(B, 3, H, W) float in [0, 1] -> (B, n, embed_dim) features."""
+        components = (self.patches(images) - self.mean) @ self.basis
+        if self.lift is None:
+            return components * self.scale
+        ends = torch.stack([self.lift, torch.zeros_like(self.lift)]).expand(*components.shape[:2], LIFTED)
+        return torch.cat([components / self.scale, ends], -1)
 
     def decode(self, embeddings: torch.Tensor) -> torch.Tensor:
-        """(B, n, d) codebook rows, n a square -> (B, 3, H, W)."""
-        patches = embeddings / self.scale @ self.basis.T + self.mean
+        """(B, n, embed_dim) codebook rows, n a square -> (B, 3, H, W)."""
+        patches = embeddings[..., :self.basis.shape[1]] / self.scale @ self.basis.T + self.mean
         side = int(round(embeddings.shape[1] ** 0.5))
         return rearrange(patches, 'b (h w) (c p q) -> b c (h p) (w q)',
                          h=side, p=self.patch_size, q=self.patch_size)
+
+
+def lift_rows(rows: torch.Tensor, scale: torch.Tensor, lift: torch.Tensor) -> torch.Tensor:
+    """The codebook (K, d + 2) of a PatchTokenizer with `lift`, for rows (K, d) of components."""
+    scaled = rows * scale
+    half = -rows.square().sum(1) / (2 * lift)
+    square = scaled.square().sum(1) + half.square()
+    height = (square.max() - square).sqrt()
+    return torch.cat([scaled, half[:, None], height[:, None]], 1)
 
 
 class ModuleTokenizer(nn.Module):
@@ -219,16 +243,22 @@ def build(path: str | Path, value: Any) -> nn.Module:
 
 
 def patch_tokenizer(path: str | Path, state: dict[str, Any]) -> PatchTokenizer:
-    """The PatchTokenizer of a state dict. Raises InputError when the shapes do not fit."""
-    tensors = [state[name] for name in ('mean', 'basis', 'scale')]
+    """The PatchTokenizer of a state dict. Raises InputError when the names or shapes do not fit."""
+    names = ('mean', 'basis', 'scale', 'lift') if 'lift' in state else ('mean', 'basis', 'scale')
+    unknown = [str(name)[:40] for name in state if name not in names]
+    if unknown:
+        raise InputError(f'{path}: a patch tokenizer with {", ".join(unknown[:3])}, which this version does not know: '
+                         'update the project, or fit the tokenizer again')
+    tensors = [state[name] for name in names]
     if not all(isinstance(tensor, torch.Tensor) and tensor.is_floating_point() for tensor in tensors):
-        raise InputError(f'{path}: not a patch tokenizer: mean, basis and scale are not all float tensors')
+        raise InputError(f'{path}: not a patch tokenizer: {", ".join(names)} are not all float tensors')
     shapes = [tuple(tensor.shape) for tensor in tensors]
     size = shapes[0][0] if len(shapes[0]) == 1 else 0
-    if (size == 0 or size != 3 * math.isqrt(size // 3) ** 2 or len(shapes[1]) != 2 or shapes[1][0] != size
-            or shapes[1][1] == 0 or shapes[2]):
-        raise InputError(f'{path}: not a patch tokenizer: mean, basis and scale have shapes {shapes}, '
-                         'expected (3pp,), (3pp, d) and ()')
+    dim = shapes[1][1] if len(shapes[1]) == 2 else 0
+    wanted = [(3 * math.isqrt(size // 3) ** 2,), (size, dim), *([(dim,), ()] if 'lift' in state else [()])]
+    if not size or not dim or shapes != wanted:
+        raise InputError(f'{path}: not a patch tokenizer: {", ".join(names)} have shapes {shapes}, expected (3pp,), '
+                         '(3pp, d) and (), or (d,) and () with a lift')
     return PatchTokenizer(*(tensor.float() for tensor in tensors)).eval()
 
 

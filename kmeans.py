@@ -38,12 +38,16 @@ def kmeans(features: torch.Tensor, codes: int, iterations: int, generator: torch
     Args:
         features: (N, d) float, N of `codes` or more.
         codes: number of clusters.
-        iterations: of Lloyd, after the seeds.
+        iterations: of Lloyd, after the seeds; fewer where nothing moves any more.
         generator: on the device of the features.
     """
     rows = seed_rows(features, codes, generator)
+    before = None
     for _ in range(iterations):
         assigned = nearest_rows(features, rows)
+        if before is not None and torch.equal(assigned, before):
+            break
+        before = assigned
         count = torch.bincount(assigned, minlength=codes)
         means = torch.zeros_like(rows).index_add_(0, assigned, features) / count.clamp(min=1)[:, None]
         empty = (count == 0).nonzero().squeeze(1)

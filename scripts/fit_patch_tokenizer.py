@@ -1,26 +1,30 @@
-"""Learn a patch tokenizer and its codebook from images: PCA of patches, then spherical k-means.
+"""Learn a patch tokenizer and its codebook from images: PCA of patches, then Euclidean k-means of them.
 
     python scripts/fit_patch_tokenizer.py --data-path IMAGES/train --image-size 64 --output-dir tokens
 
 Writes tokenizer.pt (plain tensors) and codebook.ckpt. A stand-in for ViT-VQGAN that fits in a minute on a CPU and
-takes half a megabyte; equal input and flags give equal files on one machine. Images come as in tokenize_images.py:
-class folders, a list file, tar shards or parquet files. Memory goes with --max-patches, not with --max-images.
+takes 80 KB; equal input and flags give equal files on one machine. Images come as in tokenize_images.py: class folders,
+a list file, tar shards or parquet files. Memory goes with --max-patches, not with --max-images.
+
+A patch gets the code whose row is nearest in Euclidean distance, so gray patches become gray rows. Codes are found by
+cosine everywhere here, so two of the codebook's --dim columns lift the others to where both agree: see
+image_tokenizer.PatchTokenizer. The others are principal components; in rows they have standard deviation 1 together.
 """
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from codebook import quantize
 from files import check_writable, save_torch
 from flags import SEED, Parser, integer
 from image_sources import Source, load_images, open_source
-from image_tokenizer import PatchTokenizer, unit_range
+from image_tokenizer import LIFTED, PatchTokenizer, lift_rows, unit_range
+from kmeans import kmeans, nearest_rows
 from utils import InputError, cores, print0, run
 
 BATCH_SIZE = 64  # images decoded at a time
@@ -37,8 +41,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--output-dir', required=True, metavar='DIR')
     add('--image-size', type=integer(1), default=256, help='images are resized to this, both sides')
     add('--patch-size', type=integer(1), default=8)
-    add('--dim', type=integer(1), default=32, help='components kept, the width of the codebook')
-    add('--codes', type=integer(1), default=391, help='rows of the codebook')
+    add('--dim', type=integer(LIFTED + 1), default=32, help='length of a codebook row: components kept, and two')
+    add('--codes', type=integer(2), default=391, help='rows of the codebook')
     add('--max-images', type=integer(1), default=2000, help='drawn at random for the fit')
     add('--max-patches', type=integer(1), default=200_000, help='of their patches, drawn at random')
     add('--iterations', type=integer(0), default=50, help='of k-means')
@@ -119,9 +123,12 @@ def sample_patches(source: Source, args: argparse.Namespace, generator: torch.Ge
 def check_enough(args: argparse.Namespace, patches: int) -> None:
     """InputError where patches are too few, or too small, for the codebook."""
     width = 3 * args.patch_size ** 2
-    if patches < args.codes or width < args.dim:
-        raise InputError(f'{args.data_path}: {patches} patches of {width} values are too few for {args.codes} codes of '
-                         f'{args.dim}')
+    if patches < args.codes:
+        raise InputError(f'{args.data_path}: {patches} patches are too few for {args.codes} codes: give more images, '
+                         'or lower --codes')
+    if width < args.dim - LIFTED:
+        raise InputError(f'--dim {args.dim}: a patch of --patch-size {args.patch_size} has {width} values; choose '
+                         f'{width + LIFTED} or less')
 
 
 # ---------------------------------------------------------------- the fit
@@ -139,30 +146,9 @@ def fit_pca(patches: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor
     return mean, (basis * largest.sign()).float().contiguous()
 
 
-def nearest(features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """`quantize` for many features (N, d), in little memory."""
-    return torch.cat([quantize(part, rows) for part in features.split(ROWS_AT_ONCE)])
-
-
-def spherical_kmeans(features: torch.Tensor, codes: int, iterations: int, generator: torch.Generator) -> torch.Tensor:
-    """Codebook (codes, d): k-means by cosine. A row is its cluster's mean feature, with its length.
-
-    A cluster that empties starts again at the features that fit their rows worst.
-    """
-    unit = F.normalize(features, dim=-1)
-    rows = unit[torch.randperm(len(unit), generator=generator)[:codes]]
-    for _ in range(iterations):
-        assigned = nearest(unit, rows)
-        count = torch.bincount(assigned, minlength=codes)
-        rows = F.normalize(torch.zeros_like(rows).index_add_(0, assigned, unit), dim=-1)
-        empty = (count == 0).nonzero().squeeze(1)
-        if len(empty):
-            worst = (unit * rows[assigned]).sum(-1).argsort()[:len(empty)]
-            rows[empty] = unit[worst]
-    assigned = nearest(unit, rows)
-    total = torch.zeros_like(rows).index_add_(0, assigned, features)
-    count = torch.bincount(assigned, minlength=codes)
-    return torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], rows * features.norm(dim=1).mean())
+def square_sum(values: torch.Tensor) -> float:
+    """The sum of the squares, without a copy."""
+    return float(values.flatten() @ values.flatten())
 
 
 def main(args: argparse.Namespace) -> None:
@@ -178,17 +164,21 @@ def main(args: argparse.Namespace) -> None:
     patches, images = sample_patches(source, args, generator)
     if (patches == patches[0]).all():
         raise InputError(f'{args.data_path}: every patch is the same; give images with something on them')
-    mean, basis = fit_pca(patches, args.dim)
-    features = patches.sub_(mean) @ basis
-    count = len(patches)
+    mean, basis = fit_pca(patches, args.dim - LIFTED)
+    components = patches.sub_(mean) @ basis
+    lost = (square_sum(patches) - square_sum(components)) / len(patches)  # of a patch, by the projection
     del patches
-    codebook = spherical_kmeans(features, args.codes, args.iterations, generator)
-    scale = 1 / codebook.std()  # embedding-noise has deviation 1, so codebook elements must have it too
-    save_torch({'mean': mean, 'basis': basis, 'scale': scale}, tokenizer_path)
-    save_torch(codebook * scale, codebook_path)
-    cosine = (F.normalize(features, dim=-1) * F.normalize(codebook, dim=-1)[nearest(features, codebook)]).sum(-1)
-    print0(f'{images:,} images, {count:,} patches; {args.codes} codes of {args.dim}; mean cosine of a patch to its '
-           f'code {cosine.mean():.4f}; wrote {tokenizer_path} and codebook.ckpt')
+    rows = kmeans(components, args.codes, args.iterations, generator)
+    # embedding noise has deviation 1, so the elements of rows must have it too
+    scale = (1 / rows.std()).expand(rows.shape[1]).clone()
+    lift = rows.square().sum(1).mean() / 2  # so that the column it makes has mean -1
+    save_torch({'mean': mean, 'basis': basis, 'scale': scale, 'lift': lift}, tokenizer_path)
+    save_torch(lift_rows(rows, scale, lift), codebook_path)
+    assigned = nearest_rows(components, rows)
+    error = square_sum(components - rows[assigned]) / len(components) + lost
+    psnr = -10 * math.log10(max(error / len(mean), 1e-10))
+    print0(f'{images:,} images, {len(components):,} patches; {args.codes} codes of {args.dim}, '
+           f'{len(assigned.unique())} in use; {psnr:.2f} dB over all patches; wrote {tokenizer_path} and codebook.ckpt')
 
 
 if __name__ == '__main__':
