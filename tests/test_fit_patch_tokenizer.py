@@ -105,7 +105,8 @@ def test_fit_draws_the_images_and_patches_it_is_allowed(fitted, tmp_path, capsys
 
 @pytest.mark.parametrize('flags, message', [
     (['--max-patches', '19'], '19 patches are too few for 20 codes'),
-    (['--dim', '51'], '--dim 51: a patch of --patch-size 4 has 48 values; choose 50 or less'), (['--dim', '2'], '--dim'),
+    (['--dim', '51'], '--dim 51: a patch of --patch-size 4 has 48 values; choose 50 or less'),
+    (['--dim', '2'], '--dim'),
     (['--image-size', '30'], '--image-size 30: .*do not divide into patches of 4: choose 28 or 32'),
     (['--image-size', '3'], '--patch-size 4: larger than images of --image-size 3'),
     (['--codes', '1'], '--codes'), (['--max-images', '0'], '--max-images'), (['--seed', 2 ** 63], '--seed')])
