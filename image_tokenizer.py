@@ -29,12 +29,13 @@ from einops import rearrange
 from torch import nn
 
 from codebook import quantize
+from kmeans import nearest_rows
 from safe_load import load_torch
 from utils import InputError, first_line
 from vitvqgan import ViTVQGAN, prefixes
 
 DECODED_AT_ONCE = 8  # images: bounds memory
-LIFTED = 2  # dimensions that a patch tokenizer's lift adds
+LIFT = 2.  # of the last element of a patch tokenizer's rows, where the others have standard deviation 1
 
 
 # ---------------------------------------------------------------- images to codes and back
@@ -88,29 +89,30 @@ def decode_codes(tokenizer: nn.Module, codebook: torch.Tensor, codes: torch.Tens
 class PatchTokenizer(nn.Module):
     """A linear tokenizer learned by PCA: a patch minus the mean patch, on the leading components.
 
-    With `lift`, the row of largest cosine is the nearest one by Euclidean distance. For components z of a patch and
-    m of a row, and constants e (d,) and l, features and rows are
-
-        feature = [z / e, l, 0]        row = [m · e, -|m|² / 2l, h]
-
-    where h makes all rows equally long. Their product is z·m - |m|²/2, largest where |z - m| is smallest (`lift_rows`).
+    With `rows` its feature of a patch is the row whose components are nearest in Euclidean distance. A row is nearest
+    to itself by cosine too, so codes are those of the nearest rows. Without, components are compared by direction, and
+    the smaller a patch's contrast, the more its code is chance.
 
     Args:
         mean: (3·p·p,) mean patch, values in [0, 1], ordered (channel, row, column).
         basis: (3·p·p, d) orthonormal components as columns.
-        scale: () what features are multiplied by, so that codebook elements have standard deviation 1; with `lift`
-            (d,), what components are multiplied by in rows.
-        lift: () or None, as files made before 2026-11-25 have it: directions of components are compared.
+        scale: () what components are multiplied by, so that those of codebook rows have standard deviation 1.
+        rows: (K, d + 1) the codebook: scaled components, then LIFT. Or None, as in files made before 2026-11-25.
     """
 
-    def __init__(self, mean: torch.Tensor, basis: torch.Tensor, scale: torch.Tensor, lift: torch.Tensor | None = None):
+    def __init__(self, mean: torch.Tensor, basis: torch.Tensor, scale: torch.Tensor, rows: torch.Tensor | None = None):
         super().__init__()
         self.register_buffer('mean', mean)
         self.register_buffer('basis', basis)
         self.register_buffer('scale', scale)
-        self.register_buffer('lift', lift)
+        self.register_buffer('rows', rows)
         self.patch_size = int(round((len(mean) / 3) ** 0.5))
-        self.embed_dim = basis.shape[1] + (0 if lift is None else LIFTED)
+        self.embed_dim = basis.shape[1] if rows is None else rows.shape[1]
+
+    @property
+    def codebook(self) -> torch.Tensor | None:
+        """(K, embed_dim) float, or None: then it is elsewhere."""
+        return self.rows
 
     def patches(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) -> (B, n, 3·p·p)."""
@@ -122,11 +124,11 @@ class PatchTokenizer(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) float in [0, 1] -> (B, n, embed_dim) features."""
-        components = (self.patches(images) - self.mean) @ self.basis
-        if self.lift is None:
-            return components * self.scale
-        ends = torch.stack([self.lift, torch.zeros_like(self.lift)]).expand(*components.shape[:2], LIFTED)
-        return torch.cat([components / self.scale, ends], -1)
+        components = (self.patches(images) - self.mean) @ self.basis * self.scale
+        if self.rows is None:
+            return components
+        nearest = nearest_rows(components.flatten(0, 1), self.rows[:, :-1])
+        return self.rows[nearest].view(*components.shape[:2], self.embed_dim)
 
     def decode(self, embeddings: torch.Tensor) -> torch.Tensor:
         """(B, n, embed_dim) codebook rows, n a square -> (B, 3, H, W)."""
@@ -136,13 +138,9 @@ class PatchTokenizer(nn.Module):
                          h=side, p=self.patch_size, q=self.patch_size)
 
 
-def lift_rows(rows: torch.Tensor, scale: torch.Tensor, lift: torch.Tensor) -> torch.Tensor:
-    """The codebook (K, d + 2) of a PatchTokenizer with `lift`, for rows (K, d) of components."""
-    scaled = rows * scale
-    half = -rows.square().sum(1) / (2 * lift)
-    square = scaled.square().sum(1) + half.square()
-    height = (square.max() - square).sqrt()
-    return torch.cat([scaled, half[:, None], height[:, None]], 1)
+def lift_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Rows (K, d) of components with LIFT as one more: no row is without a direction, and gray rows have like ones."""
+    return torch.cat([rows, torch.full_like(rows[:, :1], LIFT)], 1)
 
 
 class ModuleTokenizer(nn.Module):
@@ -244,7 +242,7 @@ def build(path: str | Path, value: Any) -> nn.Module:
 
 def patch_tokenizer(path: str | Path, state: dict[str, Any]) -> PatchTokenizer:
     """The PatchTokenizer of a state dict. Raises InputError when the names or shapes do not fit."""
-    names = ('mean', 'basis', 'scale', 'lift') if 'lift' in state else ('mean', 'basis', 'scale')
+    names = ('mean', 'basis', 'scale', 'rows') if 'rows' in state else ('mean', 'basis', 'scale')
     unknown = [str(name)[:40] for name in state if name not in names]
     if unknown:
         raise InputError(f'{path}: a patch tokenizer with {", ".join(unknown[:3])}, which this version does not know: '
@@ -255,10 +253,11 @@ def patch_tokenizer(path: str | Path, state: dict[str, Any]) -> PatchTokenizer:
     shapes = [tuple(tensor.shape) for tensor in tensors]
     size = shapes[0][0] if len(shapes[0]) == 1 else 0
     dim = shapes[1][1] if len(shapes[1]) == 2 else 0
-    wanted = [(3 * math.isqrt(size // 3) ** 2,), (size, dim), *([(dim,), ()] if 'lift' in state else [()])]
-    if not size or not dim or shapes != wanted:
+    codes = shapes[-1][0] if len(shapes[-1]) == 2 else 0
+    if (not size or not dim or size != 3 * math.isqrt(size // 3) ** 2 or shapes[1:3] != [(size, dim), ()]
+            or ('rows' in state and (not codes or shapes[3] != (codes, dim + 1)))):
         raise InputError(f'{path}: not a patch tokenizer: {", ".join(names)} have shapes {shapes}, expected (3pp,), '
-                         '(3pp, d) and (), or (d,) and () with a lift')
+                         '(3pp, d), () and, in newer files, (K, d + 1)')
     return PatchTokenizer(*(tensor.float() for tensor in tensors)).eval()
 
 

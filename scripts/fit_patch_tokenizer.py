@@ -6,9 +6,9 @@ Writes tokenizer.pt (plain tensors) and codebook.ckpt. A stand-in for ViT-VQGAN 
 takes 80 KB; equal input and flags give equal files on one machine. Images come as in tokenize_images.py: class folders,
 a list file, tar shards or parquet files. Memory goes with --max-patches, not with --max-images.
 
-A patch gets the code whose row is nearest in Euclidean distance, so gray patches become gray rows. Codes are found by
-cosine everywhere here, so two of the codebook's --dim columns lift the others to where both agree: see
-image_tokenizer.PatchTokenizer. The others are principal components; in rows they have standard deviation 1 together.
+A patch gets the code whose row is nearest in Euclidean distance (image_tokenizer.PatchTokenizer says how that agrees
+with the cosine by which codes are found everywhere here). The elements of rows are principal components, with standard
+deviation 1 together, since embedding noise has that too, and a constant last one.
 """
 import argparse
 import math
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from files import check_writable, save_torch
 from flags import SEED, Parser, integer
 from image_sources import Source, load_images, open_source
-from image_tokenizer import LIFTED, PatchTokenizer, lift_rows, unit_range
+from image_tokenizer import PatchTokenizer, lift_rows, unit_range
 from kmeans import kmeans, nearest_rows
 from utils import InputError, cores, print0, run
 
@@ -41,7 +41,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--output-dir', required=True, metavar='DIR')
     add('--image-size', type=integer(1), default=256, help='images are resized to this, both sides')
     add('--patch-size', type=integer(1), default=8)
-    add('--dim', type=integer(LIFTED + 1), default=32, help='length of a codebook row: components kept, and two')
+    add('--dim', type=integer(2), default=32, help='length of a codebook row: components kept, and one')
     add('--codes', type=integer(2), default=391, help='rows of the codebook')
     add('--max-images', type=integer(1), default=2000, help='drawn at random for the fit')
     add('--max-patches', type=integer(1), default=200_000, help='of their patches, drawn at random')
@@ -126,9 +126,9 @@ def check_enough(args: argparse.Namespace, patches: int) -> None:
     if patches < args.codes:
         raise InputError(f'{args.data_path}: {patches} patches are too few for {args.codes} codes: give more images, '
                          'or lower --codes')
-    if width < args.dim - LIFTED:
+    if width < args.dim - 1:
         raise InputError(f'--dim {args.dim}: a patch of --patch-size {args.patch_size} has {width} values; choose '
-                         f'{width + LIFTED} or less')
+                         f'{width + 1} or less')
 
 
 # ---------------------------------------------------------------- the fit
@@ -164,16 +164,15 @@ def main(args: argparse.Namespace) -> None:
     patches, images = sample_patches(source, args, generator)
     if (patches == patches[0]).all():
         raise InputError(f'{args.data_path}: every patch is the same; give images with something on them')
-    mean, basis = fit_pca(patches, args.dim - LIFTED)
+    mean, basis = fit_pca(patches, args.dim - 1)
     components = patches.sub_(mean) @ basis
     lost = (square_sum(patches) - square_sum(components)) / len(patches)  # of a patch, by the projection
     del patches
     rows = kmeans(components, args.codes, args.iterations, generator)
-    # embedding noise has deviation 1, so the elements of rows must have it too
-    scale = (1 / rows.std()).expand(rows.shape[1]).clone()
-    lift = rows.square().sum(1).mean() / 2  # so that the column it makes has mean -1
-    save_torch({'mean': mean, 'basis': basis, 'scale': scale, 'lift': lift}, tokenizer_path)
-    save_torch(lift_rows(rows, scale, lift), codebook_path)
+    scale = 1 / rows.std()
+    codebook = lift_rows(rows * scale)
+    save_torch({'mean': mean, 'basis': basis, 'scale': scale, 'rows': codebook}, tokenizer_path)
+    save_torch(codebook, codebook_path)
     assigned = nearest_rows(components, rows)
     error = square_sum(components - rows[assigned]) / len(components) + lost
     psnr = -10 * math.log10(max(error / len(mean), 1e-10))

@@ -14,7 +14,6 @@ from helpers import GOLDEN_SIZE, Bomb, encoded, noise, published_transform, same
 from image_files import decode_image
 from image_tokenizer import (ModuleTokenizer, PatchTokenizer, decode_codes, encode_images, lift_rows, load_tokenizer,
                              unit_range)
-from kmeans import nearest_rows
 from utils import InputError
 from vitvqgan import Size, ViTVQGAN
 
@@ -83,46 +82,42 @@ def test_patch_tokenizer_files(tmp_path):
     torch.save(state | {'mean': torch.zeros(47)}, tmp_path / 'b.pt')
     with pytest.raises(InputError, match=r'b.pt: not a patch tokenizer.*\(47,\)'):
         load_tokenizer(tmp_path / 'b.pt')
-    lifted = state | {'scale': torch.full((8,), 2.), 'lift': torch.tensor(3.)}
-    torch.save(lifted, tmp_path / 'c.pt')
+    newer = state | {'rows': torch.randn(5, 9)}
+    torch.save(newer, tmp_path / 'c.pt')
     tokenizer = load_tokenizer(tmp_path / 'c.pt')
-    assert tokenizer.embed_dim == 10 and tokenizer(torch.zeros(1, 3, 8, 8)).shape == (1, 4, 10)
-    for wrong, match in (({'lift': torch.ones(1)}, r'with a lift'), ({'scale': torch.tensor(2.)}, 'with a lift'),
-                         ({'lift': 3.}, 'not all float'), ({'rotation': torch.eye(8)}, 'with rotation, which this')):
-        torch.save(lifted | wrong, tmp_path / 'd.pt')
+    assert tokenizer.embed_dim == 9 and tokenizer(torch.zeros(1, 3, 8, 8)).shape == (1, 4, 9)
+    for wrong, match in (({'rows': torch.ones(5, 8)}, r'\(5, 8\).*d \+ 1'), ({'rows': torch.ones(0, 9)}, 'd \\+ 1'),
+                         ({'rows': 3.}, 'not all float'), ({'rotation': torch.eye(8)}, 'with rotation, which this')):
+        torch.save(newer | wrong, tmp_path / 'd.pt')
         with pytest.raises(InputError, match=f'd.pt: .*{match}'):
             load_tokenizer(tmp_path / 'd.pt')
 
 
-def test_files_made_before_the_lift_give_their_codes():
+def test_files_made_before_rows_were_in_them_give_their_codes():
     """A tokenizer, a codebook and codes of 20 images that fit_patch_tokenizer.py of 2026-11-24 made."""
     folder = ROOT / 'tests' / 'golden' / 'patch_tokenizer'
     tokenizer = load_tokenizer(folder / 'tokenizer.pt')
     codes = np.load(folder / 'codes.npz')
     pixels = torch.from_numpy(codes['pixels'])[:, None].expand(-1, 3, -1, -1)  # gray
     _, ours = encode_images(tokenizer, load_codebook(folder / 'codebook.ckpt'), pixels)
-    assert tokenizer.lift is None and tokenizer.embed_dim == 12
+    assert tokenizer.codebook is None and tokenizer.embed_dim == 12
     assert np.array_equal(ours.numpy(), codes['codes'])
 
 
-@pytest.mark.parametrize('spread', [0., 1.])
-def test_nearest_lifted_directions_are_the_nearest_rows(spread):
-    """Whatever the components are scaled by, near and far from the mean, and for rows of very different length."""
+def test_nearest_directions_are_the_nearest_rows():
+    """Near the mean patch and far from it, for rows of very different length, one of them of length 0."""
     generator = torch.Generator().manual_seed(0)
     components = torch.randn(2000, 6, generator=generator) * torch.tensor([5., 3, 1, 0.5, 0.2, 0.1])
     rows = components[torch.randperm(2000, generator=generator)[:50]]
     rows[0] = 0
-    scale = torch.exp(spread * torch.randn(6, generator=generator))
-    lift = torch.tensor(2.)
-    tokenizer = PatchTokenizer(torch.zeros(12), torch.eye(12)[:, :6], scale, lift)
+    codebook = lift_rows(rows)
+    tokenizer = PatchTokenizer(torch.full((12,), 0.5), torch.eye(12)[:, :6], torch.tensor(3.), codebook)
     images = torch.zeros(2000, 12)
-    images[:, :6] = components
-    features = tokenizer(images.view(2000, 3, 2, 2))[:, 0]
-    codebook = lift_rows(rows, scale, lift)
-    assert torch.equal(quantize(features, codebook), nearest_rows(components, rows))
-    torch.testing.assert_close(codebook.norm(dim=1), codebook.norm(dim=1).mean().expand(50))
-    back = tokenizer.decode(codebook[:, None]).flatten(1)
-    torch.testing.assert_close(back[:, :6], rows)
+    images[:, :6] = components / 3
+    codes = quantize(tokenizer((images + 0.5).view(2000, 3, 2, 2))[:, 0], codebook)
+    assert (codes == torch.cdist(components.double(), rows.double()).argmin(1)).float().mean() > 0.999
+    assert torch.equal(quantize(codebook, codebook), torch.arange(50))
+    torch.testing.assert_close((tokenizer.decode(codebook[:, None]).flatten(1)[:, :6] - 0.5) * 3, rows)
 
 
 def test_plain_and_safetensors(state, tmp_path):
