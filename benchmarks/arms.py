@@ -1,0 +1,253 @@
+"""What benchmarks/tokenizers.py compares: its images, the programs of an arm, their results, the table."""
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.common import spread
+from files import read_bytes, read_json, write_text
+from image_quality import psnr, ssim
+from image_sources import FolderImages, Source, load_images, open_source
+from image_tokenizer import encode_images, unit_range
+from run_folder import LOG
+from token_dataset import check_class_names
+from utils import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+BATCH = 64  # images decoded or encoded at a time
+MAX_LOG_BYTES = 1 << 26  # of a program's output
+COLUMNS = ('name', 'grid or side', 'bits a code', 'bytes (entropy)', 'bytes on disk', 'PSNR', 'SSIM', 'codes used',
+           'images/s', 'learning rate', 'top-1')
+
+
+# ---------------------------------------------------------------- the images
+
+def write_lists(train_path: str, val_path: str, classes: int, images_per_class: int, folder: Path) -> tuple[Path, Path]:
+    """List files of the first classes, in alphabetical order: the first images of each, and all validation images.
+
+    Args:
+        train_path, val_path: folders of class folders, of the same classes.
+        classes: how many.
+        images_per_class: at most, of the training images.
+        folder: for train.txt and val.txt, 'path label' lines.
+
+    Raises:
+        InputError: for another kind of source, too few classes, or classes that differ.
+    """
+    sources = [open_source(path) for path in (train_path, val_path)]
+    for source in sources:
+        if not isinstance(source, FolderImages):
+            raise InputError(f'{source.data_path}: give a folder with a folder of images for every class')
+        if len(source.classes) < classes:
+            raise InputError(f'{source.data_path}: has {len(source.classes)} classes, but --classes is {classes}')
+    check_class_names(*(source.classes[:classes] for source in sources), train_path, val_path)
+    paths = folder / 'train.txt', folder / 'val.txt'
+    for source, path, most in zip(sources, paths, (images_per_class, len(sources[1]))):
+        chosen = np.concatenate([np.flatnonzero(source.labels == label)[:most] for label in range(classes)])
+        home = os.path.realpath(source.folder)
+        names = [os.path.relpath(os.path.join(home, source.names[i]), os.path.realpath(folder)) for i in chosen]
+        write_text(path, ''.join(f'{name}\t{label}\n' for name, label in zip(names, source.labels[chosen].tolist())))
+    return paths
+
+
+def check_same_arm(folder: Path, definition: dict[str, Any]) -> None:
+    """Note in arm.json what an arm is made of; InputError where the folder holds another's results."""
+    path = folder / 'arm.json'
+    definition = json.loads(json.dumps(definition))  # as it is read
+    if not path.exists():
+        write_text(path, json.dumps(definition, indent=1) + '\n')
+        return
+    before = read_json(path)
+    if before != definition:
+        other = [key for key in definition if not isinstance(before, dict) or before.get(key) != definition[key]]
+        raise InputError(f'{folder}: holds results of another {", ".join(other)}; choose another --output-dir, or '
+                         'remove that folder')
+
+
+# ---------------------------------------------------------------- programs
+
+def run_programs(programs: Sequence[tuple[list[str], Path]], jobs: int, threads: int) -> None:
+    """Run programs of this repository, some at a time; their output is appended to log files.
+
+    Args:
+        programs: (the program's path from the root and its words, log file) of each.
+        jobs: how many run at a time.
+        threads: of each.
+
+    Raises:
+        InputError: with the last line of a program that failed, when all have ended.
+    """
+    waiting = list(programs)
+    running = []
+    failed = []
+    env = {**os.environ, 'OMP_NUM_THREADS': str(threads)}
+    try:
+        while waiting or running:
+            if waiting and len(running) < jobs:
+                (program, *words), log = waiting.pop(0)
+                log.parent.mkdir(parents=True, exist_ok=True)
+                with open(log, 'ab') as file:
+                    process = subprocess.Popen([sys.executable, str(ROOT / program), *map(str, words)], env=env,
+                                               stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
+                running.append((process, program, log))
+                continue
+            ended = [entry for entry in running if entry[0].poll() is not None]
+            running = [entry for entry in running if entry not in ended]
+            failed += [entry for entry in ended if entry[0].returncode]
+            if not ended:
+                time.sleep(0.1)
+    finally:
+        for process, _, _ in running:  # this program was stopped
+            process.terminate()
+        for process, _, _ in running:
+            process.wait()
+    for process, program, log in failed:
+        said = read_bytes(log, MAX_LOG_BYTES).decode(errors='replace').split('\n')
+        last = next((line for line in reversed(said) if line.strip()), '').removeprefix('error: ')
+        raise InputError(f'{program} ended with code {process.returncode} ({last[:300]}); see {log}')
+
+
+def train_seeds(folder: Path, command: Callable[[Path, float, int], list[str]], lrs: Sequence[float],
+                seeds: Sequence[int], epochs: int, jobs: int, threads: int) -> dict[str, Any]:
+    """Train one arm with each seed, at the learning rate that is best with the first; finished runs are not repeated.
+
+    The search looks at the validation images that the result is of, for every arm alike.
+
+    Args:
+        folder: of the arm; a run's is below it.
+        command: (output folder, learning rate, seed) -> the program and its words.
+        lrs, seeds: to try.
+        epochs: of a run.
+        jobs, threads: see `run_programs`.
+
+    Returns:
+        The learning rate, accuracies of the search and of the seeds.
+
+    Raises:
+        InputError: when a run failed.
+    """
+    def accuracies(pairs: list[tuple[float, int]]) -> list[dict[str, float]]:
+        folders = [folder / f'lr-{lr:g}-seed-{seed}' for lr, seed in pairs]
+        run_programs([(command(output, *pair), output.with_suffix(output.suffix + '.log'))
+                      for output, pair in zip(folders, pairs) if final_line(output, epochs) is None], jobs, threads)
+        lines = [final_line(output, epochs) for output in folders]
+        if None in lines:
+            raise InputError(f'{folders[lines.index(None)]}: its {LOG} has no epoch {epochs - 1}')
+        return lines
+
+    search = [line['test_acc1'] for line in accuracies([(lr, seeds[0]) for lr in lrs])]
+    lr = lrs[search.index(max(search))]
+    lines = accuracies([(lr, seed) for seed in seeds])
+    top1 = [line['test_acc1'] for line in lines]
+    return {'lr': lr, 'search': dict(zip(map(str, lrs), search)), 'seeds': list(seeds), 'top1': top1,
+            'top1_mean': round(statistics.mean(top1), 3),
+            'top1_sd': round(statistics.stdev(top1), 3) if len(top1) > 1 else None,
+            'ema_top1': [line.get('ema_test_acc1') for line in lines],
+            'train_images_per_second': spread([line['images_per_second_time'] for line in lines])}
+
+
+def final_line(folder: Path, epochs: int) -> dict[str, Any] | None:
+    """The line of a run's log.txt on its last epoch; None where the run has not come there."""
+    path = folder / LOG
+    if not path.exists():
+        return None
+    for text in reversed(read_bytes(path, MAX_LOG_BYTES).split(b'\n')):
+        try:
+            line = json.loads(text)
+        except ValueError:  # a half line, or none
+            continue
+        return line if isinstance(line, dict) and line.get('epoch') == epochs - 1 else None
+    return None
+
+
+# ---------------------------------------------------------------- images and codes
+
+def batches_of(count: int) -> list[range]:
+    """Numbers below `count`, in order, cut into batches."""
+    return [range(first, min(first + BATCH, count)) for first in range(0, count, BATCH)]
+
+
+def image_quality(source: Source, reconstruct: Callable[[range], torch.Tensor | None], size: int,
+                  workers: int) -> dict[str, float | None]:
+    """Mean PSNR and SSIM over the images of a source, each compared at `size` pixels on a side.
+
+    Args:
+        source: of the images, which are resized to `size`.
+        reconstruct: range of image numbers -> (B, 3, S, S) float in [0, 1], or None; resized with antialias.
+        size: where they are compared.
+        workers: processes that decode.
+
+    Returns:
+        {'psnr', 'ssim'}; None where there is no reconstruction.
+    """
+    scores = {'psnr': [], 'ssim': []}
+    batches = batches_of(len(source))
+    for batch, loaded in zip(batches, load_images(source, batches, size, workers=workers)):
+        made = reconstruct(batch)
+        if made is None:
+            return {'psnr': None, 'ssim': None}
+        if made.shape[-1] != size:
+            made = F.interpolate(made, (size, size), mode='bicubic', antialias=True, align_corners=False).clamp(0, 1)
+        original = unit_range(loaded.pixels).to(made.device)
+        scores['psnr'] += psnr(original, made).tolist()
+        scores['ssim'] += ssim(original, made).tolist()
+    return {name: round(statistics.mean(values), 4) for name, values in scores.items()}
+
+
+def tokenizing_speed(source: Source, tokenizer: nn.Module, codebook: torch.Tensor, image_size: int,
+                     repeats: int) -> dict[str, float]:
+    """Images a second from files to codes in one process, decoding included: the spread over some batches.
+
+    Tokenizer and codebook are on the device that is measured.
+    """
+    rates = []
+    for number in range(repeats + 1):
+        first = number * BATCH % max(1, len(source) - BATCH + 1)
+        batch = range(first, min(first + BATCH, len(source)))
+        began = time.perf_counter()
+        pixels = next(load_images(source, [batch], image_size)).pixels
+        with torch.inference_mode():
+            encode_images(tokenizer, codebook, pixels)[1].cpu()  # waits for a GPU
+        rates.append(len(batch) / (time.perf_counter() - began))
+    return spread(rates[1:])  # the first is a warm-up
+
+
+# ---------------------------------------------------------------- the table
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """All arms as a Markdown table, a line each."""
+    rows = [COLUMNS, ('---', *['---:'] * (len(COLUMNS) - 1))]
+    rows += [(name, *cells(result)) for name, result in results.items()]
+    notes = ('\nBytes are of an image. Of pixels, (entropy) means the JPEG without its headers, and no more than that '
+             'is known of their entropy. Top-1 is of the last epoch, mean ± standard deviation (seeds).\n')
+    return '\n'.join(f'| {" | ".join(row)} |' for row in rows) + '\n' + notes
+
+
+def cells(result: dict[str, Any]) -> list[str]:
+    """The cells of a result after its name."""
+    def text(value: Any, form: str) -> str:
+        return '–' if value is None else format(value, form)
+
+    if 'failed' in result:
+        reason = ' '.join(result['failed'].split()).replace('|', '/')
+        return [f'failed: {reason}', *[''] * (len(COLUMNS) - 2)]
+    if 'grid' in result:
+        place = f'{result["grid"]}x{result["grid"]}'
+    else:
+        place = f'{result["side"]} px' + (f', JPEG {result["jpeg_quality"]}' if result['jpeg_quality'] else '')
+    speed = result.get('images_per_second')
+    accuracy = f'{result["top1_mean"]:.2f} ± {text(result["top1_sd"], ".2f")} ({len(result["top1"])})'
+    return [place, text(result.get('entropy_bits'), '.2f'), text(result['bytes']['entropy'], ',.0f'),
+            text(result['bytes']['stored'], ',.0f'), text(result['psnr'], '.2f'), text(result['ssim'], '.3f'),
+            text(result.get('codes_used_share'), '.1%'), text(speed and speed['median'], ',.0f'),
+            f'{result["lr"]:g}', accuracy]

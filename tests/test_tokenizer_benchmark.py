@@ -1,0 +1,221 @@
+"""benchmarks/tokenizers.py and benchmarks/pixel_twin.py at a toy size. No test here asserts a time."""
+import io
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import benchmarks.pixel_twin as pixel_twin
+import benchmarks.tokenizers as tokenizers
+import build_synonyms
+import fit_patch_tokenizer
+import main_seit
+import tokenize_images
+from benchmarks import arms
+from helpers import call, encoded, fails, noise, smooth_images, without_times
+from image_sources import open_source
+
+TRAINING = ['--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2', '--batch-size', '8', '--epochs', '2',
+            '--device', 'cpu']
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """Three classes of 8 images of 40 pixels, and a patch tokenizer for them at 32 pixels."""
+    folder = tmp_path_factory.mktemp('images')
+    smooth_images(folder / 'train')
+    smooth_images(folder / 'val', 5)
+    call(fit_patch_tokenizer, '--data-path', folder / 'train', '--image-size', 32, '--output-dir', folder / 'tok',
+         '--codes', 24, '--dim', 8, '--num-workers', 0)
+    return folder
+
+
+def words(images, output, *more):
+    """A command line of the benchmark for one tokenizer and one arm of pixels, of two classes."""
+    tok = images / 'tok'
+    line = ['--train-path', images / 'train', '--val-path', images / 'val', '--output-dir', output, '--tokenizer',
+            'patch', tok / 'tokenizer.pt', tok / 'codebook.ckpt', 32, '--pixels', 'small', 16, 50, '--classes', 2,
+            '--images-per-class', 6, '--seeds', 0, 1, '--lrs', 1e-3, 3e-3, '--quality-size', 24, '--pixel-size', 32,
+            '--threads', 1, '--repeats', 2, '--image-workers', 0, '--jobs', 2, *TRAINING, *more]
+    return [str(word) for word in line]
+
+
+def judge(*line, started=None):
+    """The exit code of the benchmark, run in this process, which also takes the place of those that it starts."""
+    programs = {'tokenize_images.py': tokenize_images, 'scripts/build_synonyms.py': build_synonyms,
+                'main_seit.py': main_seit, 'benchmarks/pixel_twin.py': pixel_twin}
+
+    def run_here(todo, jobs, threads):
+        for (program, *more), _ in todo:
+            if started is not None:
+                started.append(program)
+            assert call(programs[program], *more) == 0
+
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arms, 'run_programs', run_here)
+        try:
+            return tokenizers.main(tokenizers.parse_args(line))
+        finally:
+            torch.set_num_threads(before)
+
+
+@pytest.fixture(scope='module')
+def judged(images, tmp_path_factory):
+    """The output folder of a whole benchmark, and its exit code."""
+    output = tmp_path_factory.mktemp('judged')
+    return output, judge(*words(images, output))
+
+
+def test_both_kinds_of_arms(judged):
+    output, code = judged
+    results = json.loads((output / 'results.json').read_text())
+    assert (code, list(results)) == (0, ['patch', 'small'])
+    tokens, pixels = results.values()
+    assert (tokens['grid'], tokens['codes'], tokens['code_dim']) == (4, 24, 8)
+    assert 0 < tokens['entropy_bits'] <= tokens['most_bits']
+    assert tokens['bytes']['entropy'] == pytest.approx(16 * tokens['entropy_bits'] / 8, abs=0.01)
+    assert tokens['images_per_second']['min'] > 0
+    assert 0 < pixels['bytes']['entropy'] < pixels['bytes']['stored']
+    for result in (tokens, pixels):
+        assert result['psnr'] > 15 and 0 < result['ssim'] <= 1
+        # the search is with the first seed, whose accuracy is then used again
+        assert result['search'][str(result['lr'])] == max(result['search'].values()) == result['top1'][0]
+        assert result['seeds'] == [0, 1] and len(result['top1']) == len(result['ema_top1']) == 2
+        assert result['top1_mean'] == pytest.approx(np.mean(result['top1']), abs=1e-3)
+        assert result['top1_sd'] == pytest.approx(np.std(result['top1'], ddof=1), abs=1e-3)
+    assert len((output / 'train.txt').read_text().splitlines()) == 12
+    assert len((output / 'val.txt').read_text().splitlines()) == 10
+    rows = (output / 'table.md').read_text().splitlines()
+    assert [row.split(' | ')[0] for row in rows[2:4]] == ['| patch', '| small']
+    assert len({row.count('|') for row in rows[:4]}) == 1
+
+
+def test_a_second_run_trains_nothing_and_a_stopped_one_resumes(images, judged, capsys):
+    output, _ = judged
+    before = json.loads((output / 'results.json').read_text())
+    logs = {path: path.read_text() for path in output.glob('*/lr-*/log.txt')}
+    assert len(logs) == 6  # two rates with the first seed, the best with the second, for each arm
+    started = []
+    # a run of pixels that was stopped after its first epoch
+    stopped = output / 'small' / 'lr-0.001-seed-0'
+    whole = [json.loads(line) for line in (stopped / 'log.txt').read_text().splitlines()]
+    (stopped / 'log.txt').write_text(json.dumps(whole[0]) + '\n')
+    (stopped / 'checkpoint_previous.pth').replace(stopped / 'checkpoint.pth')
+    assert judge(*words(images, output), started=started) == 0
+    assert started == ['tokenize_images.py', 'tokenize_images.py', 'benchmarks/pixel_twin.py']
+    again = [json.loads(line) for line in (stopped / 'log.txt').read_text().splitlines()]
+    assert without_times(again) == without_times(whole)
+    assert {path: path.read_text() for path in logs if stopped not in path.parents} == {
+        path: text for path, text in logs.items() if stopped not in path.parents}
+    after = json.loads((output / 'results.json').read_text())
+    assert [result['top1'] for result in after.values()] == [result['top1'] for result in before.values()]
+    *_, last = capsys.readouterr().out.splitlines()
+    printed = json.loads(last)
+    assert printed['benchmark'] == 'tokenizers' and printed['arms'] == after
+    assert printed['asked']['seeds'] == [0, 1] and 'depth=1' in printed['asked']['training_flags']
+
+
+def test_a_failed_arm_is_one_line_and_stops_no_other(images, judged, capsys):
+    """A tokenizer that is not there, one that does not fit, and a folder that holds another arm's results."""
+    output, _ = judged
+    tok = images / 'tok'
+    line = words(images, output, '--tokenizer', 'gone', tok / 'no.pt', '-', 32, '--tokenizer', 'odd',
+                 tok / 'tokenizer.pt', tok / 'codebook.ckpt', 20, '--pixels', 'other', 24, 0)
+    assert judge(*line) == 1
+    lines = capsys.readouterr().err.splitlines()
+    assert [text for text in lines if text.startswith('error: ')] == [
+        f'error: gone: {tok / "no.pt"}: No such file or directory',
+        'error: odd: --image-size 20: patches of 8 do not divide it; choose 16 or 24']
+    results = json.loads((output / 'results.json').read_text())
+    assert [name for name, result in results.items() if 'failed' in result] == ['gone', 'odd']
+    assert results['other']['bytes']['entropy'] is None  # they are PNGs
+    table = (output / 'table.md').read_text()
+    assert all(f'| {name} |' in table for name in ('patch', 'gone', 'odd', 'small', 'other'))
+
+    assert judge(*words(images, output, '--epochs', '3')) == 1
+    results = json.loads((output / 'results.json').read_text())
+    assert all('results of another training flags' in result['failed'] for result in results.values())
+
+
+@pytest.mark.parametrize('more, message', [
+    (['--seed', '1'], '--seed: this benchmark sets it'),
+    (['--input-size=64'], '--input-size: this benchmark sets it'),
+    (['--modle', 'x'], 'unrecognized arguments: --modle'),
+    (['--pixels', 'patch', '16', '50'], "'patch': name every arm"),
+    (['--pixels', '../a', '16', '50'], 'name every arm'),
+    (['--pixels', 'a', '16', '96'], 'the arm a: 96: give a value from 0 to 95'),
+    (['--tokenizer', 'a', 'b', 'c', 'x'], "the arm a: 'x' is not a whole number"),
+])
+def test_mistakes(images, tmp_path, more, message):
+    fails(lambda: tokenizers.parse_args(words(images, tmp_path, *more)), message)
+
+
+def test_too_few_classes(images, tmp_path):
+    fails(lambda: judge(*words(images, tmp_path, '--classes', '4')), 'has 3 classes, but --classes is 4')
+    (tmp_path / 'list.txt').write_text('a.png 0\n')
+    fails(lambda: judge(*words(images, tmp_path, '--train-path', tmp_path / 'list.txt')), 'give a folder')
+
+
+def test_programs_run_some_at_a_time_and_one_that_fails_is_quoted(tmp_path):
+    (tmp_path / 'bad.py').write_text('import sys\nprint("one")\nsys.exit("error: two")')
+    (tmp_path / 'good.py').write_text('import os, sys\nprint(os.environ["OMP_NUM_THREADS"], sys.argv[1])')
+    programs = [([str(tmp_path / 'bad.py')], tmp_path / 'bad.log')]
+    programs += [([str(tmp_path / 'good.py'), i], tmp_path / f'{i}.log') for i in range(3)]
+    fails(lambda: arms.run_programs(programs, 2, 5), r'bad.py ended with code 1 \(two\); see .*bad.log')
+    assert [(tmp_path / f'{i}.log').read_text() for i in range(3)] == [f'5 {i}\n' for i in range(3)]
+
+
+# ---------------------------------------------------------------- pixels
+
+def scan_by_hand(data):
+    """Bytes between the only SOS header of a JPEG and its EOI, by the first place of either."""
+    start = data.index(b'\xff\xda')
+    start += 2 + int.from_bytes(data[start + 2:start + 4], 'big')
+    return data.rindex(b'\xff\xd9') - start
+
+
+def test_bytes_of_a_jpeg_without_headers():
+    image = noise(0, (40, 56))
+    plain = encoded(image, 'JPEG', quality=50)
+    assert pixel_twin.scan_bytes(plain) == scan_by_hand(plain) > 500
+    # a whole JPEG in a header, and restart markers, are not counted as scans, or ends of one
+    assert pixel_twin.scan_bytes(encoded(image, 'JPEG', quality=50, comment=plain)) == scan_by_hand(plain)
+    restarting = encoded(image, 'JPEG', quality=50, restart_marker_blocks=1)
+    assert b'\xff\xd1' in restarting
+    assert pixel_twin.scan_bytes(restarting) == scan_by_hand(restarting)
+    # several scans: those of a progressive file, with tables between
+    progressive = encoded(image, 'JPEG', quality=50, progressive=True)
+    assert progressive.count(b'\xff\xda') > 1
+    assert scan_by_hand(plain) / 2 < pixel_twin.scan_bytes(progressive) < scan_by_hand(progressive)
+    assert pixel_twin.scan_bytes(encoded(image, 'PNG')) is None
+    assert pixel_twin.scan_bytes(plain[:-100]) is None
+    assert pixel_twin.scan_bytes(plain + b'more') == scan_by_hand(plain)
+
+
+def test_pixels_are_stored_and_made_again(images):
+    source = open_source(images / 'val')
+    whole = pixel_twin.load_pixels(source, 40, 0, 40)
+    expected = np.asarray(Image.open(io.BytesIO(source.read(3))).convert('RGB'))
+    np.testing.assert_array_equal(whole.images[3].permute(1, 2, 0), expected)
+    assert whole.labels.tolist() == source.labels.tolist()
+    assert whole.file_bytes == source.encoded_bytes() / len(source)
+    small = pixel_twin.load_pixels(source, 16, 30, 40)
+    assert small.images.shape == whole.images.shape
+    data = pixel_twin.jpeg(pixel_twin.load_pixels(source, 16, 0, 16).images[3], 30)
+    assert Image.open(io.BytesIO(data)).size == (16, 16)
+    again = Image.open(io.BytesIO(data)).convert('RGB').resize((40, 40), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(small.images[3].permute(1, 2, 0), np.asarray(again))
+
+
+def test_crops_of_pixels():
+    x = torch.rand(2, 3, 16, 16)
+    whole = torch.tensor([[0, 0, 16, 16]] * 2)
+    torch.testing.assert_close(pixel_twin.crop(x, whole), x, atol=1e-5, rtol=0)
+    box = torch.tensor([[2, 5, 8, 10], [0, 0, 16, 16]])
+    made = pixel_twin.crop(x, box)[0]
+    expected = torch.nn.functional.interpolate(x[:1, :, 2:10, 5:15], (16, 16), mode='bicubic', align_corners=False)[0]
+    # within the crop both are one function; near its border torch repeats the edge, and this sees the neighbors
+    torch.testing.assert_close(made[:, 4:-4, 4:-4], expected[:, 4:-4, 4:-4], atol=1e-4, rtol=0)
