@@ -177,31 +177,39 @@ def batches_of(count: int) -> list[range]:
     return [range(first, min(first + BATCH, count)) for first in range(0, count, BATCH)]
 
 
-def image_quality(source: Source, reconstruct: Callable[[range], torch.Tensor | None], size: int,
-                  workers: int) -> dict[str, float | None]:
-    """Mean PSNR and SSIM over the images of a source, each compared at `size` pixels on a side.
+def image_quality(source: Source, reconstruct: Callable[[range], torch.Tensor | None], sizes: Sequence[int],
+                  workers: int) -> list[dict[str, float | None]]:
+    """Mean PSNR and SSIM over the images of a source, at each of some sizes.
+
+    The original is resized there directly, whatever the reconstruction's own size: one yardstick for all.
 
     Args:
-        source: of the images, which are resized to `size`.
-        reconstruct: range of image numbers -> (B, 3, S, S) float in [0, 1], or None; resized with antialias.
-        size: where they are compared.
+        source: of the images.
+        reconstruct: range of image numbers -> (B, 3, S, S) float in [0, 1], or None.
+        sizes: pixels on a side, where both are compared.
         workers: processes that decode.
 
     Returns:
-        {'psnr', 'ssim'}; None where there is no reconstruction.
+        {'psnr', 'ssim'} for each size; None in them where there is no reconstruction.
     """
-    scores = {'psnr': [], 'ssim': []}
+    scores = [{'psnr': [], 'ssim': []} for _ in sizes]
     batches = batches_of(len(source))
-    for batch, loaded in zip(batches, load_images(source, batches, size, workers=workers)):
+    for batch, *loaded in zip(batches, *(load_images(source, batches, size, workers=workers) for size in sizes)):
         made = reconstruct(batch)
         if made is None:
-            return {'psnr': None, 'ssim': None}
-        if made.shape[-1] != size:
-            made = F.interpolate(made, (size, size), mode='bicubic', antialias=True, align_corners=False).clamp(0, 1)
-        original = unit_range(loaded.pixels).to(made.device)
-        scores['psnr'] += psnr(original, made).tolist()
-        scores['ssim'] += ssim(original, made).tolist()
-    return {name: round(statistics.mean(values), 4) for name, values in scores.items()}
+            return [{'psnr': None, 'ssim': None} for _ in sizes]
+        for size, images, score in zip(sizes, loaded, scores):
+            original = unit_range(images.pixels).to(made.device)
+            score['psnr'] += psnr(original, resized(made, size)).tolist()
+            score['ssim'] += ssim(original, resized(made, size)).tolist()
+    return [{name: round(statistics.mean(values), 4) for name, values in score.items()} for score in scores]
+
+
+def resized(images: torch.Tensor, size: int) -> torch.Tensor:
+    """(B, 3, S, S) float in [0, 1] -> (B, 3, size, size), bicubic with antialias, as PIL does it."""
+    if images.shape[-1] == size:
+        return images
+    return F.interpolate(images, (size, size), mode='bicubic', antialias=True, align_corners=False).clamp(0, 1)
 
 
 def tokenizing_speed(source: Source, tokenizer: nn.Module, codebook: torch.Tensor, image_size: int,

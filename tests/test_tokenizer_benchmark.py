@@ -16,6 +16,7 @@ import tokenize_images
 from benchmarks import arms
 from helpers import call, encoded, fails, noise, smooth_images, without_times
 from image_sources import open_source
+from image_tokenizer import unit_range
 
 TRAINING = ['--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2', '--batch-size', '8', '--epochs', '2',
             '--device', 'cpu']
@@ -166,6 +167,20 @@ def test_programs_run_some_at_a_time_and_one_that_fails_is_quoted(tmp_path):
     programs += [([str(tmp_path / 'good.py'), i], tmp_path / f'{i}.log') for i in range(3)]
     fails(lambda: arms.run_programs(programs, 2, 5), r'bad.py ended with code 1 \(two\); see .*bad.log')
     assert [(tmp_path / f'{i}.log').read_text() for i in range(3)] == [f'5 {i}\n' for i in range(3)]
+
+
+def test_reconstructions_of_any_size_are_compared_with_one_original(images):
+    source = open_source(images / 'val')
+
+    def quality(made_size, sizes):
+        made = unit_range(pixel_twin.load_pixels(source, made_size, 0, made_size).images)
+        return arms.image_quality(source, lambda batch: made[batch.start:batch.stop], sizes, 0)
+
+    assert quality(24, [24, 40])[0] == {'psnr': 100, 'ssim': 1}
+    at_24, at_16 = quality(16, [24, 16])
+    assert 20 < at_24['psnr'] < 100 and at_24['ssim'] < 1
+    assert at_16 == {'psnr': 100, 'ssim': 1}
+    assert arms.image_quality(source, lambda batch: None, [24], 0) == [{'psnr': None, 'ssim': None}]
 
 
 # ---------------------------------------------------------------- pixels
