@@ -1,5 +1,6 @@
 """What benchmarks/tokenizers.py compares: its images, the programs of an arm, their results, the table."""
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -12,10 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 from torch import nn
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
 
 from benchmarks.common import spread
-from files import read_bytes, read_json, write_text
+from files import atomic_path, read_bytes, read_json, write_text
 from image_quality import psnr, ssim
 from image_sources import FolderImages, Source, load_images, open_source
 from image_tokenizer import encode_images, unit_range
@@ -26,6 +30,8 @@ from utils import InputError
 ROOT = Path(__file__).resolve().parent.parent
 BATCH = 64  # images decoded or encoded at a time
 MAX_LOG_BYTES = 1 << 26  # of a program's output
+SAMPLE = 8  # images drawn
+TITLE = 16  # pixels of a column's name
 COLUMNS = ('name', 'grid or side', 'bits a code', 'bytes (entropy)', 'bytes on disk', 'PSNR', 'SSIM', 'codes used',
            'images/s', 'learning rate', 'top-1')
 
@@ -177,7 +183,7 @@ def batches_of(count: int) -> list[range]:
     return [range(first, min(first + BATCH, count)) for first in range(0, count, BATCH)]
 
 
-def image_quality(source: Source, reconstruct: Callable[[range], torch.Tensor | None], sizes: Sequence[int],
+def image_quality(source: Source, reconstruct: Callable[[Sequence[int]], torch.Tensor | None], sizes: Sequence[int],
                   workers: int) -> list[dict[str, float | None]]:
     """Mean PSNR and SSIM over the images of a source, at each of some sizes.
 
@@ -185,7 +191,7 @@ def image_quality(source: Source, reconstruct: Callable[[range], torch.Tensor | 
 
     Args:
         source: of the images.
-        reconstruct: range of image numbers -> (B, 3, S, S) float in [0, 1], or None.
+        reconstruct: image numbers -> (B, 3, S, S) float in [0, 1], or None.
         sizes: pixels on a side, where both are compared.
         workers: processes that decode.
 
@@ -228,6 +234,47 @@ def tokenizing_speed(source: Source, tokenizer: nn.Module, codebook: torch.Tenso
             encode_images(tokenizer, codebook, pixels)[1].cpu()  # waits for a GPU
         rates.append(len(batch) / (time.perf_counter() - began))
     return spread(rates[1:])  # the first is a warm-up
+
+
+# ---------------------------------------------------------------- the pictures
+
+def sampled(count: int) -> list[int]:
+    """Numbers of the images that are drawn, from all over `count` of them."""
+    return np.linspace(0, count - 1, min(SAMPLE, count)).round().astype(int).tolist()
+
+
+def write_column(reconstruct: Callable[[Sequence[int]], torch.Tensor | None], count: int, size: int,
+                 path: Path) -> None:
+    """Draw some of `count` images, as in `image_quality`, one below the other. Raises InputError."""
+    images = reconstruct(sampled(count))
+    if images is not None:
+        with atomic_path(path) as temporary:
+            to_pil_image(make_grid(resized(images, size).cpu(), nrow=1, pad_value=1)).save(temporary, 'PNG')
+
+
+def source_column(source: Source, size: int, path: Path) -> None:
+    """Draw the same of the originals."""
+    pixels = next(load_images(source, [sampled(len(source))], size)).pixels
+    write_column(lambda _: unit_range(pixels), len(source), size, path)
+
+
+def write_sheet(columns: dict[str, Path], path: Path) -> None:
+    """Join columns that `write_column` drew, each below its name; those that are not there are left out.
+
+    Raises:
+        InputError: when it cannot be written.
+    """
+    pictures = {name: Image.open(column) for name, column in columns.items() if column.exists()}
+    font = ImageFont.load_default(TITLE - 4)
+    widths = [max(picture.width, math.ceil(font.getlength(name)) + 4) for name, picture in pictures.items()]
+    sheet = Image.new('RGB', (sum(widths), TITLE + max(picture.height for picture in pictures.values())), 'white')
+    left = 0
+    for (name, picture), width in zip(pictures.items(), widths):
+        ImageDraw.Draw(sheet).text((left + 2, 0), name, 'black', font)
+        sheet.paste(picture, (left, TITLE))
+        left += width
+    with atomic_path(path) as temporary:
+        sheet.save(temporary, 'PNG')
 
 
 # ---------------------------------------------------------------- the table

@@ -49,6 +49,7 @@ from utils import InputError, cores, run
 DEFAULTS = ['--model', 'deit_tiny_token_32', '--model-kwargs', 'depth=4', 'embed_dim=128', 'num_heads=4',
             '--batch-size', '100', '--epochs', '10', '--unscale-lr', '--warmup-epochs', '1', '--warmup-lr', '1e-4',
             '--drop-path', '0', '--rrc-ratio', '0.35', '--mixup-prob', '0.2', '--model-ema-decay', '0.99']
+COLUMN = 'column.png'  # of an arm, and of the originals
 OWN_FLAGS = {'--lr', '--seed', '--output-dir', '--resume', '--eval', '--no-eval', '--finetune', '--start-epoch',
              '--input-size', '--nb-classes', '--codebook-path', '--token-synonym-dict', '--train-token-file',
              '--train-label-file', '--val-token-file', '--val-label-file'}
@@ -61,7 +62,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add('--train-path', required=True, metavar='DIR', help='a folder with a folder of images for every class')
     add('--val-path', required=True, metavar='DIR')
-    add('--output-dir', required=True, metavar='DIR', help='gets results.json, table.md, and a folder for each arm')
+    add('--output-dir', required=True, metavar='DIR', help='gets results.json, table.md, sheet.png, and a folder for each arm')
     add('--tokenizer', nargs=4, action='append', default=[], metavar=('NAME', 'TOKENIZER', 'CODEBOOK', 'IMAGE_SIZE'),
         help="an arm; CODEBOOK - is the tokenizer's own")
     add('--pixels', nargs=3, action='append', default=[], metavar=('NAME', 'SIDE', 'QUALITY'),
@@ -148,10 +149,11 @@ def judge_tokens(args: argparse.Namespace, folder: Path, lists: Sequence[Path], 
     print('\n'.join(describe(summary)[:4]), flush=True)
     val_source = open_source(lists[1])
 
-    def reconstruct(batch: range) -> torch.Tensor | None:
-        return decode_codes(tokenizer, codebook, torch.from_numpy(val_codes[batch.start:batch.stop].astype(np.int64)))
+    def reconstruct(batch: Sequence[int]) -> torch.Tensor | None:
+        return decode_codes(tokenizer, codebook, torch.from_numpy(val_codes[list(batch)].astype(np.int64)))
 
     quality, own = arms.image_quality(val_source, reconstruct, (args.quality_size, spec[2]), args.image_workers)
+    arms.write_column(reconstruct, len(val_source), args.quality_size, folder / COLUMN)
     speed = arms.tokenizing_speed(val_source, tokenizer, codebook, spec[2], args.repeats)
     program = ['main_seit.py', '--codebook-path', codebook_path, '--token-synonym-dict', folder / 'synonyms.json',
                '--input-size', summary['grid'] * args.main_args.token_patch_size]
@@ -175,8 +177,12 @@ def judge_pixels(args: argparse.Namespace, folder: Path, lists: Sequence[Path], 
     print(f'{len(train_source):,} images, bytes an image: {stored.file_bytes:,.0f} as files'
           + (f', {stored.scan_bytes:,.0f} without headers' if stored.scan_bytes else ''), flush=True)
     made = load_pixels(val_source, side, quality, side).images
-    fidelity = arms.image_quality(val_source, lambda batch: unit_range(made[batch.start:batch.stop]),
-                                  [args.quality_size], args.image_workers)[0]
+
+    def stored_images(batch: Sequence[int]) -> torch.Tensor:
+        return unit_range(made[list(batch)])
+
+    fidelity = arms.image_quality(val_source, stored_images, [args.quality_size], args.image_workers)[0]
+    arms.write_column(stored_images, len(val_source), args.quality_size, folder / COLUMN)
     program = ['benchmarks/pixel_twin.py', '--train-path', lists[0], '--val-path', lists[1], '--side', side,
                '--jpeg-quality', quality, '--patch-size', args.pixel_patch, '--input-size', args.pixel_size]
     return {'side': side, 'jpeg_quality': quality, 'bytes': size, **fidelity,
@@ -225,14 +231,17 @@ def lock(folder: Path) -> Any:
 
 
 def judge_all(args: argparse.Namespace, device: torch.device) -> dict[str, dict[str, Any]]:
-    """The results of all arms by name; results.json and table.md are kept up to date."""
+    """The results of all arms by name; results.json, table.md and sheet.png are kept up to date."""
     folder = Path(args.output_dir)
     lists = arms.write_lists(args.train_path, args.val_path, args.classes, args.images_per_class, folder)
+    arms.source_column(open_source(lists[1]), args.quality_size, folder / COLUMN)
+    columns = {'source': folder / COLUMN} | {name: folder / name / COLUMN for name in args.arms}
     results = {}
     for name in args.arms:
         results[name] = judge(args, name, lists, device)
         write_text(folder / 'results.json', json.dumps(results, indent=1) + '\n')
         write_text(folder / 'table.md', arms.table(results))
+        arms.write_sheet(columns, folder / 'sheet.png')
     return results
 
 

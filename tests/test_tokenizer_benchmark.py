@@ -70,6 +70,16 @@ def judged(images, tmp_path_factory):
     return output, judge(*words(images, output))
 
 
+def test_the_sheet_has_a_column_for_every_arm(judged):
+    output, _ = judged
+    columns = [np.asarray(Image.open(path / 'column.png')) for path in (output, output / 'patch', output / 'small')]
+    assert all(column.shape == (8 * 26 + 2, 28, 3) for column in columns)
+    sheet = np.asarray(Image.open(output / 'sheet.png'))[arms.TITLE:]
+    found = [any(np.array_equal(sheet[:, left:left + 28], column) for left in range(sheet.shape[1] - 27))
+             for column in columns]
+    assert found == [True] * 3 and not np.array_equal(columns[0], columns[1])
+
+
 def test_both_kinds_of_arms(judged):
     output, code = judged
     results = json.loads((output / 'results.json').read_text())
