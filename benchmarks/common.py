@@ -18,7 +18,7 @@ import main_seit
 from flags import Parser, integer
 from run_info import VERSIONS
 from files import save_torch, write_text
-from image_tokenizer import PatchTokenizer
+from image_tokenizer import PatchTokenizer, lift_rows
 from recipe import default_amp, keep_freed_memory
 from token_files import write_tokens
 from utils import device_of_rank
@@ -205,9 +205,9 @@ def make_tokenizer(name: str, device: torch.device) -> tuple[nn.Module, torch.Te
     """(tokenizer, codebook) on a device: ViT-VQGAN 'base' or 'small' with random weights, or 'patch'."""
     torch.manual_seed(0)
     if name == 'patch':
-        basis = torch.linalg.qr(torch.randn(192, CODE_DIM)).Q
-        tokenizer = PatchTokenizer(torch.full((192,), 0.5), basis, torch.ones(()))
-        codebook = torch.randn(CODES, CODE_DIM)
+        basis = torch.linalg.qr(torch.randn(192, CODE_DIM - 1)).Q
+        codebook = lift_rows(torch.randn(CODES, CODE_DIM - 1))
+        tokenizer = PatchTokenizer(torch.full((192,), 0.5), basis, torch.ones(()), codebook)
     else:
         tokenizer = ViTVQGAN.from_name(name).eval()
         codebook = tokenizer.codebook

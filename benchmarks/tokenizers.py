@@ -62,7 +62,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add('--train-path', required=True, metavar='DIR', help='a folder with a folder of images for every class')
     add('--val-path', required=True, metavar='DIR')
-    add('--output-dir', required=True, metavar='DIR', help='gets results.json, table.md, sheet.png, and a folder for each arm')
+    add('--output-dir', required=True, metavar='DIR',
+        help='gets results.json, table.md, sheet.png, and a folder for each arm')
     add('--tokenizer', nargs=4, action='append', default=[], metavar=('NAME', 'TOKENIZER', 'CODEBOOK', 'IMAGE_SIZE'),
         help="an arm; CODEBOOK - is the tokenizer's own")
     add('--pixels', nargs=3, action='append', default=[], metavar=('NAME', 'SIDE', 'QUALITY'),
