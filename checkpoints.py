@@ -11,7 +11,7 @@ from safe_load import MAX_STRING, check_fields, load_torch
 from utils import InputError, print0, world_size
 
 # With another value of any of these, a resumed run has other batches or other augmentation.
-EXACT = ('world_size', 'batch_size', 'accum_iter', 'seed', 'repeated_aug')
+EXACT = ('world_size', 'batch_size', 'accum_iter', 'seed', 'repeated_aug', 'val_images', 'epoch_images', 'flip')
 THIS_START = {'resume', 'eval', 'allow_inexact_resume', 'output_dir', 'world_size'}  # flags of a start, not of the run
 MOMENTS = {'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'momentum_buffer'}  # that have their parameter's shape
 FIELDS = {  # of a checkpoint, where it has them
@@ -182,7 +182,7 @@ def compare_flags(before: dict[str, Any], now: dict[str, Any], path: str) -> Non
         raise InputError(f'{path}: was written with --opt {before["opt"]}, not {now["opt"]}; resume with the same, or '
                          'start from the weights with --finetune')
     inexact = [f'{key} {before[key]} -> {now[key]}' for key in EXACT
-               if before.get(key) is not None and before[key] != now[key]]
+               if before.get(key) is not None and key in now and before[key] != now[key]]
     if inexact and not now['allow_inexact_resume']:
         raise InputError(f'{path}: the run that wrote it differs in {", ".join(inexact)}; resume it as it was, or add '
                          '--allow-inexact-resume')

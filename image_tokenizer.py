@@ -36,9 +36,21 @@ from vitvqgan import ViTVQGAN, prefixes
 
 DECODED_AT_ONCE = 8  # images: bounds memory
 LIFT = 2.  # of the last element of a patch tokenizer's rows, where the others have standard deviation 1
+FORMAT = 'seit-tokenizer'  # in the metadata of .safetensors that this project writes
+VERSION = 1  # of that format
 
 
 # ---------------------------------------------------------------- images to codes and back
+
+def check_sizes(image_size: int, patch_size: int) -> None:
+    """InputError unless patches divide the images, as --image-size and --patch-size state them."""
+    if patch_size > image_size:
+        raise InputError(f'--patch-size {patch_size}: larger than images of --image-size {image_size}')
+    if image_size % patch_size:
+        near = image_size // patch_size * patch_size
+        raise InputError(f'--image-size {image_size}: images of it do not divide into patches of {patch_size}: choose '
+                         f'{near} or {near + patch_size}')
+
 
 def unit_range(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 pixels -> float32 in [0, 1], rounded as torchvision's ToTensor does, on any device."""
@@ -200,6 +212,7 @@ def read_file(path: str | Path) -> Any:
     """What a .safetensors or torch file holds, without running code from it. Raises InputError, or its CodeNeeded."""
     if str(path).lower().endswith('.safetensors'):
         try:
+            check_version(path)
             return safetensors.torch.load_file(path)
         except OSError as error:
             raise InputError(f'{path}: cannot read a tokenizer ({error.strerror or error})') from None
@@ -214,6 +227,17 @@ def read_file(path: str | Path) -> Any:
         if name or 'persistent_load of storage' in said:  # the latter is how torch < 1.6 saved modules
             raise CodeNeeded(path, name.group(1) if name else 'a module in an old format') from None
         raise
+
+
+def check_version(path: str | Path) -> None:
+    """InputError for a .safetensors that a later version of this project wrote; others may be anything."""
+    with safetensors.safe_open(path, 'pt') as file:
+        metadata = file.metadata() or {}
+    version = metadata.get('version', '')
+    if metadata.get('format') == FORMAT and version != str(VERSION):
+        newer = version.isdecimal() and int(version[:9]) > VERSION
+        raise InputError(f'{path}: is of version {version[:20]!r} of {FORMAT}, and {VERSION} is read here: '
+                         + ('update the project' if newer else 'a damaged file; make it again'))
 
 
 def build(path: str | Path, value: Any) -> nn.Module:

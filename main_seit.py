@@ -24,13 +24,14 @@ from engine import evaluate, rank_indices, train
 from loss_meter import NotFinite
 from models_seit import create_model
 from preemption import REQUEUE
-from pretrained import load_pretrained
+from pretrained import freeze_all_but_attention, load_pretrained
 from run_folder import RunFolder, RunLog, find_checkpoint
 from samplers import repeated_augmentation, shuffled
 from token_augment import (EmbeddingNoise, EraseRectangle, EvalTransform, RandomCrop, RandomResizedCrop,
                            ReplaceSynonyms, SwapPatches, TokenEDA, check_crop)
 from token_dataset import TokenDataset, check_class_names, choose_data_device
-from utils import InputError, check_same_on_all_ranks, init_distributed, print0, rank, run, world_size
+from utils import (InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, print0, rank, run,
+                   world_size)
 
 # Accepted because published commands may hold them: flag -> why it changes nothing.
 NO_EFFECT = {
@@ -185,14 +186,15 @@ def main(args: argparse.Namespace) -> int:
     check_same_on_all_ranks({'training images': len(train_data or ()), 'validation images': len(val_data or ()),
                              'codebook': tuple(codebook.shape), **progress_of(checkpoint)})
     choose_data_device(datasets, args.data_device, device)
-    if device.type == 'cpu':
-        recipe.keep_freed_memory()  # only now: decoding a large set frees much that need not be kept
+    keep_freed_memory(device)  # only now: decoding a large set frees much that need not be kept
 
     # ------------------------------------------------------------ model
     model = create_model(args.model, args.model_kwargs, classes, size, codebook.shape[1],
                          drop_path_rate=args.drop_path, pos_drop_rate=args.drop, proj_drop_rate=args.drop)
     if args.finetune:
         load_pretrained(model, args.finetune)
+    if args.attn_only:
+        freeze_all_but_attention(model)
     model.to(device)
     amp = args.amp or recipe.default_amp(device)
     print_model(args.model, model, device, amp)

@@ -1,4 +1,4 @@
-"""--finetune: starting from other weights."""
+"""Fine-tuning: --finetune, which starts from other weights, and --attn-only, which trains few of them."""
 import torch
 from timm.layers import resample_abs_pos_embed
 from torch import nn
@@ -50,3 +50,9 @@ def fit_positions(positions: torch.Tensor, wanted: torch.Tensor, path: str) -> t
     side = round((wanted.shape[1] - 1) ** 0.5)
     grid = torch.cat([first, positions[:, prefix:]], 1).float()
     return resample_abs_pos_embed(grid, [side, side], antialias=False)
+
+
+def freeze_all_but_attention(model: nn.Module) -> None:
+    """--attn-only: attention, head and position embeddings train, nothing else."""
+    for name, value in model.named_parameters():
+        value.requires_grad = '.attn.' in name or name.startswith('head.') or name == 'pos_embed'

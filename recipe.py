@@ -3,8 +3,6 @@
 Flags stop here and in the entry scripts: other modules never see `args`, and `args` is never changed after parsing.
 """
 import argparse
-import contextlib
-import ctypes
 import os
 from collections.abc import Callable
 from typing import Any
@@ -41,17 +39,29 @@ def add_model_flags(parser: Parser) -> None:
         help="arguments of timm's VisionTransformer, as in depth=4 embed_dim=128 num_heads=4")
     add('--drop', type=SHARE, default=0., help='dropout rate')
     add('--drop-path', type=SHARE, default=0.1, help='stochastic depth rate')
-    add('--model-ema', action=ON_OFF, default=True, help='keep and evaluate an average of the weights')
-    add('--model-ema-decay', type=SHARE, default=0.99996)
-    add('--model-ema-force-cpu', action='store_true', help='keep the average in host memory')
+    add_average_flags(add)
     add('--finetune', default='', metavar='FILE',
         help='start from these weights (a path, or an https address, which may end in #sha256=HEX)')
-    add('--grad-checkpointing', action='store_true', help='recompute activations: less memory, more time')
     add('--attn-only', action='store_true', help='train only attention, head and position embeddings')
 
 
+def add_average_flags(add: Callable) -> None:
+    """The average of the weights, and memory for time, added by a group's add_argument."""
+    add('--model-ema', action=ON_OFF, default=True, help='keep and evaluate an average of the weights')
+    add('--model-ema-decay', type=SHARE, default=0.99996)
+    add('--model-ema-force-cpu', action='store_true', help='keep the average in host memory')
+    add('--grad-checkpointing', action='store_true', help='recompute activations: less memory, more time')
+
+
 def add_optimization_flags(parser: Parser) -> None:
-    """Batch, optimizer, schedule, loss, precision."""
+    """Batch, optimizer, schedule, precision, classification loss."""
+    add = add_step_flags(parser)
+    add('--smoothing', type=SHARE, default=0.1, help='label smoothing')
+    add('--bce-loss', action='store_true', help='binary cross-entropy; needs --smoothing 0 and CutMix or Mixup')
+
+
+def add_step_flags(parser: Parser) -> Callable:
+    """Batch, optimizer, schedule, precision. Returns the group's add_argument."""
     add = parser.add_argument_group('optimization').add_argument
     add('--batch-size', type=integer(1), default=64, help='per process')
     add('--accum-iter', type=integer(1), default=1, metavar='N',
@@ -74,11 +84,10 @@ def add_optimization_flags(parser: Parser) -> None:
     add('--decay-epochs', type=POSITIVE, default=30, help='step schedule')
     add('--warmup-epochs', type=integer(), default=5)
     add('--decay-rate', '--dr', type=number(0), default=0.1, help='step schedule; the power of poly')
-    add('--smoothing', type=SHARE, default=0.1, help='label smoothing')
-    add('--bce-loss', action='store_true', help='binary cross-entropy; needs --smoothing 0 and CutMix or Mixup')
     add('--amp', choices=['bf16', 'fp16', 'off'], help='mixed precision (default: fp16 on CUDA, off on CPU)')
     add('--tf32', action='store_true', help='TF32 for what stays in float32 (CUDA)')
     add('--compile', action='store_true', help='torch.compile the model')
+    return add
 
 
 def add_mixing_flags(parser: Parser) -> None:
@@ -93,7 +102,16 @@ def add_mixing_flags(parser: Parser) -> None:
 
 
 def add_run_flags(parser: Parser) -> None:
-    """Output, resuming, evaluation, device, processes."""
+    """Output, resuming, device, processes, evaluation."""
+    add = add_output_flags(parser)
+    add('--start-epoch', type=integer(), default=0)
+    add('--eval', action='store_true', help='only evaluate --resume')
+    add('--dist-eval', action='store_true', help='share the validation images over the ranks, each on exactly one')
+    add('--no-eval', action='store_true', help='train without evaluating')
+
+
+def add_output_flags(parser: Parser) -> Callable:
+    """Output, resuming, device, processes. Returns the group's add_argument."""
     add = parser.add_argument_group('run').add_argument
     add('--output-dir', default='', metavar='DIR', help="checkpoints and log.txt; '' saves nothing")
     add('--resume', default='', metavar='FILE',
@@ -104,16 +122,13 @@ def add_run_flags(parser: Parser) -> None:
     add('--save-every', type=save_interval, metavar='N', help='a checkpoint every N steps, or Nm minutes, too')
     add('--on-nan', default='stop', choices=['stop', 'skip'], help='what to do about a loss that is not finite')
     add('--deterministic', action='store_true', help='deterministic algorithms on CUDA, for resuming bit by bit')
-    add('--start-epoch', type=integer(), default=0)
-    add('--eval', action='store_true', help='only evaluate --resume')
-    add('--dist-eval', action='store_true', help='share the validation images over the ranks, each on exactly one')
-    add('--no-eval', action='store_true', help='train without evaluating')
     add('--device', default='auto', help='auto (CUDA where there is one), cuda, cuda:N or cpu')
     add('--seed', type=SEED, default=0)
     add('--tensorboard', action='store_true', help='write scalars to --output-dir (needs the tensorboard package)')
     add('--dist-url', default='env://', help="torch.distributed's init method")
     add('--dist-timeout', type=number(1e-3, 1e6), default=10, metavar='MINUTES',
         help='a process that waits so long for another ends: a host was cut off')
+    return add
 
 
 def save_interval(text: str) -> tuple[float, str]:
@@ -131,12 +146,18 @@ def check_flags(args: argparse.Namespace) -> None:
          '--bce-loss needs --smoothing 0 (any smoothing makes every target 1) and --cutmix or --mixup on'),
         (args.eval and not args.resume, '--eval needs --resume CHECKPOINT'),
         (args.eval and args.no_eval, '--eval and --no-eval exclude each other'),
-        (args.resume == 'auto' and not args.output_dir, '--resume auto looks in --output-dir: give one'),
-        (args.tensorboard and not args.output_dir, '--tensorboard writes to --output-dir: give one'),
     ]
     for wrong, message in checks:
         if wrong:
             raise InputError(message)
+    check_output_flags(args)
+
+
+def check_output_flags(args: argparse.Namespace) -> None:
+    """InputError for flags that need --output-dir without it."""
+    for on, flag in ((args.resume == 'auto', '--resume auto looks in'), (args.tensorboard, '--tensorboard writes to')):
+        if on and not args.output_dir:
+            raise InputError(f'{flag} --output-dir: give one')
 
 
 def mixes(args: argparse.Namespace) -> bool:
@@ -148,7 +169,7 @@ def flags_alike(args: argparse.Namespace) -> dict[str, Any]:
     """The flags that must be the same on all ranks, by their names on the command line."""
     alike = {f'--{name.replace("_", "-")}': value for name, value in vars(args).items()
              if not name.endswith(LOCATIONS) and name not in ('finetune', 'resume', 'dist_url')}
-    return alike | {'--token-cache none': args.token_cache == 'none'}  # then no rank waits for another's cache
+    return alike | {'--token-cache none': vars(args).get('token_cache') == 'none'}  # no rank waits for another's then
 
 
 # ---------------------------------------------------------------- what the flags make
@@ -166,21 +187,6 @@ def set_up_torch(args: argparse.Namespace) -> None:
         torch.use_deterministic_algorithms(True)
     if args.tf32:
         torch.set_float32_matmul_precision('high')
-
-
-def keep_freed_memory() -> None:
-    """Let glibc's malloc keep what is freed.
-
-    Otherwise each large tensor is given back to the kernel and fetched again, page by page: half the time of
-    augmentation on a CPU.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # another C library: all works, only slower
-        mallopt = ctypes.CDLL(None).mallopt
-        trim_threshold = -1  # of malloc.h
-        mmap_threshold = -3
-        if not mallopt(mmap_threshold, 1 << 30):
-            mallopt(mmap_threshold, 1 << 25)  # older versions take no more
-        mallopt(trim_threshold, (1 << 31) - 1)
 
 
 def effective_batch(args: argparse.Namespace) -> int:
@@ -245,8 +251,6 @@ def make_state(args: argparse.Namespace, model: nn.Module, device: torch.device,
     """The state of a new run, from a model on `device` that reads inputs (B, *input_shape)."""
     amp = args.amp or default_amp(device)
     model.set_grad_checkpointing(args.grad_checkpointing)
-    if args.attn_only:
-        freeze_all_but_attention(model)
     ema_device = 'cpu' if args.model_ema_force_cpu else None
     ema = ModelEmaV3(model, decay=args.model_ema_decay, device=ema_device) if args.model_ema else None
     optimizer = make_optimizer(args, model)
@@ -262,12 +266,6 @@ def make_state(args: argparse.Namespace, model: nn.Module, device: torch.device,
         model.zero_grad()
     return TrainState(model, train_model, optimizer, make_scheduler(args, optimizer), make_scaler(device, amp), ema,
                       amp, epoch=args.start_epoch)
-
-
-def freeze_all_but_attention(model: nn.Module) -> None:
-    """--attn-only: attention, head and position embeddings train, nothing else."""
-    for name, value in model.named_parameters():
-        value.requires_grad = '.attn.' in name or name.startswith('head.') or name == 'pos_embed'
 
 
 def count_steps(args: argparse.Namespace, images: int, source: str) -> int:

@@ -13,6 +13,7 @@ import contextlib
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,8 @@ UNSAVED = '.unsaved'
 
 # ---------------------------------------------------------------- finding a checkpoint
 
-def find_checkpoint(output_dir: str, resume: str, evaluating: bool = False) -> tuple[dict | None, str]:
+def find_checkpoint(output_dir: str, resume: str, evaluating: bool = False,
+                    outputs: Sequence[str] = ()) -> tuple[dict | None, str]:
     """The checkpoint that a run begins from. Collective: rank 0 looks, and all take what it found.
 
     Precedence: `resume` as a path or address; with 'auto' the newest in `output_dir`, or the one before where that is
@@ -41,6 +43,7 @@ def find_checkpoint(output_dir: str, resume: str, evaluating: bool = False) -> t
         output_dir: '' for none.
         resume: --resume: '', 'auto', a path or an address.
         evaluating: nothing will be written to output_dir.
+        outputs: names of files that the program makes of a run, which a new run must not replace.
 
     Returns:
         (checkpoint, its path), or (None, '').
@@ -50,16 +53,16 @@ def find_checkpoint(output_dir: str, resume: str, evaluating: bool = False) -> t
             nothing is overwritten.
     """
     loaded = {}
-    path = on_main(_choose, output_dir, resume, evaluating, loaded)
+    path = on_main(_choose, output_dir, resume, evaluating, loaded, outputs)
     return (loaded.get(path) or load_checkpoint(path), path) if path else (None, '')
 
 
-def _choose(output_dir: str, resume: str, evaluating: bool, loaded: dict[str, dict]) -> str:
+def _choose(output_dir: str, resume: str, evaluating: bool, loaded: dict[str, dict], outputs: Sequence[str]) -> str:
     """The path of the checkpoint to begin from, or ''. Rank 0 alone; what it had to load is put into `loaded`."""
     folder = Path(output_dir)
     if not evaluating and output_dir:
         _finish_renames(folder)
-    earlier = _earlier_files(folder) if output_dir else []
+    earlier = _earlier_files(folder, outputs) if output_dir else []
     if resume == 'auto':
         candidates = [folder / name for name in (NEWEST, PREVIOUS) if os.path.exists(folder / name)]
         if candidates:
@@ -77,11 +80,11 @@ def _choose(output_dir: str, resume: str, evaluating: bool, loaded: dict[str, di
     return resume
 
 
-def _earlier_files(folder: Path) -> list[Path]:
+def _earlier_files(folder: Path, outputs: Sequence[str] = ()) -> list[Path]:
     """The files of an earlier run that a new one would overwrite."""
     if os.path.exists(folder / UNSAVED) and not os.path.exists(folder / NEWEST):
         return []  # what is there was left by a run killed before its first checkpoint was whole
-    files = [folder / name for name in (NEWEST, PREVIOUS, *BEST.values(), LOG)]
+    files = [folder / name for name in (NEWEST, PREVIOUS, *BEST.values(), LOG, *outputs)]
     return [path for path in files if os.path.exists(path) and path.stat().st_size]
 
 
@@ -120,16 +123,18 @@ class RunFolder:
     Args:
         path: '' saves nothing.
         save_every: (N, 'steps') or (N, 'minutes') between checkpoints within an epoch, or None.
+        outputs: names of further files that the program writes there.
 
     Raises:
         InputError: on every rank, when another run writes there, or nobody can. Collective.
     """
 
-    def __init__(self, path: str, save_every: tuple[float, str] | None = None):
+    def __init__(self, path: str, save_every: tuple[float, str] | None = None, outputs: Sequence[str] = ()):
         self.path = Path(path)
         self.saves = bool(path)
         self.record = {}
         self.save_every = save_every
+        self.outputs = outputs
         self.saved_at = time.monotonic()
         self.lock = None
         on_main(self._take)
@@ -147,7 +152,7 @@ class RunFolder:
         except OSError as error:
             raise InputError(f'{self.path}: --output-dir cannot be written ({error.strerror}); choose another '
                              'folder') from None
-        for name in (NEWEST, COMPLETE, *BEST.values(), LOG, 'args.json'):
+        for name in (NEWEST, COMPLETE, *BEST.values(), LOG, 'args.json', *self.outputs):
             remove_leftovers(self.path, f'.{name}.*.tmp')
 
     def begin(self, args_json: dict[str, Any], record: dict[str, Any]) -> None:

@@ -21,8 +21,8 @@ def device_name(device: torch.device) -> str:
 
 def print_model(name: str, model: nn.Module, device: torch.device, amp: str) -> None:
     """Print the model's size, the device, the precision and the versions."""
-    print0(f'model: {name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, '
-           f'{model.num_classes} classes')
+    classes = f', {model.num_classes} classes' if hasattr(model, 'num_classes') else ''
+    print0(f'model: {name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters{classes}')
     versions = ', '.join(f'{package} {version}' for package, version in VERSIONS.items())
     print0(f'device: {world_size()} x {device_name(device)}, amp {amp}, {versions}')
 

@@ -1,5 +1,6 @@
 """What every program here needs: errors for users, entry, processes, printing, step seeds."""
 import contextlib
+import ctypes
 import datetime
 import hashlib
 import os
@@ -284,6 +285,25 @@ def check_same_on_all_ranks(facts: dict[str, Any]) -> None:
             if first != value:
                 raise InputError(f'the ranks are not of one run: {name} is {first} on rank 0 and {value} on '
                                  f'rank {other}: start all with the same flags, on folders that all nodes share')
+
+
+# ---------------------------------------------------------------- memory
+
+def keep_freed_memory(device: torch.device) -> None:
+    """Let glibc's malloc keep what is freed, where a CPU computes.
+
+    Otherwise each large tensor is given back to the kernel and fetched again, page by page: half the time of
+    augmentation on a CPU.
+    """
+    if device.type != 'cpu':
+        return
+    with contextlib.suppress(OSError, AttributeError):  # another C library: all works, only slower
+        mallopt = ctypes.CDLL(None).mallopt
+        trim_threshold = -1  # of malloc.h
+        mmap_threshold = -3
+        if not mallopt(mmap_threshold, 1 << 30):
+            mallopt(mmap_threshold, 1 << 25)  # older versions take no more
+        mallopt(trim_threshold, (1 << 31) - 1)
 
 
 # ---------------------------------------------------------------- printing

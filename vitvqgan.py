@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from utils import InputError
 
@@ -111,11 +112,13 @@ class Transformer(nn.Module):
             nn.ModuleList([PreNorm(size.dim, Attention(size.dim, size.heads)),
                            PreNorm(size.dim, FeedForward(size.dim, size.mlp_dim))]) for _ in range(size.depth))
         self.norm = nn.LayerNorm(size.dim)
+        self.grad_checkpointing = False  # recompute activations: less memory, more time
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for attention, feed_forward in self.layers:
-            x = x + attention(x)
-            x = x + feed_forward(x)
+        for layer in self.layers:
+            for part in layer:  # attention, feed-forward
+                recompute = self.grad_checkpointing and torch.is_grad_enabled()
+                x = x + (checkpoint(part, x, use_reentrant=False) if recompute else part(x))
         return self.norm(x)
 
 

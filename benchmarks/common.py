@@ -19,9 +19,9 @@ from flags import Parser, integer
 from run_info import VERSIONS
 from files import save_torch, write_text
 from image_tokenizer import PatchTokenizer, lift_rows
-from recipe import default_amp, keep_freed_memory
+from recipe import default_amp
 from token_files import write_tokens
-from utils import device_of_rank
+from utils import device_of_rank, keep_freed_memory
 from vitvqgan import ViTVQGAN
 
 CODES = 391  # of the published codebook
@@ -73,8 +73,7 @@ def set_up(device: str, threads: int) -> torch.device:
 
 def keep_memory(device: torch.device) -> None:
     """What main_seit.py does once its data are there: on a CPU, freed memory is kept."""
-    if device.type == 'cpu':
-        keep_freed_memory()
+    keep_freed_memory(device)
 
 
 # ---------------------------------------------------------------- measuring

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from files import check_writable, save_torch
 from flags import SEED, Parser, integer
 from image_sources import Source, load_images, open_source
-from image_tokenizer import PatchTokenizer, lift_rows, unit_range
+from image_tokenizer import PatchTokenizer, check_sizes, lift_rows, unit_range
 from kmeans import kmeans, nearest_rows
 from utils import InputError, cores, print0, run
 
@@ -53,16 +53,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     check_sizes(args.image_size, args.patch_size)
     return args
-
-
-def check_sizes(image_size: int, patch_size: int) -> None:
-    """InputError unless patches divide the images."""
-    if patch_size > image_size:
-        raise InputError(f'--patch-size {patch_size}: larger than images of --image-size {image_size}')
-    if image_size % patch_size:
-        near = image_size // patch_size * patch_size
-        raise InputError(f'--image-size {image_size}: images of it do not divide into patches of {patch_size}: choose '
-                         f'{near} or {near + patch_size}')
 
 
 # ---------------------------------------------------------------- patches

@@ -56,8 +56,12 @@ def main(args: argparse.Namespace) -> None:
         draw(loss, lines, 'test_loss', run_name + 'val')
         draw(accuracy, lines, 'test_acc1', run_name + 'top-1')
         draw(accuracy, lines, 'ema_test_acc1', run_name + 'top-1, EMA')
+        draw(accuracy, lines, 'test_psnr', run_name + 'PSNR')
+        draw(accuracy, lines, 'ema_test_psnr', run_name + 'PSNR, EMA')
         draw(rate, lines, 'train_lr', run_name + 'learning rate')
-    for panel, title in ((loss, 'loss'), (accuracy, 'validation accuracy (%)'), (rate, 'learning rate')):
+    tokenizers = any('test_psnr' in line for lines in logs.values() for line in lines)
+    quality = 'PSNR of held-out images (dB)' if tokenizers else 'validation accuracy (%)'
+    for panel, title in ((loss, 'loss'), (accuracy, quality), (rate, 'learning rate')):
         panel.set(title=title, xlabel='epoch')
         panel.grid(alpha=0.3)
         if panel.lines:

@@ -9,6 +9,7 @@ import timm
 import torch
 
 import main_seit
+import pretrained
 import recipe
 from run_info import run_record
 from utils import InputError
@@ -62,7 +63,7 @@ def test_a_run_repeated_from_its_args_json_has_the_same_learning_rate():
 
 def test_attn_only_trains_only_attention():
     model = timm.create_model('deit_tiny_token_32', depth=2)
-    recipe.freeze_all_but_attention(model)
+    pretrained.freeze_all_but_attention(model)
     trained = {n for n, p in model.named_parameters() if p.requires_grad}
     assert trained == {n for n, _ in model.named_parameters()
                        if '.attn.' in n or n in ('head.weight', 'head.bias', 'pos_embed')}

@@ -1,0 +1,282 @@
+"""Train a ViT-VQGAN, an image tokenizer that SeiT's programs read, on your own images.
+
+    python scripts/train_tokenizer.py --data-path IMAGES/train --image-size 64 --patch-size 8 --vit tiny \\
+        --output-dir output/tokenizer
+    torchrun --nproc_per_node=8 scripts/train_tokenizer.py --data-path IMAGES/train --output-dir output/tokenizer
+
+Images come as in tokenize_images.py: class folders, a list file, tar shards or parquet files; some are held out. After
+each epoch --output-dir has tokenizer.safetensors, codebook.ckpt, reconstruction.png (source, reconstruction and error
+of held-out images) and a checkpoint, from which --resume auto continues exactly. There is no adversarial loss, so fine
+texture blurs; published weights that were trained with one load in the same programs.
+"""
+import argparse
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import recipe
+from checkpoints import flags_to_save, progress_of, resume
+from engine import rank_indices, train
+from files import atomic_path, save_torch
+from flags import Parser, integer, number
+from image_sources import Source, load_images, open_source
+from image_tokenizer import check_sizes, unit_range
+from kmeans import kmeans
+from loss_meter import NotFinite
+from perceptual_loss import PerceptualLoss
+from preemption import REQUEUE
+from run_folder import RunFolder, RunLog, find_checkpoint
+from run_info import print_model, run_record
+from samplers import shuffled
+from tokenizer_training import LossWeights, TokenizerTraining, evaluate_tokenizer, save_tokenizer
+from utils import (InputError, check_same_on_all_ranks, cores, init_distributed, keep_freed_memory, on_main, print0,
+                   rank, run, world_size)
+from vector_quantizer import ESTIMATORS, VectorQuantizer
+from vitvqgan import HEAD_DIM, SIZES, Size, ViTVQGAN
+
+TOKENIZER = 'tokenizer.safetensors'
+CODEBOOK = 'codebook.ckpt'
+SHEET = 'reconstruction.png'
+VITS = {'tiny': Size(256, 4, 4, 1024), **SIZES}
+MLP_RATIO = 4  # feed-forward width of a ViT of an explicit --width
+SHEET_IMAGES = 16
+HELD_OUT = 1000  # images, at most a tenth of all
+FEATURES_A_CODE = 64  # that k-means starts from
+ITERATIONS = 10  # of k-means: only a start
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises InputError, also for values that cannot work together."""
+    parser = Parser(__doc__.splitlines()[0])
+    add = parser.add_argument_group('data').add_argument
+    add('--data-path', required=True, metavar='PATH',
+        help='class folders of images, a list file .txt, tar shards or parquet files: see image_sources.py')
+    add('--val-path', default='', metavar='PATH', help='held-out images; default: some of --data-path')
+    add('--val-images', type=integer(1), metavar='N',
+        help='images held out, drawn at random; default: a tenth of them, 1,000 at most')
+    add('--epoch-images', type=integer(1), metavar='N', help='images of an epoch, drawn at random; default: all')
+    add('--image-size', type=integer(1), default=256, help='images are resized to this, both sides')
+    add('--flip', action=recipe.ON_OFF, default=True, help='mirror half of the training images')
+    add('--num-workers', type=integer(), default=cores(), metavar='N', help='processes that decode images, per rank')
+    add('--skip-bad-images', action='store_true', help='leave unreadable images out, instead of stopping at one')
+    add('--max-image-pixels', type=integer(1), metavar='N', help="images with more are refused; default: PIL's limit")
+
+    add = parser.add_argument_group('tokenizer').add_argument
+    add('--vit', default='small', choices=list(VITS), help='size of encoder and decoder; tiny is for CPUs')
+    add('--width', type=integer(HEAD_DIM), help=f"instead of --vit's; a multiple of {HEAD_DIM}, the width of a head")
+    add('--depth', type=integer(1), help="layers of each, instead of --vit's")
+    add('--patch-size', type=integer(1), default=8, help='pixels a code covers, on each side')
+    add('--codes', type=integer(2, 1 << 16), default=391, help='rows of the codebook')
+    add('--dim', type=integer(1), default=32, help='width of the codebook')
+    add('--estimator', default='rotation', choices=ESTIMATORS, help='how gradients pass the codebook')
+    add('--decay', type=recipe.SHARE, default=0.99, help='of the moving averages that the codebook is, a step')
+    add('--revive-below', type=recipe.SHARE, default=0.1,
+        help='codes used less than this part of the mean use start again at a feature; 0: never')
+
+    add = parser.add_argument_group('loss').add_argument
+    add('--l1', type=number(0), default=LossWeights.l1, help='weight of the mean absolute error of pixels')
+    add('--l2', type=number(0), default=LossWeights.l2, help='of the mean squared error')
+    add('--gradient', type=number(0), default=LossWeights.gradient,
+        help='of the mean absolute error of differences between neighboring pixels')
+    add('--perceptual', type=number(0), default=0.1, help='of the perceptual term, with --vgg-path')
+    add('--vgg-path', default='', metavar='FILE',
+        help="adds a perceptual term: torchvision's VGG16 weights, a state dict as a torch file")
+    add('--commitment', type=number(0), default=LossWeights.commitment, help='of features to their rows')
+
+    recipe.add_average_flags(recipe.add_step_flags(parser))
+    recipe.add_output_flags(parser)
+    parser.set_defaults(epochs=30, lr=4e-3, weight_decay=1e-4, clip_grad=1., warmup_epochs=1, warmup_lr=1e-4,
+                        model_ema_decay=0.999, start_epoch=0)
+    args = parser.parse_args(argv)
+    recipe.check_output_flags(args)
+    check_sizes(args.image_size, args.patch_size)
+    if args.width and args.width % HEAD_DIM:
+        near = args.width // HEAD_DIM * HEAD_DIM
+        raise InputError(f'--width {args.width}: heads of {HEAD_DIM} do not divide it: choose {near} or '
+                         f'{near + HEAD_DIM}')
+    if not (args.l1 or args.l2 or args.gradient):
+        raise InputError('--l1, --l2 and --gradient are all 0: nothing would hold reconstructions to their images')
+    return args
+
+
+# ---------------------------------------------------------------- data
+
+class Images:
+    """Some of a source's images, as batches of pixels.
+
+    Args:
+        args: the command line.
+        source: of the images.
+        chosen: (N,) int64, which of them.
+        device: where batches go.
+    """
+
+    def __init__(self, args: argparse.Namespace, source: Source, chosen: np.ndarray, device: torch.device):
+        self.args = args
+        self.source = source
+        self.chosen = chosen
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def batches(self, indices: np.ndarray) -> Iterator[torch.Tensor]:
+        """(B, 3, S, S) uint8 on the device, of the images of these indices (M,). Raises InputError."""
+        args = self.args
+        numbers = self.chosen[indices]
+        parts = [numbers[first:first + args.batch_size] for first in range(0, len(numbers), args.batch_size)]
+        pin_memory = self.device.type == 'cuda'
+        for batch in load_images(self.source, parts, args.image_size, workers=args.num_workers,
+                                 skip_bad=args.skip_bad_images, pin_memory=pin_memory,
+                                 max_pixels=args.max_image_pixels):
+            if not len(batch.indices):
+                raise InputError(f'{self.source.data_path}: none of the {len(batch.skipped)} images of a batch can be '
+                                 'read')
+            yield batch.pixels.to(self.device, non_blocking=pin_memory)
+
+
+def hold_out(args: argparse.Namespace, device: torch.device) -> tuple[Images, Images]:
+    """The images that are trained on, and those held out, disjoint. Raises InputError."""
+    source = open_source(args.data_path)
+    val_source = open_source(args.val_path) if args.val_path else source
+    count = args.val_images or min(HELD_OUT, max(1, len(val_source) // 10))
+    if count > len(val_source) or (not args.val_path and count == len(source)):
+        raise InputError(f'{args.val_path or args.data_path}: of its {len(val_source)} images {count} cannot be held '
+                         'out and leave some to train on: give a smaller --val-images')
+    order = torch.randperm(len(val_source), generator=torch.Generator().manual_seed(args.seed)).numpy()
+    trained = np.arange(len(source)) if args.val_path else np.sort(order[count:])
+    held_out = np.sort(order[:count])  # in order, so that row groups of parquet files are read once
+    return Images(args, source, trained, device), Images(args, val_source, held_out, device)
+
+
+# ---------------------------------------------------------------- model
+
+def make_training(args: argparse.Namespace, device: torch.device) -> TokenizerTraining:
+    """What is trained, with new weights, on the device. Raises InputError."""
+    size = VITS[args.vit]
+    if args.width:
+        size = size._replace(dim=args.width, heads=args.width // HEAD_DIM, mlp_dim=MLP_RATIO * args.width)
+    if args.depth:
+        size = size._replace(depth=args.depth)
+    model = ViTVQGAN(size, size, embed_dim=args.dim, image_size=args.image_size, patch_size=args.patch_size)
+    quantizer = VectorQuantizer(args.codes, args.dim, args.decay, args.revive_below, args.estimator)
+    perceptual = PerceptualLoss(args.vgg_path, device) if args.vgg_path else None
+    weights = LossWeights(args.l1, args.l2, args.gradient, args.perceptual if perceptual else 0., args.commitment)
+    return TokenizerTraining(model, quantizer, weights, perceptual).to(device)
+
+
+@torch.no_grad()
+def first_rows(args: argparse.Namespace, training: TokenizerTraining, images: Images) -> torch.Tensor:
+    """Rows (K, d) for a new codebook, on the CPU: k-means of features of the first images of the first epoch."""
+    n = (args.image_size // args.patch_size) ** 2
+    order = shuffled(len(images), 1, 0, args.seed, 0)[:math.ceil(FEATURES_A_CODE * args.codes / n)]
+    training.eval()
+    features = torch.cat([training.model(unit_range(pixels)).flatten(0, 1) for pixels in images.batches(order)])
+    if len(features) < args.codes:
+        raise InputError(f'--codes {args.codes}: more than the {len(features)} patches of the first {len(order)} '
+                         'images; give more images, or fewer codes')
+    generator = torch.Generator(features.device).manual_seed(args.seed)
+    return kmeans(nn.functional.normalize(features, dim=1), args.codes, ITERATIONS, generator).cpu()
+
+
+# ---------------------------------------------------------------- output
+
+@torch.no_grad()
+def draw_sheet(training: TokenizerTraining, pixels: torch.Tensor) -> torch.Tensor:
+    """Source, reconstruction and absolute error of images (B, 3, S, S) uint8, as one picture (3, H, W) on the CPU."""
+    images = unit_range(pixels)
+    reconstruction = training.reconstruct(images)[0].clamp(0, 1)
+    cells = torch.cat([images, reconstruction, (images - reconstruction).abs()], 3).cpu()
+    return make_grid(cells, nrow=math.ceil((len(cells) / 3) ** 0.5), pad_value=1)
+
+
+def write_outputs(training: TokenizerTraining, pixels: torch.Tensor, folder: Path) -> None:
+    """Write tokenizer, codebook and sheet. Raises InputError."""
+    save_tokenizer(training, folder / TOKENIZER)
+    save_torch(training.codebook(), folder / CODEBOOK)
+    with atomic_path(folder / SHEET) as temporary:
+        to_pil_image(draw_sheet(training, pixels)).save(temporary, 'PNG')
+
+
+# ---------------------------------------------------------------- the program
+
+def main(args: argparse.Namespace) -> int:
+    """Train. Returns the exit code."""
+    # ------------------------------------------------------------ set-up
+    device = init_distributed(args.device, args.dist_url, args.dist_timeout)
+    check_same_on_all_ranks(recipe.flags_alike(args))
+    recipe.set_up_torch(args)
+    outputs = (TOKENIZER, CODEBOOK, SHEET)
+    folder = RunFolder(args.output_dir, args.save_every, outputs)
+    checkpoint, path = find_checkpoint(args.output_dir, args.resume, outputs=outputs)
+
+    # ------------------------------------------------------------ data and model
+    images, held_out = hold_out(args, device)
+    check_same_on_all_ranks({'the list of images': images.source.digest(), 'held-out images': len(held_out),
+                             **progress_of(checkpoint)})
+    keep_freed_memory(device)
+    training = make_training(args, device)
+    amp = args.amp or recipe.default_amp(device)
+    print0(f'{len(images):,} images to train on, {len(held_out):,} held out; {args.image_size // args.patch_size} x '
+           f'{args.image_size // args.patch_size} of {args.codes} codes')
+    print_model('ViT-VQGAN', training, device, amp)
+
+    def order_of(epoch: int) -> np.ndarray:
+        order = shuffled(len(images), world_size(), rank(), args.seed, epoch)
+        return order[:args.epoch_images // world_size()] if args.epoch_images else order
+
+    def indices_of(epoch: int, start: int, stop: int) -> np.ndarray:
+        return order_of(epoch)[start * args.batch_size:stop * args.batch_size]
+
+    def batches_of(epoch: int, start: int) -> Iterator[torch.Tensor]:
+        return images.batches(indices_of(epoch, start, steps))
+
+    def loss_of(model: nn.Module, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        x = unit_range(pixels)
+        if args.flip:
+            mirrored = torch.rand(len(x), 1, 1, 1, generator=generator, device=device) < 0.5
+            x = torch.where(mirrored, x.flip(-1), x)
+        return model(x, torch.rand(args.codes + 1, generator=generator, device=device)).sum()
+
+    def evaluate_of(model: nn.Module, name: str) -> dict[str, float]:
+        stats = evaluate_tokenizer(model, held_out.batches(rank_indices(len(held_out), True)), amp, name)
+        if args.output_dir and bool(name) == args.model_ema:
+            on_main(lambda: write_outputs(model, next(held_out.batches(np.arange(len(held_out))[:SHEET_IMAGES])),
+                                          folder.path))
+        return stats
+
+    # ------------------------------------------------------------ optimizer and resume
+    steps = recipe.count_steps(args, len(order_of(0)), args.data_path)
+    if not checkpoint:
+        training.quantizer.set_rows(on_main(first_rows, args, training, images).to(device))
+    state = recipe.make_state(args, training, device, (3, args.image_size, args.image_size))
+    if checkpoint:
+        resume(state, checkpoint, path, vars(args), steps)
+        del checkpoint  # its tensors are copied
+        print0(f'{path}: resumed at epoch {state.epoch}, step {state.step}')
+    print0(f'batch: {recipe.effective_batch(args)}, {steps // args.accum_iter} steps an epoch, {args.epochs} epochs; '
+           f'learning rate {recipe.scaled_lr(args):.3g}')
+
+    # ------------------------------------------------------------ train
+    folder.begin(run_record(vars(args), device), {'args': flags_to_save(vars(args)), 'classes': None})
+    log = RunLog(args.output_dir, state.epoch, args.tensorboard)
+    try:
+        finished = train(state, batches_of, loss_of, evaluate_of, folder, log, args.epochs,
+                         recipe.step_options(args, steps))
+    except NotFinite as error:
+        bad = images.chosen[indices_of(error.epoch, error.step, error.step + 1)]
+        folder.save_bad_step(error, rank(), args.seed, bad.tolist())
+        raise
+    return 0 if finished else REQUEUE
+
+
+if __name__ == '__main__':
+    run(main, parse_args)
