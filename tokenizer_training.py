@@ -15,11 +15,11 @@ from engine import autocast
 from files import atomic_path
 from image_quality import WINDOW, psnr, ssim
 from image_tokenizer import FORMAT, VERSION, unit_range
+from tokenizer_start import start_weights
 from utils import InputError, print0
 from vector_quantizer import VectorQuantizer
 from vitvqgan import ViTVQGAN
 
-GRAY = 0.5  # what a new decoder begins with
 COLLAPSED = 0.1  # of the codes in use: below, a run stops
 SPARSE = 0.5  # below, it warns
 TOKENS_A_CODE = 10  # held out, from which on usage tells something
@@ -44,7 +44,7 @@ class LossWeights:
     l2: float = 1.
     gradient: float = 0.
     perceptual: float = 0.
-    commitment: float = 0.25
+    commitment: float = 4.
 
 
 class TokenizerTraining(nn.Module):
@@ -64,12 +64,7 @@ class TokenizerTraining(nn.Module):
         self.quantizer = quantizer
         self.weights = weights
         self.perceptual = perceptual
-        for module in model.modules():  # as ViT-VQGAN's published code starts
-            if isinstance(module, nn.Linear):
-                nn.init.xavier_uniform_(module.weight)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-        nn.init.constant_(model.decoder.to_pixel[-1].bias, GRAY)
+        start_weights(model)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute activations in the backward pass."""

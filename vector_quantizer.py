@@ -11,7 +11,7 @@ from torch import nn
 from codebook import quantize
 from utils import is_main
 
-ESTIMATORS = ('rotation', 'straight-through')
+ESTIMATORS = ('straight-through', 'rotation')
 SMALL = 1e-8  # sums shorter than this have no direction
 
 
@@ -46,11 +46,11 @@ class VectorQuantizer(nn.Module):
         dim: of a row, d.
         decay: of the averages, a step.
         revive_below: rows used less than this part of the mean use are replaced; 0 replaces none.
-        estimator: of the encoder's gradients: 'rotation' or 'straight-through'.
+        estimator: of the encoder's gradients: 'straight-through' or 'rotation'.
     """
 
-    def __init__(self, codes: int, dim: int, decay: float = 0.99, revive_below: float = 0.1,
-                 estimator: str = 'rotation'):
+    def __init__(self, codes: int, dim: int, decay: float = 0.9, revive_below: float = 0.1,
+                 estimator: str = 'straight-through'):
         super().__init__()
         self.decay = decay
         self.revive_below = revive_below

@@ -29,13 +29,13 @@ from files import atomic_path, save_torch
 from flags import Parser, integer, number
 from image_sources import Source, load_images, open_source
 from image_tokenizer import check_sizes, unit_range
-from kmeans import kmeans
 from loss_meter import NotFinite
 from perceptual_loss import PerceptualLoss
 from preemption import REQUEUE
 from run_folder import RunFolder, RunLog, find_checkpoint
 from run_info import print_model, run_record
 from samplers import shuffled
+from tokenizer_start import fit_start
 from tokenizer_training import LossWeights, TokenizerTraining, evaluate_tokenizer, save_tokenizer
 from utils import (InputError, check_same_on_all_ranks, cores, init_distributed, keep_freed_memory, on_main, print0,
                    rank, run, world_size)
@@ -49,8 +49,7 @@ VITS = {'tiny': Size(256, 4, 4, 1024), **SIZES}
 MLP_RATIO = 4  # feed-forward width of a ViT of an explicit --width
 SHEET_IMAGES = 16
 HELD_OUT = 1000  # images, at most a tenth of all
-FEATURES_A_CODE = 64  # that k-means starts from
-ITERATIONS = 10  # of k-means: only a start
+PATCHES_A_CODE = 64  # that new weights are fitted to
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -76,8 +75,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--patch-size', type=integer(1), default=8, help='pixels a code covers, on each side')
     add('--codes', type=integer(2, 1 << 16), default=391, help='rows of the codebook')
     add('--dim', type=integer(1), default=32, help='width of the codebook')
-    add('--estimator', default='rotation', choices=ESTIMATORS, help='how gradients pass the codebook')
-    add('--decay', type=recipe.SHARE, default=0.99, help='of the moving averages that the codebook is, a step')
+    add('--estimator', default='straight-through', choices=ESTIMATORS, help='how gradients pass the codebook')
+    add('--decay', type=recipe.SHARE, default=0.9, help='of the moving averages that the codebook is, a step')
     add('--revive-below', type=recipe.SHARE, default=0.1,
         help='codes used less than this part of the mean use start again at a feature; 0: never')
 
@@ -173,18 +172,14 @@ def make_training(args: argparse.Namespace, device: torch.device) -> TokenizerTr
     return TokenizerTraining(model, quantizer, weights, perceptual).to(device)
 
 
-@torch.no_grad()
-def first_rows(args: argparse.Namespace, training: TokenizerTraining, images: Images) -> torch.Tensor:
-    """Rows (K, d) for a new codebook, on the CPU: k-means of features of the first images of the first epoch."""
+def fitted_start(args: argparse.Namespace, training: TokenizerTraining, images: Images) -> dict[str, torch.Tensor]:
+    """Fit new weights to the first images of the first epoch; returns them all, on the CPU. Raises InputError."""
     n = (args.image_size // args.patch_size) ** 2
-    order = shuffled(len(images), 1, 0, args.seed, 0)[:math.ceil(FEATURES_A_CODE * args.codes / n)]
-    training.eval()
-    features = torch.cat([training.model(unit_range(pixels)).flatten(0, 1) for pixels in images.batches(order)])
-    if len(features) < args.codes:
-        raise InputError(f'--codes {args.codes}: more than the {len(features)} patches of the first {len(order)} '
-                         'images; give more images, or fewer codes')
-    generator = torch.Generator(features.device).manual_seed(args.seed)
-    return kmeans(nn.functional.normalize(features, dim=1), args.codes, ITERATIONS, generator).cpu()
+    order = shuffled(len(images), 1, 0, args.seed, 0)[:math.ceil(PATCHES_A_CODE * args.codes / n)]
+    batches = list(images.batches(order))
+    generator = torch.Generator(batches[0].device).manual_seed(args.seed)
+    fit_start(training.eval().model, training.quantizer, batches, generator)
+    return {name: value.cpu() for name, value in training.state_dict().items()}
 
 
 # ---------------------------------------------------------------- output
@@ -256,7 +251,7 @@ def main(args: argparse.Namespace) -> int:
     # ------------------------------------------------------------ optimizer and resume
     steps = recipe.count_steps(args, len(order_of(0)), args.data_path)
     if not checkpoint:
-        training.quantizer.set_rows(on_main(first_rows, args, training, images).to(device))
+        training.load_state_dict(on_main(fitted_start, args, training, images))
     state = recipe.make_state(args, training, device, (3, args.image_size, args.image_size))
     if checkpoint:
         resume(state, checkpoint, path, vars(args), steps)
