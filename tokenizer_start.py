@@ -21,7 +21,7 @@ from vector_quantizer import VectorQuantizer
 from vitvqgan import ViTVQGAN, add_position
 
 CONSTANT = 2.  # beside components whose mean square length is 1
-RIDGE = 1e-6  # of the mean square of an input, which keeps least squares solvable
+RIDGE = 1e-2  # of the mean square of an input: less fits better, but by large weights that the first steps wreck
 ITERATIONS = 10  # of k-means
 
 

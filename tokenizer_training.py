@@ -2,6 +2,7 @@
 
 No adversarial term: what 9 bits a code cannot say, such as fine texture, comes out as blur.
 """
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,10 +139,9 @@ def evaluate_tokenizer(training: TokenizerTraining, batches: Iterable[torch.Tens
     device = training.quantizer.rows.device
     size = len(training.quantizer.rows)
     sums = torch.zeros(4 + size, dtype=torch.float64, device=device)  # PSNR, SSIM, loss, images, uses of the codes
-    with_ssim = True
+    with_ssim = training.model.image_size >= WINDOW
     for pixels in batches:
         images = unit_range(pixels)
-        with_ssim = min(images.shape[-2:]) >= WINDOW
         with autocast(device, amp):
             reconstruction, codes, commitment = training.reconstruct(images)
             loss = training.terms(images, reconstruction, commitment).sum()
@@ -184,5 +184,10 @@ def save_tokenizer(training: TokenizerTraining, path: str | Path) -> None:
     state = {key: value.cpu().contiguous() for key, value in training.model.state_dict().items()}
     state['quantizer.embedding.weight'] = training.codebook()
     data = safetensors.torch.save(state, {'format': FORMAT, 'version': str(VERSION)})
+    # the library writes these two in any order; in one order, equal tokenizers are equal files
+    size = int.from_bytes(data[:8], 'little')
+    header = json.loads(data[8:8 + size])
+    header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+    text = json.dumps(header, separators=(',', ':')).encode().ljust(size)
     with atomic_path(path) as temporary:
-        Path(temporary).write_bytes(data)
+        Path(temporary).write_bytes(len(text).to_bytes(8, 'little') + text + data[8 + size:])

@@ -30,8 +30,9 @@ DEMO = ROOT / 'demo'
 def context() -> multiprocessing.context.ForkServerContext:
     """Forks of a server that has imported the programs once: an attempt starts in 0.1 s instead of five."""
     server = multiprocessing.get_context('forkserver')
-    server.set_forkserver_preload(['main_seit', 'tokenize_images', 'processes'])
-    variables = {'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT / 'tests')]), 'OMP_NUM_THREADS': '1',
+    server.set_forkserver_preload(['main_seit', 'tokenize_images', 'processes', 'train_tokenizer'])
+    folders = [str(ROOT), str(ROOT / 'tests'), str(ROOT / 'scripts')]
+    variables = {'PYTHONPATH': os.pathsep.join(folders), 'OMP_NUM_THREADS': '1',
                  'PYTHONWARNINGS': 'ignore:resource_tracker'}  # of locks that killed processes had
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
@@ -45,7 +46,7 @@ def context() -> multiprocessing.context.ForkServerContext:
 
 
 def program(name: str, words: list[str], env: dict[str, str], output: str) -> None:
-    """In the child: run main_seit or tokenize_images on a command line, its output appended to a file."""
+    """In the child: run a program of this project on a command line, its output appended to a file."""
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
@@ -59,7 +60,7 @@ class Job:
     """A program on some processes of this machine, started as torchrun would.
 
     Args:
-        name: main_seit or tokenize_images.
+        name: of its module: main_seit, tokenize_images, train_tokenizer.
         words: of its command line.
         size: how many processes.
         output: the file they print to.

@@ -270,3 +270,18 @@ def test_a_numpy_value_is_not_called_code(state, tmp_path):
     torch.save({'state_dict': state, 'best': np.float64(0.5)}, tmp_path / 'a.ckpt')
     with pytest.raises(InputError, match='a.ckpt: carries a numpy value .*scripts/convert_tokenizer.py'):
         load_tokenizer(tmp_path / 'a.ckpt')
+
+
+@pytest.mark.parametrize('metadata, said', [
+    ({'format': 'seit-tokenizer', 'version': '2'}, 'version .2. of seit-tokenizer, and 1 is read here: update'),
+    ({'format': 'seit-tokenizer'}, 'a damaged file'), ({'format': 'seit-tokenizer', 'version': 'x'}, 'a damaged file'),
+    ({'format': 'seit-tokenizer', 'version': '1'}, None), ({'format': 'pt', 'version': '9'}, None), (None, None)])
+def test_a_file_of_a_newer_version_is_refused(state, metadata, said, tmp_path):
+    path = tmp_path / 'tokenizer.safetensors'
+    safetensors.torch.save_file(state, path, metadata)
+    if said is None:
+        assert load_tokenizer(path).codebook.shape == (50, 32)
+        return
+    with pytest.raises(InputError, match=said) as caught:
+        load_tokenizer(path)
+    assert '\n' not in str(caught.value)

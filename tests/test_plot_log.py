@@ -39,6 +39,14 @@ def test_a_run_without_evaluation_is_drawn(tmp_path):
     assert plot(tmp_path, tmp_path / 'log.txt').read_bytes().startswith(b'\x89PNG')
 
 
+def test_the_log_of_a_tokenizer_is_drawn(tmp_path):
+    pytest.importorskip('matplotlib')
+    log = write_log(tmp_path / 'log.txt', test_psnr=20., ema_test_psnr=21., test_usage=0.9)
+    other = write_log(tmp_path / 'other' / 'log.txt')
+    drawn = plot(tmp_path, log).read_bytes()
+    assert drawn.startswith(b'\x89PNG') and drawn != plot(tmp_path, other).read_bytes()
+
+
 def test_mistakes_get_one_line(tmp_path):
     pytest.importorskip('matplotlib')
     log = write_log(tmp_path / 'log.txt')
