@@ -38,7 +38,7 @@ from run_folder import RunFolder, RunLog, find_checkpoint
 from run_info import print_batch, print_model, run_record
 from samplers import shuffled
 from token_augment import draw_random_resized_crop
-from utils import InputError, init_distributed, print0, rank, run, world_size
+from utils import InputError, init_distributed, keep_freed_memory, print0, rank, run, world_size
 
 BATCH = 256  # images decoded at a time
 
@@ -181,8 +181,7 @@ def main(args: argparse.Namespace) -> int:
     print0(f'train: {len(train_data.images):,} images of {size}x{size} pixels, {train_data.file_bytes:,.0f} bytes an '
            f'image; val: {len(val_data.images):,}')
     classes = main_args.nb_classes or int(max(train_data.labels.max(), val_data.labels.max())) + 1
-    if device.type == 'cpu':
-        recipe.keep_freed_memory()
+    keep_freed_memory(device)
     model = make_model(main_args, classes, args.patch_size).to(device)
     amp = main_args.amp or recipe.default_amp(device)
     print_model(main_args.model, model, device, amp)
