@@ -45,7 +45,7 @@ def images(tmp_path_factory):
 def words(images, folder, *more):
     """A command line of ten steps an epoch, two epochs."""
     return ['--data-path', images, '--image-size', 32, '--patch-size', 8, '--width', 64, '--depth', 1, '--codes', 12,
-            '--dim', 32, '--val-images', 8, '--batch-size', 4, '--epochs', 2, '--model-ema-decay', 0.9,
+            '--dim', 32, '--val-images', 8, '--batch-size', 4, '--epochs', 2, '--model-ema-decay', 0.9, '--lr', 4e-3,
             '--num-workers', 0, '--device', 'cpu', '--save-every', 2, '--output-dir', folder, '--resume', 'auto', *more]
 
 
