@@ -242,11 +242,12 @@ def main(args: argparse.Namespace) -> int:
             x = torch.where(mirrored, x.flip(-1), x)
         return model(x, torch.rand(args.codes + 1, generator=generator, device=device)).sum()
 
+    drawn = np.linspace(0, len(held_out) - 1, min(SHEET_IMAGES, len(held_out)), dtype=np.int64)  # of all kinds
+
     def evaluate_of(model: nn.Module, name: str) -> dict[str, float]:
         stats = evaluate_tokenizer(model, held_out.batches(rank_indices(len(held_out), True)), amp, name)
         if args.output_dir and bool(name) == args.model_ema:
-            on_main(lambda: write_outputs(model, next(held_out.batches(np.arange(len(held_out))[:SHEET_IMAGES])),
-                                          folder.path))
+            on_main(lambda: write_outputs(model, torch.cat(list(held_out.batches(drawn))), folder.path))
         return stats
 
     # ------------------------------------------------------------ optimizer and resume
