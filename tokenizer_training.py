@@ -105,8 +105,12 @@ class TokenizerTraining(nn.Module):
         return torch.stack(terms)
 
     def codebook(self) -> torch.Tensor:
-        """(K, d) float32 on the CPU. Its elements have mean square 1, because SeiT's embedding noise has that too."""
-        return nn.functional.normalize(self.quantizer.rows, dim=1).cpu() * self.quantizer.rows.shape[1] ** 0.5
+        """(K, d) float32 on the CPU. Its elements differ from the mean row's by 1 in the mean square.
+
+        SeiT's embedding noise has that deviation too; what is the same in all rows carries no information.
+        """
+        rows = nn.functional.normalize(self.quantizer.rows, dim=1).cpu()
+        return rows / (rows - rows.mean(0)).square().mean().sqrt().clamp(min=1e-6)
 
 
 # ---------------------------------------------------------------- measuring
