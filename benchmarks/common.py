@@ -21,7 +21,7 @@ from files import save_torch, write_text
 from image_tokenizer import PatchTokenizer, lift_rows
 from recipe import default_amp
 from token_files import write_tokens
-from utils import device_of_rank, keep_freed_memory
+from utils import device_of_rank
 from vitvqgan import ViTVQGAN
 
 CODES = 391  # of the published codebook
@@ -69,11 +69,6 @@ def set_up(device: str, threads: int) -> torch.device:
     """The device, with so many threads of torch on the CPU. Raises InputError for a device that is not there."""
     torch.set_num_threads(threads)
     return device_of_rank(device)
-
-
-def keep_memory(device: torch.device) -> None:
-    """What main_seit.py does once its data are there: on a CPU, freed memory is kept."""
-    keep_freed_memory(device)
 
 
 # ---------------------------------------------------------------- measuring

@@ -21,7 +21,7 @@ from flags import integer
 from samplers import shuffled
 from token_augment import RandomResizedCrop
 from token_dataset import choose_data_device
-from utils import run
+from utils import keep_freed_memory, run
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -66,7 +66,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     codebook = load_codebook(main_args.codebook_path)
     datasets = main_seit.load_data(main_args, codebook, size)
     choose_data_device(datasets, main_args.data_device, device)
-    common.keep_memory(device)
+    keep_freed_memory(device)
     data = datasets['train']
     augment = main_seit.make_augment(main_args, codebook, args.grid, size, device)
     synonyms = load_synonyms(main_args.token_synonym_dict, len(codebook), main_args.token_synonym_thres)

@@ -19,7 +19,7 @@ from flags import integer
 from image_sources import Source, load_images, open_source
 from token_parts import Parts
 from tokenize_images import Encoder, encode_part
-from utils import cores, run
+from utils import cores, keep_freed_memory, run
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -60,7 +60,7 @@ def encode_all(encoder: Encoder, source: Source, parts: Parts, args: argparse.Na
 def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
     """The numbers of the JSON line; images and codes are made in `folder`."""
     torch.backends.cudnn.allow_tf32 = False  # as tokenize_images.py
-    common.keep_memory(device)
+    keep_freed_memory(device)
     encoders = make_encoders(args, device)
     pixels = torch.randint(256, (args.batch_size, 3, args.image_size, args.image_size), dtype=torch.uint8).to(device)
     alone = {name: lambda encoder=encoder: encoder(pixels) for name, encoder in encoders.items()}

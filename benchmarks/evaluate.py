@@ -23,7 +23,7 @@ from image_sources import load_images, open_source
 from models_seit import create_model
 from token_augment import EvalTransform
 from token_dataset import choose_data_device
-from utils import cores, run
+from utils import cores, keep_freed_memory, run
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -49,7 +49,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     size = main_args.input_size // main_args.token_patch_size
     data = main_seit.load_data(main_args, codebook, size)['val']
     choose_data_device({'val': data}, main_args.data_device, device)
-    common.keep_memory(device)
+    keep_freed_memory(device)
     model = create_model(main_args.model, main_args.model_kwargs, main_args.nb_classes, size,
                          codebook.shape[1]).to(device)
 

@@ -25,7 +25,7 @@ from flags import integer
 from models_seit import create_model
 from samplers import shuffled
 from token_dataset import choose_data_device
-from utils import InputError, run
+from utils import InputError, keep_freed_memory, run
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -73,7 +73,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     input_shape = codebook.shape[1], size, size
     datasets = main_seit.load_data(main_args, codebook, size)
     choose_data_device(datasets, main_args.data_device, device)
-    common.keep_memory(device)
+    keep_freed_memory(device)
     data = datasets['train']
     model = create_model(main_args.model, main_args.model_kwargs, main_args.nb_classes, size, codebook.shape[1],
                          drop_path_rate=main_args.drop_path, pos_drop_rate=main_args.drop,

@@ -26,6 +26,15 @@ def golden():
     return load
 
 
+@pytest.fixture(scope='module')
+def one_thread():
+    """As in the processes that a test starts: on a CPU, rounding depends on the number of threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 # ---------------------------------------------------------------- tokenizer files
 
 @pytest.fixture(scope='session')

@@ -22,19 +22,12 @@ from samplers import shuffled
 from token_files import write_tokens
 from utils import InputError
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp('data'), n=96)
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """As in the processes that are started here: on a CPU, rounding depends on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def flags(data, folder, *more):

@@ -22,16 +22,9 @@ from preemption import REQUEUE
 from processes import Job, same
 from tokenizer_training import Collapsed
 
+pytestmark = pytest.mark.usefixtures('one_thread')
+
 OUTPUTS = ['tokenizer.safetensors', 'codebook.ckpt', 'reconstruction.png']
-
-
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """As in the processes that are started here: on a CPU, rounding depends on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope='module')
