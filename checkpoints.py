@@ -114,8 +114,8 @@ def progress_of(checkpoint: dict[str, Any] | None) -> dict[str, Any]:
 def load_weights(model: nn.Module, weights: dict[str, Any], path: str) -> None:
     """load_state_dict, with the keys that differ in a one-line InputError."""
     wanted = model.state_dict()
-    shapes = {key: tuple(value.shape) if isinstance(value, torch.Tensor) and value.is_floating_point() else None
-              for key, value in weights.items()}
+    shapes = {key: tuple(value.shape) if isinstance(value, torch.Tensor) and value.is_floating_point() == (
+        key not in wanted or wanted[key].is_floating_point()) else None for key, value in weights.items()}
     wrong = [f'{key}: {shapes[key]} for {tuple(wanted[key].shape)}' for key in wanted
              if key in weights and shapes[key] != wanted[key].shape]
     wrong += [f'{key}: missing' for key in wanted if key not in weights]

@@ -10,6 +10,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from checkpoints import TrainState
+from checkpoints import TrainState, load_weights
 from loss_meter import LossMeter, Progress, check_finite
 from preemption import AnyRank, StopSignal
 from run_folder import RunFolder, RunLog
@@ -205,6 +206,15 @@ def finish_epoch(state: TrainState, stats: dict[str, float], folder: RunFolder, 
 def rank_indices(n: int, distributed: bool) -> np.ndarray:
     """Indices (m,) int64 of the images, of n, that this rank evaluates: its share when `distributed`, else all."""
     return in_order(n, world_size(), rank()) if distributed else in_order(n, 1, 0)
+
+
+def evaluate_checkpoint(model: nn.Module, checkpoint: dict[str, Any], path: str, ema: bool,
+                        evaluate_of: Callable) -> None:
+    """Evaluate the weights of a checkpoint, and with `ema` its averaged ones where it has them. Raises InputError."""
+    for key, name in (('model', ''), ('model_ema', 'EMA')):
+        if name == '' or (ema and checkpoint.get(key)):
+            load_weights(model, checkpoint[key], path)
+            evaluate_of(model, name)
 
 
 @torch.no_grad()

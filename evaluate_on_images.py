@@ -20,6 +20,7 @@ import torch.distributed as dist
 from torch import nn
 
 from checkpoints import load_checkpoint, load_weights
+from class_names import check_class_names
 from codebook import load_codebook
 from engine import evaluate, rank_indices
 from files import check_writable, write_text
@@ -29,7 +30,6 @@ from image_tokenizer import encode_images, load_tokenizer
 from models_seit import MODELS, KeyValues, create_model
 from recipe import default_amp
 from token_augment import EvalTransform
-from token_dataset import check_class_names
 from utils import InputError, check_same_on_all_ranks, init_distributed, is_main, on_main, print0, run, world_size
 
 NO_EFFECT = {

@@ -73,19 +73,14 @@ class LeftOut:
 
 # ---------------------------------------------------------------- decoding
 
-def decode_image(data: bytes, size: int, max_pixels: int | None = None) -> torch.Tensor:
-    """An encoded image, both sides resized bicubically.
+def open_rgb(data: bytes, max_pixels: int | None = None) -> Image.Image:
+    """An encoded image, decoded whole, in RGB.
 
-    Colors are converted as torchvision's loader does, by PIL's convert('RGB'), and EXIF rotation is ignored. Divided
-    by 255, the pixels are those of torchvision's Resize and ToTensor: the published preparation.
+    Colors are converted as torchvision's loader does, by PIL's convert('RGB'), and EXIF rotation is ignored.
 
     Args:
         data: bytes of the file.
-        size: of the square result.
         max_pixels: larger images are refused; None for PIL's limit.
-
-    Returns:
-        (3, size, size) uint8.
 
     Raises:
         BadImage: for anything that is no whole image.
@@ -97,7 +92,7 @@ def decode_image(data: bytes, size: int, max_pixels: int | None = None) -> torch
         with Image.open(io.BytesIO(data), formats=image_formats()) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError(f'{image.width} x {image.height} pixels')
-            image = image.convert('RGB').resize((size, size), Image.Resampling.BICUBIC)
+            return image.convert('RGB')
     except Image.UnidentifiedImageError:
         raise BadImage('no image of a kind that is read' if data else 'an empty file') from None
     except Image.DecompressionBombError as error:
@@ -108,4 +103,21 @@ def decode_image(data: bytes, size: int, max_pixels: int | None = None) -> torch
         raise BadImage(why or type(error).__name__) from None
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """An RGB image as (3, H, W) uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
+
+
+def resize_square(image: Image.Image, size: int) -> torch.Tensor:
+    """An RGB image as (3, size, size) uint8, both sides resized bicubically.
+
+    Divided by 255, these are the pixels of torchvision's Resize and ToTensor: the published preparation.
+    """
+    return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))
+
+
+def decode_image(data: bytes, size: int, max_pixels: int | None = None) -> torch.Tensor:
+    """`resize_square` of `open_rgb`: encoded bytes -> (3, size, size) uint8. Raises BadImage."""
+    return resize_square(open_rgb(data, max_pixels), size)

@@ -18,22 +18,23 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from class_names import check_class_names
 from files import expand_files
 from folder_images import holds_class_folders, read_folder, read_regular_file
-from image_files import BadImage, LeftOut, decode_image, image_formats, is_hidden
+from image_files import BadImage, LeftOut, image_formats, is_hidden, open_rgb, resize_square
 from loader_workers import plan_workers
 from parquet_images import check_one_split, class_names, image_bytes, open_parquet, read_column, read_labels_of
 from tar_images import read_tar
-from token_dataset import check_class_names
 from token_files import MAX_CLASS
 from utils import InputError, print0
 
@@ -263,8 +264,8 @@ class ImageBatch(NamedTuple):
 
 
 def load_images(source: Source, batches: Sequence[Sequence[int]], size: int, *, workers: int = 0,
-                skip_bad: bool = False, pin_memory: bool = False, max_pixels: int | None = None,
-                advice: str = 'replace or remove it, or add --skip-bad-images') -> Iterator[ImageBatch]:
+                skip_bad: bool | None = None, pin_memory: bool = False, max_pixels: int | None = None,
+                prepare: Callable[[Image.Image, int, int], torch.Tensor] | None = None) -> Iterator[ImageBatch]:
     """Read and decode images, batch after batch.
 
     Args:
@@ -272,10 +273,11 @@ def load_images(source: Source, batches: Sequence[Sequence[int]], size: int, *, 
         batches: indices into the source.
         size: images become squares of it.
         workers: processes that decode; as many as the cores, the batches and shared memory allow at most.
-        skip_bad: leave images that cannot be read out, with a line on standard error for each.
+        skip_bad: leave images that cannot be read out, with a line on standard error for each; None where the program
+            has no such flag.
         pin_memory: put pixels into page-locked memory, for a GPU.
         max_pixels: larger images cannot be read; None for PIL's limit.
-        advice: what to do about an image that cannot be read.
+        prepare: (RGB image, number of its batch, its place there) -> (3, size, size) uint8; None resizes both sides.
 
     Yields:
         An ImageBatch for each batch, in order.
@@ -286,7 +288,7 @@ def load_images(source: Source, batches: Sequence[Sequence[int]], size: int, *, 
     image_formats()  # once, before the processes fork
     processes, ahead = plan_workers(min(workers, len(batches)), max(map(len, batches), default=0) * 3 * size * size)
     loader = iter(DataLoader(
-        _DecodedBatches(source, batches, size, max_pixels), batch_size=None, num_workers=processes,
+        _DecodedBatches(source, batches, size, max_pixels, prepare), batch_size=None, num_workers=processes,
         collate_fn=_unchanged, pin_memory=pin_memory, prefetch_factor=ahead if processes else None,
         multiprocessing_context='fork' if processes else None,
         generator=torch.Generator()))  # else it would draw from torch's own
@@ -294,6 +296,7 @@ def load_images(source: Source, batches: Sequence[Sequence[int]], size: int, *, 
         batch = _next(loader, source)
         for i, why in batch.skipped:
             if not skip_bad:
+                advice = 'replace or remove it' + (', or add --skip-bad-images' if skip_bad is False else '')
                 raise InputError(f'{source.data_path}: {source.names[i]} is no readable image ({why}): {advice}')
             tqdm.write(f'skipped {source.names[i].encode(errors="backslashreplace").decode()}: {why}', file=sys.stderr)
         yield batch
@@ -317,11 +320,13 @@ def _unchanged(batch: ImageBatch) -> ImageBatch:
 class _DecodedBatches(Dataset):
     """Batches of a source's images, decoded, for a DataLoader. Item i is the ImageBatch of `batches[i]`."""
 
-    def __init__(self, source: Source, batches: Sequence[Sequence[int]], size: int, max_pixels: int | None):
+    def __init__(self, source: Source, batches: Sequence[Sequence[int]], size: int, max_pixels: int | None,
+                 prepare: Callable[[Image.Image, int, int], torch.Tensor] | None):
         self.source = source
         self.batches = batches
         self.size = size
         self.max_pixels = max_pixels
+        self.prepare = prepare or (lambda image, number, place: resize_square(image, size))
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -334,10 +339,10 @@ class _DecodedBatches(Dataset):
         good = []
         sizes = []
         skipped = []
-        for i in map(int, batch):
+        for place, i in enumerate(map(int, batch)):
             try:
                 data = self.source.read(i)
-                pixels[len(good)] = decode_image(data, self.size, self.max_pixels)
+                pixels[len(good)] = self.prepare(open_rgb(data, self.max_pixels), number, place)
                 good.append(i)
                 sizes.append(len(data))
             except OSError as error:

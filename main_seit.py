@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 import recipe
-from checkpoints import flags_to_save, load_weights, progress_of, resume
+from checkpoints import flags_to_save, progress_of, resume
+from class_names import check_class_names, count_classes, head_size
 from codebook import load_codebook, load_synonyms
 from flags import Parser, integer, number, print_no_effect
 from run_info import print_batch, print_model, run_record
-from engine import evaluate, rank_indices, train
+from engine import evaluate, evaluate_checkpoint, rank_indices, train
 from loss_meter import NotFinite
 from models_seit import create_model
 from preemption import REQUEUE
@@ -29,7 +30,7 @@ from run_folder import RunFolder, RunLog, find_checkpoint
 from samplers import repeated_augmentation, shuffled
 from token_augment import (EmbeddingNoise, EraseRectangle, EvalTransform, RandomCrop, RandomResizedCrop,
                            ReplaceSynonyms, SwapPatches, TokenEDA, check_crop)
-from token_dataset import TokenDataset, check_class_names, choose_data_device
+from token_dataset import TokenDataset, choose_data_device
 from utils import (InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, print0, rank, run,
                    world_size)
 
@@ -121,25 +122,6 @@ def load_data(args: argparse.Namespace, codebook: torch.Tensor, size: int) -> di
     return datasets
 
 
-def count_classes(args: argparse.Namespace, datasets: dict[str, TokenDataset], checkpoint: dict | None) -> int:
-    """Classes of the head: --nb-classes, the checkpoint's under --eval, or the largest training label + 1."""
-    classes = args.nb_classes
-    if classes is None and args.eval:
-        bias = checkpoint['model'].get('head.bias')
-        if not isinstance(bias, torch.Tensor) or bias.ndim != 1:
-            names = ', '.join(map(str, list(checkpoint['model'])[:3]))
-            raise InputError(f'{args.resume}: no head.bias among its weights ({names}, ...): of another kind of model')
-        classes = len(bias)
-    if classes is None:
-        classes = int(datasets['train'].labels.max()) + 1
-    for split, data in datasets.items():
-        largest = int(data.labels.max())
-        if largest >= classes:
-            raise InputError(f'{getattr(args, split + "_label_file")}: holds class {largest}, but there are {classes} '
-                             f'classes (0 to {classes - 1}): fix the labels or give --nb-classes')
-    return classes
-
-
 def make_augment(args: argparse.Namespace, codebook: torch.Tensor, grid_size: int, size: int,
                  device: torch.device) -> Callable:
     """(codes (B, g, g) uint16, generator) -> model input (B, d, size, size): Token-EDA, look-up and crop, noise."""
@@ -178,7 +160,9 @@ def main(args: argparse.Namespace) -> int:
     datasets = load_data(args, codebook, size)
     train_data = datasets.get('train')
     val_data = datasets.get('val')
-    classes = count_classes(args, datasets, checkpoint)
+    labels = {getattr(args, f'{split}_label_file'): data.labels for split, data in datasets.items()}
+    trained = head_size(checkpoint['model'], 'head', path) if args.eval and not args.nb_classes else None
+    classes = count_classes(labels, args.nb_classes, trained)
     names = (train_data or val_data).classes
     if checkpoint:
         check_class_names(checkpoint.get('classes'), names, path,
@@ -208,10 +192,7 @@ def main(args: argparse.Namespace) -> int:
         return evaluate(model, batches, transform, amp=amp, distributed=args.dist_eval, name=name)
 
     if args.eval:
-        for key, name in (('model', ''), ('model_ema', 'EMA')):
-            if name == '' or (args.model_ema and checkpoint.get(key)):
-                load_weights(model, checkpoint[key], path)
-                evaluate_of(model, name)
+        evaluate_checkpoint(model, checkpoint, path, args.model_ema, evaluate_of)
         return 0
 
     # ------------------------------------------------------------ loss

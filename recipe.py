@@ -31,10 +31,10 @@ LOCATIONS = ('_file', '_path', '_dir', '_dict', '_cache')
 
 # ---------------------------------------------------------------- flags
 
-def add_model_flags(parser: Parser) -> None:
-    """The model, its regularization and its average."""
+def add_model_flags(parser: Parser, default: str = 'deit_base_token_32', names: str = ', '.join(MODELS)) -> None:
+    """The model, of those that `names` tells, its regularization and its average."""
     add = parser.add_argument_group('model').add_argument
-    add('--model', default='deit_base_token_32', help=', '.join(MODELS))
+    add('--model', default=default, help=names)
     add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
         help="arguments of timm's VisionTransformer, as in depth=4 embed_dim=128 num_heads=4")
     add('--drop', type=SHARE, default=0., help='dropout rate')

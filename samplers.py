@@ -2,6 +2,8 @@
 import numpy as np
 import torch
 
+REPEATS = 3  # of repeated augmentation
+
 
 def _permutation(n: int, seed: int, epoch: int) -> torch.Tensor:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed + epoch))
@@ -21,7 +23,8 @@ def shuffled(n: int, world_size: int, rank: int, seed: int, epoch: int) -> np.nd
     return _every_nth(_permutation(n, seed, epoch), world_size, rank)
 
 
-def repeated_augmentation(n: int, world_size: int, rank: int, seed: int, epoch: int, repeats: int = 3) -> np.ndarray:
+def repeated_augmentation(n: int, world_size: int, rank: int, seed: int, epoch: int,
+                          repeats: int = REPEATS) -> np.ndarray:
     """Repeated augmentation (Hoffer et al., 2020; DeiT): each image `repeats` times running, dealt to the ranks
     in turn so that its copies meet different augmentations; an epoch keeps its usual length.
 

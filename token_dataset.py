@@ -4,7 +4,6 @@ The stream is decoded once a node into a memory-mapped uint16 array that all ran
 `codes[indices]`. ImageNet-1k is 1.28 M x 1024 codes: 2.6 GB on disk, and in memory only what the page cache keeps.
 Wherever a token or label file is asked for, a glob or a comma-separated list of shards will do.
 """
-import itertools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from class_names import check_class_names
 from files import expand_files
 from token_cache import open_codes
 from token_files import TokenFile, open_token_file, prefetch, read_labels
@@ -128,18 +128,6 @@ def _classes_of(files: Sequence[TokenFile]) -> list[str] | None:
     return named[0].classes if named else None
 
 
-def check_class_names(ours: list[str] | None, theirs: list[str] | None, our_file: str | Path,
-                      their_file: str | Path) -> None:
-    """InputError unless two lists of class names, where both are known, are the same in the same order."""
-    if ours is None or theirs is None or _repeat_labels(ours, theirs) or _repeat_labels(theirs, ours):
-        return
-    for label, (our_name, their_name) in enumerate(itertools.zip_longest(ours, theirs)):
-        if our_name != their_name:
-            our_word, their_word = ('missing' if name is None else ascii(name) for name in (our_name, their_name))
-            raise InputError(f'{their_file}: class {label} is {their_word}, but in {our_file} it is {our_word}: labels '
-                             'would mean other classes; make both sets from the same class names')
-
-
 def choose_data_device(datasets: dict[str, TokenDataset], data_device: str, device: torch.device) -> None:
     """--data-device: keep the tokens on the GPU, or leave them in the map. Prints what was chosen, and why."""
     if data_device == 'cuda' and device.type != 'cuda':
@@ -154,9 +142,3 @@ def choose_data_device(datasets: dict[str, TokenDataset], data_device: str, devi
     if resident:
         for data in datasets.values():
             data.keep_on(device)
-
-
-def _repeat_labels(names: list[str], others: list[str]) -> bool:
-    """Whether names are only the labels, as of folders 0, 1, 2 or 00, 01, 02, which no number in others contradicts."""
-    ours, theirs = ([int(name) if str(name).isdecimal() else None for name in side] for side in (names, others))
-    return bool(ours) and ours == list(range(len(ours))) and all(n in (None, label) for label, n in enumerate(theirs))

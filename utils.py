@@ -4,6 +4,7 @@ import ctypes
 import datetime
 import hashlib
 import os
+import random
 import re
 import sys
 import time
@@ -326,10 +327,11 @@ def print0(*values: Any) -> None:
 def seed_step(seed: int, epoch: int, step: int, rank: int, generator: torch.Generator) -> None:
     """Make the randomness of one step a pure function of (seed, epoch, step, rank).
 
-    Seeds numpy's global generator (timm's Mixup), torch's (drop-path, dropout) and `generator`
-    (the token augmentations). So a resumed run repeats the step exactly, and no random state is saved.
+    Seeds numpy's global generator (timm's Mixup), torch's (drop-path, dropout), `generator` (the token augmentations)
+    and Python's (timm's random erasing). So a resumed run repeats the step exactly, and no random state is saved.
     """
-    seeds = np.random.SeedSequence((seed, epoch, step, rank)).generate_state(3)
+    seeds = np.random.SeedSequence((seed, epoch, step, rank)).generate_state(4)
     np.random.seed(seeds[0])
     torch.manual_seed(int(seeds[1]))
     generator.manual_seed(int(seeds[2]))
+    random.seed(int(seeds[3]))

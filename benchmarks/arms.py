@@ -19,12 +19,12 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from benchmarks.common import spread
+from class_names import check_class_names
 from files import atomic_path, read_bytes, read_json, write_text
 from image_quality import psnr, ssim
 from image_sources import FolderImages, Source, load_images, open_source
 from image_tokenizer import encode_images, unit_range
 from run_folder import LOG
-from token_dataset import check_class_names
 from utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -123,7 +123,7 @@ def load_pixels(source: Source, side: int, quality: int, size: int) -> Pixels:
     files = []
     scans = []
     batches = [range(first, min(first + BATCH, len(source))) for first in range(0, len(source), BATCH)]
-    for batch in load_images(source, batches, side, advice='replace or remove it'):
+    for batch in load_images(source, batches, side):
         for index, pixels in zip(batch.indices.tolist(), batch.pixels):
             data = jpeg(pixels, quality) if quality else source.read(index)
             files.append(len(data))

@@ -45,10 +45,12 @@ from tokenize_images import identity, load_models
 from utils import InputError, cores, run
 
 # What every arm is trained with, unless the command says otherwise. The published schedule holds --warmup-lr for two
-# epochs, so that of a short run must not be next to nothing; likewise the average must follow within an epoch.
+# epochs, so that of a short run must not be next to nothing; likewise the average must follow within an epoch. The
+# published embedding noise is for 300 epochs: in ten it costs tokens 4 points, and pixels have none (docs/tokenizers.md).
 DEFAULTS = ['--model', 'deit_tiny_token_32', '--model-kwargs', 'depth=4', 'embed_dim=128', 'num_heads=4',
             '--batch-size', '100', '--epochs', '10', '--unscale-lr', '--warmup-epochs', '1', '--warmup-lr', '1e-4',
-            '--drop-path', '0', '--rrc-ratio', '0.35', '--mixup-prob', '0.2', '--model-ema-decay', '0.99']
+            '--drop-path', '0', '--rrc-ratio', '0.35', '--mixup-prob', '0.2', '--token-noise-prob', '0',
+            '--model-ema-decay', '0.99']
 COLUMN = 'column.png'  # of an arm, and of the originals
 OWN_FLAGS = {'--lr', '--seed', '--output-dir', '--resume', '--eval', '--no-eval', '--finetune', '--start-epoch',
              '--input-size', '--nb-classes', '--codebook-path', '--token-synonym-dict', '--train-token-file',

@@ -160,7 +160,7 @@ def describe(summary: dict[str, Any]) -> list[str]:
 
 def source_images(source: Source, count: int, size: int, max_pixels: int | None) -> torch.Tensor:
     """The first images of a source as the tokenizer gets them: (count, 3, size, size) float32 in [0, 1]."""
-    batch = next(load_images(source, [range(count)], size, max_pixels=max_pixels, advice='replace it'))
+    batch = next(load_images(source, [range(count)], size, max_pixels=max_pixels))
     return unit_range(batch.pixels)
 
 

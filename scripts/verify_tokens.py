@@ -19,11 +19,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from class_names import check_class_names
 from codebook import load_codebook, load_synonyms
 from files import expand_files, sha256
 from flags import Parser
 from token_codecs import PUBLISHED
-from token_dataset import check_class_names
 from token_files import TokenFile, decode, index_path, open_token_file, read_labels, read_manifest
 from utils import InputError, print0, run
 

@@ -51,7 +51,7 @@ def test_finetune_resamples_positions_and_drops_what_differs(tmp_path, capsys):
         load_pretrained(tiny(depth=2), str(tmp_path / 'old.pth'))
 
 
-@pytest.mark.parametrize('prefix, said', [(2, 'the first is taken'), (0, "the class token's starts from scratch")])
+@pytest.mark.parametrize('prefix, said', [(2, 'the first are taken'), (0, 'missing ones start from scratch')])
 def test_finetune_from_two_prefix_tokens_or_none(prefix, said, tmp_path, capsys):
     model = tiny()
     weights = dict(model.state_dict())

@@ -1,0 +1,140 @@
+"""Images and labels, a whole batch at a time: the pixel twin of TokenDataset.
+
+Worker processes decode and augment; uint8 pixels travel to the device, and are normalized there. The augmentation of
+an image is a function of (seed, epoch, its number, which of its copies), so a resumed run repeats it exactly, whatever
+the number of processes.
+"""
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
+from timm.data.random_erasing import RandomErasing
+
+from image_sources import load_images, open_source
+from utils import InputError
+
+
+class ImageDataset:
+    """Images and their classes, fetched whole batches at a time.
+
+    Args:
+        data_path: images, as in image_sources.py.
+        size: S, side of the pixels that are yielded.
+        transform: RGB image -> (3, S, S) uint8, of `train_transform` or `eval_transform`.
+        workers: processes that decode.
+        max_pixels: larger images are an InputError; None for PIL's limit.
+
+    Attributes:
+        source: the Source.
+        labels: (N,) int64.
+        classes: names in the order of the labels, where the source has them, else None.
+    """
+
+    def __init__(self, data_path: str, size: int, transform: Callable[[Image.Image], Any], workers: int = 0,
+                 max_pixels: int | None = None):
+        self.source = open_source(data_path)
+        self.labels = self.source.labels
+        self.classes = self.source.classes
+        self.size = size
+        self.transform = transform
+        self.workers = workers
+        self.max_pixels = max_pixels
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batches(self, indices: np.ndarray, batch_size: int, device: torch.device, pin_memory: bool = False,
+                draws: np.ndarray | None = None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield pixels (B, 3, S, S) uint8 and labels (B,) int64 on `device`, batch after batch.
+
+        Args:
+            indices: (n,) of the images.
+            batch_size: the last batch may be smaller.
+            device: of the batches.
+            pin_memory: copy to a GPU from page-locked memory.
+            draws: (n, k) integers of 0 or more, what the transform of each image is seeded by; None seeds nothing.
+
+        Raises:
+            InputError: naming an image that cannot be read.
+        """
+        slices = [indices[start:start + batch_size] for start in range(0, len(indices), batch_size)]
+
+        def prepare(image: Image.Image, number: int, place: int) -> torch.Tensor:
+            if draws is not None:
+                seed_transform(draws[number * batch_size + place])
+            return torch.as_tensor(self.transform(image))  # older versions of timm give an array
+
+        for batch in load_images(self.source, slices, self.size, workers=self.workers, max_pixels=self.max_pixels,
+                                 pin_memory=pin_memory and device.type == 'cuda', prepare=prepare):
+            labels = torch.from_numpy(self.labels[batch.indices])
+            yield batch.pixels.to(device, non_blocking=pin_memory), labels.to(device)
+
+
+def seed_transform(draw: np.ndarray) -> None:
+    """Seed what timm's and torchvision's transforms draw from: Python's, numpy's and torch's generator of the CPU."""
+    seeds = np.random.SeedSequence(draw.tolist()).generate_state(3).tolist()
+    random.seed(seeds[0])
+    np.random.seed(seeds[1])
+    torch.default_generator.manual_seed(seeds[2])
+
+
+# ---------------------------------------------------------------- transforms
+
+def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """timm's, which asks for 0 bits at magnitude 10: black, as Pillow had it before it refused them."""
+    return auto_augment.posterize(image, bits_to_keep) if bits_to_keep > 0 else image.point(lambda _: 0)
+
+
+for name, operation in auto_augment.NAME_TO_OP.items():
+    if operation is auto_augment.posterize:
+        auto_augment.NAME_TO_OP[name] = posterize
+
+
+def train_transform(size: int, min_area: float, hflip: float, color_jitter: float, policy: str) -> Callable:
+    """timm's training transform, RGB image -> (3, size, size) uint8: random-resized crop, flip, and color.
+
+    Args:
+        size: side of the result.
+        min_area: smallest area of the crop, as a part of the image's.
+        hflip: share of images that are mirrored.
+        color_jitter: its strength. timm leaves it out where there is a policy, as DeiT did.
+        policy: timm's name of a policy, such as rand-m9-mstd0.5-inc1 (RandAugment); '' for none.
+
+    Raises:
+        InputError: for a policy that timm does not know.
+    """
+    try:
+        return create_transform(size, is_training=True, use_prefetcher=True, scale=(min_area, 1), hflip=hflip,
+                                color_jitter=color_jitter or None, auto_augment=policy or None,
+                                interpolation='bicubic')
+    except (AssertionError, LookupError, ValueError) as error:
+        raise InputError(f'--aa {policy}: is no policy of timm ({error or type(error).__name__}); DeiT has '
+                         'rand-m9-mstd0.5-inc1') from None
+
+
+def eval_transform(size: int, crop_ratio: float) -> Callable:
+    """timm's transform, RGB image -> (3, size, size) uint8: short side to size / crop_ratio, bicubic; center crop."""
+    return create_transform(size, is_training=False, use_prefetcher=True, crop_pct=crop_ratio, interpolation='bicubic')
+
+
+class Normalize:
+    """Pixels (B, 3, S, S) uint8 -> float32, minus ImageNet's mean, divided by its deviation."""
+
+    def __init__(self, device: torch.device):
+        self.mean, self.std = (torch.tensor(values, device=device).view(3, 1, 1) * 255
+                               for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+
+    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+        return (pixels.float() - self.mean) / self.std
+
+
+def random_erasing(probability: float, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    """timm's random erasing with noise for each pixel, of normalized batches, as DeiT has it.
+
+    It draws from Python's and torch's global generators, which the engine seeds for each step.
+    """
+    return RandomErasing(probability, mode='pixel', device=device)

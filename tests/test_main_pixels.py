@@ -1,0 +1,170 @@
+"""main_pixels.py: the recipe on images."""
+import re
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import engine
+import main_pixels
+from helpers import (ROOT, accuracy_lines, as_list, as_parquet, as_tars, assert_same, call, clean_environment, fails,
+                     read_log, save_image, states, two_processes, without_times)
+
+SMALL = ['--device', 'cpu', '--model', 'vit_tiny_patch16_224', '--model-kwargs', 'depth=1', 'embed_dim=32',
+         'num_heads=2', '--input-size', '32', '--batch-size', '8', '--warmup-epochs', '0', '--lr', '1e-2',
+         '--num-workers', '0']
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """45 images of four classes, the color of which tells the class."""
+    folder = tmp_path_factory.mktemp('images')
+    rng = np.random.default_rng(0)
+    for number in range(45):
+        label = number % 4
+        pixels = rng.integers(0, 60, (40, 44, 3), dtype=np.uint8)
+        pixels[..., label % 3] += np.uint8(60 * (1 + label))
+        path = folder / f'class-{label}' / f'{number:02d}.png'
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(path)
+    return folder
+
+
+def train(data, *flags):
+    return call(main_pixels, *SMALL, '--train-path', data, '--val-path', data, *flags)
+
+
+@pytest.mark.parametrize('aug, workers', [('tokens', 0), ('deit', 2)])
+def test_resumed_within_an_epoch_equals_uninterrupted(data, tmp_path, monkeypatch, aug, workers):
+    flags = ['--epochs', 2, '--aug', aug, '--drop-path', 0.3]
+    assert train(data, *flags, '--output-dir', tmp_path / 'whole') == 0
+
+    # the signal comes with the second epoch's first step; the rest is decoded by other processes
+    train_one_epoch = engine.train_one_epoch
+
+    def signaled(state, *words):
+        if state.epoch == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return train_one_epoch(state, *words)
+    monkeypatch.setattr(engine, 'train_one_epoch', signaled)
+    assert train(data, *flags, '--output-dir', tmp_path / 'cut') == 75
+    monkeypatch.undo()
+    assert states(tmp_path / 'cut' / 'checkpoint.pth')['step'] == 1
+    assert train(data, *flags, '--num-workers', workers, '--output-dir', tmp_path / 'cut', '--resume', 'auto') == 0
+    whole, cut = (without_times(read_log(tmp_path / name)) for name in ('whole', 'cut'))
+    assert whole == cut and len(whole) == 2
+    a, b = (states(tmp_path / name / 'checkpoint.pth') for name in ('whole', 'cut'))
+    for state in (a, b):
+        del state['args']
+    assert_same(a, b)
+
+
+def test_two_processes(data, tmp_path):
+    """Evaluation shared by two processes equals that of one; 45 images do not divide by 2."""
+    command = [sys.executable, *two_processes(), ROOT / 'main_pixels.py', *SMALL, '--train-path', data, '--val-path',
+               data, '--epochs', 1, '--dist-eval', '--output-dir', tmp_path]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=clean_environment(), timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert 'batch: 8 x 2 = 16, 2 steps an epoch' in done.stdout
+    command = [sys.executable, ROOT / 'main_pixels.py', *SMALL, '--val-path', data, '--eval', '--resume',
+               tmp_path / 'checkpoint.pth']
+    alone = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=clean_environment())
+    assert accuracy_lines(alone.stdout) == accuracy_lines(done.stdout) and len(accuracy_lines(alone.stdout)) == 2
+
+
+def test_each_rank_sees_other_images_and_all_copies_differ():
+    seen = [main_pixels.draws_of(3, 1, np.arange(rank, 12, 2), 1) for rank in range(2)]
+    assert sorted(np.concatenate(seen)[:, 2]) == list(range(12))
+    draws = main_pixels.draws_of(3, 1, np.repeat(np.arange(4), 3), 3)
+    assert len({tuple(draw) for draw in draws.tolist()}) == 12
+    assert draws[:, :2].tolist() == [[3, 1]] * 12
+
+
+def test_it_learns_from_every_source(data, tmp_path):
+    """Class folders, a list, tar shards and parquet files of the same images give the same run."""
+    pytest.importorskip('pyarrow')
+    (tmp_path / 'parquet').mkdir()
+    sources = [data, as_list(data, tmp_path), as_tars(data, tmp_path), as_parquet(data, tmp_path / 'parquet')]
+    logs = []
+    for number, source in enumerate(sources):
+        out = tmp_path / str(number)
+        call(main_pixels, *SMALL, '--train-path', source, '--val-path', source, '--epochs', 3, '--output-dir', out,
+             '--mixup-prob', 0, '--rrc-ratio', 0.5)
+        logs.append(without_times(read_log(out)))
+    assert logs[0][-1]['test_acc1'] > 60
+    assert all(log == logs[0] for log in logs)
+
+
+def test_defaults_of_an_augmentation_can_be_overridden(data):
+    words = ['--train-path', str(data), '--val-path', str(data)]
+    tokens = main_pixels.parse_args(words)
+    assert (tokens.hflip, tokens.aa, tokens.reprob, tokens.repeated_aug, tokens.mixup, tokens.cutmix) == (
+        0, '', 0, False, 0, 1)
+    deit = main_pixels.parse_args([*words, '--aug', 'deit', '--mixup', '0.2', '--no-repeated-aug'])
+    assert (deit.hflip, deit.aa, deit.reprob, deit.repeated_aug, deit.mixup, deit.cutmix) == (
+        0.5, 'rand-m9-mstd0.5-inc1', 0.25, False, 0.2, 1)
+
+
+def test_a_convolutional_network_resumes_with_its_counters(data, tmp_path):
+    flags = ['--model', 'resnet10t', '--model-kwargs', '--attn-only', '--drop-path', 0, '--epochs', 1]
+    fails(lambda: train(data, *flags), '--attn-only: the model has no attention')
+    flags.remove('--attn-only')
+    train(data, *flags, '--output-dir', tmp_path)
+    flags[-1] = 2
+    train(data, *flags, '--output-dir', tmp_path, '--resume', 'auto')
+    assert states(tmp_path / 'checkpoint.pth')['model']['bn1.num_batches_tracked'] == 10
+
+
+def test_weights_of_tokens_and_pixels_start_each_other(data, tmp_path, capsys):
+    tokens = timm.create_model('deit_tiny_token_32', depth=1, embed_dim=32, num_heads=2, img_size=4, num_classes=4)
+    torch.save({'model': tokens.state_dict()}, tmp_path / 'tokens.pth')
+    train(data, '--finetune', tmp_path / 'tokens.pth', '--lr', 0, '--min-lr', 0, '--warmup-lr', 0, '--epochs', 1,
+          '--output-dir', tmp_path / 'out', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2',
+          'global_pool=avg')
+    assert 'patch_embed.proj.bias starts from scratch' in capsys.readouterr().out
+    pixels = states(tmp_path / 'out' / 'checkpoint.pth')['model']
+    assert torch.equal(pixels['fc_norm.weight'], tokens.norm.weight)
+    assert torch.equal(pixels['pos_embed'], tokens.pos_embed)
+    assert torch.equal(pixels['head.weight'], tokens.head.weight)
+
+
+MISTAKES = {
+    'unknown model': (['--model', 'vit_tinny_patch16_224'], 'timm has no such model; see .*vit_tiny_patch16_224'),
+    'tokens': (['--model', 'deit_tiny_token_32'], 'reads tokens; train it with main_seit.py'),
+    'size': (['--input-size', '40'], '--input-size 40: patches of 16 pixels do not divide'),
+    'arguments': (['--model-kwargs', 'deep=3'], 'deep'),
+    'policy': (['--aa', 'randy'], '--aa randy: is no policy'),
+    'crop': (['--eval-crop-ratio', '0'], 'from 0.01 to 1'),
+    'path': (['--val-path', '/nowhere'], '/nowhere'),
+    'classes': (['--nb-classes', '3'], 'holds class 3, but there are 3 classes'),
+    'odd': (['--batch-size', '7'], 'is odd'),
+}
+
+
+@pytest.mark.parametrize('name', MISTAKES)
+def test_mistakes_are_one_line(data, name):
+    flags, pattern = MISTAKES[name]
+    fails(lambda: train(data, *flags, '--epochs', 1), pattern)
+
+
+def test_other_mistakes_are_one_line(data, tmp_path):
+    fails(lambda: call(main_pixels, *SMALL, '--train-path', data), '--val-path: name the images')
+    for name in ('class-0', 'class-1', 'other'):
+        save_image(tmp_path / name / '0.png', 1)
+    fails(lambda: train(data, '--val-path', tmp_path), "class 2 is 'other', but in .* it is 'class-2'")
+    (tmp_path / 'class-0' / '1.png').write_bytes(b'no image')
+    fails(lambda: call(main_pixels, *SMALL, '--train-path', tmp_path, '--no-eval', '--batch-size', 4, '--epochs', 1),
+          'class-0/1.png is no readable image .* replace or remove it$')
+
+
+def test_a_checkpoint_of_other_classes_is_refused(data, tmp_path):
+    train(data, '--epochs', 1, '--output-dir', tmp_path / 'out')
+    for name in ('class-0', 'dog'):
+        save_image(tmp_path / 'val' / name / '0.png', 1)
+    fails(lambda: call(main_pixels, *SMALL, '--eval', '--resume', tmp_path / 'out' / 'checkpoint.pth', '--val-path',
+                       tmp_path / 'val'), re.escape(str(tmp_path / 'val')) + ": class 1 is 'dog'")
