@@ -5,7 +5,8 @@ One node:      torchrun --nproc_per_node=8 evaluate_on_images.py --dist-eval ...
 
 IMAGES holds a folder for each class, labels are the folders in alphabetical order, from 0; or it is a list, tar shards
 or parquet files, see image_sources.py. Images are resized to --tokenizer-input-size on both sides, and the middle
---vit-input-size codes of the grid are read.
+--vit-input-size codes of the grid are read. --corruption and --classes are for ImageNet-C, -R, -A and -Sketch, see
+corruptions.py and class_subsets.py.
 """
 import argparse
 import csv
@@ -15,16 +16,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from checkpoints import load_checkpoint, load_weights
-from class_names import check_class_names
+from class_subsets import OnlyClasses, match_classes
 from codebook import load_codebook
+from corruptions import add_robustness_flags, make_corruption
 from engine import evaluate, rank_indices
 from files import check_writable, write_text
-from flags import Parser, integer, print_no_effect
+from flags import SEED, Parser, integer, print_no_effect
 from image_sources import ImageBatch, Source, load_images, open_source
 from image_tokenizer import encode_images, load_tokenizer
 from models_seit import MODELS, KeyValues, create_model
@@ -34,7 +37,6 @@ from utils import InputError, check_same_on_all_ranks, init_distributed, is_main
 
 NO_EFFECT = {
     '--eval': 'this program only evaluates',
-    '--seed': 'nothing here is random',
     '--world-size': 'the launcher (torchrun, srun) sets it',
 }
 
@@ -70,8 +72,10 @@ def make_parser() -> Parser:
     add('--skip-bad-images', action='store_true', help='leave unreadable images out and count them')
     add('--max-image-pixels', type=integer(1), metavar='N',
         help="larger images count as unreadable (default: PIL's limit, 178,956,970)")
+    add('--seed', type=SEED, default=0, help='of the noise of --corruption; nothing else is random')
     add('--device', default='auto', help='auto (CUDA where there is one), cuda or cpu')
     add('--dist-url', default='env://', help="torch.distributed's init method")
+    add_robustness_flags(parser)
     parser.add_no_effect(NO_EFFECT, switches=['--eval'])
     return parser
 
@@ -101,33 +105,6 @@ def load_model(args: argparse.Namespace, code_dim: int) -> tuple[nn.Module, list
     model = create_model(args.model, args.model_kwargs, num_classes, args.vit_input_size, code_dim)
     load_weights(model, state, args.model_path)
     return model, checkpoint.get('classes')
-
-
-def check_classes(source: Source, data_path: str, names: list[str] | None, model_path: str, num_classes: int) -> int:
-    """Check that labels of the images mean the model's classes; a note where the model has more.
-
-    Args:
-        source: the images.
-        data_path: where they are.
-        names: the model's class names, where they are known.
-        model_path: the model's checkpoint.
-        num_classes: of the model.
-
-    Returns:
-        Number of classes of the images.
-
-    Raises:
-        InputError: the images have more classes than the model, or other ones.
-    """
-    classes = max(len(source.classes or ()), int(source.labels.max()) + 1)
-    if classes > num_classes:
-        raise InputError(f'{data_path}: {classes} classes, but the model has {num_classes}')
-    if names and source.classes:
-        check_class_names(names[:len(source.classes)], source.classes, model_path, data_path)
-    if classes < num_classes:
-        print0(f'note: {data_path} has {classes} classes and the model {num_classes}; labels are from '
-               f'{source.labels_from}')
-    return classes
 
 
 # ---------------------------------------------------------------- images to codes
@@ -182,19 +159,21 @@ def gather(values: list[Any], distributed: bool) -> list[Any] | None:
     return [value for part in gathered for value in part] if is_main() else None
 
 
-def write_predictions(path: str | Path, source: Source, rows: list[tuple[int, list[int], float]]) -> None:
+def write_predictions(path: str | Path, source: Source, labels: np.ndarray,
+                      rows: list[tuple[int, list[int], float]]) -> None:
     """Write a line of CSV an image, in the order of the source. Raises InputError.
 
     Args:
         path: of the CSV.
         source: the images.
+        labels: (N,) int64, the model's.
         rows: (image, its five most probable classes, probability of the first).
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
     writer.writerow(['image', 'label', 'prediction', 'probability', 'top5'])
     for index, top, probability in sorted(rows):
-        writer.writerow([source.names[index], source.labels[index], top[0], f'{probability:.6f}',
+        writer.writerow([source.names[index], labels[index], top[0], f'{probability:.6f}',
                          ' '.join(map(str, top))])
     write_text(path, text.getvalue())
 
@@ -205,6 +184,7 @@ def main(args: argparse.Namespace) -> None:
     device = init_distributed(args.device, args.dist_url)
     print_no_effect(NO_EFFECT, vars(args))
     amp = args.amp or default_amp(device)
+    change = make_corruption(args.corruption, args.severity, args.seed)
     if args.save_predictions:
         on_main(check_writable, args.save_predictions)
 
@@ -216,29 +196,34 @@ def main(args: argparse.Namespace) -> None:
         raise InputError(f'{args.codebook_path}: rows of {codebook.shape[1]} elements, but the tokenizer gives '
                          f'{tokenizer.embed_dim}: they belong to different tokenizers')
     source = open_source(args.data_path)
+    source.change = change
     check_same_on_all_ranks({'the list of images': source.digest()})
-    classes = check_classes(source, args.data_path, names, args.model_path, model.num_classes)
-    print0(f'{len(source):,} images in {classes} classes; {world_size()} x {device}, amp {amp}')
+    labels, classes, chosen = match_classes(source, names, model.num_classes, args.model_path, args.classes)
+    print0(f'{len(source):,} images in {classes} classes; {world_size()} x {device}, amp {amp}'
+           + (f'; corrupted by {source.change}' if source.change else ''))
 
     # images to codes
+    num_classes = model.num_classes
     model = model.to(device)
     tokenizer = tokenizer.to(device)
     codebook = codebook.to(device)
     if args.compile:
         model = torch.compile(model)
         tokenizer = torch.compile(tokenizer)
+    if chosen is not None:
+        model = OnlyClasses(model, chosen, num_classes).to(device)
     indices = rank_indices(len(source), args.dist_eval)
     split = [indices[start:start + args.batch_size] for start in range(0, len(indices), args.batch_size)]
     images = load_images(source, split, args.tokenizer_input_size, workers=args.num_workers,
                          skip_bad=args.skip_bad_images, pin_memory=args.pin_mem and device.type == 'cuda',
                          max_pixels=args.max_image_pixels)
-    batches = CodeBatches(images, torch.from_numpy(source.labels), tokenizer, codebook, args.tokenizer_amp)
+    batches = CodeBatches(images, torch.from_numpy(labels), tokenizer, codebook, args.tokenizer_amp)
 
     # codes to classes
     rows = []
 
     def record(logits: torch.Tensor) -> None:
-        probability, top = logits.softmax(1).topk(min(5, logits.shape[1]))
+        probability, top = logits.softmax(1).topk(min(5, num_classes if chosen is None else len(chosen)))
         rows.extend(zip(top.tolist(), probability[:, 0].tolist()))
 
     evaluate(model, batches, EvalTransform(codebook, args.vit_input_size, device), amp=amp, distributed=args.dist_eval,
@@ -249,7 +234,7 @@ def main(args: argparse.Namespace) -> None:
     if args.save_predictions:
         rows = gather([(index, *row) for index, row in zip(batches.indices, rows)], args.dist_eval)
         if is_main():
-            write_predictions(args.save_predictions, source, rows)
+            write_predictions(args.save_predictions, source, labels, rows)
             print0(args.save_predictions)
 
 

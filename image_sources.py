@@ -50,12 +50,15 @@ class Source:
         labels: (N,) int64.
         classes: names in the order of the labels, or None.
         labels_from: where the labels come from, in words.
+        change: what `load_images` does to a prepared image, (pixels (3, S, S) uint8, i) -> pixels, such as a
+            corruptions.Corruption; None for nothing.
     """
     data_path: str
     names: list[str]
     labels: np.ndarray
     classes: list[str] | None = None
     labels_from: str
+    change: Callable[[torch.Tensor, int], torch.Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -342,11 +345,13 @@ class _DecodedBatches(Dataset):
         for place, i in enumerate(map(int, batch)):
             try:
                 data = self.source.read(i)
-                pixels[len(good)] = self.prepare(open_rgb(data, self.max_pixels), number, place)
-                good.append(i)
-                sizes.append(len(data))
+                image = self.prepare(open_rgb(data, self.max_pixels), number, place)
             except OSError as error:
                 skipped.append((i, error.strerror or str(error)))
             except (BadImage, InputError) as error:
                 skipped.append((i, str(error)))
+            else:
+                pixels[len(good)] = self.source.change(image, i) if self.source.change else image
+                good.append(i)
+                sizes.append(len(data))
         return ImageBatch(np.array(good, np.int64), pixels[:len(good)], np.array(sizes, np.int64), skipped)

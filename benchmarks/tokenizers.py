@@ -46,7 +46,7 @@ from utils import InputError, cores, run
 
 # What every arm is trained with, unless the command says otherwise. The published schedule holds --warmup-lr for two
 # epochs, so that of a short run must not be next to nothing; likewise the average must follow within an epoch. The
-# published embedding noise is for 300 epochs: in ten it costs tokens 4 points, and pixels have none (docs/tokenizers.md).
+# published embedding noise is for 300 epochs; in ten it costs tokens 4 points, and pixels have none.
 DEFAULTS = ['--model', 'deit_tiny_token_32', '--model-kwargs', 'depth=4', 'embed_dim=128', 'num_heads=4',
             '--batch-size', '100', '--epochs', '10', '--unscale-lr', '--warmup-epochs', '1', '--warmup-lr', '1e-4',
             '--drop-path', '0', '--rrc-ratio', '0.35', '--mixup-prob', '0.2', '--token-noise-prob', '0',

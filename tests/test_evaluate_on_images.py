@@ -173,6 +173,11 @@ def test_a_list_of_files_is_evaluated_like_their_folder(images, checkpoint, tmp_
     (['--vit-input-size', 4], 'pos_embed'), (['--data-path', 'nowhere'], 'nowhere: no such file or folder'),
     (['--tokenizer-path', 'no.pt'], 'no.pt'), (['--nb_classes', 3], 'head.weight'),
     (['--tokenizer-path', DEMO / 'codebook.ckpt'], 'no known kind'),
+    (['--corruption', 'fog', '--severity', 3], "'fog'.*gaussian_noise.*pixelate"),
+    (['--corruption', 'contrast'], 'give a --severity from 1 to 5'), (['--severity', 3], 'name a --corruption'),
+    (['--corruption', 'contrast', '--severity', 6], 'a value from 1 to 5'),
+    (['--classes', 'imagenet-r'], "trained-vit.ckpt has no class 'n01443537', only 10"),
+    (['--classes', 'imagenet-x'], '--classes imagenet-x: no such file, and none of imagenet, imagenet-a, imagenet-r'),
     (['--batch-size', 0], '--batch-size: 0: give a value of 1 or more'),
     (['--num_workers', -1], '--num-workers: -1: give a value of 0'), (['--vit-input-size', 1], 'of 2 or more')])
 def test_mistakes(flags, message, images, checkpoint):
@@ -248,6 +253,40 @@ def test_images_that_lack_a_class_are_refused_and_those_that_lack_the_last_are_n
     assert 'nine has 9 classes and the model 10' in capsys.readouterr().out
 
 
+# ---------------------------------------------------------------- robustness
+
+def test_corrupted_images(images, checkpoint, tmp_path, capsys):
+    """The predictions change with corruption and seed, and not with batches or worker processes."""
+    predictions = {}
+    for name, more in {'clean': [], 'a': ['--corruption', 'gaussian_noise', '--severity', 3],
+                       'b': ['--corruption', 'gaussian_noise', '--severity', 3, '--num-workers', 2, '--batch-size', 9],
+                       'c': ['--corruption', 'gaussian_noise', '--severity', 3, '--seed', 1]}.items():
+        on_images(images, checkpoint, *more, '--save-predictions', tmp_path / name)
+        rows = csv.DictReader((tmp_path / name).open())
+        predictions[name] = np.array([float(row['probability']) for row in rows])
+    said = capsys.readouterr().out
+    assert said.count('amp off; corrupted by gaussian_noise of severity 3, seed 0\n') == 2
+    np.testing.assert_allclose(predictions['a'], predictions['b'], atol=2e-6)
+    assert all(np.abs(predictions['a'] - predictions[other]).max() > 1e-4 for other in ('clean', 'c'))
+
+
+def test_a_subset_of_the_classes(images, checkpoint, tmp_path, capsys):
+    """Images of three of the ten classes: labels and predictions keep the model's numbers."""
+    (tmp_path / 'three').mkdir()
+    for name in ('2-pullover', '5-sandal', '9-boot'):
+        (tmp_path / 'three' / name).symlink_to(images / name)
+    (tmp_path / 'classes.txt').write_text('2\n5\n9\n')
+    on_images(tmp_path / 'three', checkpoint, '--classes', tmp_path / 'classes.txt', '--save-predictions',
+              tmp_path / 'p.csv')
+    line, = accuracy_lines(capsys.readouterr().out)
+    rows = list(csv.DictReader((tmp_path / 'p.csv').open()))
+    assert [row['label'] for row in rows] == ['2'] * 7 + ['5'] * 7 + ['9'] * 7
+    assert all(sorted(row['top5'].split()) == ['2', '5', '9'] for row in rows)
+    right = sum(row['label'] == row['prediction'] for row in rows)
+    assert line.startswith(f'* Acc@1 {100 * right / 21:.3f} Acc@5 100.000 loss ') and 'inf' not in line
+    fails(lambda: on_images(images, checkpoint, '--classes', tmp_path / 'classes.txt'), '10 classes.*is 3')
+
+
 # ---------------------------------------------------------------- predictions that cannot be written, odd names
 
 @pytest.mark.parametrize('name', ['file/p.csv', 'n' * 250, '.', 'file/a/p.csv'])
@@ -308,6 +347,6 @@ def test_nothing_is_left_to_evaluate(checkpoint, tmp_path):
 
 
 def test_flags_without_effect_say_so(images, checkpoint, capsys):
-    on_images(images, checkpoint, '--eval', '--seed', 0, '--world_size', 1)
+    on_images(images, checkpoint, '--eval', '--world_size', 1)
     said = capsys.readouterr().out
-    assert all(f'note: {flag} has no effect' in said for flag in ('--eval', '--seed', '--world-size'))
+    assert all(f'note: {flag} has no effect' in said for flag in ('--eval', '--world-size'))

@@ -165,8 +165,10 @@ def test_flags_and_defaults_are_those_of_the_parser(program):
             rows[tuple(re.findall(r'`([^`]+)`', flags))] = default.strip('`')
     flags = options(parser_of(program))
     if program == 'main_pixels.py':  # only what differs from main_seit.py is listed
-        same = {(*action.option_strings, action.help, str(action.default)) for action in options(parser_of('main_seit.py'))}
-        flags = [action for action in flags if (*action.option_strings, action.help, str(action.default)) not in same]
+        def facts(action):
+            return *action.option_strings, action.help, str(action.default)
+        same = {facts(action) for action in options(parser_of('main_seit.py'))}
+        flags = [action for action in flags if facts(action) not in same]
     assert set(rows) == {tuple(action.option_strings) for action in flags}
     for action in flags:
         stated = rows[tuple(action.option_strings)]
