@@ -223,7 +223,7 @@ def print_set(manifest: dict[str, Any], output_dir: str) -> None:
     limit = budget.get('total_bytes', budget.get('bytes_per_image', math.inf) * manifest['source_images'])
     if manifest['total_bytes'] > limit:
         print0(f'note: the budget was searched on {manifest["searched_images"]:,} images; all of them exceed it by '
-               f'{manifest["total_bytes"] / limit - 1:.2%}')
+               f'{manifest["total_bytes"] - limit:,.0f} bytes')
 
 
 def main(args: argparse.Namespace) -> None:
