@@ -24,8 +24,11 @@ of processes and interruptions. In the manifest, bytes an image as files and wit
 entropy-coded scans, of a WebP the bitstream; null where an image is neither), and the mean PSNR against the source.
 """
 import argparse
+import contextlib
+import ctypes
 import math
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -96,12 +99,20 @@ def shrink_chunks(made: ShrunkImages, workers: int) -> Iterator[list[Shrunk]]:
     processes, ahead = plan_workers(min(workers, len(made)), 0)  # nothing passes through shared memory
     loader = iter(DataLoader(made, batch_size=None, num_workers=processes, collate_fn=_unchanged,
                              prefetch_factor=ahead if processes else None,
-                             multiprocessing_context='fork' if processes else None, generator=torch.Generator()))
+                             multiprocessing_context='fork' if processes else None, generator=torch.Generator(),
+                             worker_init_fn=_end_with_parent))
     for _ in range(len(made)):
         chunk = next_batch(loader, made.source)
         if isinstance(chunk, str):
             raise InputError(f'{made.source.data_path}: {chunk}: replace or remove it')
         yield chunk
+
+
+def _end_with_parent(_: int) -> None:
+    """Let the kernel end this process when its parent is killed: it would wait for ever to pass on what it made."""
+    with contextlib.suppress(OSError, AttributeError):  # no Linux
+        set_parent_death_signal = 1  # of sys/prctl.h
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
 
 
 def _unchanged(chunk: list[Shrunk] | str) -> list[Shrunk] | str:
