@@ -1,4 +1,4 @@
-"""Encoded images: which names are images, which are passed over, and decoding."""
+"""Encoded images: which names are images, which are passed over, decoding, and their bytes without headers."""
 import functools
 import io
 import re
@@ -73,7 +73,7 @@ class LeftOut:
 
 # ---------------------------------------------------------------- decoding
 
-def open_rgb(data: bytes, max_pixels: int | None = None) -> Image.Image:
+def decode_rgb(data: bytes, max_pixels: int | None = None) -> Image.Image:
     """An encoded image, decoded whole, in RGB.
 
     Colors are converted as torchvision's loader does, by PIL's convert('RGB'), and EXIF rotation is ignored.
@@ -105,7 +105,7 @@ def open_rgb(data: bytes, max_pixels: int | None = None) -> Image.Image:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def to_tensor(image: Image.Image) -> torch.Tensor:
+def pixels_of(image: Image.Image) -> torch.Tensor:
     """An RGB image as (3, H, W) uint8."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
@@ -115,9 +115,62 @@ def resize_square(image: Image.Image, size: int) -> torch.Tensor:
 
     Divided by 255, these are the pixels of torchvision's Resize and ToTensor: the published preparation.
     """
-    return to_tensor(image.resize((size, size), Image.Resampling.BICUBIC))
+    return pixels_of(image.resize((size, size), Image.Resampling.BICUBIC))
 
 
 def decode_image(data: bytes, size: int, max_pixels: int | None = None) -> torch.Tensor:
-    """`resize_square` of `open_rgb`: encoded bytes -> (3, size, size) uint8. Raises BadImage."""
-    return resize_square(open_rgb(data, max_pixels), size)
+    """`resize_square` of `decode_rgb`: encoded bytes -> (3, size, size) uint8. Raises BadImage."""
+    return resize_square(decode_rgb(data, max_pixels), size)
+
+
+# ---------------------------------------------------------------- bytes without headers
+
+def bare_bytes(data: bytes) -> int | None:
+    """Bytes of a JPEG or WebP without what is the same in every such file; None for other kinds, and damaged ones."""
+    return webp_bytes(data) if data[:4] == b'RIFF' else scan_bytes(data)
+
+
+def scan_bytes(data: bytes) -> int | None:
+    """Bytes of a JPEG's entropy-coded scans, without the headers: what follows each SOS header up to the next marker.
+
+    Of a JPEG with one scan, as PIL writes, that is all between the SOS header and EOI. None for another kind of file,
+    and for a damaged one.
+    """
+    if data[:2] != b'\xff\xd8':
+        return None
+    total = 0
+    at = 2
+    while data[at:at + 1] == b'\xff' and data[at + 1:at + 2] != b'\xd9':
+        start_of_scan = data[at + 1:at + 2] == b'\xda'
+        header = int.from_bytes(data[at + 2:at + 4], 'big')
+        at += 2 + max(header, 2)
+        if start_of_scan:
+            begin = at
+            at = data.find(b'\xff', at)
+            # a stuffed zero and the restart markers D0 to D7 belong to the scan
+            while 0 <= at < len(data) - 1 and (data[at + 1] == 0 or 0xd0 <= data[at + 1] <= 0xd7):
+                at = data.find(b'\xff', at + 2)
+            if at < 0:
+                return None
+            total += at - begin
+    return total if data[at:at + 2] == b'\xff\xd9' else None
+
+
+def webp_bytes(data: bytes) -> int | None:
+    """Bytes of a still WebP image's bitstreams: what its chunks VP8, VP8L and ALPH hold, without RIFF's headers.
+
+    None for another kind of file, and for a damaged one.
+    """
+    if data[:4] != b'RIFF' or data[8:12] != b'WEBP':
+        return None
+    end = 8 + int.from_bytes(data[4:8], 'little')
+    total = 0
+    at = 12
+    while at < end:
+        size = int.from_bytes(data[at + 4:at + 8], 'little')
+        if at + 8 + size > len(data):
+            return None
+        if data[at:at + 4] in (b'VP8 ', b'VP8L', b'ALPH'):
+            total += size
+        at += 8 + size + size % 2  # chunks begin at even bytes
+    return total or None

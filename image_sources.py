@@ -20,7 +20,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from tqdm import tqdm
 from class_names import check_class_names
 from files import expand_files
 from folder_images import holds_class_folders, read_folder, read_regular_file
-from image_files import BadImage, LeftOut, image_formats, is_hidden, open_rgb, resize_square
+from image_files import BadImage, LeftOut, decode_rgb, image_formats, is_hidden, resize_square
 from loader_workers import plan_workers
 from parquet_images import check_one_split, class_names, image_bytes, open_parquet, read_column, read_labels_of
 from tar_images import read_tar
@@ -67,9 +67,13 @@ class Source:
         """The encoded bytes of image i. Raises OSError, BadImage or InputError where they cannot be had."""
         raise NotImplementedError
 
+    def sizes(self) -> np.ndarray:
+        """Bytes of each encoded image, (N,) int64. Raises InputError."""
+        raise NotImplementedError
+
     def encoded_bytes(self) -> int:
         """Bytes of all encoded images together. Raises InputError."""
-        raise NotImplementedError
+        return int(self.sizes().sum())
 
     def digest(self) -> str:
         """SHA-256 of names and labels: changes when the list of images does."""
@@ -123,9 +127,9 @@ class _ImageFiles(Source):
     def read(self, i: int) -> bytes:
         return read_regular_file(self.folder / self.names[i])
 
-    def encoded_bytes(self) -> int:
+    def sizes(self) -> np.ndarray:
         try:
-            return sum(os.path.getsize(self.folder / name) for name in self.names)
+            return np.array([os.path.getsize(self.folder / name) for name in self.names], np.int64)
         except OSError as error:
             raise InputError(f'{error.filename}: {error.strerror}') from None
 
@@ -200,8 +204,8 @@ class TarImages(Source):
             raise BadImage('the shard ends within it')
         return data
 
-    def encoded_bytes(self) -> int:
-        return int(self.locations[:, 2].sum())
+    def sizes(self) -> np.ndarray:
+        return self.locations[:, 2]
 
 
 class ParquetImages(Source):
@@ -245,8 +249,8 @@ class ParquetImages(Source):
             raise BadImage('holds no encoded image')
         return data
 
-    def encoded_bytes(self) -> int:
-        return sum(len(self._cell(i) or b'') for i in range(len(self)))
+    def sizes(self) -> np.ndarray:
+        return np.array([len(self._cell(i) or b'') for i in range(len(self))], np.int64)
 
 
 # ---------------------------------------------------------------- decoding in worker processes
@@ -296,7 +300,7 @@ def load_images(source: Source, batches: Sequence[Sequence[int]], size: int, *, 
         multiprocessing_context='fork' if processes else None,
         generator=torch.Generator()))  # else it would draw from torch's own
     for _ in range(len(batches)):
-        batch = _next(loader, source)
+        batch = next_batch(loader, source)
         for i, why in batch.skipped:
             if not skip_bad:
                 advice = 'replace or remove it' + (', or add --skip-bad-images' if skip_bad is False else '')
@@ -305,8 +309,8 @@ def load_images(source: Source, batches: Sequence[Sequence[int]], size: int, *, 
         yield batch
 
 
-def _next(loader: Iterator[ImageBatch], source: Source) -> ImageBatch:
-    """The next batch. Raises InputError where a process that decodes has died, or found no shared memory."""
+def next_batch(loader: Iterator[Any], source: Source) -> Any:
+    """A DataLoader's next batch. Raises InputError where a process that decodes has died, or found no shared memory."""
     try:
         return next(loader)
     except RuntimeError as error:
@@ -345,7 +349,7 @@ class _DecodedBatches(Dataset):
         for place, i in enumerate(map(int, batch)):
             try:
                 data = self.source.read(i)
-                image = self.prepare(open_rgb(data, self.max_pixels), number, place)
+                image = self.prepare(decode_rgb(data, self.max_pixels), number, place)
             except OSError as error:
                 skipped.append((i, error.strerror or str(error)))
             except (BadImage, InputError) as error:

@@ -30,7 +30,7 @@ import recipe
 from checkpoints import flags_to_save, resume
 from engine import evaluate, rank_indices, train
 from flags import Parser, integer
-from image_files import decode_image
+from image_files import decode_image, scan_bytes
 from image_sources import Source, load_images, open_source
 from models_seit import create_model
 from preemption import REQUEUE
@@ -62,32 +62,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 # ---------------------------------------------------------------- bytes
-
-def scan_bytes(data: bytes) -> int | None:
-    """Bytes of a JPEG's entropy-coded scans, without the headers: what follows each SOS header up to the next marker.
-
-    Of a JPEG with one scan, as PIL writes, that is all between the SOS header and EOI. None for another kind of file,
-    and for a damaged one.
-    """
-    if data[:2] != b'\xff\xd8':
-        return None
-    total = 0
-    at = 2
-    while data[at:at + 1] == b'\xff' and data[at + 1:at + 2] != b'\xd9':
-        start_of_scan = data[at + 1:at + 2] == b'\xda'
-        header = int.from_bytes(data[at + 2:at + 4], 'big')
-        at += 2 + max(header, 2)
-        if start_of_scan:
-            begin = at
-            at = data.find(b'\xff', at)
-            # a stuffed zero and the restart markers D0 to D7 belong to the scan
-            while 0 <= at < len(data) - 1 and (data[at + 1] == 0 or 0xd0 <= data[at + 1] <= 0xd7):
-                at = data.find(b'\xff', at + 2)
-            if at < 0:
-                return None
-            total += at - begin
-    return total if data[at:at + 2] == b'\xff\xd9' else None
-
 
 def jpeg(pixels: torch.Tensor, quality: int) -> bytes:
     """An image (3, H, W) uint8 as a JPEG, by PIL with its defaults: one scan, chroma at half the resolution."""

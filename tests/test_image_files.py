@@ -8,7 +8,8 @@ from PIL import Image
 from torchvision.datasets.folder import default_loader
 
 from helpers import encoded, noise, published_transform
-from image_files import BadImage, LeftOut, decode_image, image_extensions, is_hidden, is_image
+from image_files import (BadImage, LeftOut, bare_bytes, decode_image, image_extensions, is_hidden, is_image, scan_bytes,
+                         webp_bytes)
 
 SIZE = 16
 
@@ -115,3 +116,42 @@ def test_pil_is_not_asked_about_formats_that_run_other_programs():
         assert image.format == 'EPS'  # PIL alone would call ghostscript
     with pytest.raises(BadImage, match='no image of a kind'):
         decode_image(encoded(noise(0), 'EPS'), SIZE)
+
+
+# ---------------------------------------------------------------- bytes without headers
+
+def scan_by_hand(data):
+    """Bytes between the only SOS header of a JPEG and its EOI, by the first place of either."""
+    start = data.index(b'\xff\xda')
+    start += 2 + int.from_bytes(data[start + 2:start + 4], 'big')
+    return data.rindex(b'\xff\xd9') - start
+
+
+def test_bytes_of_a_jpeg_without_headers():
+    image = noise(0, (40, 56))
+    plain = encoded(image, 'JPEG', quality=50)
+    assert scan_bytes(plain) == scan_by_hand(plain) > 500
+    # a whole JPEG in a header, and restart markers, are not counted as scans, or ends of one
+    assert scan_bytes(encoded(image, 'JPEG', quality=50, comment=plain)) == scan_by_hand(plain)
+    restarting = encoded(image, 'JPEG', quality=50, restart_marker_blocks=1)
+    assert b'\xff\xd1' in restarting
+    assert scan_bytes(restarting) == scan_by_hand(restarting)
+    # several scans: those of a progressive file, with tables between
+    progressive = encoded(image, 'JPEG', quality=50, progressive=True)
+    assert progressive.count(b'\xff\xda') > 1
+    assert scan_by_hand(plain) / 2 < scan_bytes(progressive) < scan_by_hand(progressive)
+    assert scan_bytes(encoded(image, 'PNG')) is None
+    assert scan_bytes(plain[:-100]) is None
+    assert scan_bytes(plain + b'more') == scan_by_hand(plain)
+
+
+def test_bytes_of_a_webp_without_headers():
+    image = noise(0, (40, 57))
+    plain = encoded(image, 'WEBP', quality=50)
+    assert bare_bytes(plain) == webp_bytes(plain) == int.from_bytes(plain[16:20], 'little')
+    assert len(plain) - 22 < webp_bytes(plain) <= len(plain) - 20
+    with_exif = encoded(image, 'WEBP', quality=50, exif=b'Exif\0\0' + bytes(500))  # a VP8X chunk and one of EXIF
+    assert webp_bytes(with_exif) == webp_bytes(plain) < len(with_exif) - 500
+    assert webp_bytes(encoded(image, 'WEBP', lossless=True)) > 40 * 57
+    assert webp_bytes(plain[:-9]) is None and bare_bytes(encoded(image)) is None
+    assert bare_bytes(encoded(image, 'JPEG')) == scan_bytes(encoded(image, 'JPEG'))

@@ -14,7 +14,7 @@ import fit_patch_tokenizer
 import main_seit
 import tokenize_images
 from benchmarks import arms
-from helpers import call, encoded, fails, noise, smooth_images, without_times
+from helpers import call, fails, smooth_images, without_times
 from image_sources import open_source
 from image_tokenizer import unit_range
 
@@ -194,31 +194,6 @@ def test_reconstructions_of_any_size_are_compared_with_one_original(images):
 
 
 # ---------------------------------------------------------------- pixels
-
-def scan_by_hand(data):
-    """Bytes between the only SOS header of a JPEG and its EOI, by the first place of either."""
-    start = data.index(b'\xff\xda')
-    start += 2 + int.from_bytes(data[start + 2:start + 4], 'big')
-    return data.rindex(b'\xff\xd9') - start
-
-
-def test_bytes_of_a_jpeg_without_headers():
-    image = noise(0, (40, 56))
-    plain = encoded(image, 'JPEG', quality=50)
-    assert pixel_twin.scan_bytes(plain) == scan_by_hand(plain) > 500
-    # a whole JPEG in a header, and restart markers, are not counted as scans, or ends of one
-    assert pixel_twin.scan_bytes(encoded(image, 'JPEG', quality=50, comment=plain)) == scan_by_hand(plain)
-    restarting = encoded(image, 'JPEG', quality=50, restart_marker_blocks=1)
-    assert b'\xff\xd1' in restarting
-    assert pixel_twin.scan_bytes(restarting) == scan_by_hand(restarting)
-    # several scans: those of a progressive file, with tables between
-    progressive = encoded(image, 'JPEG', quality=50, progressive=True)
-    assert progressive.count(b'\xff\xda') > 1
-    assert scan_by_hand(plain) / 2 < pixel_twin.scan_bytes(progressive) < scan_by_hand(progressive)
-    assert pixel_twin.scan_bytes(encoded(image, 'PNG')) is None
-    assert pixel_twin.scan_bytes(plain[:-100]) is None
-    assert pixel_twin.scan_bytes(plain + b'more') == scan_by_hand(plain)
-
 
 def test_pixels_are_stored_and_made_again(images):
     source = open_source(images / 'val')

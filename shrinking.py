@@ -1,0 +1,276 @@
+"""Smaller sets of encoded images: how each image is made smaller, which are kept, and what a budget allows.
+
+    sample   a share of each class is kept, with the bytes unchanged
+    resize   both sides times a factor, by PIL, bicubic with its antialias; then a JPEG of quality 95
+    jpeg     a JPEG at the image's own size, of a quality
+    webp     a lossy WebP at the image's own size, of a quality
+
+Encoders are PIL's with its defaults: a JPEG has one scan and its chroma at half the resolution. All images become RGB,
+and what they hold beside pixels (EXIF, color profiles) is dropped, but by `sample`.
+"""
+import io
+import math
+from collections.abc import Callable, Sequence
+from pathlib import PurePath
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+from files import read_bytes
+from image_files import BadImage, bare_bytes, decode_rgb, image_extensions, image_formats, is_image, pixels_of
+from image_quality import psnr
+from image_sources import Source
+from utils import InputError
+
+RESIZED_QUALITY = 95  # of the JPEGs that resized images become
+SHARES = 1000  # steps in which shares and factors are searched
+EQUAL = 100.  # what psnr gives for equal images
+MAX_SCORE_BYTES = 1 << 30  # of a file of scores: ImageNet-21k's is of 600 MB
+
+
+class Method(NamedTuple):
+    """A way to make image sets smaller. Parameters that are searched are numbers from `lowest` to `highest`.
+
+    Attributes:
+        lowest, highest: whole numbers.
+        scale: what they are divided by; 1 where the parameter is a whole number.
+        encoder: what writes the images, in words.
+    """
+    lowest: int
+    highest: int
+    scale: int
+    encoder: str
+
+    def parameter(self, number: int) -> float | int:
+        """The parameter of a number: 500 is 0.5 of a share."""
+        return number if self.scale == 1 else number / self.scale
+
+
+METHODS = {
+    'sample': Method(1, SHARES, SHARES, 'none: bytes unchanged'),
+    'resize': Method(1, SHARES, SHARES, f'PIL, bicubic, then JPEG of quality {RESIZED_QUALITY}, chroma 4:2:0'),
+    'jpeg': Method(1, 95, 1, 'PIL, JPEG, chroma 4:2:0'),
+    'webp': Method(0, 100, 1, 'PIL, lossy WebP'),
+}
+
+
+def check_parameter(method: str, parameter: float) -> float | int:
+    """The parameter, as a whole number where the method takes those. Raises InputError for one it does not take."""
+    takes = METHODS[method]
+    if takes.scale > 1:
+        if not 0 < parameter <= 1:
+            raise InputError(f'--parameter {parameter:g}: {method} takes more than 0, and 1 at most')
+        return parameter
+    if parameter != int(parameter) or not takes.lowest <= parameter <= takes.highest:
+        raise InputError(f'--parameter {parameter:g}: {method} takes a whole number from {takes.lowest} to '
+                         f'{takes.highest}')
+    return int(parameter)
+
+
+# ---------------------------------------------------------------- one image
+
+class Shrunk(NamedTuple):
+    """An image made smaller.
+
+    Attributes:
+        data: of the file; b'' where only its size was asked for.
+        ending: of its name, as in '.jpg'.
+        size: bytes of the file.
+        bare: bytes without headers (image_files.bare_bytes), or None.
+        psnr: against the source at the source's size, in dB; NaN where it was not asked for.
+    """
+    data: bytes
+    ending: str
+    size: int
+    bare: int | None
+    psnr: float
+
+
+def shrink(image: Image.Image, method: str, parameter: float) -> bytes:
+    """The file that an RGB image becomes. Raises BadImage where the format cannot hold it.
+
+    Args:
+        image: at its own size.
+        method: 'resize', 'jpeg' or 'webp'.
+        parameter: of the method.
+    """
+    file = io.BytesIO()
+    try:
+        if method == 'resize':
+            size = [max(1, math.floor(side * parameter + 0.5)) for side in image.size]
+            image.resize(size, Image.Resampling.BICUBIC).save(file, 'JPEG', quality=RESIZED_QUALITY)
+        else:
+            image.save(file, method.upper(), quality=parameter)
+    except (OSError, ValueError) as error:  # more pixels on a side than the format has, say
+        raise BadImage(f'{image.width} x {image.height} pixels cannot be written as {method}: {error}') from None
+    return file.getvalue()
+
+
+def distance(image: Image.Image, data: bytes) -> float:
+    """PSNR, in dB, of an encoded image against an RGB one, at whose size it is compared (bicubic)."""
+    other = decode_rgb(data, image.width * image.height)
+    if other.size != image.size:
+        other = other.resize(image.size, Image.Resampling.BICUBIC)
+    return float(psnr(pixels_of(image)[None] / 255, pixels_of(other)[None] / 255))
+
+
+def ending_of(name: str, data: bytes) -> str:
+    """The ending for an unchanged image: its own, or that of its format. Raises BadImage."""
+    if is_image(name):
+        return PurePath(name).suffix
+    try:
+        with Image.open(io.BytesIO(data), formats=image_formats()) as image:
+            ending = {'JPEG': '.jpg', 'TIFF': '.tif'}.get(image.format, f'.{image.format.lower()}')
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise BadImage('no image of a kind that is read') from None
+    if ending not in image_extensions():
+        raise BadImage(f'its format, {image.format}, has no ending that is read')
+    return ending
+
+
+class ShrunkImages(Dataset):
+    """Chunks of a source's images made smaller, for a DataLoader.
+
+    Item i is the list of Shrunk of chunks[i]; or a text: which image cannot be read, and why.
+
+    Args:
+        source: of the images.
+        chunks: indices into the source.
+        method, parameter: see METHODS.
+        max_pixels: larger images cannot be read; None for PIL's limit.
+        only_sizes: leave the files' bytes and PSNR out.
+    """
+
+    def __init__(self, source: Source, chunks: Sequence[Sequence[int]], method: str, parameter: float,
+                 max_pixels: int | None = None, only_sizes: bool = False):
+        self.source = source
+        self.chunks = chunks
+        self.method = method
+        self.parameter = parameter
+        self.max_pixels = max_pixels
+        self.only_sizes = only_sizes
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, number: int) -> list[Shrunk] | str:
+        made = []
+        for i in map(int, self.chunks[number]):
+            try:
+                made.append(self._shrink(i))
+            except OSError as error:
+                return f'{self.source.names[i]} is no readable image ({error.strerror or error})'
+            except (BadImage, InputError) as error:
+                return f'{self.source.names[i]} is no readable image ({error})'
+        return made
+
+    def _shrink(self, i: int) -> Shrunk:
+        data = self.source.read(i)
+        if self.method == 'sample':
+            return Shrunk(data, ending_of(self.source.names[i], data), len(data), bare_bytes(data), EQUAL)
+        image = decode_rgb(data, self.max_pixels)
+        data = shrink(image, self.method, self.parameter)
+        ending = '.webp' if self.method == 'webp' else '.jpg'
+        if self.only_sizes:
+            return Shrunk(b'', ending, len(data), None, math.nan)
+        return Shrunk(data, ending, len(data), bare_bytes(data), distance(image, data))
+
+
+# ---------------------------------------------------------------- which images are kept
+
+def read_scores(path: str, source: Source) -> np.ndarray:
+    """A score for each image, (N,) float64, from lines 'name<TAB>score' of the source's names in any order.
+
+    Raises:
+        InputError: for a line that is none, a name with two scores, and images that lack.
+    """
+    try:
+        lines = read_bytes(path, MAX_SCORE_BYTES).decode('utf-8-sig', 'surrogateescape').split('\n')
+    except UnicodeDecodeError as error:
+        raise InputError(f'{path}: no UTF-8 text ({error.reason})') from None
+    scores = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        name, tab, score = line.rstrip('\r').rpartition('\t')
+        try:
+            value = float(score) if tab else math.nan
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise InputError(f"{path}: line {number} is not 'name<TAB>score' with a finite number: {line[:60]!r}")
+        if scores.setdefault(name, value) != value:
+            raise InputError(f'{path}: line {number}: {name} has two scores')
+    missing = [name for name in source.names if name not in scores]
+    if missing:
+        raise InputError(f'{path}: lacks {len(missing):,} of the {len(source):,} images of {source.data_path} (first: '
+                         f'{missing[0]}); give a line for each, with the name as it stands here')
+    return np.array([scores[name] for name in source.names])
+
+
+class Ranking:
+    """The images of each class in the order in which they are kept: a larger share has all of a smaller one.
+
+    Args:
+        labels: (N,) of the images.
+        seed: of the order, where there are no scores.
+        scores: (N,), or None. Of equal ones, the first image comes first.
+        keep: 'best' (the highest scores) or 'worst'.
+    """
+
+    def __init__(self, labels: np.ndarray, seed: int, scores: np.ndarray | None = None, keep: str = 'best'):
+        if scores is None:
+            order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).numpy()
+        else:
+            order = np.argsort(-scores if keep == 'best' else scores, kind='stable')
+        by_class = order[np.argsort(labels[order], kind='stable')]
+        counts = np.unique(labels, return_counts=True)[1]
+        starts = np.repeat(np.cumsum(counts) - counts, counts)
+        self.place = np.empty(len(labels), np.int64)  # of each image within its class
+        self.place[by_class] = np.arange(len(labels)) - starts
+        self.of_class = np.empty(len(labels), np.int64)  # images of its class
+        self.of_class[by_class] = np.repeat(counts, counts)
+
+    def kept(self, share: float) -> np.ndarray:
+        """The images, rising, of a share of each class: rounded, and one at least."""
+        return np.flatnonzero(self.place < np.maximum(1, np.floor(self.of_class * share + 0.5)))
+
+
+# ---------------------------------------------------------------- budgets
+
+class Unreachable(Exception):
+    """No number keeps within the budget; `least` and `most` are what the lowest and the highest come to."""
+
+    def __init__(self, least: float, most: float):
+        super().__init__(f'{least} to {most}')
+        self.least = least
+        self.most = most
+
+
+def largest_within(lowest: int, highest: int, measure: Callable[[int], float], budget: float) -> int:
+    """The largest whole number whose measure does not exceed the budget, by bisection.
+
+    Args:
+        lowest, highest: of the numbers.
+        measure: of a number; rises with it.
+        budget: in what `measure` gives.
+
+    Raises:
+        Unreachable: when the lowest exceeds the budget too.
+    """
+    most = measure(highest)
+    if most <= budget:
+        return highest
+    least = measure(lowest)
+    if least > budget:
+        raise Unreachable(least, most)
+    while highest - lowest > 1:
+        middle = (lowest + highest) // 2
+        if measure(middle) <= budget:
+            lowest = middle
+        else:
+            highest = middle
+    return lowest
