@@ -10,7 +10,8 @@ and CutMix), `--aug deit` as DeiT does.
 """
 import argparse
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import timm
@@ -20,6 +21,8 @@ from torch import nn
 import recipe
 from checkpoints import flags_to_save, progress_of, resume
 from class_names import check_class_names, count_classes, head_size
+from class_subsets import OnlyClasses, match_classes
+from corruptions import add_robustness_flags, make_corruption
 from engine import evaluate, evaluate_checkpoint, rank_indices, train
 from flags import Parser, integer, number
 from image_dataset import ImageDataset, Normalize, eval_transform, random_erasing, train_transform
@@ -71,6 +74,7 @@ def get_args_parser() -> Parser:
     add('--repeated-aug', action=recipe.ON_OFF, help='repeated augmentation: each image three times running')
     recipe.add_mixing_flags(parser)
     recipe.add_run_flags(parser)
+    add_robustness_flags(parser)
     parser.set_defaults(**AUGMENTATIONS['tokens'])
     return parser
 
@@ -81,6 +85,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(**AUGMENTATIONS[parser.parse_known_args(argv)[0].aug])
     args = parser.parse_args(argv)
     recipe.check_flags(args)
+    make_corruption(args.corruption, args.severity, args.seed)  # both or neither
+    for flag in ('corruption', 'classes'):
+        if getattr(args, flag) and not args.eval:
+            raise InputError(f'--{flag} belongs to --eval')
     for wanted, flag in ((not args.eval, 'train'), (not args.no_eval, 'val')):
         if wanted and not getattr(args, f'{flag}_path'):
             raise InputError(f'--{flag}-path: name the images; class folders, a list, tar shards or parquet files')
@@ -118,36 +126,17 @@ def create_model(args: argparse.Namespace, classes: int) -> nn.Module:
 
 # ---------------------------------------------------------------- data
 
-def load_data(args: argparse.Namespace) -> dict[str, ImageDataset]:
-    """The data sets that are needed of 'train' and 'val', whose class names agree. Prints what they are."""
-    datasets = {}
-    for split, wanted in (('train', not args.eval), ('val', not args.no_eval)):
-        if not wanted:
-            continue
-        if split == 'train':
-            transform = train_transform(args.input_size, args.rrc_ratio, args.hflip, args.color_jitter, args.aa)
-        else:
-            transform = eval_transform(args.input_size, args.eval_crop_ratio)
-        path = getattr(args, f'{split}_path')
-        data = datasets[split] = ImageDataset(path, args.input_size, transform, args.num_workers, args.max_image_pixels)
-        print0(f'{split}: {len(data):,} images, {args.input_size}x{args.input_size} pixels are read')
-    if len(datasets) == 2:
-        check_class_names(*(data.classes for data in datasets.values()), args.train_path, args.val_path)
-    return datasets
-
-
-def check_classes(args: argparse.Namespace, datasets: dict[str, ImageDataset], checkpoint: dict | None,
-                  path: str) -> tuple[int, list[str] | None]:
-    """How many classes the model has, and their names where they are known; those of the checkpoint at `path` agree."""
-    trained = None
-    if args.eval:
-        cfg = timm.get_pretrained_cfg(args.model)
-        trained = head_size(checkpoint['model'], cfg.classifier if cfg else 'head', path)
-    labels = {getattr(args, f'{split}_path'): data.labels for split, data in datasets.items()}
-    names = next(iter(datasets.values())).classes
-    if checkpoint:
-        check_class_names(checkpoint.get('classes'), names, path, args.val_path if args.eval else args.train_path)
-    return count_classes(labels, args.nb_classes, trained), names
+def load_split(args: argparse.Namespace, split: str) -> ImageDataset:
+    """The images of 'train' or 'val', with the transform of the flags. Prints how many there are."""
+    if split == 'train':
+        transform = train_transform(args.input_size, args.rrc_ratio, args.hflip, args.color_jitter, args.aa)
+    else:
+        transform = eval_transform(args.input_size, args.eval_crop_ratio)
+    data = ImageDataset(getattr(args, f'{split}_path'), args.input_size, transform, args.num_workers,
+                        args.max_image_pixels)
+    check_same_on_all_ranks({f'images of {split}': data.source.digest()})
+    print0(f'{split}: {len(data):,} images, {args.input_size}x{args.input_size} pixels are read')
+    return data
 
 
 def draws_of(seed: int, epoch: int, indices: np.ndarray, repeats: int) -> np.ndarray:
@@ -163,6 +152,37 @@ def draws_of(seed: int, epoch: int, indices: np.ndarray, repeats: int) -> np.nda
     return np.stack([seed * same, epoch * same, indices, copies], 1)
 
 
+# ---------------------------------------------------------------- evaluation
+
+def make_evaluate(args: argparse.Namespace, data: ImageDataset, device: torch.device, amp: str) -> Callable:
+    """The engine's evaluate_of, on a data set."""
+    normalize = Normalize(device)
+
+    def evaluate_of(model: nn.Module, name: str) -> dict[str, float]:
+        indices = rank_indices(len(data), args.dist_eval)
+        batches = data.batches(indices, int(1.5 * args.batch_size), device, args.pin_mem)
+        return evaluate(model, batches, normalize, amp=amp, distributed=args.dist_eval, name=name)
+
+    return evaluate_of
+
+
+def evaluate_only(args: argparse.Namespace, checkpoint: dict[str, Any], path: str, device: torch.device) -> None:
+    """--eval: evaluate a checkpoint, on corrupted images or some of its classes where asked for. Raises InputError."""
+    data = load_split(args, 'val')
+    data.source.change = make_corruption(args.corruption, args.severity, args.seed)
+    if data.source.change:
+        print0(f'corrupted by {data.source.change}')
+    cfg = timm.get_pretrained_cfg(args.model)
+    classes = args.nb_classes or head_size(checkpoint['model'], cfg.classifier if cfg else 'head', path)
+    data.labels, _, chosen = match_classes(data.source, checkpoint.get('classes'), classes, path, args.classes)
+    model = create_model(args, classes).to(device)
+    amp = args.amp or recipe.default_amp(device)
+    print_model(args.model, model, device, amp)
+    evaluate_of = make_evaluate(args, data, device, amp)
+    scored = model if chosen is None else OnlyClasses(model, chosen, classes).to(device)
+    evaluate_checkpoint(model, checkpoint, path, args.model_ema, lambda _, name: evaluate_of(scored, name))
+
+
 # ---------------------------------------------------------------- the program
 
 def main(args: argparse.Namespace) -> int:
@@ -173,15 +193,22 @@ def main(args: argparse.Namespace) -> int:
     recipe.set_up_torch(args)
     folder = RunFolder('' if args.eval else args.output_dir, args.save_every)
     checkpoint, path = find_checkpoint(args.output_dir, args.resume, args.eval)
+    keep_freed_memory(device)
+    if args.eval:
+        evaluate_only(args, checkpoint, path, device)
+        return 0
 
     # data
-    datasets = load_data(args)
-    train_data = datasets.get('train')
-    val_data = datasets.get('val')
-    classes, names = check_classes(args, datasets, checkpoint, path)
-    check_same_on_all_ranks({**{f'images of {split}': data.source.digest() for split, data in datasets.items()},
-                             **progress_of(checkpoint)})
-    keep_freed_memory(device)
+    train_data = load_split(args, 'train')
+    val_data = None if args.no_eval else load_split(args, 'val')
+    labels = {args.train_path: train_data.labels}
+    if val_data:
+        check_class_names(train_data.classes, val_data.classes, args.train_path, args.val_path)
+        labels[args.val_path] = val_data.labels
+    classes = count_classes(labels, args.nb_classes, None)
+    if checkpoint:
+        check_class_names(checkpoint.get('classes'), train_data.classes, path, args.train_path)
+    check_same_on_all_ranks(progress_of(checkpoint))
 
     # model
     model = create_model(args, classes)
@@ -192,22 +219,12 @@ def main(args: argparse.Namespace) -> int:
     model.to(device)
     amp = args.amp or recipe.default_amp(device)
     print_model(args.model, model, device, amp)
-
-    # evaluation
-    normalize = Normalize(device)
-
-    def evaluate_of(model: nn.Module, name: str) -> dict[str, float]:
-        indices = rank_indices(len(val_data), args.dist_eval)
-        batches = val_data.batches(indices, int(1.5 * args.batch_size), device, args.pin_mem)
-        return evaluate(model, batches, normalize, amp=amp, distributed=args.dist_eval, name=name)
-
-    if args.eval:
-        evaluate_checkpoint(model, checkpoint, path, args.model_ema, evaluate_of)
-        return 0
+    evaluate_of = make_evaluate(args, val_data, device, amp) if val_data else None
 
     # loss
-    mixup, criterion = recipe.make_loss(args, classes)
+    normalize = Normalize(device)
     erase = random_erasing(args.reprob, device)
+    mixup, criterion = recipe.make_loss(args, classes)
 
     def loss_of(model: nn.Module, batch: tuple, generator: torch.Generator) -> torch.Tensor:
         x, targets = batch
@@ -235,10 +252,10 @@ def main(args: argparse.Namespace) -> int:
     print_batch(args.batch_size, args.accum_iter, steps, args.epochs, recipe.scaled_lr(args), args.unscale_lr)
 
     # train
-    folder.begin(run_record(vars(args), device), {'args': flags_to_save(vars(args)), 'classes': names})
+    folder.begin(run_record(vars(args), device), {'args': flags_to_save(vars(args)), 'classes': train_data.classes})
     log = RunLog(args.output_dir, state.epoch, args.tensorboard)
     try:
-        finished = train(state, batches_of, loss_of, None if args.no_eval else evaluate_of, folder, log, args.epochs,
+        finished = train(state, batches_of, loss_of, evaluate_of, folder, log, args.epochs,
                          recipe.step_options(args, steps))
     except NotFinite as error:
         part = slice(error.step * args.batch_size, (error.step + 1) * args.batch_size)

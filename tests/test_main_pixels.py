@@ -168,3 +168,27 @@ def test_a_checkpoint_of_other_classes_is_refused(data, tmp_path):
         save_image(tmp_path / 'val' / name / '0.png', 1)
     fails(lambda: call(main_pixels, *SMALL, '--eval', '--resume', tmp_path / 'out' / 'checkpoint.pth', '--val-path',
                        tmp_path / 'val'), re.escape(str(tmp_path / 'val')) + ": class 1 is 'dog'")
+
+
+def test_corrupted_images_and_some_classes(data, tmp_path, capsys):
+    train(data, '--epochs', 3, '--lr', 0.1, '--output-dir', tmp_path)
+    evaluate = [*SMALL, '--eval', '--no-model-ema', '--resume', tmp_path / 'checkpoint.pth', '--val-path', data]
+    capsys.readouterr()
+
+    def accuracy(*flags):
+        call(main_pixels, *evaluate, *flags)
+        line, = accuracy_lines(capsys.readouterr().out)
+        return line
+    clean = accuracy()
+    gray = ['--corruption', 'contrast', '--severity', 5]
+    assert accuracy(*gray) != clean
+    assert accuracy(*gray) == accuracy(*gray, '--num-workers', 2)
+    (tmp_path / 'some.txt').write_text('class-0\nclass-1\n')
+    for name in ('class-0', 'class-1'):
+        (tmp_path / 'val').mkdir(exist_ok=True)
+        (tmp_path / 'val' / name).symlink_to(data / name)
+    assert float(accuracy('--val-path', tmp_path / 'val', '--classes', tmp_path / 'some.txt').split()[2]) >= float(
+        accuracy('--val-path', tmp_path / 'val').split()[2])
+    fails(lambda: call(main_pixels, *evaluate, '--corruption', 'contrast'), 'give a --severity')
+    fails(lambda: call(main_pixels, *evaluate, '--corruption', 'fog', '--severity', 1), "'fog'.*'contrast'")
+    fails(lambda: train(data, '--classes', 'imagenet-r'), '--classes belongs to --eval')
