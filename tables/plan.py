@@ -139,8 +139,8 @@ class Plan:
         after, tokenizer_path, codebook = self.tokenizer(name)
         tokenizer = self.preset.tokenizers[name]
         folder = self.output / 'tokens' / (name if share == 1 else f'{name}-{share:g}')
-        tokenize = ('tokenize_images.py', '--tokenizer-path', tokenizer_path, '--codebook-path', codebook,
-                    '--image-size', tokenizer.image_size, *self.workers, *self.device)
+        tokenize = (*self.preset.launcher, 'tokenize_images.py', '--tokenizer-path', tokenizer_path,
+                    '--codebook-path', codebook, '--image-size', tokenizer.image_size, *self.workers, *self.device)
         if share == 1:
             images = self.split('train')
             val = folder / 'val-token.data.bin.gz'

@@ -30,7 +30,7 @@ class Preset:
         images_per_class: the first of each class are for training; None for all.
         epochs, warmup_epochs: of a run on all images.
         same_steps: fewer images are seen in as many more epochs.
-        launcher: words before a program that trains.
+        launcher: words before a program that trains, or tokenizes.
         training: flags of all training.
         token_model, pixel_model: --model, and words that go with it.
         small_model, small_pixel_model: the same for a model that costs next to nothing.

@@ -75,7 +75,6 @@ def test_what_the_paper_says_stands_where_it_belongs():
 def test_a_run_sees_as_many_images_of_a_sample():
     plan = Plan(presets.TINY, Path('data'), Path('out'), 'cpu', {'tokens': 1e-3, 'pixels': 1e-3})
     assert [plan.epochs(share) for share in (1, 0.6, 0.2, 0.1)] == [(6, 1), (10, 2), (30, 5), (60, 10)]
-    assert replace(presets.TINY, same_steps=False).same_steps is False
     plan = Plan(presets.IMAGENET, Path('data'), Path('out'), 'cpu', {})
     assert plan.epochs(0.2) == (300, 5)
 
@@ -93,6 +92,17 @@ def test_a_dry_run_prints_what_a_shell_can_run(tmp_path, capsys, monkeypatch):
     assert programs[0][2:6] == ['--classes', '20', '--data-path', 'my data/train']
     assert call(ablation, *words, 'imagenet') == 0
     assert any(line.startswith('torchrun --nproc_per_node=8 ') for line in capsys.readouterr().out.splitlines())
+
+
+def test_the_readme_has_the_commands_of_imagenet():
+    text = (ROOT / 'tables' / 'README.md').read_text(encoding='utf-8').replace(' \\\n    ', ' ')
+    args = storage.parse_args(['--preset', 'imagenet', '--data-path', 'imagenet', '--output-dir', 'output/paper',
+                               '--device', 'cuda'])
+    planned = shared.planned(storage.lines, shared.Options(**vars(args)))[1]
+    for command in (command for row in planned for command in row.commands):
+        assert shlex.join([*(() if command[0] == 'torchrun' else ['python']), *command]) in text
+    for value, _ in presets.PAPER.values():
+        assert f'| {value} |' in text
 
 
 def test_mistakes_are_one_line(tmp_path):
@@ -182,7 +192,7 @@ TOY = replace(presets.TINY, classes=2, images_per_class=6, epochs=4,
               lrs={'tokens': (1e-3, 3e-3), 'pixels': (1e-3,)}, workers=0,
               tokenizers={'patch': presets.Tokenizer(32, 32, ('scripts/fit_patch_tokenizer.py', '--image-size', '32',
                                                               '--codes', '24'), 'tokenizer.pt')})
-CHOSEN = ['tokens', 'without crop', 'patch stem']
+CHOSEN = ['tokens', 'patch stem']
 
 
 @pytest.fixture
@@ -220,7 +230,7 @@ def test_a_table_killed_resumed_and_collected(toy, tmp_path, capsys):
     assert call(ablation, *words) == 75
     assert 'the same command resumes it' in capsys.readouterr().out
     begun = list(started)
-    assert 'train/tokens/lr-0.001-seed-0#1' in begun and 'train/without-crop/lr-0.001-seed-0#1' not in begun
+    assert 'train/tokens/lr-0.001-seed-0#1' in begun and not any('patch-stem' in name for name in begun)
     assert call(ablation, *words) == 0
     assert [line['epoch'] for line in read_log(first)] == [0, 1, 2, 3]
     done = started[len(begun):]
@@ -230,7 +240,7 @@ def test_a_table_killed_resumed_and_collected(toy, tmp_path, capsys):
     search = results['lrs']['tokens']['search']
     best = results['lrs']['tokens']['chosen']
     assert set(search) == {'0.001', '0.003'} and search[str(best)] == max(search.values())
-    assert list(results['rows']) == ['tokens', 'without crop', 'patch stem']
+    assert list(results['rows']) == CHOSEN
     for name, result in results['rows'].items():
         logs = [read_log(out / 'train' / name.replace(' ', '-') / f'lr-{best:g}-seed-{seed}')[-1] for seed in (0, 1)]
         assert result['seeds'] == [0, 1] and result['top1'] == [log['test_acc1'] for log in logs]
@@ -246,8 +256,14 @@ def test_a_table_killed_resumed_and_collected(toy, tmp_path, capsys):
     call(collect, out, '--output', tmp_path / 'all.md')
     text = (tmp_path / 'all.md').read_text()
     assert text == (out / 'ablation' / 'table.md').read_text()
-    assert text.count('\n| ') == 5 and '(2) |' in text and f'| {report.DASH} |' in text and '| 74.0 |' in text
+    assert text.count('\n| ') == 4 and '(2) |' in text and f'| {report.DASH} |' in text and '| 74.0 |' in text
     fails(lambda: call(collect, out, '--output', tmp_path / 'b.md', '--curve', tmp_path / 'c.png'), 'is a table 1')
+
+    # another table takes what is there, and evaluates it: images through the tokenizer are the tokens of the training
+    assert call(robustness, *words[:-len(CHOSEN)], 'tokens clean') == 0
+    assert sorted(started) == [f'evaluate/tokens/lr-{best:g}-seed-{seed}/clean#1' for seed in (0, 1)]
+    clean = json.loads((out / 'robustness' / 'results.json').read_text())['rows']['tokens clean']
+    assert clean['top1'] == results['rows']['tokens']['top1'] and clean['paper'] == 74.0
 
 
 # ---------------------------------------------------------------- small programs, and the report
