@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from files import atomic_path, read_json, write_text
+from tables.presets import PAPER_CORRUPTIONS
 from utils import InputError
 
 RESULTS = 'results.json'
@@ -126,9 +127,10 @@ def robustness_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]
     lines = []
     for name in names:
         severities = [rows.get(f'{name} {severity}') for severity in range(1, 6)]
-        papers = {paper_of(result) for result in [rows.get(name)] if result} | {
-            paper_of(result) for result in severities if result}
-        paper = PAPER_BY_CORRUPTION.get(name) or next(iter(papers), DASH)
+        kind, _, corruption = name.partition(' ')
+        paper = paper_of(rows[name]) if name in rows else DASH
+        if kind == 'tokens':
+            paper = PAPER_CORRUPTIONS.get(corruption, paper)
         lines.append([name, spread(rows.get(name)), *map(spread, severities), paper])
     return (['', 'top-1 (seeds)', *map(str, range(1, 6)), 'paper, ImageNet-1k'], lines,
             "Columns 1 to 5 are severities. Of which severity the paper's numbers for noise and blur are, and which "
@@ -147,7 +149,6 @@ def speed_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], st
             'memory map, which is what training reads.')
 
 
-PAPER_BY_CORRUPTION = {'tokens gaussian_noise': '50.7', 'tokens gaussian_blur': '62.6 ("blur")'}
 MARKDOWN: dict[str, Callable] = {'storage': storage_table, 'ablation': ablation_table, 'robustness': robustness_table,
                                  'speed': speed_table}
 

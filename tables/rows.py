@@ -182,20 +182,21 @@ def take(row: Row) -> int:
         raise InputError(f'{row.folder}: holds files, but no {ROW} that says of which row; choose another '
                          '--output-dir, or remove that folder')
     row.folder.mkdir(parents=True, exist_ok=True)
-    check_same(row.folder / ROW, {f'command {number}': list(map(str, command))
-                                  for number, command in enumerate(row.commands, 1)})
-    return commands_done(row)
-
-
-def commands_done(row: Row) -> int:
-    """How many commands of a row are done."""
+    check_same(row.folder / ROW, definition_of(row))
     path = row.folder / DONE
     return read_json(path) if path.exists() else 0
 
 
+def definition_of(row: Row) -> dict[str, list[str]]:
+    """What ROW says of a row."""
+    return {f'command {number}': list(map(str, command)) for number, command in enumerate(row.commands, 1)}
+
+
 def is_done(row: Row) -> bool:
-    """Whether all commands of a row are done."""
-    return commands_done(row) == len(row.commands)
+    """Whether a row's folder holds this row, and all its commands are done."""
+    files = row.folder / ROW, row.folder / DONE
+    return all(path.exists() for path in files) and [read_json(path) for path in files] == [
+        definition_of(row), len(row.commands)]
 
 
 def run_rows(rows: Sequence[Row], jobs: int, threads: int, before: dict[str, str] | None = None,

@@ -15,7 +15,7 @@ from preemption import REQUEUE, StopSignal
 from tables import report
 from tables.plan import BYTES, Line, Plan, needed
 from tables.presets import PRESETS
-from tables.rows import OUTPUT, ROW, Row, final_line, is_done, printed_accuracy, run_rows, shell_line
+from tables.rows import OUTPUT, Row, final_line, is_done, printed_accuracy, run_rows, shell_line
 from utils import InputError, cores
 
 LinesOf = Callable[[Plan, Sequence[int]], list[Line]]
@@ -206,7 +206,7 @@ def seeds_on_disk(output: Path) -> set[int]:
 
 def value_of(line: Line, row: Row) -> tuple[float | None, dict[str, Any]]:
     """What a run's measure is, and the last line of its log. None where the run is not done."""
-    if not (row.folder / ROW).exists() or not is_done(row):
+    if not is_done(row):
         return None, {}
     if line.measure == 'printed top1':
         return printed_accuracy(row.folder / OUTPUT), {}

@@ -150,6 +150,7 @@ def test_a_folder_of_another_run_is_one_line(tmp_path):
     (tmp_path / 'b' / 'log.txt').write_text('')
     outcomes = run_rows([other, Row('b', tmp_path / 'b', ((good,),)), Row('c', tmp_path / 'c', ((good,),))], 1, 1)
     assert outcomes['a'].startswith(f'{tmp_path / "a"}: holds results of another command 1; choose another')
+    assert rows.is_done(row) and not rows.is_done(other)  # so that its results are not taken for the other's
     assert outcomes['b'].startswith(f'{tmp_path / "b"}: holds files, but no row.json') and outcomes['c'] == 'done'
 
 
