@@ -12,6 +12,7 @@ from tables.presets import Preset, Tokenizer
 from tables.rows import Command, Row
 
 BYTES = 'bytes.json'  # of a row that makes a set
+MANIFEST = Path('set', 'manifest.json')  # of scripts/shrink_images.py, in such a row
 PUBLISHED = 'imagenet1k'  # first part of the published token files' names
 CHECKPOINT = 'checkpoint.pth'
 

@@ -13,7 +13,7 @@ from files import lock_file, read_json
 from flags import SEED, Parser, integer, number
 from preemption import REQUEUE, StopSignal
 from tables import report
-from tables.plan import BYTES, Line, Plan, needed
+from tables.plan import BYTES, MANIFEST, Line, Plan, needed
 from tables.presets import PRESETS
 from tables.rows import OUTPUT, Row, final_line, is_done, printed_accuracy, run_rows, shell_line
 from utils import InputError, cores
@@ -231,8 +231,11 @@ def line_result(line: Line, outcomes: dict[str, str]) -> dict[str, Any] | None:
         result['ema_top1'] = averaged
     if failed:
         result['failed'] = failed[0]
-    path = line.data.folder / BYTES
-    return result | {'bytes': read_json(path) if path.exists() else None}
+    size = line.data.folder / BYTES
+    manifest = line.data.folder / MANIFEST
+    if manifest.exists():
+        result['psnr'] = read_json(manifest).get('psnr')
+    return result | {'bytes': read_json(size) if size.exists() else None}
 
 
 def write_results(name: str, title: str, lines_of: LinesOf, options: Options, plan: Plan,
