@@ -30,6 +30,7 @@ class Line:
         epochs: of a training.
         paper: the paper's value, or None.
         paper_size: its storage, or None.
+        full: the row whose BYTES the line's are compared with, or None.
     """
     name: str
     kind: str
@@ -39,6 +40,7 @@ class Line:
     epochs: int = 0
     paper: float | None = None
     paper_size: str | None = None
+    full: Row | None = None
 
 
 class Images(NamedTuple):

@@ -26,15 +26,16 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def lines(plan: Plan, seeds: Sequence[int]) -> list[Line]:
     """The lines of the table."""
     preset = plan.preset
+    full = plan.full().row
     sets = {'full pixels': plan.full()}
     sets |= {f'sample {percent(share)}': plan.shrunk('sample', share) for share in preset.shares}
     sets |= {f'resize x{side:g}': plan.shrunk('resize', side) for side in preset.sides}
     sets |= {f'JPEG q{quality}': plan.shrunk('jpeg', quality) for quality in preset.qualities}
-    made = [plan.pixel_line(name, seeds, images, **paper(name)) for name, images in sets.items()]
+    made = [plan.pixel_line(name, seeds, images, full=full, **paper(name)) for name, images in sets.items()]
     sets = {'tokens': plan.main_tokens()}
     sets |= {f'tokens {percent(share)}': plan.main_tokens(share) for share in preset.token_shares}
     sets |= {f'tokens {name}': plan.tokens(name) for name in list(preset.tokenizers)[1:]}
-    return made + [plan.token_line(name, seeds, tokens, **paper(name)) for name, tokens in sets.items()]
+    return made + [plan.token_line(name, seeds, tokens, full=full, **paper(name)) for name, tokens in sets.items()]
 
 
 def paper(name: str) -> dict[str, object]:

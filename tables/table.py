@@ -134,7 +134,7 @@ def planned(lines_of: LinesOf, options: Options, searching: bool = False) -> tup
         return plan, merged(search.values())
     plan = options.plan({kind: best_rate(options, kind)[0] for kind in rates})
     lines = chosen_lines(lines_of(plan, options.seeds), options.rows)
-    wanted = [row for line in lines for row in [line.data, *line.runs.values()]]
+    wanted = [row for line in lines for row in [line.full or line.data, line.data, *line.runs.values()]]
     return plan, merged([*search.values(), needed(plan.rows, wanted)])
 
 
