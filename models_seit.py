@@ -63,8 +63,8 @@ class TokenVisionTransformer(VisionTransformer):
     `norm_layer` chooses the norms of the blocks; the final norm is a LayerNorm.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(patch_size=2, embed_layer=StemAdaptor, global_pool='avg', fc_norm=False, **kwargs)
+    def __init__(self, embed_layer: type[nn.Module] = StemAdaptor, **kwargs: Any) -> None:
+        super().__init__(patch_size=2, embed_layer=embed_layer, global_pool='avg', fc_norm=False, **kwargs)
         self.in_chans = self.patch_embed.proj.in_channels  # timm 1.0.15 does not set it
         if not isinstance(self.norm, nn.Identity):  # as it is with final_norm=False
             self.norm = PooledNorm(self.embed_dim, eps=1e-6).to(self.norm.weight)

@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoints import TrainState
 from engine import StepOptions, autocast
 from flags import SEED, Parser, integer, number
-from models_seit import MODELS, KeyValues
+from models_patch_stem import MODELS
+from models_seit import KeyValues
 from utils import InputError, world_size
 
 ON_OFF = argparse.BooleanOptionalAction
@@ -117,8 +118,7 @@ def add_output_flags(parser: Parser) -> Callable:
     add('--resume', default='', metavar='FILE',
         help="resume from a checkpoint (a path, or an https address, which may end in #sha256=HEX), or 'auto' for "
              'the newest in --output-dir')
-    add('--allow-inexact-resume', action='store_true',
-        help='resume although the number of processes, the batch or the seed is another')
+    add('--allow-inexact-resume', action='store_true', help='resume although processes, batch or seed are others')
     add('--save-every', type=save_interval, metavar='N', help='a checkpoint every N steps, or Nm minutes, too')
     add('--on-nan', default='stop', choices=['stop', 'skip'], help='what to do about a loss that is not finite')
     add('--deterministic', action='store_true', help='deterministic algorithms on CUDA, for resuming bit by bit')

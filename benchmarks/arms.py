@@ -1,10 +1,7 @@
 """What benchmarks/tokenizers.py compares: its images, the programs of an arm, their results, the table."""
-import json
 import math
 import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,16 +17,16 @@ from torchvision.utils import make_grid
 
 from benchmarks.common import spread
 from class_names import check_class_names
-from files import atomic_path, read_bytes, read_json, write_text
+from files import atomic_path, write_text
 from image_quality import psnr, ssim
 from image_sources import FolderImages, Source, load_images, open_source
 from image_tokenizer import encode_images, unit_range
 from run_folder import LOG
+from tables import rows
+from tables.rows import Program, check_same, final_line, why_failed
 from utils import InputError
 
-ROOT = Path(__file__).resolve().parent.parent
 BATCH = 64  # images decoded or encoded at a time
-MAX_LOG_BYTES = 1 << 26  # of a program's output
 SAMPLE = 8  # images drawn
 TITLE = 16  # pixels of a column's name
 COLUMNS = ('name', 'grid or side', 'bits a code', 'bytes (entropy)', 'bytes on disk', 'PSNR', 'SSIM', 'codes used',
@@ -68,21 +65,12 @@ def write_lists(train_path: str, val_path: str, classes: int, images_per_class: 
 
 def check_same_arm(folder: Path, definition: dict[str, Any]) -> None:
     """Note in arm.json what an arm is made of; InputError where the folder holds another's results."""
-    path = folder / 'arm.json'
-    definition = json.loads(json.dumps(definition))  # as it is read
-    if not path.exists():
-        write_text(path, json.dumps(definition, indent=1) + '\n')
-        return
-    before = read_json(path)
-    if before != definition:
-        other = [key for key in definition if not isinstance(before, dict) or before.get(key) != definition[key]]
-        raise InputError(f'{folder}: holds results of another {", ".join(other)}; choose another --output-dir, or '
-                         'remove that folder')
+    check_same(folder / 'arm.json', definition)
 
 
 # ---------------------------------------------------------------- programs
 
-def run_programs(programs: Sequence[tuple[list[str], Path]], jobs: int, threads: int) -> None:
+def run_programs(programs: Sequence[tuple[Sequence[Any], Path]], jobs: int, threads: int) -> None:
     """Run programs of this repository, some at a time; their output is appended to log files.
 
     Args:
@@ -93,34 +81,11 @@ def run_programs(programs: Sequence[tuple[list[str], Path]], jobs: int, threads:
     Raises:
         InputError: with the last line of a program that failed, when all have ended.
     """
-    waiting = list(programs)
-    running = []
-    failed = []
-    env = {**os.environ, 'OMP_NUM_THREADS': str(threads)}
-    try:
-        while waiting or running:
-            if waiting and len(running) < jobs:
-                (program, *words), log = waiting.pop(0)
-                log.parent.mkdir(parents=True, exist_ok=True)
-                with open(log, 'ab') as file:
-                    process = subprocess.Popen([sys.executable, str(ROOT / program), *map(str, words)], env=env,
-                                               stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT)
-                running.append((process, program, log))
-                continue
-            ended = [entry for entry in running if entry[0].poll() is not None]
-            running = [entry for entry in running if entry not in ended]
-            failed += [entry for entry in ended if entry[0].returncode]
-            if not ended:
-                time.sleep(0.1)
-    finally:
-        for process, _, _ in running:  # this program was stopped
-            process.terminate()
-        for process, _, _ in running:
-            process.wait()
-    for process, program, log in failed:
-        said = read_bytes(log, MAX_LOG_BYTES).decode(errors='replace').split('\n')
-        last = next((line for line in reversed(said) if line.strip()), '').removeprefix('error: ')
-        raise InputError(f'{program} ended with code {process.returncode} ({last[:300]}); see {log}')
+    named = [Program(str(number), tuple(words), log) for number, (words, log) in enumerate(programs)]
+    codes = rows.run_programs(named, jobs, threads)
+    for program in named:
+        if codes[program.name]:
+            raise InputError(why_failed(program, codes[program.name]))
 
 
 def train_seeds(folder: Path, command: Callable[[Path, float, int], list[str]], lrs: Sequence[float],
@@ -160,20 +125,6 @@ def train_seeds(folder: Path, command: Callable[[Path, float, int], list[str]], 
             'top1_sd': round(statistics.stdev(top1), 3) if len(top1) > 1 else None,
             'ema_top1': [line.get('ema_test_acc1') for line in lines],
             'train_images_per_second': spread([line['images_per_second_time'] for line in lines])}
-
-
-def final_line(folder: Path, epochs: int) -> dict[str, Any] | None:
-    """The line of a run's log.txt on its last epoch; None where the run has not come there."""
-    path = folder / LOG
-    if not path.exists():
-        return None
-    for text in reversed(read_bytes(path, MAX_LOG_BYTES).split(b'\n')):
-        try:
-            line = json.loads(text)
-        except ValueError:  # a half line, or none
-            continue
-        return line if isinstance(line, dict) and line.get('epoch') == epochs - 1 else None
-    return None
 
 
 # ---------------------------------------------------------------- images and codes
@@ -281,11 +232,11 @@ def write_sheet(columns: dict[str, Path], path: Path) -> None:
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """All arms as a Markdown table, a line each."""
-    rows = [COLUMNS, ('---', *['---:'] * (len(COLUMNS) - 1))]
-    rows += [(name, *cells(result)) for name, result in results.items()]
+    lines = [COLUMNS, ('---', *['---:'] * (len(COLUMNS) - 1))]
+    lines += [(name, *cells(result)) for name, result in results.items()]
     notes = ('\nBytes are of an image. Of pixels, (entropy) means the JPEG without its headers, and no more than that '
              'is known of their entropy. Top-1 is of the last epoch, mean ± standard deviation (seeds).\n')
-    return '\n'.join(f'| {" | ".join(row)} |' for row in rows) + '\n' + notes
+    return '\n'.join(f'| {" | ".join(row)} |' for row in lines) + '\n' + notes
 
 
 def cells(result: dict[str, Any]) -> list[str]:

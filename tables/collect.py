@@ -1,0 +1,53 @@
+"""Gather the results of tables into one Markdown file, and draw the curve of table 1.
+
+    python tables/collect.py output/tables --output tables.md --curve curve.png
+"""
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from files import check_writable, write_text
+from flags import Parser
+from tables import report
+from utils import InputError, print0, run
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises InputError."""
+    parser = Parser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    add('results', nargs='+', metavar='PATH', help=f'a {report.RESULTS}, or the --output-dir of tables')
+    add('--output', required=True, metavar='FILE.md')
+    add('--curve', metavar='FILE.png', help='of the first table 1 among them; needs matplotlib')
+    return parser.parse_args(argv)
+
+
+def results_in(path: Path) -> list[Path]:
+    """The results that a path stands for, in the order of the tables. Raises InputError where there are none."""
+    if not path.is_dir():
+        return [path]
+    found = [path / name / report.RESULTS for name in report.MARKDOWN if (path / name / report.RESULTS).exists()]
+    if not found:
+        raise InputError(f'{path}: no {"/, ".join(report.MARKDOWN)}/ with a {report.RESULTS} in it: run a table first')
+    return found
+
+
+def main(args: argparse.Namespace) -> None:
+    paths = [found for path in args.results for found in results_in(Path(path))]
+    tables = [report.read(path) for path in paths]
+    for output in filter(None, (args.output, args.curve)):
+        check_writable(output, inputs=[str(path) for path in paths])
+    if args.curve:
+        storage = next((table for table in tables if table['table'] == 'storage'), None)
+        if storage is None or not report.points(storage, 'files'):
+            raise InputError(f'--curve: none of {", ".join(map(str, paths))} is a table 1 with results')
+        report.draw_curve(storage, Path(args.curve))
+        print0(args.curve)
+    write_text(args.output, '\n'.join(map(report.markdown, tables)))
+    print0(args.output)
+
+
+if __name__ == '__main__':
+    run(main, parse_args)

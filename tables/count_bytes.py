@@ -1,0 +1,81 @@
+"""Count the bytes of an image set or a token set, as files and without headers, to a JSON file.
+
+    python tables/count_bytes.py --data-path IMAGES/train --output bytes.json
+    python tables/count_bytes.py --token-file tokens/x-token.data.bin.gz --codebook-path tokens/codebook.ckpt \\
+        --output bytes.json
+
+Without headers means, of JPEGs, the entropy-coded scans alone (null where not all are JPEGs); of tokens, the fewest
+bytes that a coder can reach that sees each code on its own: their entropy. Labels are not counted.
+"""
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from image_files import scan_bytes
+from codebook import load_codebook
+from files import check_writable, expand_files, write_text
+from flags import Parser
+from image_sources import open_source
+from scripts.inspect_tokens import bytes_per_image, count_codes
+from token_cache import open_codes
+from token_files import open_token_file
+from utils import InputError, print0, run
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises InputError."""
+    parser = Parser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    add('--data-path', metavar='PATH', help='images: see image_sources.py')
+    add('--token-file', metavar='FILE', help='NAME.data.bin.gz, or a glob of shards')
+    add('--codebook-path', metavar='FILE', help='of the tokens')
+    add('--output', required=True, metavar='FILE.json')
+    args = parser.parse_args(argv)
+    if bool(args.data_path) == bool(args.token_file) or bool(args.token_file) != bool(args.codebook_path):
+        raise InputError('give --data-path, or --token-file and --codebook-path')
+    return args
+
+
+def image_bytes(data_path: str) -> dict[str, int | None]:
+    """Images of a source, and their bytes in all. Raises InputError for one that cannot be read."""
+    source = open_source(data_path)
+    files = 0
+    scans = []
+    for index, name in enumerate(source.names):
+        try:
+            data = source.read(index)
+        except OSError as error:
+            raise InputError(f'{name}: cannot be read ({error}); replace or remove it') from None
+        files += len(data)
+        scans.append(scan_bytes(data))
+    return {'images': len(source), 'files': files, 'without_headers': None if None in scans else sum(scans)}
+
+
+def token_bytes(token_file: str, codebook_path: str) -> dict[str, int]:
+    """Images of a token set, and their bytes in all. Raises InputError."""
+    files = [open_token_file(path) for path in expand_files(token_file)]
+    codes = open_codes(files, cache='none')
+    try:
+        counts = count_codes(codes, len(load_codebook(codebook_path)))
+    except ValueError as error:
+        raise InputError(f'{token_file}: {error}; give the codebook the tokens were made with') from None
+    size = bytes_per_image(files, None, codes.shape, counts)
+    return {'images': len(codes), 'files': sum(file.bytes_on_disk() for file in files),
+            'without_headers': round(size['entropy'] * len(codes))}
+
+
+def main(args: argparse.Namespace) -> None:
+    check_writable(args.output)
+    if args.data_path:
+        size = image_bytes(args.data_path)
+    else:
+        size = token_bytes(args.token_file, args.codebook_path)
+    write_text(args.output, json.dumps(size) + '\n')
+    print0(json.dumps(size))
+
+
+if __name__ == '__main__':
+    run(main, parse_args)

@@ -1,0 +1,282 @@
+"""The rows of the tables: image sets, tokenizers, token sets, trainings, evaluations, and the lines they make.
+
+All tables of one --output-dir share rows: the same training is not repeated for another table.
+"""
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tables.presets import Preset, Tokenizer
+from tables.rows import Command, Row
+
+BYTES = 'bytes.json'  # of a row that makes a set
+MANIFEST = Path('set', 'manifest.json')  # of scripts/shrink_images.py, in such a row
+PUBLISHED = 'imagenet1k'  # first part of the published token files' names
+CHECKPOINT = 'checkpoint.pth'
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a table.
+
+    Attributes:
+        name: as it stands in the table.
+        kind: 'tokens' or 'pixels'.
+        runs: rows by seed.
+        data: the row whose BYTES are those of the training set.
+        measure: what is read of a run: 'top1' (of log.txt), 'printed top1' or 'images_per_second'.
+        epochs: of a training.
+        paper: the paper's value, or None.
+        paper_size: its storage, or None.
+        full: the row whose BYTES the line's are compared with, or None.
+    """
+    name: str
+    kind: str
+    runs: dict[int, Row]
+    data: Row
+    measure: str = 'top1'
+    epochs: int = 0
+    paper: float | None = None
+    paper_size: str | None = None
+    full: Row | None = None
+
+
+class Images(NamedTuple):
+    """Images: the row that makes them, the paths for training and validation, and the training images' part of all."""
+    row: Row
+    path: Path
+    val: Path
+    share: float = 1.
+
+
+class Tokens(NamedTuple):
+    """Token files: the row that makes them; flags of main_seit.py; tokenizer and codebook; their part of all images."""
+    row: Row
+    flags: Command
+    tokenizer: Tokenizer
+    tokenizer_path: Path
+    codebook: Path
+    share: float = 1.
+
+
+class Plan:
+    """Makes rows, each once, by what they are about.
+
+    Args:
+        preset: sizes.
+        data: the user's folder with train/ and val/.
+        output: for all rows.
+        device: --device of every program.
+        lrs: learning rates by kind.
+
+    Attributes:
+        rows: made so far, by name; those that a row needs come before it.
+    """
+
+    def __init__(self, preset: Preset, data: Path, output: Path, device: str, lrs: dict[str, float]):
+        self.preset = preset
+        self.data = data
+        self.output = output
+        self.device = ('--device', device)
+        self.workers = ('--num-workers', str(preset.workers))
+        self.lrs = lrs
+        self.rows = {}
+
+    def row(self, name: str, commands: Iterable[Sequence[Any]], after: Sequence[Row] = ()) -> Row:
+        """The row of a name, made when it is first asked for."""
+        words = tuple(tuple(map(str, command)) for command in commands)
+        return self.rows.setdefault(name, Row(name, self.output / name, words, tuple(row.name for row in after)))
+
+    # ------------------------------------------------------------ images
+
+    def chosen(self) -> tuple[Row, ...]:
+        """The row that chooses classes and images, where the preset takes a part of them."""
+        if self.preset.classes is None:
+            return ()
+        out = self.output / 'chosen'
+        choose = ('tables/choose_images.py', '--classes', self.preset.classes, '--data-path')
+        return (self.row('chosen', [
+            (*choose, self.data / 'train', '--images-per-class', self.preset.images_per_class, '--output-dir',
+             out / 'train'),
+            (*choose, self.data / 'val', '--output-dir', out / 'val')]),)
+
+    def split(self, name: str) -> Path:
+        """The images of 'train' or 'val'."""
+        return (self.data if self.preset.classes is None else self.output / 'chosen') / name
+
+    def full(self) -> Images:
+        """All training images, as they are."""
+        path = self.split('train')
+        count = ('tables/count_bytes.py', '--data-path', path, '--output', self.output / 'images' / 'full' / BYTES)
+        return Images(self.row('images/full', [count], self.chosen()), path, self.split('val'))
+
+    def shrunk(self, method: str, parameter: float) -> Images:
+        """The training images at a storage budget: scripts/shrink_images.py. But for samples, validation images too."""
+        name = f'images/{method}-{parameter:g}'
+        out = self.output / name
+
+        def shrink(split: str, folder: Path) -> Command:
+            return ('scripts/shrink_images.py', '--data-path', self.split(split), '--output-dir', folder, '--method',
+                    method, '--parameter', f'{parameter:g}', '--seed', 0, *self.workers)
+
+        path = out / 'set' / 'images'
+        count = ('tables/count_bytes.py', '--data-path', path, '--output', out / BYTES)
+        if method == 'sample':
+            row = self.row(name, [shrink('train', out / 'set'), count], self.chosen())
+            return Images(row, path, self.split('val'), parameter)
+        row = self.row(name, [shrink('train', out / 'set'), shrink('val', out / 'val'), count], self.chosen())
+        return Images(row, path, out / 'val' / 'images')
+
+    # ------------------------------------------------------------ tokens
+
+    def tokenizer(self, name: str) -> tuple[tuple[Row, ...], Path, Path]:
+        """The rows that make a tokenizer, its path, and its codebook's."""
+        tokenizer = self.preset.tokenizers[name]
+        if not tokenizer.make:
+            return (), self.data / 'weights' / tokenizer.file, self.data / 'tokens' / 'codebook.ckpt'
+        out = self.output / 'tokenizers' / name
+        device = self.device if tokenizer.make[0] == 'scripts/train_tokenizer.py' else ()
+        make = (*tokenizer.make, '--data-path', self.data / 'train', '--output-dir', out, *self.workers, *device)
+        row = self.row(f'tokenizers/{name}', [make])
+        return (row,), out / tokenizer.file, out / 'codebook.ckpt'
+
+    def tokens(self, name: str, share: float = 1.) -> Tokens:
+        """Token files of a tokenizer: of all images, or a sample."""
+        if self.preset.published and share == 1 and name == next(iter(self.preset.tokenizers)):
+            return self.published_tokens(name)
+        after, tokenizer_path, codebook = self.tokenizer(name)
+        tokenizer = self.preset.tokenizers[name]
+        folder = self.output / 'tokens' / (name if share == 1 else f'{name}-{share:g}')
+        tokenize = (*self.preset.launcher, 'tokenize_images.py', '--tokenizer-path', tokenizer_path,
+                    '--codebook-path', codebook, '--image-size', tokenizer.image_size, *self.workers, *self.device)
+        if share == 1:
+            images = self.split('train')
+            val = folder / 'val-token.data.bin.gz'
+            synonyms = folder / 'synonyms.json'
+            more = [(*tokenize, '--name', 'val', '--data-path', self.split('val'), '--output-dir', folder),
+                    ('scripts/build_synonyms.py', '--codebook-path', codebook, '--output', synonyms)]
+        else:
+            sample = self.shrunk('sample', share)
+            whole = self.tokens(name)
+            after = (*after, sample.row, whole.row)
+            images = sample.path
+            val = Path(flag_value(whole.flags, '--val-token-file'))
+            synonyms = flag_value(whole.flags, '--token-synonym-dict')
+            more = []
+        train = folder / 'train-token.data.bin.gz'
+        row = self.row(folder.relative_to(self.output).as_posix(), [
+            (*tokenize, '--name', 'train', '--data-path', images, '--output-dir', folder), *more,
+            ('tables/count_bytes.py', '--token-file', train, '--codebook-path', codebook, '--output', folder / BYTES),
+        ], (*after, *self.chosen()))
+        return Tokens(row, token_flags(train, val, codebook, synonyms), tokenizer, tokenizer_path, codebook, share)
+
+    def published_tokens(self, name: str) -> Tokens:
+        """The published token files, in DATA/tokens."""
+        folder = self.data / 'tokens'
+        codebook = folder / 'codebook.ckpt'
+        train, val = (folder / f'{PUBLISHED}-{split}-token.data.bin.gz' for split in ('train', 'val'))
+        row = self.row(f'tokens/{name}', [
+            ('tables/count_bytes.py', '--token-file', train, '--codebook-path', codebook, '--output',
+             self.output / 'tokens' / name / BYTES)])
+        _, tokenizer_path, _ = self.tokenizer(name)
+        return Tokens(row, token_flags(train, val, codebook, folder / 'synonyms.json'), self.preset.tokenizers[name],
+                      tokenizer_path, codebook)
+
+    def main_tokens(self, share: float = 1.) -> Tokens:
+        """Those of the first tokenizer."""
+        return self.tokens(next(iter(self.preset.tokenizers)), share)
+
+    # ------------------------------------------------------------ trainings
+
+    def epochs(self, share: float) -> tuple[int, int]:
+        """Epochs, and those of the warm-up, on a part of the images."""
+        times = 1 / share if self.preset.same_steps else 1
+        return round(self.preset.epochs * times), round(self.preset.warmup_epochs * times)
+
+    def train(self, line: str, lr: float, seed: int, words: Sequence[Any], after: Sequence[Row]) -> Row:
+        """A training; `words` are its program and flags."""
+        name = f'train/{line.replace(" ", "-").replace("%", "")}/lr-{lr:g}-seed-{seed}'
+        end = ('--lr', f'{lr:g}', '--seed', seed, *self.device, '--output-dir', self.output / name, '--resume', 'auto')
+        return self.row(name, [(*self.preset.launcher, *words, *end)], after)
+
+    def token_words(self, tokens: Tokens, more: Sequence[str] = (), model: Sequence[str] = ()) -> Command:
+        """Program and flags of a training on tokens; `more` of them win."""
+        epochs, warmup = self.epochs(tokens.share)
+        return ('main_seit.py', *tokens.flags, '--input-size', str(tokens.tokenizer.input_size), '--model',
+                *(model or self.preset.token_model), '--epochs', str(epochs), '--warmup-epochs', str(warmup),
+                *self.preset.training, *self.preset.tokens, *more)
+
+    def pixel_words(self, images: Images, more: Sequence[str] = (), model: Sequence[str] = ()) -> Command:
+        """Program and flags of a training on pixels; `more` of them win."""
+        epochs, warmup = self.epochs(images.share)
+        return ('main_pixels.py', '--train-path', str(images.path), '--val-path', str(images.val),
+                *self.workers, '--model', *(model or self.preset.pixel_model), '--epochs', str(epochs),
+                '--warmup-epochs', str(warmup), *self.preset.training, *self.preset.pixels, *more)
+
+    def token_line(self, name: str, seeds: Sequence[int], tokens: Tokens, more: Sequence[str] = (),
+                   **facts: Any) -> Line:
+        """A line of trainings on tokens."""
+        words = self.token_words(tokens, more)
+        runs = {seed: self.train(name, self.lrs['tokens'], seed, words, [tokens.row]) for seed in seeds}
+        return Line(name, 'tokens', runs, tokens.row, epochs=self.epochs(tokens.share)[0], **facts)
+
+    def pixel_line(self, name: str, seeds: Sequence[int], images: Images, **facts: Any) -> Line:
+        """A line of trainings on pixels."""
+        words = self.pixel_words(images)
+        runs = {seed: self.train(name, self.lrs['pixels'], seed, words, [images.row]) for seed in seeds}
+        return Line(name, 'pixels', runs, images.row, epochs=self.epochs(images.share)[0], **facts)
+
+    def base_line(self, kind: str, seeds: Sequence[int], **facts: Any) -> Line:
+        """The line of all images of a kind, which learning rates are chosen for."""
+        if kind == 'tokens':
+            return self.token_line('tokens', seeds, self.main_tokens(), **facts)
+        return self.pixel_line('full pixels', seeds, self.full(), **facts)
+
+    # ------------------------------------------------------------ evaluations
+
+    def evaluate_tokens(self, run: Row, tokens: Tokens, data_path: Path, more: Sequence[str]) -> Command:
+        """Evaluate a checkpoint on images, through the tokenizer."""
+        codes = tokens.tokenizer.input_size // 8
+        return ('evaluate_on_images.py', '--model-path', run.folder / CHECKPOINT, '--model', *self.preset.token_model,
+                '--codebook-path', tokens.codebook, '--tokenizer-path', tokens.tokenizer_path,
+                '--tokenizer-input-size', tokens.tokenizer.image_size, '--vit-input-size', codes, '--data-path',
+                data_path, *self.workers, *self.device, *more)
+
+    def evaluate_pixels(self, run: Row, data_path: Path, more: Sequence[str]) -> Command:
+        """Evaluate a checkpoint on images."""
+        return ('main_pixels.py', '--eval', '--resume', run.folder / CHECKPOINT, '--no-model-ema', '--val-path',
+                data_path, '--model', *self.preset.pixel_model, *self.preset.pixels, *self.workers, *self.device,
+                *more)
+
+
+def flag_value(words: Command, flag: str) -> str:
+    """The word after a flag."""
+    return words[words.index(flag) + 1]
+
+
+def token_flags(train: Path, val: Path, codebook: Path, synonyms: Path | str) -> Command:
+    """The flags of main_seit.py that name files; those of labels lie beside the tokens."""
+    flags = ['--codebook-path', str(codebook), '--token-synonym-dict', str(synonyms)]
+    for split, path in (('train', train), ('val', val)):
+        labels = path.with_name(path.name.replace('-token.data.bin.gz', '-label.txt'))
+        flags += [f'--{split}-token-file', str(path), f'--{split}-label-file', str(labels)]
+    return tuple(flags)
+
+
+def needed(rows: dict[str, Row], wanted: Iterable[Row]) -> list[Row]:
+    """Some rows and all that they need, in the order of `rows`."""
+    names = set()
+    waiting = [row.name for row in wanted]
+    while waiting:
+        name = waiting.pop()
+        if name not in names:
+            names.add(name)
+            waiting += rows[name].after
+    return [row for name, row in rows.items() if name in names]
+
+
+def percent(share: float) -> str:
+    """0.6 -> '60%'."""
+    return f'{math.floor(100 * share + 0.5)}%'

@@ -1,0 +1,150 @@
+"""What each preset says: images, models, epochs, learning rates, storage budgets. And what the paper says."""
+from dataclasses import dataclass, replace
+
+Words = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """How a token set is made.
+
+    Attributes:
+        image_size: pixels on a side that images are resized to.
+        input_size: main_seit.py's --input-size, 8 to a code: the whole grid, or a crop of it.
+        make: the command that makes the tokenizer of --data-path in --output-dir, without these two flags; () for one
+            that the user has in DATA/weights.
+        file: its name there.
+    """
+    image_size: int
+    input_size: int
+    make: Words
+    file: str
+
+
+@dataclass(frozen=True)
+class Preset:
+    """The sizes of a reproduction.
+
+    Attributes:
+        classes: the first ones in alphabetical order; None for all.
+        images_per_class: the first of each class are for training; None for all.
+        epochs, warmup_epochs: of a run on all images.
+        same_steps: fewer images are seen in as many more epochs.
+        launcher: words before a program that trains, or tokenizes.
+        training: flags of all training.
+        token_model, pixel_model: --model, and words that go with it.
+        small_model, small_pixel_model: the same for a model that costs next to nothing.
+        tokens, pixels: flags of training on each.
+        lrs: learning rates to try by kind, 'tokens' and 'pixels'; with one there is no search.
+        tokenizers: by name. The first is that of the tables, the others are further lines of table 1.
+        published: token files of the published names are in DATA/tokens, for all images at the first tokenizer.
+        shares: of the images, for uniform sampling.
+        token_shares: of the images, as tokens.
+        sides: parts of the side that images are resized to.
+        qualities: of JPEG.
+        workers: processes of a program that decode images.
+        more_sets: validation sets in DATA with classes of their own, by the name that --classes has for them.
+    """
+    classes: int | None
+    images_per_class: int | None
+    epochs: int
+    warmup_epochs: int
+    same_steps: bool
+    launcher: Words
+    training: Words
+    token_model: Words
+    pixel_model: Words
+    small_model: Words
+    small_pixel_model: Words
+    tokens: Words
+    pixels: Words
+    lrs: dict[str, tuple[float, ...]]
+    tokenizers: dict[str, Tokenizer]
+    published: bool
+    shares: tuple[float, ...]
+    token_shares: tuple[float, ...]
+    sides: tuple[float, ...]
+    qualities: tuple[int, ...]
+    workers: int
+    more_sets: Words = ()
+
+
+FIT = ('scripts/fit_patch_tokenizer.py',)
+VQ_TINY = ('scripts/train_tokenizer.py', '--image-size', '64', '--width', '128', '--depth', '2', '--lr', '5e-4',
+           '--unscale-lr', '--min-lr', '1e-6', '--warmup-epochs', '0', '--val-images', '500', '--model-ema-decay',
+           '0.99', '--resume', 'auto')
+# As in docs/tokenizers.md.
+TINY_TOKENIZERS = {
+    'vitvqgan-16x16': Tokenizer(64, 128, (*VQ_TINY, '--patch-size', '4', '--batch-size', '16', '--epochs', '12',
+                                          '--epoch-images', '3200'), 'tokenizer.safetensors'),
+    'vitvqgan-8x8': Tokenizer(64, 64, (*VQ_TINY, '--patch-size', '8', '--batch-size', '64', '--epochs', '9',
+                                      '--epoch-images', '6400'), 'tokenizer.safetensors'),
+    'patch-16x16': Tokenizer(128, 128, (*FIT, '--image-size', '128'), 'tokenizer.pt'),
+    'patch-8x8': Tokenizer(64, 64, (*FIT, '--image-size', '64'), 'tokenizer.pt'),
+}
+TINY_KWARGS = ('depth=4', 'embed_dim=128', 'num_heads=4')
+SMALL_KWARGS = ('depth=1', 'embed_dim=32', 'num_heads=2')
+PIXELS_OF_64 = ('img_size=64', 'patch_size=8', 'global_pool=avg')
+
+TINY = Preset(
+    classes=20, images_per_class=500, epochs=6, warmup_epochs=1, same_steps=True, launcher=(),
+    training=('--batch-size', '100', '--unscale-lr', '--warmup-lr', '1e-4', '--drop-path', '0', '--rrc-ratio', '0.35',
+              '--mixup-prob', '0.2', '--model-ema-decay', '0.99'),
+    token_model=('deit_tiny_token_32', '--model-kwargs', *TINY_KWARGS),
+    pixel_model=('deit_tiny_patch16_224', '--model-kwargs', *PIXELS_OF_64, *TINY_KWARGS),
+    small_model=('deit_tiny_token_32', '--model-kwargs', *SMALL_KWARGS),
+    small_pixel_model=('deit_tiny_patch16_224', '--model-kwargs', *PIXELS_OF_64, *SMALL_KWARGS),
+    tokens=('--token-noise-prob', '0'),  # the published noise is for 300 epochs: in ten it costs 4 points
+    pixels=('--input-size', '64', '--aug', 'tokens', '--eval-crop-ratio', '1'),
+    lrs={'tokens': (5e-4, 1e-3, 2e-3), 'pixels': (5e-4, 1e-3, 2e-3)},
+    tokenizers=TINY_TOKENIZERS, published=False, shares=(0.6, 0.4, 0.2, 0.1), token_shares=(0.6, 0.2),
+    sides=(0.75, 0.5, 0.25), qualities=(50, 20, 8), workers=1)
+
+# All 100 classes, and ViT-S. The tokenizers see all images 30 times.
+VQ_GPU = ('scripts/train_tokenizer.py', '--image-size', '64', '--vit', 'small', '--epochs', '30', '--val-images',
+          '1000', '--amp', 'bf16', '--resume', 'auto')
+TINY_GPU = replace(
+    TINY, classes=None, images_per_class=None, epochs=100, warmup_epochs=5,
+    training=('--batch-size', '512', '--unscale-lr', '--warmup-lr', '1e-5', '--drop-path', '0.1', '--rrc-ratio',
+              '0.35', '--mixup-prob', '0.5', '--model-ema-decay', '0.9996', '--amp', 'bf16'),
+    token_model=('deit_small_token_32',),
+    pixel_model=('deit_small_patch16_224', '--model-kwargs', *PIXELS_OF_64),
+    lrs={'tokens': (5e-4, 1e-3, 2e-3), 'pixels': (5e-4, 1e-3, 2e-3)},
+    tokenizers=TINY_TOKENIZERS | {
+        'vitvqgan-16x16': Tokenizer(64, 128, (*VQ_GPU, '--patch-size', '4', '--batch-size', '64'),
+                                    'tokenizer.safetensors'),
+        'vitvqgan-8x8': Tokenizer(64, 64, (*VQ_GPU, '--patch-size', '8', '--batch-size', '256'),
+                                  'tokenizer.safetensors')},
+    workers=8)
+
+# The published command; pixels as DeiT trains them. What is not published about a baseline is our choice, and says so
+# in tables/README.md.
+IMAGENET = Preset(
+    classes=None, images_per_class=None, epochs=300, warmup_epochs=5, same_steps=False,
+    launcher=('torchrun', '--nproc_per_node=8'),
+    training=('--batch-size', '128', '--dist-eval'),
+    token_model=('deit_base_token_32',), pixel_model=('deit_base_patch16_224',),
+    small_model=('deit_tiny_token_32', '--model-kwargs', *SMALL_KWARGS),
+    small_pixel_model=('deit_tiny_patch16_224', '--model-kwargs', *SMALL_KWARGS),
+    tokens=(), pixels=('--input-size', '224', '--aug', 'deit', '--weight-decay', '0.05'),
+    lrs={'tokens': (7.5e-4,), 'pixels': (5e-4,)},
+    tokenizers={'vitvqgan-32x32': Tokenizer(256, 224, (), 'tokenizer.ckpt'),
+                'vitvqgan-16x16': Tokenizer(128, 112, (), 'tokenizer.ckpt')},
+    published=True, shares=(0.6, 0.4, 0.2, 0.1), token_shares=(0.6, 0.2), sides=(0.5, 0.2), qualities=(50, 5),
+    workers=10, more_sets=('imagenet-r', 'imagenet-a', 'imagenet-sketch'))
+
+PRESETS = {'imagenet': IMAGENET, 'tiny': TINY, 'tiny-gpu': TINY_GPU}
+
+# ImageNet-1k top-1 of ViT-B, and the storage, as far as the project's sources have them (arXiv 2303.11114, 2312.10105,
+# read from secondary sources). Table 1: by line.
+PAPER = {
+    'full pixels': (81.8, '140 GB'),
+    'resize x0.2': (75.2, '9.6 GB'),
+    'JPEG q5': (74.6, '11 GB'),
+    'tokens': (74.0, '1.4 GB'),
+    'tokens 60%': (66.3, '0.8 GB'),
+    'tokens 20%': (47.2, '0.3 GB'),
+}
+# Table 3, SeiT: what severity the corruptions had is not known to us, nor which blur it was.
+PAPER_ROBUSTNESS = {'clean': 74.0, 'imagenet-r': 25.5, 'imagenet-sketch': 22.6}
+PAPER_CORRUPTIONS = {'gaussian_noise': '50.7', 'gaussian_blur': '62.6 ("blur")'}

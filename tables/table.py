@@ -1,0 +1,252 @@
+"""What the scripts of the tables share: their flags, the search for learning rates, running the rows, the results."""
+import fnmatch
+import re
+import shlex
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from files import lock_file, read_json
+from flags import SEED, Parser, integer, number
+from preemption import REQUEUE, StopSignal
+from tables import report
+from tables.plan import BYTES, MANIFEST, Line, Plan, needed
+from tables.presets import PRESETS
+from tables.rows import OUTPUT, Row, final_line, is_done, printed_accuracy, run_rows, shell_line
+from utils import InputError, cores
+
+LinesOf = Callable[[Plan, Sequence[int]], list[Line]]
+
+
+@dataclass(frozen=True)
+class Options:
+    """The flags of `add_table_flags`, as they were given."""
+    preset: str
+    data_path: str
+    output_dir: str
+    rows: list[str]
+    seeds: list[int]
+    lrs: list[float] | None
+    dry_run: bool
+    jobs: int
+    threads: int
+    device: str
+
+    def plan(self, lrs: dict[str, float]) -> Plan:
+        """A plan with these learning rates."""
+        return Plan(PRESETS[self.preset], Path(self.data_path), Path(self.output_dir), self.device, lrs)
+
+    def rates(self) -> dict[str, list[float]]:
+        """Learning rates to try, by kind."""
+        return {kind: list(dict.fromkeys(self.lrs or rates)) for kind, rates in PRESETS[self.preset].lrs.items()}
+
+
+def add_table_flags(parser: Parser) -> None:
+    """The flags that all tables have."""
+    add = parser.add_argument
+    add('--preset', default='tiny', choices=list(PRESETS),
+        help="tiny: two CPU cores; tiny-gpu: one GPU; imagenet: the paper's, eight GPUs")
+    add('--data-path', required=True, metavar='DIR', help='train/ and val/ with a folder of images for every class; '
+        'for imagenet also tokens/ (the published token files) and weights/tokenizer.ckpt')
+    add('--output-dir', required=True, metavar='DIR', help='for all rows and results; tables may share it, and then '
+        'share what they have in common')
+    add('--rows', nargs='+', default=[], metavar='NAME', help="lines of the table, as '*' or 'JPEG*'; default: all")
+    add('--seeds', type=SEED, nargs='+', default=[0])
+    add('--lrs', type=number(1e-12), nargs='+',
+        help="learning rates to try with the first seed, for tokens and for pixels each; default: the preset's")
+    add('--dry-run', action='store_true', help='print the commands, and run nothing')
+    add('--jobs', type=integer(1), default=1, help='rows at a time, each with --threads')
+    add('--threads', type=integer(1), default=max(1, cores() // 2), help='of a program on the CPU')
+    add('--device', default='auto', help='auto (CUDA where there is one), cuda, cuda:N or cpu')
+
+
+def run_table(name: str, title: str, lines_of: LinesOf, options: Options) -> int:
+    """Run the rows of a table, or print their commands; write its results.
+
+    Args:
+        name: of the table's folder below --output-dir.
+        title: of the table.
+        lines_of: (plan, seeds) -> the lines.
+        options: the command line.
+
+    Returns:
+        The exit code: 1 where a row failed, 75 where a signal stopped it, else 0.
+
+    Raises:
+        InputError: for a line that the table does not have, or an output folder that cannot be used.
+    """
+    if options.dry_run:
+        plan, rows = planned(lines_of, options)
+        print_commands(rows, [kind for kind, found in options.rates().items()
+                              if len(found) > len(best_rate(options, kind)[1]) and len(found) > 1])
+        return 0
+    with take_folder(Path(options.output_dir)), StopSignal() as stop:
+        def run(rows: list[Row], before: dict[str, str]) -> dict[str, str]:
+            return run_rows(rows, options.jobs, options.threads, before, lambda: stop.received)
+
+        plan, rows = planned(lines_of, options, searching=True)
+        outcomes = run(rows, {})
+        if not stop.received:
+            plan, rows = planned(lines_of, options)
+            outcomes = run(rows, outcomes)
+        write_results(name, title, lines_of, options, plan, outcomes)
+    failed = {row: outcome for row, outcome in outcomes.items() if outcome not in ('done', 'stopped')}
+    for row, outcome in failed.items():
+        print(f'error: {row}: {outcome}', file=sys.stderr, flush=True)
+    if stop.received or 'stopped' in outcomes.values():
+        print('stopped by a signal; the same command resumes it', flush=True)
+        return REQUEUE
+    return int(bool(failed))
+
+
+def take_folder(folder: Path) -> Any:
+    """Take the output folder for this process, as a context. Raises InputError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        locked = lock_file(folder / '.lock')
+    except BlockingIOError:
+        raise InputError(f'{folder}: another table is being made there; wait, or choose another --output-dir') from None
+    except OSError as error:
+        raise InputError(f'{folder}: --output-dir cannot be written ({error.strerror})') from None
+    return locked or open(folder / '.lock', 'rb')
+
+
+# ---------------------------------------------------------------- which rows
+
+def planned(lines_of: LinesOf, options: Options, searching: bool = False) -> tuple[Plan, list[Row]]:
+    """The plan with the learning rates known so far, and the rows to run.
+
+    Args:
+        lines_of, options: of the table.
+        searching: only the rows of the search for learning rates; otherwise all.
+    """
+    rates = options.rates()
+    plan = options.plan({kind: found[0] for kind, found in rates.items()})
+    kinds = {line.kind for line in chosen_lines(lines_of(plan, options.seeds), options.rows)}
+    search = {}
+    for kind in sorted(kinds, reverse=True):
+        if len(rates[kind]) > 1:
+            search |= search_rows(options, kind)
+    if searching:
+        return plan, merged(search.values())
+    plan = options.plan({kind: best_rate(options, kind)[0] for kind in rates})
+    lines = chosen_lines(lines_of(plan, options.seeds), options.rows)
+    wanted = [row for line in lines for row in [line.full or line.data, line.data, *line.runs.values()]]
+    return plan, merged([*search.values(), needed(plan.rows, wanted)])
+
+
+def merged(lists: Any) -> list[Row]:
+    """Rows of several lists, each once."""
+    return list({row.name: row for rows in lists for row in rows}.values())
+
+
+def chosen_lines(lines: list[Line], patterns: Sequence[str]) -> list[Line]:
+    """The lines that a pattern names, or all without patterns. Raises InputError for a pattern that names none."""
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(line.name, pattern) for line in lines):
+            names = ', '.join(repr(line.name) for line in lines)
+            raise InputError(f'--rows {pattern}: is none of {names}')
+    return [line for line in lines
+            if not patterns or any(fnmatch.fnmatchcase(line.name, pattern) for pattern in patterns)]
+
+
+def search_rows(options: Options, kind: str) -> dict[float, list[Row]]:
+    """By learning rate, the rows of the search: the base line of a kind with the first seed."""
+    rows = {}
+    for rate in options.rates()[kind]:
+        plan = options.plan({kind: rate})
+        line = plan.base_line(kind, options.seeds[:1])
+        rows[rate] = needed(plan.rows, line.runs.values())
+    return rows
+
+
+def best_rate(options: Options, kind: str) -> tuple[float, dict[float, float]]:
+    """The learning rate of a kind, the first one until runs of the search are done; and the top-1 of those.
+
+    The search looks at the validation images that the results are of, for tokens and pixels alike.
+    """
+    rates = options.rates()[kind]
+    epochs = PRESETS[options.preset].epochs
+    top1 = {}
+    if len(rates) > 1:
+        for rate, rows in search_rows(options, kind).items():
+            line = final_line(rows[-1].folder, epochs) if is_done(rows[-1]) else None
+            if line:
+                top1[rate] = line['test_acc1']
+    return max(top1, key=top1.get) if top1 else rates[0], top1
+
+
+def print_commands(rows: Sequence[Row], searched: Sequence[str]) -> None:
+    """Print the commands of rows so that a shell can run them.
+
+    Args:
+        rows: in order.
+        searched: kinds whose learning rate is not known yet.
+    """
+    for kind in searched:
+        print(f'# {kind}: the search for the learning rate is not done, so the first one stands below')
+    for row in rows:
+        state = ' (done)' if is_done(row) else ''
+        print(f'# {row.name}{state}')
+        print(f'mkdir -p {shlex.quote(str(row.folder))}')
+        for command in row.commands:
+            print(shell_line(command))
+
+
+# ---------------------------------------------------------------- results
+
+def seeds_on_disk(output: Path) -> set[int]:
+    """The seeds of trainings in an output folder, whoever asked for them."""
+    found = (re.search(r'-seed-(\d+)$', path.name) for path in output.glob('train/*/lr-*-seed-*'))
+    return {int(match[1]) for match in found if match}
+
+
+def value_of(line: Line, row: Row) -> tuple[float | None, dict[str, Any]]:
+    """What a run's measure is, and the last line of its log. None where the run is not done."""
+    if not is_done(row):
+        return None, {}
+    if line.measure == 'printed top1':
+        return printed_accuracy(row.folder / OUTPUT), {}
+    log = final_line(row.folder, line.epochs) or {}
+    return log.get('test_acc1' if line.measure == 'top1' else 'images_per_second_time'), log
+
+
+def line_result(line: Line, outcomes: dict[str, str]) -> dict[str, Any] | None:
+    """The result of a line over the seeds that are done; None where nothing is known of it."""
+    values = {seed: value_of(line, row) for seed, row in line.runs.items()}
+    done = {seed: value for seed, value in values.items() if value[0] is not None}
+    failed = [outcomes[row.name] for row in line.runs.values() if outcomes.get(row.name, 'done') != 'done']
+    if not done and not failed:
+        return None
+    numbers = [value for value, _ in done.values()]
+    result = {'kind': line.kind, 'seeds': list(done), line.measure.replace('printed ', ''): numbers,
+              'mean': round(statistics.mean(numbers), 3) if numbers else None,
+              'sd': round(statistics.stdev(numbers), 3) if len(numbers) > 1 else None,
+              'paper': line.paper, 'paper_size': line.paper_size}
+    averaged = [log.get('ema_test_acc1') for _, log in done.values()]
+    if None not in averaged and averaged and line.measure == 'top1':
+        result['ema_top1'] = averaged
+    if failed:
+        result['failed'] = failed[0]
+    size = line.data.folder / BYTES
+    manifest = line.data.folder / MANIFEST
+    if manifest.exists():
+        result['psnr'] = read_json(manifest).get('psnr')
+    return result | {'bytes': read_json(size) if size.exists() else None}
+
+
+def write_results(name: str, title: str, lines_of: LinesOf, options: Options, plan: Plan,
+                  outcomes: dict[str, str]) -> None:
+    """Write results.json, table.md and, for bytes against accuracy, curve.png into the table's folder."""
+    seeds = sorted(seeds_on_disk(plan.output) | set(options.seeds))
+    lines = {line.name: line_result(line, outcomes) for line in lines_of(plan, seeds)}
+    full = plan.full().row.folder / BYTES
+    results = {'table': name, 'title': title, 'preset': options.preset,
+               'lrs': {kind: {'chosen': rate, 'search': dict(zip(map(str, top1), top1.values()))}
+                       for kind in plan.lrs for rate, top1 in [best_rate(options, kind)]},
+               'full_bytes': read_json(full) if full.exists() else None,
+               'rows': {line: result for line, result in lines.items() if result}}
+    report.write(results, plan.output / name)
