@@ -29,7 +29,7 @@ from utils import InputError
 BATCH = 64  # images decoded or encoded at a time
 SAMPLE = 8  # images drawn
 TITLE = 16  # pixels of a column's name
-COLUMNS = ('name', 'grid or side', 'bits a code', 'bytes (entropy)', 'bytes on disk', 'PSNR', 'SSIM', 'codes used',
+COLUMNS = ('name', 'grid', 'bits a code', 'bytes (entropy)', 'bytes on disk', 'PSNR', 'SSIM', 'codes used',
            'images/s', 'learning rate', 'top-1')
 
 
@@ -234,8 +234,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
     """All arms as a Markdown table, a line each."""
     lines = [COLUMNS, ('---', *['---:'] * (len(COLUMNS) - 1))]
     lines += [(name, *cells(result)) for name, result in results.items()]
-    notes = ('\nBytes are of an image. Of pixels, (entropy) means the JPEG without its headers, and no more than that '
-             'is known of their entropy. Top-1 is of the last epoch, mean ± standard deviation (seeds).\n')
+    notes = '\nBytes are of an image. Top-1 is of the last epoch, mean ± standard deviation (seeds).\n'
     return '\n'.join(f'| {" | ".join(row)} |' for row in lines) + '\n' + notes
 
 
@@ -247,13 +246,9 @@ def cells(result: dict[str, Any]) -> list[str]:
     if 'failed' in result:
         reason = ' '.join(result['failed'].split()).replace('|', '/')
         return [f'failed: {reason}', *[''] * (len(COLUMNS) - 2)]
-    if 'grid' in result:
-        place = f'{result["grid"]}x{result["grid"]}'
-    else:
-        place = f'{result["side"]} px' + (f', JPEG {result["jpeg_quality"]}' if result['jpeg_quality'] else '')
-    speed = result.get('images_per_second')
+    speed = result['images_per_second']
     accuracy = f'{result["top1_mean"]:.2f} ± {text(result["top1_sd"], ".2f")} ({len(result["top1"])})'
-    return [place, text(result.get('entropy_bits'), '.2f'), text(result['bytes']['entropy'], ',.0f'),
-            text(result['bytes']['stored'], ',.0f'), text(result['psnr'], '.2f'), text(result['ssim'], '.3f'),
-            text(result.get('codes_used_share'), '.1%'), text(speed and speed['median'], ',.0f'),
-            f'{result["lr"]:g}', accuracy]
+    return [f'{result["grid"]}x{result["grid"]}', text(result['entropy_bits'], '.2f'),
+            text(result['bytes']['entropy'], ',.0f'), text(result['bytes']['stored'], ',.0f'),
+            text(result['psnr'], '.2f'), text(result['ssim'], '.3f'), text(result['codes_used_share'], '.1%'),
+            text(speed['median'], ',.0f'), f'{result["lr"]:g}', accuracy]

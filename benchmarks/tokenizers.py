@@ -2,21 +2,21 @@
 
     python benchmarks/tokenizers.py --train-path IMAGES/train --val-path IMAGES/val --output-dir output/judged \\
         --tokenizer patch-8x8 tok/tokenizer.pt tok/codebook.ckpt 64 --tokenizer vq vq.safetensors - 128 \\
-        --pixels full 64 0 --pixels jpeg-64-q8 64 8 --seeds 0 1 2 --lrs 1e-3 2e-3 --epochs 15
+        --seeds 0 1 2 --lrs 1e-3 2e-3 --epochs 15
 
 Takes the flags of main_seit.py too, which all arms are trained with; the defaults here are those of DEFAULTS below.
-Each arm has a folder below --output-dir. The same command resumes what was stopped, and repeats no finished run.
+Each arm, a tokenizer, has a folder below --output-dir. The same command resumes what was stopped, and repeats no
+finished run. Pixels at the same bytes are compared by tables/storage.py.
 
 * Images: the first --classes class folders, the first --images-per-class of each, and all their validation images.
 * Bytes an image, of the training set: at the entropy of single codes, at log2(codes) bits a code, and as files without
-  labels. Of JPEGs: files, and the entropy-coded scan alone (benchmarks/pixel_twin.py).
+  labels.
 * PSNR and SSIM, of the validation set: mean over the images, each compared at --quality-size pixels on a side with the
-  same original, so that tokenizers of 64 and of 128 pixels and JPEGs have one yardstick. A reconstruction of another
+  same original, so that tokenizers of 64 and of 128 pixels have one yardstick. A reconstruction of another
   size is resized there, bicubic with antialias, which costs too: 64 -> 128 -> 64 alone has 33 dB. The JSON line has
   both at the tokenizer's own size too (own_psnr, own_ssim). Equal images have 100 dB.
 * Training: every arm has the same model, steps, crops and search for a learning rate: --lrs with the first seed, and
   the best top-1 on the validation images is taken. That flatters all arms alike. Top-1 is of the last epoch.
-* Pixels: the same ViT on patches of --pixel-patch of images of --pixel-size (benchmarks/pixel_twin.py).
 """
 import argparse
 import json
@@ -32,12 +32,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main_seit
 from benchmarks import arms, common
-from benchmarks.pixel_twin import load_pixels
 from codebook import load_codebook
 from files import lock_file, write_text
 from flags import SEED, integer, number
 from image_sources import open_source
-from image_tokenizer import decode_codes, unit_range
+from image_tokenizer import decode_codes
 from scripts.inspect_tokens import count_codes, describe, summarize
 from token_cache import open_codes
 from token_files import open_token_file
@@ -46,7 +45,7 @@ from utils import InputError, cores, run
 
 # What every arm is trained with, unless the command says otherwise. The published schedule holds --warmup-lr for two
 # epochs, so that of a short run must not be next to nothing; likewise the average must follow within an epoch. The
-# published embedding noise is for 300 epochs; in ten it costs tokens 4 points, and pixels have none.
+# published embedding noise is for 300 epochs; in ten it costs 4 points.
 DEFAULTS = ['--model', 'deit_tiny_token_32', '--model-kwargs', 'depth=4', 'embed_dim=128', 'num_heads=4',
             '--batch-size', '100', '--epochs', '10', '--unscale-lr', '--warmup-epochs', '1', '--warmup-lr', '1e-4',
             '--drop-path', '0', '--rrc-ratio', '0.35', '--mixup-prob', '0.2', '--token-noise-prob', '0',
@@ -66,17 +65,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--val-path', required=True, metavar='DIR')
     add('--output-dir', required=True, metavar='DIR',
         help='gets results.json, table.md, sheet.png, and a folder for each arm')
-    add('--tokenizer', nargs=4, action='append', default=[], metavar=('NAME', 'TOKENIZER', 'CODEBOOK', 'IMAGE_SIZE'),
+    add('--tokenizer', nargs=4, action='append', required=True, metavar=('NAME', 'TOKENIZER', 'CODEBOOK', 'IMAGE_SIZE'),
         help="an arm; CODEBOOK - is the tokenizer's own")
-    add('--pixels', nargs=3, action='append', default=[], metavar=('NAME', 'SIDE', 'QUALITY'),
-        help='an arm: images stored as JPEGs of SIDE pixels; QUALITY 0: as they are')
     add('--classes', type=integer(2), default=20)
     add('--images-per-class', type=integer(1), default=500)
     add('--seeds', type=SEED, nargs='+', default=[0, 1, 2])
     add('--lrs', type=number(1e-12), nargs='+', default=[1e-3], help='learning rates to try, not scaled by default')
     add('--quality-size', type=integer(11), default=64, help='pixels on a side, for PSNR and SSIM')
-    add('--pixel-size', type=integer(1), default=64, help="side of the ViT's input, for arms of pixels")
-    add('--pixel-patch', type=integer(1), default=8, help='side of their patches')
     add('--jobs', type=integer(1), default=1, help='trainings at a time, each with --threads')
     add('--image-workers', type=integer(), default=cores(), help='processes that decode images')
     args, given = parser.parse_known_args(argv)
@@ -86,22 +81,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                          'and --seeds')
     main_flags = [*DEFAULTS, *given]
     return argparse.Namespace(**vars(args), main_flags=main_flags, main_args=main_seit.parse_args(main_flags),
-                              arms=check_arms(args.tokenizer, args.pixels))
+                              arms=check_arms(args.tokenizer))
 
 
-def check_arms(tokenizers: list[list[str]], pixels: list[list[str]]) -> dict[str, tuple]:
-    """The arms by name, ('tokens', tokenizer, codebook, image size) or ('pixels', side, quality). Raises InputError."""
-    if not tokenizers and not pixels:
-        raise InputError('nothing to judge: give at least one --tokenizer or --pixels')
+def check_arms(tokenizers: list[list[str]]) -> dict[str, tuple[str, str, int]]:
+    """The arms by name: tokenizer, codebook or '-', image size. Raises InputError."""
     checked = {}
-    for name, *values in [*tokenizers, *pixels]:
+    for name, tokenizer, codebook, image_size in tokenizers:
         if not name or name != Path(name).name or name.startswith('.') or '|' in name or name in checked:
             raise InputError(f'{name!r}: name every arm by a plain word of its own')
         try:
-            if len(values) == 3:
-                checked[name] = ('tokens', values[0], values[1], integer(1)(values[2]))
-            else:
-                checked[name] = ('pixels', integer(1)(values[0]), integer(0, 95)(values[1]))
+            checked[name] = (tokenizer, codebook, integer(1)(image_size))
         except argparse.ArgumentTypeError as error:
             raise InputError(f'the arm {name}: {error}') from None
     return checked
@@ -171,50 +161,23 @@ def judge_tokens(args: argparse.Namespace, folder: Path, lists: Sequence[Path], 
             'images_per_second': speed, **trained}
 
 
-def judge_pixels(args: argparse.Namespace, folder: Path, lists: Sequence[Path], side: int,
-                 quality: int) -> dict[str, Any]:
-    """The result of images stored with so many pixels, at a JPEG quality. Raises InputError."""
-    train_source, val_source = map(open_source, lists)
-    stored = load_pixels(train_source, side, quality, side)
-    size = {'entropy': stored.scan_bytes, 'stored': stored.file_bytes}
-    print(f'{len(train_source):,} images, bytes an image: {stored.file_bytes:,.0f} as files'
-          + (f', {stored.scan_bytes:,.0f} without headers' if stored.scan_bytes else ''), flush=True)
-    made = load_pixels(val_source, side, quality, side).images
-
-    def stored_images(batch: Sequence[int]) -> torch.Tensor:
-        return unit_range(made[list(batch)])
-
-    fidelity = arms.image_quality(val_source, stored_images, [args.quality_size], args.image_workers)[0]
-    arms.write_column(stored_images, len(val_source), args.quality_size, folder / COLUMN)
-    program = ['benchmarks/pixel_twin.py', '--train-path', lists[0], '--val-path', lists[1], '--side', side,
-               '--jpeg-quality', quality, '--patch-size', args.pixel_patch, '--input-size', args.pixel_size]
-    return {'side': side, 'jpeg_quality': quality, 'bytes': size, **fidelity,
-            **train_arm(args, folder, program, args.main_args.model_kwargs)}
-
-
-def definition_of(args: argparse.Namespace, lists: Sequence[Path], arm: tuple) -> dict[str, Any]:
+def definition_of(args: argparse.Namespace, lists: Sequence[Path], spec: tuple[str, str, int]) -> dict[str, Any]:
     """All that the results of an arm depend on but seeds and learning rates, which have folders of their own."""
-    kind, *values = arm
-    definition = {'images': [open_source(path).digest() for path in lists], 'training flags': args.main_flags}
-    if kind == 'pixels':
-        return definition | {'side and quality': values, 'pixel size and patch': [args.pixel_size, args.pixel_patch]}
-    tokenizer, codebook, image_size = values
-    return definition | {'tokenizer': identity(tokenizer), 'image size': image_size,
-                         'codebook': codebook if codebook == '-' else identity(codebook)}
+    tokenizer, codebook, image_size = spec
+    return {'images': [open_source(path).digest() for path in lists], 'training flags': args.main_flags,
+            'tokenizer': identity(tokenizer), 'image size': image_size,
+            'codebook': codebook if codebook == '-' else identity(codebook)}
 
 
 def judge(args: argparse.Namespace, name: str, lists: Sequence[Path], device: torch.device) -> dict[str, Any]:
     """The result of an arm, or {'failed': why}."""
     folder = Path(args.output_dir) / name
-    kind, *values = args.arms[name]
     print(f'{name}:', flush=True)
     try:
         definition = definition_of(args, lists, args.arms[name])
         folder.mkdir(parents=True, exist_ok=True)
         arms.check_same_arm(folder, definition)
-        if kind == 'tokens':
-            return judge_tokens(args, folder, lists, tuple(values), device)
-        return judge_pixels(args, folder, lists, *values)
+        return judge_tokens(args, folder, lists, args.arms[name], device)
     except InputError as error:
         print(f'error: {name}: {error}', file=sys.stderr, flush=True)
         return {'failed': str(error)}
@@ -261,7 +224,7 @@ def main(args: argparse.Namespace) -> int:
             locked.close()
     print(arms.table(results))
     asked = {key: getattr(args, key) for key in ('repeats', 'threads', 'jobs', 'classes', 'images_per_class', 'seeds',
-                                                 'lrs', 'quality_size', 'pixel_size', 'pixel_patch')}
+                                                 'lrs', 'quality_size')}
     asked |= {'training_flags': ' '.join(args.main_flags), **common.asked_of_main(args.main_args, device)}
     common.print_result('tokenizers', {'arms': results}, asked, device)
     return int(any('failed' in result for result in results.values()))
