@@ -4,7 +4,7 @@
     python tables/count_bytes.py --token-file tokens/x-token.data.bin.gz --codebook-path tokens/codebook.ckpt \\
         --output bytes.json
 
-Without headers means, of JPEGs, the entropy-coded scans alone (null where not all are JPEGs); of tokens, the fewest
+Without headers means, of JPEGs, the entropy-coded scans alone (null where an image is no JPEG or WebP); of tokens, the fewest
 bytes that a coder can reach that sees each code on its own: their entropy. Labels are not counted.
 """
 import argparse
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from image_files import scan_bytes
+from image_files import bare_bytes
 from codebook import load_codebook
 from files import check_writable, expand_files, write_text
 from flags import Parser
@@ -50,7 +50,7 @@ def image_bytes(data_path: str) -> dict[str, int | None]:
         except OSError as error:
             raise InputError(f'{name}: cannot be read ({error}); replace or remove it') from None
         files += len(data)
-        scans.append(scan_bytes(data))
+        scans.append(bare_bytes(data))
     return {'images': len(source), 'files': files, 'without_headers': None if None in scans else sum(scans)}
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').glob('*.md')),
-             ROOT / 'demo' / 'README.md']
+             ROOT / 'demo' / 'README.md', ROOT / 'tables' / 'README.md']
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding='utf-8') for path in DOCUMENTS}
 README = TEXTS['README.md']
 # Flags of torchrun, torch.distributed.launch, sbatch and pytest, which commands hold before our programs' names.
@@ -148,7 +148,7 @@ def test_every_file_in_the_documents_exists():
         folder = (ROOT / name).parent
         for link in re.findall(r'\]\((?!https?:)([^)#]+)\)', text):
             assert (folder / link).exists(), f'{name}: {link}'
-        for path in re.findall(r'(?<![\w./])(?:scripts|docs|demo|tests|benchmarks)/[\w./-]+\w(?![\w<])', text):
+        for path in re.findall(r'(?<![\w./])(?:scripts|docs|demo|tests|benchmarks|tables)/[\w./-]+\w(?![\w<])', text):
             assert (ROOT / path).exists(), f'{name}: {path}'
         for path in re.findall(r'`(\w+\.py)`', text):
             assert list(ROOT.glob(path)) + list(ROOT.glob(f'*/{path}')) + list(ROOT.glob(f'tests/*/{path}')), path
