@@ -4,8 +4,8 @@
     python tables/count_bytes.py --token-file tokens/x-token.data.bin.gz --codebook-path tokens/codebook.ckpt \\
         --output bytes.json
 
-Without headers means, of JPEGs, the entropy-coded scans alone (null where an image is no JPEG or WebP); of tokens, the fewest
-bytes that a coder can reach that sees each code on its own: their entropy. Labels are not counted.
+Without headers means, of JPEGs, the entropy-coded scans alone (null where an image is no JPEG or WebP); of tokens, the
+fewest bytes that a coder can reach that sees each code on its own: their entropy. Labels are not counted.
 """
 import argparse
 import json

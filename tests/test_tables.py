@@ -84,7 +84,8 @@ def test_a_dry_run_prints_what_a_shell_can_run(tmp_path, capsys, monkeypatch):
     assert {command[0] for command in commands} == {'mkdir', 'python'}
     programs = [command for command in commands if command[0] == 'python']
     assert all((tmp_path / command[1]).exists() for command in programs)
-    assert next(command for command in programs if 'choose_images' in command[1])[2:6] == ['--classes', '20', '--data-path', 'my data/train']
+    chooses = next(command for command in programs if 'choose_images' in command[1])
+    assert chooses[2:6] == ['--classes', '20', '--data-path', 'my data/train']
     assert call(ablation, *words, 'imagenet') == 0
     assert any(line.startswith('torchrun --nproc_per_node=8 ') for line in capsys.readouterr().out.splitlines())
 
