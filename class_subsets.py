@@ -22,7 +22,8 @@ from utils import InputError, print0
 
 IMAGENET_CLASSES = 1000
 # What --classes takes, besides a file -> timm's table of the classes; None for all of ImageNet's.
-KNOWN = {'imagenet': None, 'imagenet-a': 'imagenet_a_synsets.txt', 'imagenet-r': 'imagenet_r_synsets.txt'}
+KNOWN = {'imagenet': None, 'imagenet-sketch': None, 'imagenet-a': 'imagenet_a_synsets.txt',
+         'imagenet-r': 'imagenet_r_synsets.txt'}
 MAX_FILE_BYTES = 1 << 24
 
 

@@ -216,7 +216,7 @@ def add_robustness_flags(parser: argparse.ArgumentParser) -> None:
     add('--corruption', choices=CORRUPTIONS, metavar='NAME',
         help='corrupt each image, once resized, as ImageNet-C does: ' + ', '.join(CORRUPTIONS))
     add('--severity', type=integer(1, SEVERITIES), metavar='N', help=f'of --corruption, 1 to {SEVERITIES}')
-    add('--classes', metavar='imagenet|imagenet-a|imagenet-r|FILE',
+    add('--classes', metavar='imagenet|imagenet-a|imagenet-r|imagenet-sketch|FILE',
         help="score over these of the model's classes, which are those of the images; a FILE has a line for each: its "
              'name, or its number in the model')
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from timm.utils import distribute_bn
 from torch import nn
 
 from checkpoints import TrainState, load_weights
@@ -170,11 +171,17 @@ def train(state: TrainState, batches_of: Callable, loss_of: Callable, evaluate_o
 
 def evaluate_models(state: TrainState, evaluate_of: Callable) -> dict[str, float]:
     """Evaluate the model, then the EMA where there is one; returns log entries test_* and ema_test_*."""
-    stats = {f'test_{key}': value for key, value in evaluate_of(state.model, '').items()}
+    def agreed(model: nn.Module) -> nn.Module:
+        """With BatchNorm's statistics of rank 0, as in checkpoints; each rank has its own, of its own images."""
+        if world_size() > 1:
+            distribute_bn(model, world_size())
+        return model
+
+    stats = {f'test_{key}': value for key, value in evaluate_of(agreed(state.model), '').items()}
     if state.ema:
         home = device_of(state.ema.module)
         averaged = state.ema.module.to(device_of(state.model))
-        stats |= {f'ema_test_{key}': value for key, value in evaluate_of(averaged, 'EMA').items()}
+        stats |= {f'ema_test_{key}': value for key, value in evaluate_of(agreed(averaged), 'EMA').items()}
         state.ema.module.to(home)
     return stats
 

@@ -89,9 +89,8 @@ def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
     return auto_augment.posterize(image, bits_to_keep) if bits_to_keep > 0 else image.point(lambda _: 0)
 
 
-for name, operation in auto_augment.NAME_TO_OP.items():
-    if operation is auto_augment.posterize:
-        auto_augment.NAME_TO_OP[name] = posterize
+auto_augment.NAME_TO_OP.update({name: posterize for name, operation in auto_augment.NAME_TO_OP.items()
+                                if operation is auto_augment.posterize})
 
 
 def train_transform(size: int, min_area: float, hflip: float, color_jitter: float, policy: str) -> Callable:

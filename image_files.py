@@ -141,6 +141,9 @@ def scan_bytes(data: bytes) -> int | None:
     total = 0
     at = 2
     while data[at:at + 1] == b'\xff' and data[at + 1:at + 2] != b'\xd9':
+        if data[at + 1:at + 2] == b'\xff':  # markers may be preceded by any number of these
+            at += 1
+            continue
         start_of_scan = data[at + 1:at + 2] == b'\xda'
         header = int.from_bytes(data[at + 2:at + 4], 'big')
         at += 2 + max(header, 2)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import timm
 import torch
+from timm.layers import to_2tuple
 from torch import nn
 
 import recipe
@@ -100,8 +101,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def create_model(args: argparse.Namespace, classes: int) -> nn.Module:
     """The model of the flags, (B, 3, --input-size, --input-size) -> (B, classes). Raises InputError."""
     if not timm.is_model(args.model):
-        near = ', '.join(difflib.get_close_matches(args.model, timm.list_models(), 3)) or 'timm.list_models()'
-        raise InputError(f'--model {args.model}: timm has no such model; see {near}')
+        near = difflib.get_close_matches(args.model, timm.list_models(), 3)
+        raise InputError(f'--model {args.model}: timm has no such model'
+                         + (f'; near it are {", ".join(near)}' if near else ', and none of a name like it'))
     if args.model in MODELS:
         raise InputError(f'--model {args.model} reads tokens; train it with main_seit.py')
     cfg = timm.get_pretrained_cfg(args.model)
@@ -111,6 +113,8 @@ def create_model(args: argparse.Namespace, classes: int) -> nn.Module:
     try:
         model = timm.create_model(args.model, num_classes=classes, drop_rate=args.drop or None,
                                   drop_path_rate=args.drop_path or None, **(size | args.model_kwargs))
+        if args.grad_checkpointing:  # not every model can
+            model.set_grad_checkpointing(True)
         with torch.no_grad():  # sizes that do not fit show here
             shape = model.eval()(torch.zeros(1, 3, args.input_size, args.input_size)).shape
         if shape != (1, classes):
@@ -118,7 +122,7 @@ def create_model(args: argparse.Namespace, classes: int) -> nn.Module:
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
             ValueError) as error:
         raise InputError(f'{flags}: {" ".join(str(error).split()) or repr(error)}') from None
-    patch_size = getattr(getattr(model, 'patch_embed', None), 'patch_size', None) or (1,)
+    patch_size = to_2tuple(getattr(getattr(model, 'patch_embed', None), 'patch_size', None) or 1)
     if any(args.input_size % side for side in patch_size):  # timm would leave out the pixels that remain
         raise InputError(f'{flags}: patches of {patch_size[0]} pixels do not divide the image')
     return model
@@ -249,7 +253,7 @@ def main(args: argparse.Namespace) -> int:
     if checkpoint:
         resume(state, checkpoint, path, vars(args), steps)
         print0(f'{path}: resumed at epoch {state.epoch}, step {state.step}, best Acc@1 {state.best["model"]:.3f}')
-    print_batch(args.batch_size, args.accum_iter, steps, args.epochs, recipe.scaled_lr(args), args.unscale_lr)
+    print_batch(args.batch_size, args.accum_iter, steps, args.epochs, recipe.scaled_lr(args))
 
     # train
     folder.begin(run_record(vars(args), device), {'args': flags_to_save(vars(args)), 'classes': train_data.classes})

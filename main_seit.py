@@ -20,7 +20,7 @@ from checkpoints import flags_to_save, progress_of, resume
 from class_names import check_class_names, count_classes, head_size
 from codebook import load_codebook, load_synonyms
 from flags import Parser, integer, number, print_no_effect
-from run_info import print_batch, print_model, run_record
+from run_info import print_batch, print_model, print_recipe_batch, run_record
 from engine import evaluate, evaluate_checkpoint, rank_indices, train
 from loss_meter import NotFinite
 from models_seit import create_model
@@ -223,7 +223,8 @@ def main(args: argparse.Namespace) -> int:
         resume(state, checkpoint, path, vars(args), steps)
         del checkpoint  # its tensors are copied
         print0(f'{path}: resumed at epoch {state.epoch}, step {state.step}, best Acc@1 {state.best["model"]:.3f}')
-    print_batch(args.batch_size, args.accum_iter, steps, args.epochs, recipe.scaled_lr(args), args.unscale_lr)
+    print_batch(args.batch_size, args.accum_iter, steps, args.epochs, recipe.scaled_lr(args))
+    print_recipe_batch(recipe.effective_batch(args), args.unscale_lr)
 
     # ------------------------------------------------------------ train
     folder.begin(run_record(vars(args), device), {'args': flags_to_save(vars(args)), 'classes': names})

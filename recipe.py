@@ -37,7 +37,7 @@ def add_model_flags(parser: Parser, default: str = 'deit_base_token_32', names: 
     add = parser.add_argument_group('model').add_argument
     add('--model', default=default, help=names)
     add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
-        help="arguments of timm's VisionTransformer, as in depth=4 embed_dim=128 num_heads=4")
+        help="timm's arguments of the model, as in depth=4 embed_dim=128 num_heads=4")
     add('--drop', type=SHARE, default=0., help='dropout rate')
     add('--drop-path', type=SHARE, default=0.1, help='stochastic depth rate')
     add_average_flags(add)

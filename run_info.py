@@ -27,8 +27,8 @@ def print_model(name: str, model: nn.Module, device: torch.device, amp: str) -> 
     print0(f'device: {world_size()} x {device_name(device)}, amp {amp}, {versions}')
 
 
-def print_batch(batch_size: int, accum_iter: int, steps: int, epochs: int, lr: float, unscaled: bool) -> None:
-    """Print batch, steps and learning rate, and what an effective batch other than the recipe's means.
+def print_batch(batch_size: int, accum_iter: int, steps: int, epochs: int, lr: float) -> None:
+    """Print batch, steps and learning rate.
 
     Args:
         batch_size: images of a process's batch.
@@ -36,12 +36,15 @@ def print_batch(batch_size: int, accum_iter: int, steps: int, epochs: int, lr: f
         steps: batches an epoch.
         epochs: in all.
         lr: the run's, scaled or not.
-        unscaled: it is not.
     """
     accumulated = f' x {accum_iter}' if accum_iter > 1 else ''
     batch = batch_size * world_size() * accum_iter
     print0(f'batch: {batch_size} x {world_size()}{accumulated} = {batch}, {steps // accum_iter} steps an epoch, '
            f'{epochs} epochs; learning rate {lr:.3g}')
+
+
+def print_recipe_batch(batch: int, unscaled: bool) -> None:
+    """Say what another effective batch than the published recipe's means; `unscaled`: the learning rate is as given."""
     if batch != RECIPE_BATCH:
         print0(f'note: the published accuracy is for an effective batch of {RECIPE_BATCH} (8 GPUs x 128), this is '
                f'{batch}: the learning rate is {"as given" if unscaled else "scaled with it"}, but --warmup-lr, '

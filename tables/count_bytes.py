@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from image_files import bare_bytes
+from image_files import BadImage, bare_bytes
 from codebook import load_codebook
 from files import check_writable, expand_files, write_text
 from flags import Parser
@@ -47,10 +47,12 @@ def image_bytes(data_path: str) -> dict[str, int | None]:
     for index, name in enumerate(source.names):
         try:
             data = source.read(index)
-        except OSError as error:
-            raise InputError(f'{name}: cannot be read ({error}); replace or remove it') from None
+        except (OSError, BadImage) as error:
+            raise InputError(f'{data_path}: {name} cannot be read ({error}); replace or remove it') from None
         files += len(data)
         scans.append(bare_bytes(data))
+        if scans[-1] is None and scans.count(None) == 1:
+            print0(f'note: {data_path}: {name} is no whole JPEG or WebP, so bytes without headers are not known')
     return {'images': len(source), 'files': files, 'without_headers': None if None in scans else sum(scans)}
 
 

@@ -37,7 +37,8 @@ def read(path: Path) -> dict[str, Any]:
         results = read_json(path)
     except ValueError as error:
         raise InputError(f'{path}: no JSON ({error})') from None
-    if not isinstance(results, dict) or results.get('table') not in MARKDOWN or not isinstance(results['rows'], dict):
+    keys = {'table', 'title', 'preset', 'lrs', 'full_bytes', 'rows'}
+    if not isinstance(results, dict) or not keys <= results.keys() or results['table'] not in MARKDOWN:
         raise InputError(f'{path}: no results of a table; give a {RESULTS} that the scripts of tables/ wrote')
     return results
 

@@ -178,13 +178,19 @@ def take(row: Row) -> int:
     Raises:
         InputError: when the folder holds another row's run, or something else.
     """
-    if not (row.folder / ROW).exists() and row.folder.exists() and any(row.folder.iterdir()):
+    if not (row.folder / ROW).exists() and row.folder.is_dir() and any(row.folder.iterdir()):
         raise InputError(f'{row.folder}: holds files, but no {ROW} that says of which row; choose another '
                          '--output-dir, or remove that folder')
-    row.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        row.folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f'{row.folder}: cannot be made ({error.strerror}); choose another --output-dir') from None
     check_same(row.folder / ROW, definition_of(row))
     path = row.folder / DONE
-    return read_json(path) if path.exists() else 0
+    done = read_json(path) if path.exists() else 0
+    if type(done) is not int or not 0 <= done <= len(row.commands):
+        raise InputError(f'{path}: is damaged; remove {row.folder}, and it is made again')
+    return done
 
 
 def definition_of(row: Row) -> dict[str, list[str]]:

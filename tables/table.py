@@ -15,9 +15,10 @@ from preemption import REQUEUE, StopSignal
 from tables import report
 from tables.plan import BYTES, MANIFEST, Line, Plan, needed
 from tables.presets import PRESETS
-from tables.rows import OUTPUT, Row, final_line, is_done, printed_accuracy, run_rows, shell_line
+from tables.rows import OUTPUT, Row, final_line, is_done, printed_accuracy, run_rows, shell_line, take
 from utils import InputError, cores
 
+SEARCH_SEED = 0  # whatever --seeds says: else another order of seeds would choose another learning rate
 LinesOf = Callable[[Plan, Sequence[int]], list[Line]]
 
 
@@ -56,7 +57,7 @@ def add_table_flags(parser: Parser) -> None:
     add('--rows', nargs='+', default=[], metavar='NAME', help="lines of the table, as '*' or 'JPEG*'; default: all")
     add('--seeds', type=SEED, nargs='+', default=[0])
     add('--lrs', type=number(1e-12), nargs='+',
-        help="learning rates to try with the first seed, for tokens and for pixels each; default: the preset's")
+        help=f"learning rates to try with seed {SEARCH_SEED}, for tokens and for pixels each; default: the preset's")
     add('--dry-run', action='store_true', help='print the commands, and run nothing')
     add('--jobs', type=integer(1), default=1, help='rows at a time, each with --threads')
     add('--threads', type=integer(1), default=max(1, cores() // 2), help='of a program on the CPU')
@@ -83,8 +84,14 @@ def run_table(name: str, title: str, lines_of: LinesOf, options: Options) -> int
         print_commands(rows, [kind for kind, found in options.rates().items()
                               if len(found) > len(best_rate(options, kind)[1]) and len(found) > 1])
         return 0
+    for split in ('train', 'val'):
+        if not (Path(options.data_path) / split).is_dir():
+            raise InputError(f'{options.data_path}: has no folder {split}/; give one with train/ and val/')
     with take_folder(Path(options.output_dir)), StopSignal() as stop:
         def run(rows: list[Row], before: dict[str, str]) -> dict[str, str]:
+            for row in rows:  # a folder of another run is a mistake, before anything is run or written
+                if row.folder.exists():
+                    take(row)
             return run_rows(rows, options.jobs, options.threads, before, lambda: stop.received)
 
         plan, rows = planned(lines_of, options, searching=True)
@@ -154,11 +161,11 @@ def chosen_lines(lines: list[Line], patterns: Sequence[str]) -> list[Line]:
 
 
 def search_rows(options: Options, kind: str) -> dict[float, list[Row]]:
-    """By learning rate, the rows of the search: the base line of a kind with the first seed."""
+    """By learning rate, the rows of the search: the base line of a kind with SEARCH_SEED."""
     rows = {}
     for rate in options.rates()[kind]:
         plan = options.plan({kind: rate})
-        line = plan.base_line(kind, options.seeds[:1])
+        line = plan.base_line(kind, [SEARCH_SEED])
         rows[rate] = needed(plan.rows, line.runs.values())
     return rows
 
@@ -218,7 +225,8 @@ def line_result(line: Line, outcomes: dict[str, str]) -> dict[str, Any] | None:
     """The result of a line over the seeds that are done; None where nothing is known of it."""
     values = {seed: value_of(line, row) for seed, row in line.runs.items()}
     done = {seed: value for seed, value in values.items() if value[0] is not None}
-    failed = [outcomes[row.name] for row in line.runs.values() if outcomes.get(row.name, 'done') != 'done']
+    became = [outcomes.get(row.name, 'done') for row in line.runs.values()]
+    failed = [outcome for outcome in became if outcome not in ('done', 'stopped')]
     if not done and not failed:
         return None
     numbers = [value for value, _ in done.values()]

@@ -134,9 +134,12 @@ def test_weights_of_tokens_and_pixels_start_each_other(data, tmp_path, capsys):
 
 
 MISTAKES = {
-    'unknown model': (['--model', 'vit_tinny_patch16_224'], 'timm has no such model; see .*vit_tiny_patch16_224'),
+    'unknown model': (['--model', 'vit_tinny_patch16_224'], 'no such model; near it are .*vit_tiny_patch16_224'),
     'tokens': (['--model', 'deit_tiny_token_32'], 'reads tokens; train it with main_seit.py'),
     'size': (['--input-size', '40'], '--input-size 40: patches of 16 pixels do not divide'),
+    'checkpointing': (['--model', 'pit_ti_224', '--model-kwargs', '--grad-checkpointing', '--input-size', '64'],
+                      'pit_ti_224 .*checkpointing'),
+    'whole patches': (['--model', 'xcit_nano_12_p16_224', '--model-kwargs', '--input-size', '40'], 'do not divide'),
     'arguments': (['--model-kwargs', 'deep=3'], 'deep'),
     'policy': (['--aa', 'randy'], '--aa randy: is no policy'),
     'crop': (['--eval-crop-ratio', '0'], 'from 0.01 to 1'),

@@ -3,14 +3,15 @@ import pytest
 import timm
 import torch
 
-from run_info import print_batch, print_model
+from run_info import print_batch, print_model, print_recipe_batch
 
 
 @pytest.mark.parametrize('batch_size, accum_iter, unscaled, words', [
     (64, 1, False, 'for an effective batch of 1024'), (1024, 1, False, None), (512, 1, False, 'this is 512'),
     (256, 4, False, None), (64, 1, True, 'is as given')])
 def test_another_effective_batch_than_the_recipes_is_named(batch_size, accum_iter, unscaled, words, capsys):
-    print_batch(batch_size, accum_iter, 100, 300, 1e-3, unscaled)
+    print_batch(batch_size, accum_iter, 100, 300, 1e-3)
+    print_recipe_batch(batch_size * accum_iter, unscaled)
     output = capsys.readouterr().out
     assert f'= {batch_size * accum_iter}, {100 // accum_iter} steps an epoch' in output
     assert ('note: ' in output) == bool(words) and (words or '') in output
