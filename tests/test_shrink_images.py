@@ -12,8 +12,8 @@ from PIL import Image
 
 import image_sets
 import shrink_images
-from helpers import (call, contents, encoded, fails, forked, limits, no_space, noise, smooth_images, tar_samples,
-                     write_parquet, write_tar)
+from helpers import (call, contents, encoded, fails, forked, limits, no_space, noise, save_image, smooth_images,
+                     tar_samples, write_parquet, write_tar)
 from image_files import scan_bytes
 from image_sources import open_source
 from shrinking import Ranking, Unreachable, largest_within
@@ -176,8 +176,12 @@ def totals(images, method, parameters, folder):
 
 
 @pytest.mark.parametrize('method, parameters', [
-    ('jpeg', (40, 41)), ('webp', (62, 63)), ('resize', (0.5, 0.9)), ('sample', (0.4, 0.6))])
+    ('jpeg', (40, 41)), ('webp', (62, 63)), ('resize', (0.5, 0.6)), ('sample', (0.4, 0.6))])
 def test_a_budget_is_kept_and_used(images, tmp_path, method, parameters, capsys):
+    if method == 'resize':  # smooth images take the same bytes at any size
+        images = tmp_path / 'noise'
+        for number in range(21):
+            save_image(images / f'class-{number % 3}' / f'{number}.png', number, (40, 40))
     small, large = totals(images, method, parameters, tmp_path).values()
     assert small < large
     total = make(images, tmp_path / 'total', '--total-bytes', large - 1, method=method, parameter=None)
