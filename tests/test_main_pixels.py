@@ -139,7 +139,7 @@ MISTAKES = {
     'size': (['--input-size', '40'], '--input-size 40: patches of 16 pixels do not divide'),
     'checkpointing': (['--model', 'pit_ti_224', '--model-kwargs', '--grad-checkpointing', '--input-size', '64'],
                       'pit_ti_224 .*checkpointing'),
-    'whole patches': (['--model', 'xcit_nano_12_p16_224', '--model-kwargs', '--input-size', '40'], 'do not divide'),
+    'whole patches': (['--model', 'xcit_nano_12_p16_224', '--model-kwargs', '--input-size', '40'], 'divide'),
     'arguments': (['--model-kwargs', 'deep=3'], 'deep'),
     'policy': (['--aa', 'randy'], '--aa randy: is no policy'),
     'crop': (['--eval-crop-ratio', '0'], 'from 0.01 to 1'),
