@@ -183,7 +183,7 @@ def test_no_file_stands_before_a_module_of_python():
 
 def test_each_is_a_program():
     """Started by its path from another folder, as the documents have it."""
-    assert PROGRAMS == ['data', 'encode', 'evaluate', 'pixel_twin', 'start', 'start_probe', 'tokenizers', 'train']
+    assert PROGRAMS == ['data', 'encode', 'evaluate', 'start', 'start_probe', 'tokenizers', 'train']
     done = subprocess.run([sys.executable, ROOT / 'benchmarks' / 'encode.py', '--images', '0'], capture_output=True,
                           text=True, cwd=ROOT / 'demo')
     assert (done.returncode, done.stdout) == (2, '')

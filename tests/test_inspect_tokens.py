@@ -190,7 +190,7 @@ def test_inspection_refuses_what_does_not_belong_together(fitted, tmp_path, caps
 def test_a_damaged_source_image_is_named(fitted, tmp_path, capsys):
     paths = smooth_images(tmp_path / 'images')
     paths[1].write_bytes(b'no picture')
-    with pytest.raises(InputError, match='images: ant/1.png is no readable image .*: replace it$'):
+    with pytest.raises(InputError, match='images: ant/1.png is no readable image .*: replace or remove it$'):
         inspect(fitted, capsys, '--data-path', tmp_path / 'images', '--output', tmp_path / 'sheet.png')
 
 
