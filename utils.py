@@ -49,16 +49,26 @@ def run(main: Callable, parse_args: Callable) -> None:
         code = main(parse_args()) or 0
     except InputError as error:
         report(error)
-        sys.exit(error.exit_code)
+        leave(error.exit_code)
     except KeyboardInterrupt:
         sys.exit(130)
     except RuntimeError:
         if not a_rank_reported():
             raise
-        sys.exit(2)  # torch's complaint that another rank is gone, which has said why
+        leave(2)  # torch's complaint that another rank is gone, which has said why
     if dist.is_initialized():
         time.sleep(0.1)  # destroying holds the GIL, which gloo's threads (torch 2.5) need to drop their last work
         dist.destroy_process_group()
+    sys.exit(code)
+
+
+def leave(code: int) -> None:
+    """Leave the program after a mistake. Where another rank may be gone, without what Python does at its end."""
+    if dist.is_initialized() and rank() > 0:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(code)  # an ordinary end may abort: gloo's threads meet the connection that the other rank closed
     sys.exit(code)
 
 
