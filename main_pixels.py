@@ -113,8 +113,6 @@ def create_model(args: argparse.Namespace, classes: int) -> nn.Module:
     try:
         model = timm.create_model(args.model, num_classes=classes, drop_rate=args.drop or None,
                                   drop_path_rate=args.drop_path or None, **(size | args.model_kwargs))
-        if args.grad_checkpointing:  # not every model can
-            model.set_grad_checkpointing(True)
         with torch.no_grad():  # sizes that do not fit show here
             shape = model.eval()(torch.zeros(1, 3, args.input_size, args.input_size)).shape
         if shape != (1, classes):

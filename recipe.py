@@ -250,7 +250,10 @@ def make_state(args: argparse.Namespace, model: nn.Module, device: torch.device,
                input_shape: tuple[int, ...]) -> TrainState:
     """The state of a new run, from a model on `device` that reads inputs (B, *input_shape)."""
     amp = args.amp or default_amp(device)
-    model.set_grad_checkpointing(args.grad_checkpointing)
+    try:
+        model.set_grad_checkpointing(args.grad_checkpointing)
+    except AssertionError:  # what timm says
+        raise InputError(f'--model {args.model} has no gradient checkpointing; omit --grad-checkpointing') from None
     ema_device = 'cpu' if args.model_ema_force_cpu else None
     ema = ModelEmaV3(model, decay=args.model_ema_decay, device=ema_device) if args.model_ema else None
     optimizer = make_optimizer(args, model)

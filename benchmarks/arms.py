@@ -23,7 +23,7 @@ from image_sources import FolderImages, Source, load_images, open_source
 from image_tokenizer import encode_images, unit_range
 from run_folder import LOG
 from tables import rows
-from tables.rows import Program, check_same, final_line, why_failed
+from tables.rows import Program, final_line, why_failed
 from utils import InputError
 
 BATCH = 64  # images decoded or encoded at a time
@@ -61,11 +61,6 @@ def write_lists(train_path: str, val_path: str, classes: int, images_per_class: 
         names = [os.path.relpath(os.path.join(home, source.names[i]), os.path.realpath(folder)) for i in chosen]
         write_text(path, ''.join(f'{name}\t{label}\n' for name, label in zip(names, source.labels[chosen].tolist())))
     return paths
-
-
-def check_same_arm(folder: Path, definition: dict[str, Any]) -> None:
-    """Note in arm.json what an arm is made of; InputError where the folder holds another's results."""
-    check_same(folder / 'arm.json', definition)
 
 
 # ---------------------------------------------------------------- programs

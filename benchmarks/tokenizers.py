@@ -38,6 +38,7 @@ from flags import SEED, integer, number
 from image_sources import open_source
 from image_tokenizer import decode_codes
 from scripts.inspect_tokens import count_codes, describe, summarize
+from tables.rows import check_same
 from token_cache import open_codes
 from token_files import open_token_file
 from tokenize_images import identity, load_models
@@ -176,7 +177,7 @@ def judge(args: argparse.Namespace, name: str, lists: Sequence[Path], device: to
     try:
         definition = definition_of(args, lists, args.arms[name])
         folder.mkdir(parents=True, exist_ok=True)
-        arms.check_same_arm(folder, definition)
+        check_same(folder / 'arm.json', definition)
         return judge_tokens(args, folder, lists, args.arms[name], device)
     except InputError as error:
         print(f'error: {name}: {error}', file=sys.stderr, flush=True)

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torchvision import transforms
 
+import engine
 import main_seit
 import token_cache
 import tokenize_images
@@ -82,6 +83,17 @@ def seit(*words, launch=(), fails=False):
 def run_here(*words):
     """main_seit.py in this process: fast, for what needs no process of its own. Returns the exit code."""
     return main_seit.main(main_seit.parse_args([str(word) for word in words]))
+
+
+def signal_in_second_epoch(monkeypatch):
+    """Send this process SIGTERM, as a scheduler does, before the first step of the second epoch."""
+    train_one_epoch = engine.train_one_epoch
+
+    def signaled(state, *words):
+        if state.epoch == 1:
+            signal.raise_signal(signal.SIGTERM)
+        return train_one_epoch(state, *words)
+    monkeypatch.setattr(engine, 'train_one_epoch', signaled)
 
 
 def mistake(*words):

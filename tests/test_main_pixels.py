@@ -1,6 +1,5 @@
 """main_pixels.py: the recipe on images."""
 import re
-import signal
 import subprocess
 import sys
 
@@ -10,10 +9,9 @@ import timm
 import torch
 from PIL import Image
 
-import engine
 import main_pixels
 from helpers import (ROOT, accuracy_lines, as_list, as_parquet, as_tars, assert_same, call, clean_environment, fails,
-                     read_log, save_image, states, two_processes, without_times)
+                     read_log, save_image, signal_in_second_epoch, states, two_processes, without_times)
 
 SMALL = ['--device', 'cpu', '--model', 'vit_tiny_patch16_224', '--model-kwargs', 'depth=1', 'embed_dim=32',
          'num_heads=2', '--input-size', '32', '--batch-size', '8', '--warmup-epochs', '0', '--lr', '1e-2',
@@ -44,14 +42,8 @@ def test_resumed_within_an_epoch_equals_uninterrupted(data, tmp_path, monkeypatc
     flags = ['--epochs', 2, '--aug', aug, '--drop-path', 0.3]
     assert train(data, *flags, '--output-dir', tmp_path / 'whole') == 0
 
-    # the signal comes with the second epoch's first step; the rest is decoded by other processes
-    train_one_epoch = engine.train_one_epoch
-
-    def signaled(state, *words):
-        if state.epoch == 1:
-            signal.raise_signal(signal.SIGTERM)
-        return train_one_epoch(state, *words)
-    monkeypatch.setattr(engine, 'train_one_epoch', signaled)
+    # what comes after the signal is decoded by other processes
+    signal_in_second_epoch(monkeypatch)
     assert train(data, *flags, '--output-dir', tmp_path / 'cut') == 75
     monkeypatch.undo()
     assert states(tmp_path / 'cut' / 'checkpoint.pth')['step'] == 1

@@ -1,6 +1,5 @@
 """main_seit.py as a user runs it."""
 import json
-import signal
 import subprocess
 import sys
 
@@ -11,7 +10,7 @@ import engine
 import main_seit
 from benchmarks.common import free_port
 from helpers import (ROOT, SMALL, accuracy_lines, assert_same, clean_environment, make_data, mistake, read_log,
-                     run_here, seit, states, without_times)
+                     run_here, seit, signal_in_second_epoch, states, without_times)
 from samplers import shuffled
 
 
@@ -167,14 +166,7 @@ def test_tensorboard(data, tmp_path):
 
 
 def test_the_program_stops_for_a_signal_and_says_how_to_go_on(data, tmp_path, monkeypatch, capsys):
-    """In this process: the signal comes with the first step of the second epoch."""
-    train_one_epoch = engine.train_one_epoch
-
-    def signaled(state, *words):
-        if state.epoch == 1:
-            signal.raise_signal(signal.SIGTERM)
-        return train_one_epoch(state, *words)
-    monkeypatch.setattr(engine, 'train_one_epoch', signaled)
+    signal_in_second_epoch(monkeypatch)
     assert run_here(*SMALL, *data, '--epochs', 2, '--output-dir', tmp_path) == 75
     assert 'stopped by a signal after step 1 of epoch 1; --resume auto continues there' in capsys.readouterr().out
     assert states(tmp_path / 'checkpoint.pth')['step'] == 1
