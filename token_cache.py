@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from files import atomic_path, remove_leftovers
-from token_files import TokenFile, decode, index_path
+from token_files import TokenFile, decode
 from utils import InputError, local_rank, one_first, print0
 
 
@@ -29,11 +29,10 @@ def _fingerprint(path: Path) -> tuple[int, int, str]:
 def cache_path(files: Sequence[TokenFile], folder: str = '') -> Path:
     """Where the decoded codes of token files belong; the name changes with what they are decoded from."""
     paths = [file.stream.absolute() for file in files]
-    content = [(file.codec.name, _fingerprint(path), _fingerprint(index_path(path)))
-               for file, path in zip(files, paths)]
+    content = [(file.format, *map(_fingerprint, file.files)) for file in files]
     key = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
     location = hashlib.sha256('\0'.join(map(str, paths)).encode()).hexdigest()[:8]
-    stem = paths[0].name.replace('.data.bin.gz', '').replace('.gz', '')
+    stem = paths[0].name.removesuffix('.gz').removesuffix('.data.bin')
     return Path(folder or paths[0].parent) / f'{stem}.{location}.codes-{key}.npy'
 
 
@@ -45,8 +44,8 @@ def decode_into(files: Sequence[TokenFile], allocate: Callable[[tuple[int, int]]
     """
     for file in files:
         if 'files' in file.manifest:
-            file.check_checksums(file.stream)
-            file.check_checksums(index_path(file.stream))
+            for path in file.files:
+                file.check_checksums(path)
     codes = None
     start = 0
     for file in files:

@@ -4,7 +4,8 @@
                     then byte c - 255. The largest code is therefore 509.
     uint16-le       ours, for larger codebooks: each code is two bytes, little-endian.
 
-Nothing separates the images in a stream; an index beside it holds where each begins.
+Nothing separates the images in a stream; an index beside it holds where each begins. The third format, 'compact', is a
+stream of words by a model, see compact_files.py.
 """
 from collections.abc import Callable
 from typing import NamedTuple
@@ -86,6 +87,7 @@ CODECS = {codec.name: codec for codec in (
     Codec('uint16-le', 0xffff, encode_uint16, decode_uint16),
 )}
 PUBLISHED = CODECS['escaped-bytes']
+MAX_CODES = max(codec.largest_code for codec in CODECS.values()) + 1
 
 
 def codec_for(codebook_size: int) -> Codec:

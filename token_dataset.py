@@ -13,8 +13,9 @@ import torch
 
 from class_names import check_class_names
 from files import expand_files
+from prefetching import prefetch
 from token_cache import open_codes
-from token_files import TokenFile, open_token_file, prefetch, read_labels
+from token_files import TokenFile, bytes_on_disk, open_token_file, read_labels
 from utils import InputError, print0
 
 
@@ -65,8 +66,8 @@ class TokenDataset:
         return len(self.codes)
 
     def bytes_on_disk(self) -> int:
-        """Size in bytes of the token files and their indices."""
-        return sum(file.bytes_on_disk() for file in self.files)
+        """Size in bytes of the token files and what belongs to them."""
+        return bytes_on_disk(self.files)
 
     def batch(self, indices: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
         """codes (B, grid_size, grid_size) uint16 and labels (B,) int64, CPU tensors, of images `indices` (B,)."""

@@ -17,8 +17,11 @@ from typing import Any
 import numpy as np
 
 from files import atomic_path, check_writable, lock_file, read_json, remove_leftovers, sha256, write_text
-from token_codecs import Codec
-from token_files import index_path, manifest_path, write_tokens
+from byte_streams import index_path
+from compact_files import write_compact, write_model
+from context_model import fit
+from token_codecs import CODECS, MAX_CODES
+from token_files import files_of_manifest, manifest_path, manifest_text, write_labels, write_tokens
 from utils import InputError
 
 # Batches lost if killed. Few enough that all ranks have parts, many enough that writing hides behind encoding.
@@ -35,10 +38,12 @@ class Output:
         folder: of the token sets.
         name: first part of their file names.
         shard_size: images to a numbered shard; 0 for one set.
+        compact: the format of the sets is compact.
     """
     folder: Path
     name: str
     shard_size: int = 0
+    compact: bool = False
 
     @property
     def parts_folder(self) -> Path:
@@ -52,7 +57,12 @@ class Output:
 
     def token_file(self, shard: int) -> Path:
         """Path of the stream of a shard."""
-        return self.folder / f'{self.name}-token{self._number(shard)}.data.bin.gz'
+        return self.folder / f'{self.name}-token{self._number(shard)}.data.bin{"" if self.compact else ".gz"}'
+
+    @property
+    def model_file(self) -> Path:
+        """Path of the context model of compact sets."""
+        return self.folder / f'{self.name}-token.model.bin'
 
     def label_file(self, shard: int) -> Path:
         """Path of the labels of a shard."""
@@ -63,7 +73,7 @@ class Output:
 
     def existing(self) -> list[Path]:
         """The files that token sets of this name have in the folder, sorted. Raises InputError."""
-        names = re.compile(re.escape(self.name) + r'-(token(-\d+)?\.(data\.bin\.gz|index\.npy\.gz|json)'
+        names = re.compile(re.escape(self.name) + r'-(token(-\d+)?\.(data\.bin(\.gz)?|index\.npy\.gz|model\.bin|json)'
                                                   r'|label(-\d+)?\.txt)')
         if not os.path.isdir(self.folder):
             return []
@@ -123,7 +133,8 @@ class Output:
         """
         last = max(0, math.ceil(images / self.shard_size) - 1) if self.shard_size else 0
         tokens = self.token_file(last)
-        for path in (tokens, index_path(tokens), manifest_path(tokens), self.label_file(last)):
+        second = self.model_file if self.compact else index_path(tokens)
+        for path in (tokens, second, manifest_path(tokens), self.label_file(last)):
             check_writable(path, 'choose a shorter --name or another --output-dir')
         if codebook:
             check_writable(self.codebook, 'choose another --output-dir')
@@ -131,8 +142,8 @@ class Output:
     def remove_leftovers(self) -> None:
         """Remove what killed runs left; temporary files that a living process writes stay."""
         shutil.rmtree(_retired(self.parts_folder), ignore_errors=True)
-        for path in (self.token_file(0), self.label_file(0), self.codebook):
-            pattern = path.name.replace('-00000', '-*').replace('.data.bin.gz', '.*')
+        for path in (self.token_file(0), self.label_file(0), self.model_file, self.codebook):
+            pattern = path.name.replace('-00000', '-*').removesuffix('.gz').replace('.data.bin', '.*')
             remove_leftovers(self.folder, f'.{pattern}.*.tmp')
         remove_leftovers(self.parts_folder, '.*.tmp')
 
@@ -303,7 +314,7 @@ class FinishedParts:
 
 # ---------------------------------------------------------------- token sets
 
-def write_sets(output: Output, finished: FinishedParts, labels: np.ndarray, codec: Codec, new_codes: np.ndarray | None,
+def write_sets(output: Output, finished: FinishedParts, labels: np.ndarray, new_codes: np.ndarray | None,
                manifest: dict[str, Any]) -> int:
     """Write the token sets of a run, each with its manifest. Raises InputError.
 
@@ -311,42 +322,43 @@ def write_sets(output: Output, finished: FinishedParts, labels: np.ndarray, code
         output: their names.
         finished: the codes.
         labels: (good images,) integers.
-        codec: of the streams.
         new_codes: (codes,) what the finished parts' codes become; None for no change.
-        manifest: what all manifests say.
+        manifest: what all manifests say, 'format' too.
 
     Returns:
-        Bytes of streams and indices.
+        Bytes of streams and what belongs to them, once each.
     """
-    stored = 0
+    stored = {}
     size = output.shard_size or len(labels)
+    if output.compact:
+        model = fit(_final_codes(finished.runs(0, len(labels)), new_codes), len(labels))
+        identity = write_model(model, output.model_file)
+        manifest = manifest | {'model': output.model_file.name}
     for shard, first in enumerate(range(0, len(labels), size)):
-        chosen = slice(first, first + size)
+        chosen = labels[first:first + size]
         tokens = output.token_file(shard)
         label_file = output.label_file(shard)
-        used = np.zeros(codec.largest_code + 1, bool)
+        used = np.zeros(MAX_CODES, bool)
         runs = _final_codes(finished.runs(first, first + size), new_codes, used)
-        write_tokens(tokens, label_file, runs, labels[chosen], codec)
-        files = [tokens, index_path(tokens), label_file]
-        of_shard = {'images': len(labels[chosen]), 'codes_used': int(used.sum()),
-                    'source_bytes': int(finished.sizes[chosen].sum()),
-                    'files': {path.name: {'bytes': path.stat().st_size, 'sha256': sha256(path)} for path in files}}
+        if output.compact:
+            write_compact(tokens, runs, len(chosen), model, identity)
+            write_labels(label_file, chosen)
+        else:
+            write_tokens(tokens, label_file, runs, chosen, CODECS[manifest['format']])
+        files = [tokens, output.model_file if output.compact else index_path(tokens), label_file]
+        of_shard = {'images': len(chosen), 'codes_used': int(used.sum()),
+                    'source_bytes': int(finished.sizes[first:first + size].sum()), 'files': files_of_manifest(files)}
         write_text(manifest_path(tokens), manifest_text(manifest | of_shard))
-        stored += sum(path.stat().st_size for path in files[:2])
-    return stored
+        stored |= {path: path.stat().st_size for path in files[:2]}
+    return sum(stored.values())
 
 
-def _final_codes(runs: Iterable[np.ndarray], new_codes: np.ndarray | None, used: np.ndarray) -> Iterator[np.ndarray]:
+def _final_codes(runs: Iterable[np.ndarray], new_codes: np.ndarray | None,
+                 used: np.ndarray | None = None) -> Iterator[np.ndarray]:
     """Yield the codes as files have them, and mark them in `used`."""
     for codes in runs:
         if new_codes is not None:
             codes = new_codes[codes]
-        used[codes] = True
+        if used is not None:
+            used[codes] = True
         yield codes
-
-
-def manifest_text(manifest: dict[str, Any]) -> str:
-    """JSON with a key a line."""
-    first = ['format', 'images', 'grid', 'codes', 'codes_used']
-    keys = first + [key for key in manifest if key not in first]
-    return '{\n' + ',\n'.join(f' {json.dumps(key)}: {json.dumps(manifest[key])}' for key in keys) + '\n}\n'

@@ -5,9 +5,10 @@
     torchrun --nproc_per_node=8 tokenize_images.py --data-path 'train-{000..146}.tar' ...
 
 Writes NAME-token.data.bin.gz, NAME-token.index.npy.gz, NAME-label.txt and NAME-token.json; with --shard-size each shard
-is such a set, of NAME-token-00000 and so on. For --data-path and where labels come from see image_sources.py: class
-folders (label: the folder's number in alphabetical order), a list file of 'path label' lines, tar shards (.cls, or
-.json's 'label', beside the image), parquet files (column 'label').
+is such a set, of NAME-token-00000 and so on; with --format compact the first two are NAME-token.data.bin and
+NAME-token.model.bin, a third smaller (compact_files.py). For --data-path and where labels come from see
+image_sources.py: class folders (label: the folder's number in alphabetical order), a list file of 'path label' lines,
+tar shards (.cls, or .json's 'label', beside the image), parquet files (column 'label').
 
 Killed at any moment, the same command resumes where it stopped (token_parts.py). On one machine the files are the same,
 byte for byte, for any number of processes and interruptions (on CPUs: for the same OMP_NUM_THREADS, which torchrun
@@ -36,18 +37,17 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+import compact_files
 import token_parts
 from codebook import load_codebook
 from files import atomic_path, download, is_address, sha256
 from flags import Parser, integer
 from image_sources import ImageBatch, Source, load_images, open_source
 from image_tokenizer import encode_images, load_tokenizer
-from token_codecs import CODECS, codec_for
+from token_codecs import MAX_CODES, codec_for
 from token_parts import FinishedParts, Output, Parts, plan, write_sets
 from utils import (InputError, check_same_on_all_ranks, cores, init_distributed, is_main, on_main, print0, rank, run,
                    world_size)
-
-MAX_CODES = max(codec.largest_code for codec in CODECS.values()) + 1
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -66,6 +66,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--codebook-path', metavar='FILE', help="default: the tokenizer's own, also written to DIR/codebook.ckpt")
     add('--limit-codes', action='store_true',
         help='keep and renumber only the codes in use, and write that codebook to DIR/codebook.ckpt (training split)')
+    add('--format', choices=('published', 'compact'), default='published',
+        help="published: the paper's files, which other programs read; compact: a third smaller (docs/token_format.md)")
     add('--shard-size', type=integer(), default=0, metavar='N', help='images to a numbered shard; 0: one set of files')
     add('--skip-bad-images', action='store_true', help='leave out unreadable images, instead of stopping at one')
     add('--max-image-pixels', type=integer(1), metavar='N',
@@ -110,6 +112,13 @@ def load_models(tokenizer_path: str, code_path: str | None, codebook_path: str |
     return tokenizer, codebook
 
 
+def check_grid(format_name: str, grid: int) -> None:
+    """InputError for a token grid that the format does not hold."""
+    if format_name == 'compact' and grid > compact_files.MAX_GRID:
+        raise InputError(f'--format compact holds grids of up to {compact_files.MAX_GRID} codes on a side, not {grid}: '
+                         'choose --format published, or a smaller --image-size')
+
+
 def identity(path: str | Path) -> dict[str, str]:
     """Name and checksum of a file, or of what an address gives. Raises InputError."""
     if is_address(path):
@@ -135,10 +144,13 @@ def identify_run(args: argparse.Namespace, source: Source, codebook: torch.Tenso
     precision = 'fp32' if args.amp == 'off' else args.amp
     if args.compile:
         precision += ' compiled'
-    return {'source': source.digest(), 'tokenizer': identity(args.tokenizer_path), 'codebook': codebook_id,
-            'image_size': args.image_size, 'batch_size': args.batch_size, 'part_batches': token_parts.PART_BATCHES,
-            'precision': precision, 'device': device.type, 'limit_codes': args.limit_codes,
-            'shard_size': args.shard_size}
+    run_id = {'source': source.digest(), 'tokenizer': identity(args.tokenizer_path), 'codebook': codebook_id,
+              'image_size': args.image_size, 'batch_size': args.batch_size, 'part_batches': token_parts.PART_BATCHES,
+              'precision': precision, 'device': device.type, 'limit_codes': args.limit_codes,
+              'shard_size': args.shard_size}
+    if args.format != 'published':  # whose manifests stay as they were before there was another
+        run_id['format'] = args.format
+    return run_id
 
 
 def check_folder(data_path: str, output_dir: str, classes: list[str] | None) -> None:
@@ -277,7 +289,7 @@ def write_codebook(codebook: torch.Tensor, path: Path) -> dict[str, str]:
 def finish(args: argparse.Namespace, source: Source, finished: FinishedParts, codebook: torch.Tensor,
            run_id: dict[str, Any]) -> str:
     """Write the final files from the parts; returns the line that says what was made. Raises InputError."""
-    output = Output(Path(args.output_dir), args.name, args.shard_size)
+    output = Output(Path(args.output_dir), args.name, args.shard_size, args.format == 'compact')
     check_skipped(finished, source, args.data_path, args.skip_bad_images)
     new_codes = None
     codebook_id = run_id['codebook']
@@ -285,10 +297,10 @@ def finish(args: argparse.Namespace, source: Source, finished: FinishedParts, co
         codebook, new_codes = limited_codebook(codebook, finished.used, args.data_path)
     if args.limit_codes or not args.codebook_path:
         codebook_id = write_codebook(codebook, output.codebook)
-    codec = codec_for(len(codebook))
+    name = compact_files.NAME if output.compact else codec_for(len(codebook)).name
     grid = finished.grid_size()
     skipped = int((~finished.good).sum())
-    manifest = {'format': codec.name, 'grid': grid, 'codes': len(codebook), 'image_size': args.image_size,
+    manifest = {'format': name, 'grid': grid, 'codes': len(codebook), 'image_size': args.image_size,
                 'classes': source.classes, 'labels_from': source.labels_from, 'skipped_in_run': skipped,
                 'precision': run_id['precision'], 'tokenizer': run_id['tokenizer'], 'codebook': codebook_id,
                 'run': run_id}
@@ -301,8 +313,8 @@ def finish(args: argparse.Namespace, source: Source, finished: FinishedParts, co
             notes += f'{manifest["agreement_with_fp32"]:.4%} of codes agree with fp32, '
 
     labels = source.labels[finished.good]
-    stored = write_sets(output, finished, labels, codec, new_codes, manifest)
-    pattern = output.folder / f'{output.name}-token{"-*" if output.shard_size else ""}.data.bin.gz'
+    stored = write_sets(output, finished, labels, new_codes, manifest)
+    pattern = str(output.token_file(0)).replace('-token-00000', '-token-*')
     return (f'{len(labels):,} images of {grid}x{grid} codes, {len(finished.used)} of {len(codebook)} codes in use, '
             f'{notes}{stored:,} bytes ({stored / len(labels):.0f} an image, of '
             f'{finished.sizes.sum() / len(labels):.0f} before): {pattern}')
@@ -319,11 +331,12 @@ def main(args: argparse.Namespace) -> None:
     check_folder(args.data_path, args.output_dir, source.classes)
     tokenizer, codebook = load_models(args.tokenizer_path, args.tokenizer_code_path, args.codebook_path,
                                       args.image_size, args.limit_codes)
+    check_grid(args.format, args.image_size // tokenizer.patch_size)
     run_id = identify_run(args, source, codebook, device)
     check_same_on_all_ranks(run_id)
 
     # what is to do
-    output = Output(Path(args.output_dir), args.name, args.shard_size)
+    output = Output(Path(args.output_dir), args.name, args.shard_size, args.format == 'compact')
     parts = Parts(output.parts_folder, len(source), args.batch_size)
     todo = on_main(plan, output, parts, run_id, args.codebook_path is None)
     if todo is None:

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
 from flags import integer
 from token_cache import cache_path
-from token_files import index_path, open_token_file
+from byte_streams import index_path
+from token_files import open_token_file
 from utils import InputError, run
 
 PROBE = Path(__file__).with_name('start_probe.py')

@@ -28,7 +28,8 @@ from flags import Parser, integer
 from image_sources import Source, load_images, open_source
 from image_tokenizer import decode_codes, load_tokenizer, unit_range
 from token_cache import open_codes
-from token_files import TokenFile, open_token_file, read_labels
+from token_codecs import ESCAPE, codec_for
+from token_files import TokenFile, bytes_on_disk, open_token_file, read_labels
 from utils import InputError, print0, run
 
 IMAGES_AT_ONCE = 4096  # counted at a time: bounds memory
@@ -77,6 +78,13 @@ def source_bytes(files: Sequence[TokenFile], source: Source | None) -> int | Non
     return sum(stated) if all(type(value) is int for value in stated) else None
 
 
+def raw_bytes(counts: np.ndarray) -> int:
+    """Bytes of the codes with `counts` (K,) uses as a stream of bytes, see token_codecs.py."""
+    if codec_for(len(counts)).name == 'uint16-le':
+        return 2 * int(counts.sum())
+    return int(counts.sum() + counts[ESCAPE:].sum())
+
+
 def bytes_per_image(files: Sequence[TokenFile], source: Source | None, shape: tuple[int, int],
                     counts: np.ndarray) -> dict[str, float]:
     """Bytes an image in several ways.
@@ -88,12 +96,12 @@ def bytes_per_image(files: Sequence[TokenFile], source: Source | None, shape: tu
         counts: (K,) uses of each code.
 
     Returns:
-        `raw` is the uncompressed stream, `stored` the gzipped files, `fixed` log2(K) bits a code, `entropy` the fewest
+        `raw` is the uncompressed stream of bytes, `stored` the files, `fixed` log2(K) bits a code, `entropy` the fewest
         a coder can reach that sees each code on its own; `source`, where it is known, the source images.
     """
     images, n = shape
-    size = {'raw': sum(int(file.index[-1]) for file in files) / images,
-            'stored': sum(file.bytes_on_disk() for file in files) / images,
+    size = {'raw': raw_bytes(counts) / images,
+            'stored': bytes_on_disk(files) / images,
             'fixed': n * math.log2(len(counts)) / 8,
             'entropy': n * entropy_bits(counts) / 8}
     source_size = source_bytes(files, source)

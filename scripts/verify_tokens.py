@@ -23,8 +23,8 @@ from class_names import check_class_names
 from codebook import load_codebook, load_synonyms
 from files import expand_files, sha256
 from flags import Parser
-from token_codecs import PUBLISHED
-from token_files import TokenFile, decode, index_path, open_token_file, read_labels, read_manifest
+from token_codecs import MAX_CODES
+from token_files import TokenFile, check_checksums, decode, manifest_path, open_token_file, read_labels, read_manifest
 from utils import InputError, print0, run
 
 MAX_SYNONYMS = 5  # of each code, which training reads
@@ -72,19 +72,19 @@ class Found(NamedTuple):
 
 def read_stream(file: TokenFile) -> Found:
     """Decode all images of a token file. Raises InputError."""
-    used = np.zeros(file.codec.largest_code + 1, bool)
+    used = np.zeros(MAX_CODES, bool)
     for _, codes in decode(file):
         used[codes] = True
     return Found(len(file), codes.shape[1], int(used.nonzero()[0][-1]), int(used.sum()))
 
 
-def check_files(file: TokenFile, label_file: Path, problems: Problems) -> None:
-    """Compare files with the sizes and checksums in the manifest, where it has them."""
-    if 'files' not in file.manifest:
+def check_files(paths: Sequence[Path], manifest: dict[str, Any], path: Path, problems: Problems) -> None:
+    """Compare files of a set with the sizes and checksums in its manifest, at `path`, where it has them."""
+    if 'files' not in manifest:
         return
-    for path in (file.stream, index_path(file.stream), label_file):
-        if path.exists():
-            problems.attempt(file.check_checksums, path)
+    for file in paths:
+        if file.exists():
+            problems.attempt(check_checksums, file, manifest, path)
 
 
 def check_manifest(file: TokenFile, found: Found, labels: np.ndarray | None, codebook: Codebook | None,
@@ -115,9 +115,10 @@ def check_set(token_file: Path, label_file: Path, codebook: Codebook | None,
     if file is None:
         manifest = problems.attempt(read_manifest, token_file)
         if manifest:  # its checksums tell which files are damaged
-            check_files(TokenFile(token_file, np.zeros(1, np.int64), manifest, PUBLISHED), label_file, problems)
+            paths = {token_file, label_file, *(token_file.with_name(name) for name in manifest.get('files', {}))}
+            check_files(sorted(paths), manifest, manifest_path(token_file), problems)
         return None, None
-    check_files(file, label_file, problems)
+    check_files([*file.files, label_file], file.manifest, file.manifest_path, problems)
     found = problems.attempt(read_stream, file)
     if labels is not None and len(labels) != len(file):
         problems.append(f'{label_file}: {len(labels)} labels for the {len(file)} images of {token_file}')
@@ -167,7 +168,7 @@ def main(args: argparse.Namespace) -> int:
         return 1
     grid = math.isqrt(found[0].codes_an_image)
     print0(f'right: {sum(one.images for one in found):,} images of {grid}x{grid} codes in {len(files)} '
-           f'file{"" if len(files) == 1 else "s"} ({", ".join(sorted({file.codec.name for file in files}))})')
+           f'file{"" if len(files) == 1 else "s"} ({", ".join(sorted({file.format for file in files}))})')
     return 0
 
 

@@ -21,7 +21,8 @@ from flags import Parser
 from image_sources import open_source
 from scripts.inspect_tokens import bytes_per_image, count_codes
 from token_cache import open_codes
-from token_files import open_token_file
+from compact_files import CompactStream
+from token_files import bytes_on_disk, open_token_file
 from utils import InputError, print0, run
 
 
@@ -65,8 +66,10 @@ def token_bytes(token_file: str, codebook_path: str) -> dict[str, int]:
     except ValueError as error:
         raise InputError(f'{token_file}: {error}; give the codebook the tokens were made with') from None
     size = bytes_per_image(files, None, codes.shape, counts)
-    return {'images': len(codes), 'files': sum(file.bytes_on_disk() for file in files),
-            'without_headers': round(size['entropy'] * len(codes))}
+    bare = round(size['entropy'] * len(codes))
+    if isinstance(files[0].content, CompactStream):  # its words, and the model that they cannot be read without
+        bare = sum(4 * int(file.content.lengths.sum()) for file in files) + files[0].content.model_path.stat().st_size
+    return {'images': len(codes), 'files': bytes_on_disk(files), 'without_headers': bare}
 
 
 def main(args: argparse.Namespace) -> None:

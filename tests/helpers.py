@@ -29,7 +29,8 @@ import tokenize_images
 from benchmarks.common import free_port
 from files import expand_files, sha256
 from token_codecs import CODECS
-from token_files import gzip_bytes, index_path, manifest_path, open_token_file, write_tokens
+from byte_streams import gzip_bytes, index_path
+from token_files import manifest_path, open_token_file, write_tokens
 from utils import InputError
 from vitvqgan import Size
 
@@ -479,7 +480,7 @@ def rewrite(token_file, stream=None, index=None):
 
 def unpack(token_file):
     """The (stream, index) of a token file."""
-    return bytearray(gzip.decompress(token_file.read_bytes())), open_token_file(token_file).index
+    return bytearray(gzip.decompress(token_file.read_bytes())), open_token_file(token_file).content.index
 
 
 # ---------------------------------------------------------------- torch files that claim too much

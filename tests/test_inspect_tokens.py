@@ -18,7 +18,8 @@ from conftest import ROOT
 from helpers import call, fails, published_transform, smooth_images, write_parquet, write_tar
 from image_tokenizer import load_tokenizer
 from token_cache import open_codes
-from token_files import index_path, open_token_file, write_tokens
+from byte_streams import index_path
+from token_files import open_token_file, write_tokens
 from utils import InputError
 from vitvqgan import Size, ViTVQGAN
 

@@ -27,7 +27,8 @@ from helpers import (
     unpack,
     write_raw_set,
 )
-from token_files import index_path, open_token_file, write_tokens
+from byte_streams import index_path
+from token_files import open_token_file, write_tokens
 
 
 def cached(folder):

@@ -19,7 +19,8 @@ from helpers import (
     write_raw_set,
 )
 from token_dataset import TokenDataset, check_class_names
-from token_files import index_path, manifest_path
+from byte_streams import index_path
+from token_files import manifest_path
 
 CPU = torch.device('cpu')
 

@@ -8,6 +8,7 @@ import os
 import numpy as np
 import pytest
 
+import byte_streams as bs
 import token_files as tf
 from files import sha256
 from helpers import (
@@ -24,6 +25,7 @@ from helpers import (
     write_manifest,
     write_raw_set,
 )
+from prefetching import prefetch
 from token_codecs import CODECS, PUBLISHED, encode
 
 # ---------------------------------------------------------------- reading and writing
@@ -33,8 +35,8 @@ def test_golden_file_reads(golden):
     z = golden('codec.npz')
     path = golden.folder / 'sample-token.data.bin.gz'
     file = tf.open_token_file(path)
-    assert (len(file), file.manifest, file.codec, file.classes) == (len(z['tokens']), {}, PUBLISHED, None)
-    assert file.bytes_on_disk() == sum(p.stat().st_size for p in (path, tf.index_path(path)))
+    assert (len(file), file.manifest, file.format, file.classes) == (len(z['tokens']), {}, PUBLISHED.name, None)
+    assert tf.bytes_on_disk([file]) == sum(p.stat().st_size for p in (path, bs.index_path(path)))
     (first, codes), = tf.decode(file)
     assert first == 0 and codes.dtype == np.uint16 and np.array_equal(codes, z['tokens'])
     assert np.array_equal(tf.read_labels(golden.folder / 'sample-label.txt'), z['labels'])
@@ -55,14 +57,14 @@ def test_equal_content_gives_equal_files(tmp_path):
     (a, la), *_ = make_set(tmp_path / 'one', name='first')
     (b, lb), *_ = make_set(tmp_path / 'two', name='second')
     assert a.read_bytes() == b.read_bytes() and la.read_bytes() == lb.read_bytes()
-    assert tf.index_path(a).read_bytes() == tf.index_path(b).read_bytes()
+    assert bs.index_path(a).read_bytes() == bs.index_path(b).read_bytes()
 
 
 def test_many_chunks_decode_like_one(tmp_path, monkeypatch):
     (tokens, _), x, _ = make_set(tmp_path, n=50)
-    monkeypatch.setattr(tf, 'CHUNK_BYTES', 70)  # about three images, and not a whole number of them
+    monkeypatch.setattr(bs, 'CHUNK_BYTES', 70)  # about three images, and not a whole number of them
     assert np.array_equal(open_codes(tokens, 'none'), x)
-    monkeypatch.setattr(tf, 'CHUNK_BYTES', 1)  # less than one image
+    monkeypatch.setattr(bs, 'CHUNK_BYTES', 1)  # less than one image
     assert np.array_equal(open_codes(tokens, 'none'), x)
     starts = [first for first, _ in tf.decode(tf.open_token_file(tokens))]
     assert starts == list(range(50))
@@ -71,10 +73,10 @@ def test_many_chunks_decode_like_one(tmp_path, monkeypatch):
 def test_runs_of_images_are_written_like_one_array(tmp_path):
     (tokens, labels), x, y = make_set(tmp_path, n=50)
     stream, index = encode(PUBLISHED, x)
-    assert tokens.read_bytes() == tf.gzip_bytes(stream.tobytes())
+    assert tokens.read_bytes() == bs.gzip_bytes(stream.tobytes())
     runs = tmp_path / 'runs-token.data.bin.gz'
     tf.write_tokens(runs, tmp_path / 'runs-label.txt', (x[i:i + 7] for i in range(0, 50, 7)), y)
-    assert np.array_equal(tf.open_token_file(runs).index, index)
+    assert np.array_equal(tf.open_token_file(runs).content.index, index)
     assert gzip.decompress(runs.read_bytes()) == stream.tobytes()
 
 
@@ -82,9 +84,9 @@ def test_runs_of_images_are_written_like_one_array(tmp_path):
 def test_16_bit_codes_round_trip(tmp_path, codes, monkeypatch):
     files, x = make_wide_set(tmp_path, codes=codes, images=12, grid=4)
     assert gzip.decompress(files[0].read_bytes()) == x.astype('<u2').tobytes()
-    assert np.array_equal(tf.open_token_file(files[0]).index, np.arange(13) * 32)  # offsets stay in bytes
+    assert np.array_equal(tf.open_token_file(files[0]).content.index, np.arange(13) * 32)  # offsets stay in bytes
     assert np.array_equal(open_codes(files[0], tmp_path / 'cache'), x)
-    monkeypatch.setattr(tf, 'CHUNK_BYTES', 70)
+    monkeypatch.setattr(bs, 'CHUNK_BYTES', 70)
     assert np.array_equal(open_codes(files[0], 'none'), x)
     with pytest.raises(ValueError, match='0 to 65535'):
         tf.write_tokens(*files, np.array([[65536]]), [0], CODECS['uint16-le'])
@@ -94,23 +96,23 @@ def test_several_gzip_members_are_one_stream(tmp_path):
     (tokens, _), x, _ = make_set(tmp_path)
     stream, index = unpack(tokens)
     parts = [bytes(stream[:index[5]]), bytes(stream[index[5]:])]
-    tokens.write_bytes(b''.join(map(tf.gzip_bytes, parts)))
+    tokens.write_bytes(b''.join(map(bs.gzip_bytes, parts)))
     assert np.array_equal(open_codes(tokens, 'none'), x)
 
 
 def test_names_of_the_files_of_a_set(tmp_path):
-    for make_name in tf.index_path, tf.manifest_path:
+    for make_name in bs.index_path, tf.manifest_path:
         fails(lambda: make_name(tmp_path / 'odd.gz'), 'odd.gz', 'NAME.data.bin.gz')
-    assert tf.index_path('x/a-token.data.bin.gz').as_posix() == 'x/a-token.index.npy.gz'
+    assert bs.index_path('x/a-token.data.bin.gz').as_posix() == 'x/a-token.index.npy.gz'
     assert tf.manifest_path('x/a-token.data.bin.gz').as_posix() == 'x/a-token.json'
 
 
 def test_prefetch_keeps_the_order_and_passes_errors_on():
-    assert list(tf.prefetch(lambda x: x * x, range(5))) == [0, 1, 4, 9, 16]
-    assert list(tf.prefetch(str, [])) == []
+    assert list(prefetch(lambda x: x * x, range(5))) == [0, 1, 4, 9, 16]
+    assert list(prefetch(str, [])) == []
     seen = []
     with pytest.raises(ZeroDivisionError):
-        for value in tf.prefetch(lambda x: 1 / x, [1, 2, 0, 4]):
+        for value in prefetch(lambda x: 1 / x, [1, 2, 0, 4]):
             seen.append(value)
     assert seen == [1, 0.5]
 
@@ -162,7 +164,7 @@ def test_a_manifest_of_another_set_is_refused(tmp_path):
 def test_checksums_are_compared(tmp_path):
     path, labels = make_checked_set(tmp_path)
     file = tf.open_token_file(path)
-    for part in path, tf.index_path(path), labels:
+    for part in path, bs.index_path(path), labels:
         file.check_checksums(part)
         whole = part.read_bytes()
         part.write_bytes(whole + b'\0')
@@ -222,8 +224,8 @@ def test_files_that_are_not_there_or_no_gzip(tmp_path):
     fails(load, tokens.name, 'truncated')
     tokens.write_bytes(b'no gzip at all')
     fails(load, tokens.name, 'gzip')
-    tf.index_path(tokens).unlink()
-    fails(load, tf.index_path(tokens).name, 'o such file')
+    bs.index_path(tokens).unlink()
+    fails(load, bs.index_path(tokens).name, 'o such file')
     tokens.unlink()
     tokens.mkdir()
     rewrite(tokens, index=np.arange(3))
@@ -234,7 +236,7 @@ def test_files_that_are_not_there_or_no_gzip(tmp_path):
 def test_files_that_cannot_be_read(tmp_path, monkeypatch, number):
     (tokens, labels), *_ = make_set(tmp_path)
     tf.manifest_path(tokens).write_text('{}')
-    for path in tokens, tf.index_path(tokens), tf.manifest_path(tokens), labels:
+    for path in tokens, bs.index_path(tokens), tf.manifest_path(tokens), labels:
         with monkeypatch.context() as patch:
             failing_open(patch, path, number)
             fails(lambda: (open_codes(tokens, 'none'), tf.read_labels(labels)), f'{path}: {os.strerror(number)}')
@@ -270,14 +272,14 @@ def test_bad_images_are_numbered_in_later_chunks_too(tmp_path, monkeypatch):
     stream, index = unpack(tokens)
     stream[index[9] - 1] = 255
     rewrite(tokens, stream=stream)
-    monkeypatch.setattr(tf, 'CHUNK_BYTES', 70)
+    monkeypatch.setattr(bs, 'CHUNK_BYTES', 70)
     fails(lambda: open_codes(tokens, 'none'), 'image 8 has a dangling escape')
 
 
 def test_bad_indices(tmp_path):
     (tokens, _), *_ = make_set(tmp_path)
     stream, index = unpack(tokens)
-    name = tf.index_path(tokens).name
+    name = bs.index_path(tokens).name
 
     def load():
         return open_codes(tokens, 'none')
@@ -287,14 +289,14 @@ def test_bad_indices(tmp_path):
                        (index[:, None], 'integer offsets'), (index[:1], 'integer offsets')):
         rewrite(tokens, index=bad)
         fails(load, name, words)
-    tf.index_path(tokens).write_bytes(tf.gzip_bytes(b'not numpy'))
+    bs.index_path(tokens).write_bytes(bs.gzip_bytes(b'not numpy'))
     fails(load, name, 'not a .npy')
     rewrite(tokens, index=np.array([{}], dtype=object))  # a pickle inside a .npy
     fails(load, name, 'not a .npy')
     rewrite(tokens, index=index[:-1])
     fails(load, tokens.name, 'goes on after')
     rewrite(tokens, index=index.astype('>u4'))
-    assert np.array_equal(tf.open_token_file(tokens).index, index)
+    assert np.array_equal(tf.open_token_file(tokens).content.index, index)
 
 
 # ---------------------------------------------------------------- what files claim
@@ -317,14 +319,14 @@ def header(text):
 ])
 def test_index_claims_too_much(tmp_path, index, match):
     path = write_raw_set(tmp_path, bytes(16), index)
-    refused(tf.index_path(path), open_codes, path, 'none', match=match)
+    refused(bs.index_path(path), open_codes, path, 'none', match=match)
 
 
 def test_npz_is_no_index(tmp_path):
     file = io.BytesIO()
     np.savez(file, np.arange(3))
     path = write_raw_set(tmp_path, bytes(2), file.getvalue())
-    refused(tf.index_path(path), tf.open_token_file, path, match='not a .npy array')
+    refused(bs.index_path(path), tf.open_token_file, path, match='not a .npy array')
 
 
 def test_stream_bomb_is_read_only_as_far_as_its_index_says(tmp_path):
@@ -339,7 +341,7 @@ def test_index_says_more_bytes_than_gzip_can_hold(tmp_path):
 
 def test_one_large_image_does_not_make_all_large(tmp_path, monkeypatch):
     """100,000 images as large as the first would take 200 GB."""
-    monkeypatch.setattr(tf, 'CHUNK_BYTES', 1 << 20)
+    monkeypatch.setattr(bs, 'CHUNK_BYTES', 1 << 20)
     path = write_raw_set(tmp_path, bytes((1 << 20) + 100_000), np.concatenate([[0], (1 << 20) + np.arange(100_001)]))
     for cache in 'none', '':
         refused(path, open_codes, path, cache, match='are more than the 1148576 bytes')
@@ -385,6 +387,6 @@ def test_labels_are_bounded(tmp_path, monkeypatch):
 
 def test_checksum_of_what_is_written(tmp_path):
     (tokens, labels), x, y = make_set(tmp_path)
-    before = [sha256(path) for path in (tokens, tf.index_path(tokens), labels)]
+    before = [sha256(path) for path in (tokens, bs.index_path(tokens), labels)]
     tf.write_tokens(tokens, labels, [x], list(y))  # an iterable of runs, labels of any integers
-    assert [sha256(path) for path in (tokens, tf.index_path(tokens), labels)] == before
+    assert [sha256(path) for path in (tokens, bs.index_path(tokens), labels)] == before

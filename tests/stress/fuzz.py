@@ -44,7 +44,8 @@ from image_tokenizer import PatchTokenizer, load_tokenizer  # noqa: E402
 from run_folder import RunLog  # noqa: E402
 from token_cache import map_cache  # noqa: E402
 from token_codecs import CODECS, encode  # noqa: E402
-from token_files import gzip_bytes, index_path, manifest_path, read_index, read_labels, write_tokens  # noqa: E402
+from byte_streams import gzip_bytes, index_path, read_index  # noqa: E402
+from token_files import manifest_path, read_labels, write_tokens  # noqa: E402
 from twins import SLOW_DECODERS  # noqa: E402
 from utils import InputError, run  # noqa: E402
 from vitvqgan import Size, ViTVQGAN  # noqa: E402

@@ -1,0 +1,167 @@
+"""rANS (Duda, 2013) over the contexts of a model, many blocks of images in step.
+
+A block is one stream of 32-bit words: a 64-bit state, then what the state is filled up with. Decoding a code takes the
+last BITS of the state, finds the symbol whose interval holds them, and shrinks the state by that symbol's probability;
+a state below 2 ** 31 takes a word. After the last code the state is 2 ** 31 again, and no word is left.
+
+All blocks of an array go through these steps together, one element of a numpy (or, on a GPU, torch) operation each.
+Decoding uses integers only. States stay below 2 ** 63.
+"""
+import math
+
+import numpy as np
+
+from context_model import BITS, TOTAL, ContextModel
+
+LOWEST = 1 << 31  # of a state between two codes, and the state that encoding begins with
+WORD_BITS = 32
+WORD_MASK = (1 << WORD_BITS) - 1
+
+
+# ---------------------------------------------------------------- encoding
+
+def encode_blocks(model: ContextModel, ends: np.ndarray, codes: np.ndarray,
+                  block_images: int) -> tuple[np.ndarray, np.ndarray]:
+    """Encode images, block after block.
+
+    Args:
+        model: whose codes hold all of `codes`.
+        ends: `model.ends()`.
+        codes: (N, n) integers.
+        block_images: images of a block; the last one may have fewer.
+
+    Returns:
+        words: uint32, one block after the other.
+        lengths: (blocks,) int64, words of each.
+
+    Raises:
+        ValueError: for a code that the model does not have.
+    """
+    images, n = codes.shape
+    blocks = -(-images // block_images)
+    grid = math.isqrt(n)
+    symbols = model.symbol_of()[codes].reshape(-1, grid, grid)
+    if symbols.min() < 0:
+        raise ValueError(f'code {codes.flat[symbols.argmin()]} is none that the model was fitted to')
+    start, size = (array.reshape(images, n) for array in _intervals(model, ends, symbols))
+    if images % block_images:  # the last block: images that take no bits, which decoding never gets to
+        missing = blocks * block_images - images
+        start = np.concatenate([start, np.zeros((missing, n), start.dtype)])
+        size = np.concatenate([size, np.full((missing, n), TOTAL, size.dtype)])
+    # (steps, blocks): what is read together lies together
+    start, size = (np.ascontiguousarray(array.reshape(blocks, -1).T) for array in (start, size))
+    return _encode_steps(start, size)
+
+
+def _intervals(model: ContextModel, ends: np.ndarray, symbols: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Begin and size of the interval of each of symbols (N, g, g) in its context: two (N, g, g) int32."""
+    flat = ends.ravel()
+    place = model.contexts(symbols)
+    place += symbols
+    start = flat.take(place)
+    place += 1
+    return start, flat.take(place) - start
+
+
+def _encode_steps(start: np.ndarray, size: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Words and lengths of blocks, see `encode_blocks`, whose codes have these intervals (steps, blocks) int32."""
+    steps, blocks = start.shape
+    state = np.full(blocks, LOWEST, np.uint64)
+    words = np.empty((blocks, steps + 2), np.uint32)  # filled from the end: decoding takes them in the other order
+    first = np.full(blocks, steps + 2)
+    full = np.uint64(WORD_BITS + 31 - BITS)
+    for step in range(steps - 1, -1, -1):
+        size64 = size[step].astype(np.uint64)
+        spill = (state >= size64 << full).nonzero()[0]
+        if len(spill):
+            first[spill] -= 1
+            words[spill, first[spill]] = state[spill] & np.uint64(WORD_MASK)
+            state[spill] >>= np.uint64(WORD_BITS)
+        times, rest = np.divmod(state, size64)
+        state = (times << np.uint64(BITS)) + rest + start[step].astype(np.uint64)
+    rows = np.arange(blocks)
+    words[rows, first - 1] = state & np.uint64(WORD_MASK)
+    words[rows, first - 2] = state >> np.uint64(WORD_BITS)
+    first -= 2
+    return words[np.arange(steps + 2) >= first[:, None]], steps + 2 - first
+
+
+# ---------------------------------------------------------------- decoding
+
+def decode_blocks(model: ContextModel, ends: np.ndarray, words: np.ndarray, lengths: np.ndarray,
+                  shape: tuple[int, int, int]) -> np.ndarray:
+    """Decode consecutive blocks.
+
+    Args:
+        model: that they were encoded with.
+        ends: `model.ends()`.
+        words: uint32 of the blocks, as long as `lengths` say together.
+        lengths: (blocks,) int64, each 2 or more.
+        shape: images in all, images of a block, codes an image. Only the last block may have fewer images.
+
+    Returns:
+        codes (images, n) uint16.
+
+    Raises:
+        ValueError: (block, complaint) for one whose words are not as `encode_blocks` makes them.
+    """
+    images, block_images, n = shape
+    blocks = len(lengths)
+    grid = math.isqrt(n)
+    last = np.cumsum(lengths)
+    reader = _Reader(ends.ravel(), model.stride, words, last - lengths)
+    left_at, upper_at = model.places()
+    codes = np.empty((blocks * block_images, n), np.uint16)
+    by_block = codes.reshape(blocks, block_images, n)
+    for image in range(block_images):
+        active = blocks if image < images - (blocks - 1) * block_images else blocks - 1
+        upper = np.full((grid, active), len(model.codes))
+        for y in range(grid):
+            place = upper_at.take(upper)
+            left = np.full(active, len(model.codes))
+            for x in range(grid):
+                left = upper[x] = reader.next_symbols(place[x] + left_at.take(left))
+            by_block[:active, image, y * grid:(y + 1) * grid] = model.codes.take(upper).T
+    wrong = (reader.state != LOWEST) | (reader.at != last)
+    if wrong.any():
+        raise ValueError(int(wrong.argmax()), 'does not end in the state that its encoding began with')
+    return codes[:images]
+
+
+class _Reader:
+    """The states of blocks that are decoded in step.
+
+    Args:
+        ends: flat, see `ContextModel.ends`.
+        stride: of its contexts.
+        words: uint32 of all blocks.
+        at: (blocks,) where each begins.
+    """
+
+    def __init__(self, ends: np.ndarray, stride: int, words: np.ndarray, at: np.ndarray):
+        self.ends = ends
+        self.halves = [1 << bit for bit in range(stride.bit_length() - 2, -1, -1)]
+        self.words = words
+        self.at = at + 2
+        self.state = words[at].astype(np.int64) << WORD_BITS | words[at + 1]
+        self.state &= (1 << 63) - 1  # a damaged one may be anything, but not negative
+
+    def next_symbols(self, context: np.ndarray) -> np.ndarray:
+        """(m,) int64, the next symbol of each of the first m blocks, in contexts that begin at these places."""
+        state = self.state[:len(context)]
+        slot = (state & (TOTAL - 1)).astype(np.int32)
+        place = context.copy()
+        for half in self.halves:  # bisection; `context` is a multiple of the stride
+            middle = place | half
+            place += (self.ends.take(middle, mode='clip') <= slot) * half
+        start = self.ends.take(place)
+        size = self.ends.take(place + 1) - start
+        state >>= BITS
+        state *= size
+        state += slot - start
+        short = (state < LOWEST).nonzero()[0]
+        if len(short):
+            at = self.at[short]
+            state[short] = state[short] << WORD_BITS | self.words.take(at, mode='clip')
+            self.at[short] = at + 1
+        return place - context
