@@ -1,11 +1,13 @@
 """What the benchmarks share: their command line, rounds that take turns, synthetic data, the JSON line."""
 import argparse
+import contextlib
+import functools
 import json
 import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +16,24 @@ import torch
 from PIL import Image
 from torch import nn
 
+import compact_files
 import main_seit
+from byte_streams import write_stream
+from compact_files import write_compact, write_model
+from context_model import ContextModel, fit
 from flags import Parser, integer
 from run_info import VERSIONS
 from files import save_torch, write_text
 from image_tokenizer import PatchTokenizer, lift_rows
 from recipe import default_amp
-from token_files import write_tokens
+from token_files import files_of_manifest, manifest_path, manifest_text, write_labels
 from utils import device_of_rank
 from vitvqgan import ViTVQGAN
 
 CODES = 391  # of the published codebook
 CODE_DIM = 32
-CHUNK = 10_000  # images of random codes made at a time
+CHUNK_CODES = 1 << 23  # made at a time
+RANKINGS = 64  # of the codes, one for every so many of the neighbors that a synthetic code may have
 CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
 # Of main_seit.py's flags, those that the JSON line repeats.
 MAIN_FLAGS = 'model', 'model_kwargs', 'batch_size', 'input_size', 'compile', 'nb_classes', 'data_device'
@@ -34,18 +41,19 @@ MAIN_FLAGS = 'model', 'model_kwargs', 'batch_size', 'input_size', 'compile', 'nb
 
 # ---------------------------------------------------------------- the command line
 
-def make_parser(about: str, repeats: int, clock: bool = False) -> Parser:
+def make_parser(about: str, repeats: int, clock: bool = False, threads: str = "torch's, on the CPU") -> Parser:
     """The flags that all benchmarks have.
 
     Args:
         about: the benchmark in a few words.
         repeats: rounds by default.
         clock: the benchmark can count CPU time.
+        threads: what --threads are.
     """
     parser = Parser(about)
     add = parser.add_argument
     add('--repeats', type=integer(1), default=repeats, help='rounds')
-    add('--threads', type=integer(1), default=torch.get_num_threads(), help="torch's, on the CPU")
+    add('--threads', type=integer(1), default=torch.get_num_threads(), help=threads)
     if clock:
         add('--clock', default='wall', choices=list(CLOCKS), help='cpu: count CPU seconds of the process; with '
             '--threads 1, what a CPU shared with other jobs would do alone')
@@ -69,6 +77,17 @@ def set_up(device: str, threads: int) -> torch.device:
     """The device, with so many threads of torch on the CPU. Raises InputError for a device that is not there."""
     torch.set_num_threads(threads)
     return device_of_rank(device)
+
+
+@contextlib.contextmanager
+def on_cores(count: int) -> Iterator[None]:
+    """Keep this thread, and what it starts, on at most so many cores: library threads that nobody asked for too."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(before)[:count])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 # ---------------------------------------------------------------- measuring
@@ -155,29 +174,75 @@ def print_result(name: str, result: dict[str, Any], asked: dict[str, Any], devic
 
 # ---------------------------------------------------------------- synthetic data
 
-def make_tokens(folder: Path, images: int, grid_size: int, classes: int) -> list[str]:
-    """Write a set of random codes, its codebook and synonyms; returns main_seit.py's flags that name the files."""
+def make_codes(images: int, grid_size: int) -> Iterator[np.ndarray]:
+    """Yield runs of synthetic codes (m, n) uint16, always the same; neighbors depend on each other as real ones do.
+
+    Each code is drawn from a ranking of all codes, the first ones most often, that its left or its upper neighbor has.
+    The context model sees about 5 of the 8 bits of a single code.
+    """
     rng = np.random.default_rng(0)
-    runs = (rng.integers(CODES, size=(min(CHUNK, images - first), grid_size ** 2), dtype=np.uint16)
-            for first in range(0, images, CHUNK))
-    write_tokens(token_file(folder), folder / 'set-label.txt', runs, np.arange(images) % classes)
+    ranking = rng.permuted(np.tile(np.arange(CODES, dtype=np.uint16), (RANKINGS, 1)), axis=1)
+    chunk = max(1, CHUNK_CODES // grid_size ** 2)
+    for first in range(0, images, chunk):
+        shape = grid_size, grid_size, min(chunk, images - first)  # images last: what is drawn together lies together
+        by_left = rng.random(shape, np.float32) < 0.5
+        rank = (CODES * rng.random(shape, np.float32) ** 8).astype(np.int16)
+        codes = np.zeros(shape, np.uint16)  # what is before the first column, or row, is code 0
+        for y in range(grid_size):
+            for x in range(grid_size):
+                neighbor = np.where(by_left[y, x], codes[y, x - 1], codes[y - 1, x])
+                codes[y, x] = ranking[neighbor % RANKINGS, rank[y, x]]
+        yield np.ascontiguousarray(codes.reshape(-1, shape[2]).T)
+
+
+def make_tokens(folder: Path, images: int, grid_size: int, classes: int, compact: bool = False) -> list[str]:
+    """Write a synthetic set, its codebook and synonyms; returns main_seit.py's flags that name the files."""
+    codes = functools.partial(make_codes, images, grid_size)
+    tokens = token_file(folder, compact)
+    if compact:
+        write_compact_set(tokens, codes(), fit(codes(), images), {'images': images, 'grid': grid_size})
+    else:
+        write_stream(tokens, codes())
+    write_labels(folder / 'set-label.txt', np.arange(images) % classes)
+    rng = np.random.default_rng(0)
     codebook = rng.standard_normal((CODES, CODE_DIM), np.float32)
     save_torch(torch.from_numpy(codebook), folder / 'codebook.ckpt')
     synonyms = {str(code): rng.permutation(CODES)[:5].tolist() for code in range(CODES)}
     write_text(folder / 'synonyms.json', json.dumps(synonyms))
-    return token_flags(folder)
+    return token_flags(folder, compact)
 
 
-def token_file(folder: Path) -> Path:
+def write_compact_set(tokens: Path, runs: Iterable[np.ndarray], model: ContextModel, manifest: dict[str, Any]) -> None:
+    """Write stream, model and manifest of a compact set.
+
+    Args:
+        tokens: path of the stream.
+        runs: codes (m, n).
+        model: fitted to them.
+        manifest: 'images', and what else it is to say.
+    """
+    model_path = tokens.with_name(tokens.name.replace('data.bin', 'model.bin'))
+    write_compact(tokens, runs, manifest['images'], model, write_model(model, model_path))
+    write_manifest(tokens, manifest | {'format': compact_files.NAME, 'model': model_path.name}, (tokens, model_path))
+
+
+def write_manifest(tokens: Path, manifest: dict[str, Any], files: Sequence[Path]) -> None:
+    """Write the manifest of a stream, with the checksums of `files` beside those that it has."""
+    stated = manifest.get('files', {}) | files_of_manifest(files)
+    write_text(manifest_path(tokens), manifest_text(manifest | {'files': stated}))
+
+
+def token_file(folder: Path, compact: bool = False) -> Path:
     """Path of the stream that `make_tokens` writes."""
-    return folder / 'set-token.data.bin.gz'
+    return folder / ('compact-token.data.bin' if compact else 'set-token.data.bin.gz')
 
 
-def token_flags(folder: Path) -> list[str]:
+def token_flags(folder: Path, compact: bool = False) -> list[str]:
     """main_seit.py's flags for the files of `make_tokens`, for training and for evaluation alike."""
     flags = ['--codebook-path', folder / 'codebook.ckpt', '--token-synonym-dict', folder / 'synonyms.json']
     for split in ('train', 'val'):
-        flags += [f'--{split}-token-file', token_file(folder), f'--{split}-label-file', folder / 'set-label.txt']
+        flags += [f'--{split}-token-file', token_file(folder, compact), f'--{split}-label-file',
+                  folder / 'set-label.txt']
     return [str(flag) for flag in flags]
 
 

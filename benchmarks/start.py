@@ -1,6 +1,8 @@
-"""Benchmark: process start to first batch, and memory, of 1 to many ranks.
+"""Benchmark: process start to first batch, and memory, of 1 to many ranks; decoding into the node's map alone.
 
     python benchmarks/start.py --ranks 1 4
+    python benchmarks/start.py --format compact --ranks 1 4
+    python benchmarks/start.py --format compact --ranks        only decoding
 """
 import argparse
 import json
@@ -8,38 +10,115 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
 from flags import integer
-from token_cache import cache_path
-from byte_streams import index_path
+from token_cache import cache_path, open_codes
 from token_files import open_token_file
-from utils import InputError, run
+from utils import InputError, cores, run
 
 PROBE = Path(__file__).with_name('start_probe.py')
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
-    parser = common.make_parser('Measure process start to first batch, and memory, of 1 to many ranks.', 3)
+    parser = common.make_parser('Measure process start to first batch, and memory, of 1 to many ranks; and decoding '
+                                'alone.', 3, threads='cores that decoding alone may use')
+    parser.set_defaults(threads=cores())
     add = parser.add_argument
     add('--images', type=integer(1), default=1_281_167)
     add('--grid', type=integer(2), default=32, help='codes on a side')
-    add('--ranks', type=integer(1), nargs='+', default=[1, 4])
+    add('--format', choices=('published', 'compact'), default='published')
+    add('--ranks', type=integer(1), nargs='*', default=[1, 4], help='none: only decoding')
     add('--folder', metavar='DIR', help='keep the synthetic set here, and use one that is here already')
     return parser.parse_args(argv)
 
 
-def start(folder: Path, ranks: int) -> list[dict[str, float]]:
-    """Start processes of start_probe.py, as a launcher would; returns what each measured. Raises InputError."""
+# ---------------------------------------------------------------- decoding alone
+
+class PeakMemory:
+    """The most memory that this process has at a time, of its own: without the map, and without library files.
+
+    Attributes:
+        before: MB when it was entered.
+        peak: MB.
+    """
+
+    def __enter__(self) -> 'PeakMemory':
+        self.before = self.peak = anonymous_memory()
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self._watch)
+        self.thread.start()
+        return self
+
+    def _watch(self) -> None:
+        while not self.ended.wait(0.01):
+            self.peak = max(self.peak, anonymous_memory())
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.thread.join()
+        self.peak = max(self.peak, anonymous_memory())
+
+
+def anonymous_memory() -> float:
+    """Resident memory of this process in MB that is no file's."""
+    lines = Path('/proc/self/status').read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith('RssAnon:')) * 1024 / 1e6
+
+
+def decode_once(tokens: Path, threads: int) -> dict[str, float]:
+    """Decode a token file into the map beside it; what that cost this process.
+
+    Args:
+        tokens: the stream.
+        threads: cores to keep to.
+
+    Returns:
+        Seconds, codes a second, and MB: at most, and how much of that came with decoding.
+    """
+    cache_path([open_token_file(tokens)]).unlink(missing_ok=True)
+    with common.on_cores(threads), PeakMemory() as memory:
+        began = time.perf_counter()
+        codes = open_codes([open_token_file(tokens)])
+        seconds = time.perf_counter() - began
+    return {'seconds': seconds, 'codes_per_second': codes.size / seconds, 'memory': memory.peak,
+            'memory_added': memory.peak - memory.before}
+
+
+def decode_alone(tokens: Path, threads: int, repeats: int) -> dict[str, dict[str, float]]:
+    """The spread of what `decode_once` returns, each time in a new process."""
+    costs = []
+    for _ in range(repeats):
+        with ProcessPoolExecutor(1, get_context('spawn')) as process:
+            costs.append(process.submit(decode_once, tokens, threads).result())
+        print(f'decoding: {costs[-1]["seconds"]:.1f} s, {costs[-1]["memory"]:.0f} MB', flush=True)
+    return {key: common.spread([cost[key] for cost in costs]) for key in costs[0]}
+
+
+# ---------------------------------------------------------------- ranks
+
+def start(flags: Sequence[str], ranks: int) -> list[dict[str, float]]:
+    """Start processes of start_probe.py, as a launcher would; returns what each measured.
+
+    Args:
+        flags: main_seit.py's that name the files.
+        ranks: how many.
+
+    Raises:
+        InputError: when one failed.
+    """
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'WORLD_SIZE': str(ranks), 'MASTER_ADDR': '127.0.0.1',
            'MASTER_PORT': str(common.free_port())}
-    command = [sys.executable, str(PROBE), str(time.time()), *common.token_flags(folder)]
+    command = [sys.executable, str(PROBE), str(time.time()), *flags]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
                                   env={**env, 'RANK': str(rank), 'LOCAL_RANK': str(rank)}) for rank in range(ranks)]
     outputs = [process.communicate()[0] for process in processes]
@@ -59,20 +138,24 @@ def combine(runs: list[list[dict[str, float]]]) -> dict[str, dict[str, float]]:
 
 def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The numbers of the JSON line; the set is made in `folder` where there is none."""
-    tokens = common.token_file(folder)
+    compact = args.format == 'compact'
+    tokens = common.token_file(folder, compact)
     if not tokens.exists():
-        print(f'writing {args.images:,} images of random codes into {folder}', flush=True)
-        common.make_tokens(folder, args.images, args.grid, 1000)
-    result = {'stream_mb': round(tokens.stat().st_size / 1e6),
-              'index_mb': round(index_path(tokens).stat().st_size / 1e6)}
-    cache = cache_path([open_token_file(tokens)])
+        print(f'writing {args.images:,} images of synthetic codes into {folder}', flush=True)
+        common.make_tokens(folder, args.images, args.grid, 1000, compact)
+    file = open_token_file(tokens)
+    sizes = [path.stat().st_size / 1e6 for path in file.files]
+    result = {'stream_mb': round(sizes[0], 2), 'model_mb' if compact else 'index_mb': round(sizes[1], 2),
+              'decode': decode_alone(tokens, args.threads, args.repeats)}
+    cache = cache_path([file])
+    flags = common.token_flags(folder, compact)
     for ranks in args.ranks:
         for state in ('cold', 'warm'):
             runs = []
             for _ in range(args.repeats):
                 if state == 'cold':
                     cache.unlink(missing_ok=True)
-                runs.append(start(folder, ranks))
+                runs.append(start(flags, ranks))
                 print(f'{ranks} ranks, {state}: {max(rank["seconds"] for rank in runs[-1]):.1f} s', flush=True)
             result[f'{state}_{ranks}'] = combine(runs)
     return result
