@@ -4,9 +4,9 @@
     python benchmarks/formats.py --token-file demo/fashion-train-token.data.bin.gz
     python benchmarks/formats.py --token-file 'tokens/my-train-token-*.data.bin.gz' --data-path IMAGES/train
 
-* Bytes are of all files but the labels: stream, index or model, manifest. Shards are taken as one set. xz, zstd and
-  brotli compress what gzip does in the published files, the stream of escaped bytes and the .npy of the index (for more
-  than 510 codes, the 16-bit stream); what they have no manifest for, the published manifest is counted.
+* Bytes are of all files but the labels: stream, index or model, manifest. Shards are taken as one set. A compact stream
+  holds its index. xz, zstd and brotli compress what gzip does in the published files: the stream of escaped bytes and
+  the .npy of the index (of more than 510 codes, the 16-bit stream); the published manifest is counted with them.
 * Speeds are from codes in memory to files, and back, on --threads cores, over the first images of the set. The model
   is fitted once a set; that time is stated on its own.
 * zstd needs Python 3.14 or the package zstandard, brotli the package of that name; else they are named as missing.
@@ -60,7 +60,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         'manifest says')
     add('--images', type=integer(1), default=50_000, help='of the synthetic set')
     add('--grid', type=integer(2), default=16, help='of the synthetic set, codes on a side')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.data_path and not args.token_file:
+        raise InputError('--data-path: give the tokens of these images to --token-file')
+    return args
 
 
 # ---------------------------------------------------------------- formats
@@ -78,7 +81,7 @@ def read_set(tokens: Path, codes: np.ndarray) -> None:
 
 
 def sizes_of(tokens: Path, second: str) -> dict[str, int]:
-    """Bytes of a stream, of the file that belongs to it, and of the manifest."""
+    """Bytes of a stream, of the file that belongs to it (`second` in place of data.bin), and of the manifest."""
     paths = tokens, tokens.with_name(tokens.name.replace('data.bin', second)), manifest_path(tokens)
     return {name: path.stat().st_size if path.exists() else 0
             for name, path in zip(('stream', 'index or model', 'manifest'), paths)}

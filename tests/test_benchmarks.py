@@ -1,9 +1,14 @@
 """The benchmarks at a tiny size: that they run and what their JSON line holds. No test here asserts a time."""
 import importlib
+import importlib.util
 import json
+import mmap
+import os
 import subprocess
 import sys
+import time
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -12,13 +17,17 @@ import benchmarks.common
 import benchmarks.data
 import benchmarks.encode
 import benchmarks.evaluate
+import benchmarks.formats
 import benchmarks.start
 import benchmarks.train
 import main_seit
 from benchmarks.one_hot import OneHot
 from codebook import load_codebook, load_synonyms
 from conftest import ROOT
+from context_model import bits, fit
+from scripts.inspect_tokens import count_codes, entropy_bits
 from token_augment import RandomResizedCrop
+from token_files import open_token_file
 from utils import InputError
 
 MODEL = ['--model', 'deit_tiny_token_32', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2', '--input-size',
@@ -115,7 +124,7 @@ def test_flops_of_vit_b_are_those_in_the_literature():
     assert benchmarks.train.forward_flops(model, (32, 28, 28)) / 1e9 == pytest.approx(35, abs=0.5)
 
 
-# ---------------------------------------------------------------- start, encode, evaluate
+# ---------------------------------------------------------------- start
 
 def test_start(capsys, tmp_path):
     words = ['--images', '40', '--grid', '4', '--ranks', '2', '--repeats', '1', '--folder', str(tmp_path)]
@@ -125,9 +134,159 @@ def test_start(capsys, tmp_path):
         assert result[state].keys() == {'seconds', 'import_seconds', 'open_seconds', 'map', 'map_share', 'rest',
                                         'rest_own'}
         assert result[state]['rest']['median'] > result[state]['map']['median'] > 0
+    assert is_decoding(result['decode'])
+    assert result.keys() >= {'stream_mb', 'index_mb'}
     assert (tmp_path / 'set-token.data.bin.gz').exists()  # kept for the next time
     assert 'folder' not in result['asked']
 
+
+def is_decoding(value):
+    return value.keys() == {'seconds', 'codes_per_second', 'memory', 'memory_added'} and value['seconds']['min'] > 0 \
+        and value['codes_per_second']['min'] > 0 and value['memory']['min'] > value['memory_added']['max'] >= 0
+
+
+def test_start_compact(capsys, tmp_path):
+    """Ranks read the compact set: its cache is the one that is made."""
+    words = ['--images', '40', '--grid', '4', '--format', 'compact', '--repeats', '1', '--folder', str(tmp_path)]
+    result = measure(capsys, benchmarks.start, 'start', *words, '--ranks', '1')
+    assert is_spread(result['cold_1']['seconds'])
+    assert is_spread(result['warm_1']['seconds'])
+    assert is_decoding(result['decode'])
+    assert 'model_mb' in result
+    assert [path.name.partition('.')[0] for path in tmp_path.glob('*.codes-*.npy')] == ['compact-token']
+
+
+def test_only_decoding(capsys, tmp_path):
+    words = ['--images', '40', '--grid', '4', '--repeats', '1', '--folder', str(tmp_path)]
+    results = [measure(capsys, benchmarks.start, 'start', *words, '--format', name, '--ranks')
+               for name in ('published', 'compact')]
+    for result in results:
+        assert is_decoding(result['decode'])
+        assert not any(key.startswith(('cold', 'warm')) for key in result)
+    published, compact = sorted(tmp_path.glob('*.codes-*.npy'), key=lambda path: 'set' not in path.name)
+    codes = np.load(published)
+    assert (codes == np.load(compact)).all()  # either format has the same codes
+    assert (codes == np.concatenate(list(benchmarks.common.make_codes(40, 4)))).all()
+
+
+def test_the_peak_of_memory_is_seen():
+    """Also of what is gone at the end."""
+    size = 50_000_000
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    with benchmarks.start.PeakMemory() as memory, mmap.mmap(-1, size, flags=private) as block:
+        block.write(bytes(size))
+        deadline = time.monotonic() + 60
+        while memory.peak < memory.before + 45 and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert memory.peak - memory.before > 45
+
+
+def test_work_is_kept_on_some_cores():
+    before = os.sched_getaffinity(0)
+    with pytest.raises(KeyError), benchmarks.common.on_cores(1):
+        assert len(os.sched_getaffinity(0)) == 1
+        raise KeyError
+    assert os.sched_getaffinity(0) == before
+
+
+def test_neighbors_of_synthetic_codes_depend_on_each_other():
+    """Else a context model would have nothing to learn, and no tables like those of a real set."""
+    codes = np.concatenate(list(benchmarks.common.make_codes(1000, 16)))
+    assert codes.shape == (1000, 256)
+    assert 300 < len(np.unique(codes)) <= codes.max() + 1 <= benchmarks.common.CODES
+    model = fit([codes], len(codes))
+    share = bits(model, model.symbol_of()[codes].reshape(-1, 16, 16)) / codes.size
+    assert share < entropy_bits(count_codes(codes, 391)) - 1
+    assert min(map(len, model.tables)) >= 16
+
+
+# ---------------------------------------------------------------- formats
+
+SPEEDS = 'encode_codes_per_second', 'decode_codes_per_second'
+PACKAGES = {'zstd -19': ('compression', 'zstandard'), 'brotli -11': ('brotli',)}
+MISSING = [name for name, packages in PACKAGES.items() if not any(map(importlib.util.find_spec, packages))]
+
+
+def test_formats(capsys):
+    result = measure(capsys, benchmarks.formats, 'formats', '--images', '300', '--grid', '4', '--repeats', '2')
+    assert (result['images'], result['grid']) == (300, 4)
+    assert 0 < result['codes_used'] <= benchmarks.common.CODES
+    assert len(result['groups']) == 2
+    assert result['not_installed'] == MISSING
+    names = set(benchmarks.formats.NAMES) - set(MISSING)
+    assert result['bytes_an_image'].keys() == result['bits_a_code'].keys() == names
+    for name, size in result['bytes_an_image'].items():
+        total = size.pop('total')
+        assert sum(size.values()) == pytest.approx(total, abs=0.01)
+        assert result['bits_a_code'][name] == pytest.approx(total * 8 / 16, abs=0.01)
+    for key in SPEEDS:
+        assert result[key].keys() == names - {'brotli -11'}
+        assert all(map(is_spread, result[key].values()))
+    assert result['speed_images'] == 300
+    assert result['bytes_an_image']['compact']['stream'] * 8 / 16 > result['model_bits']
+    assert 'source_bytes_an_image' not in result
+
+
+@pytest.mark.parametrize('compact', [False, True])
+def test_bytes_are_those_of_the_files(capsys, tmp_path, compact):
+    """A set that is there, in either format, has the bytes that its files have; as shards, those of one set."""
+    benchmarks.common.make_tokens(tmp_path, 60, 4, 10, compact)
+    tokens = benchmarks.common.token_file(tmp_path, compact)
+    benchmarks.common.make_images(tmp_path / 'images', 60, width=32, height=24)
+    result = measure(capsys, benchmarks.formats, 'formats', '--repeats', '1', '--token-file', str(tokens),
+                     '--data-path', str(tmp_path / 'images'))
+    of_files = [path.stat().st_size for path in open_token_file(tokens).files]
+    size = result['bytes_an_image']['compact' if compact else 'published']
+    assert (size['stream'] * 60, size['index or model'] * 60) == pytest.approx(of_files, abs=0.1)
+    assert (size['manifest'] > 0) is compact  # a published set without a manifest needs none
+    assert result['bytes_an_image']['compact']['manifest'] > 0
+    source_bytes = sum(path.stat().st_size for path in (tmp_path / 'images').rglob('*.jpg'))
+    assert result['source_bytes_an_image'] == pytest.approx(source_bytes / 60, abs=0.1)
+    assert not {'token_file', 'data_path'} & result['asked'].keys()
+
+
+def test_the_table_has_a_line_for_each_format(capsys, monkeypatch):
+    monkeypatch.setattr(benchmarks.formats, 'import_first', lambda *_: None)
+    args = benchmarks.formats.parse_args(['--images', '40', '--grid', '4', '--repeats', '1'])
+    benchmarks.formats.main(args)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('|')]
+    assert len({line.count('|') for line in lines}) == 1
+    first = [line.split(' | ')[0].strip('| ') for line in lines]
+    assert first[2:7] == list(benchmarks.formats.NAMES)
+    assert first[7] == 'entropy of single codes'
+    assert first[8].startswith('context model alone, ')
+    assert [line.split(' | ')[0].strip('| ') for line in lines if 'not installed' in line] == list(PACKAGES)
+
+
+def test_codes_of_sixteen_bits(capsys, tmp_path):
+    codes = np.random.default_rng(0).integers(600, size=(50, 16), dtype=np.uint16)
+    codes[0, 0] = 599
+    tokens = tmp_path / 'large-token.data.bin'
+    benchmarks.common.write_compact_set(tokens, [codes], fit([codes], 50), {'images': 50, 'grid': 4})
+    result = measure(capsys, benchmarks.formats, 'formats', '--repeats', '1', '--token-file', str(tokens))
+    assert result['bytes_an_image']['published']['manifest'] > 0  # which names the format
+    assert result['codes_used'] == len(np.unique(codes))
+
+
+def test_a_format_that_loses_codes_is_found(monkeypatch):
+    def decompress(data):
+        return data if data.startswith(b'\x93NUMPY') else data[:-1] + bytes([data[-1] ^ 1])
+
+    monkeypatch.setattr(benchmarks.formats, 'find_compressors', lambda: {'xz -9': (bytes, decompress)})
+    with pytest.raises(RuntimeError, match='xz -9: the codes are not those that were encoded'):
+        benchmarks.formats.main(benchmarks.formats.parse_args(['--images', '20', '--grid', '2', '--repeats', '1']))
+
+
+def test_images_that_are_not_those_of_the_tokens(tmp_path):
+    benchmarks.common.make_tokens(tmp_path, 6, 4, 10)
+    benchmarks.common.make_images(tmp_path / 'images', 5, width=32, height=24)
+    args = benchmarks.formats.parse_args(['--token-file', str(benchmarks.common.token_file(tmp_path)),
+                                          '--data-path', str(tmp_path / 'images')])
+    with pytest.raises(InputError, match='has 5 images, but .* 6: give the images that the tokens were made from'):
+        benchmarks.formats.main(args)
+
+
+# ---------------------------------------------------------------- encode, evaluate
 
 def test_encode(capsys):
     result = measure(capsys, benchmarks.encode, 'tokenize', '--device', 'cpu', '--tokenizer', 'patch', '--images', '6',
@@ -157,6 +316,9 @@ def test_evaluate(capsys):
     ('encode', ['--num-workers', '-1'], '--num-workers: -1: give a value of 0 or more'),
     ('evaluate', ['--images', '0'], '--images: 0: give a value of 1 or more'),
     ('start', ['--ranks', '1', '0'], '--ranks: 0: give a value of 1 or more'),
+    ('start', ['--format', 'gzip'], "argument --format: invalid choice: 'gzip'"),
+    ('formats', ['--data-path', 'x'], '--data-path: give the tokens of these images to --token-file'),
+    ('formats', ['--threads', '0'], '--threads: 0: give a value of 1 or more'),
 ])
 def test_mistakes_are_one_line(name, words, message):
     with pytest.raises(InputError, match=message) as error:
@@ -183,7 +345,7 @@ def test_no_file_stands_before_a_module_of_python():
 
 def test_each_is_a_program():
     """Started by its path from another folder, as the documents have it."""
-    assert PROGRAMS == ['data', 'encode', 'evaluate', 'start', 'start_probe', 'tokenizers', 'train']
+    assert PROGRAMS == ['data', 'encode', 'evaluate', 'formats', 'start', 'start_probe', 'tokenizers', 'train']
     done = subprocess.run([sys.executable, ROOT / 'benchmarks' / 'encode.py', '--images', '0'], capture_output=True,
                           text=True, cwd=ROOT / 'demo')
     assert (done.returncode, done.stdout) == (2, '')
