@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import torch
 
 from files import MAX_GZIP_RATIO, MAX_IMAGE_BYTES, MAX_IMAGES, MAX_INDEX_RATIO, SMALL, atomic_path
 from prefetching import prefetch
@@ -46,8 +47,10 @@ class ByteStream:
         """Stream and index."""
         return self.path, index_path(self.path)
 
-    def decode(self) -> Iterator[tuple[int, np.ndarray]]:
+    def decode(self, device: torch.device | None = None) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first, codes (m, n) uint16) for one run of images after another, n the same square for all.
+
+        There is nothing in it for another device than the CPU.
 
         Reads the gzip as a stream, so memory stays at a few times CHUNK_BYTES. Raises InputError.
         """

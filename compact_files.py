@@ -5,6 +5,7 @@
 
 The manifest says that a set is compact, and where its model is. docs/token_format.md has the bytes.
 """
+import functools
 import hashlib
 import math
 import os
@@ -15,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from context_model import ContextModel
 from files import MAX_IMAGES, atomic_path, read_bytes
 from prefetching import prefetch
-from rans import decode_blocks, encode_blocks
+from rans import decode_blocks, decode_blocks_on, encode_blocks
 from utils import InputError, cores
 
 NAME = 'compact'  # as a manifest's "format" states it
@@ -30,6 +32,8 @@ MAX_GRID = 256  # codes on a side: what a small file can claim to hold stays sma
 MAX_MODEL_BYTES = 1 << 27
 ENCODE_CODES = 1 << 22  # at a time: bounds memory
 DECODE_CODES = 1 << 24
+GPU_CODES = 1 << 28  # 1.5 GB there
+CPU = torch.device('cpu')
 LEAST_WORDS = 2  # of a block: its state
 
 
@@ -63,23 +67,30 @@ class CompactStream:
         """Stream and model."""
         return self.path, self.model_path
 
-    def decode(self) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield (first, codes (m, n) uint16) for one run of images after another. Raises InputError."""
+    def decode(self, device: torch.device = CPU) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield (first, codes (m, n) uint16) for one run of images after another. Raises InputError.
+
+        Args:
+            device: that does the work; all cores of a CPU do.
+        """
         blocks = len(self.lengths)
-        threads = cores()
-        at_once = min(max(1, DECODE_CODES // (self.block_images * self.grid ** 2)), -(-blocks // threads))
+        threads = cores() if device.type == 'cpu' else 1
+        most = DECODE_CODES if device.type == 'cpu' else GPU_CODES
+        at_once = min(max(1, most // (self.block_images * self.grid ** 2)), -(-blocks // threads))
         ends = self.model.ends()
         yield from prefetch(lambda first: (first * self.block_images,
-                                           self.decode_blocks(first, min(first + at_once, blocks), ends)),
+                                           self.decode_blocks(first, min(first + at_once, blocks), ends, device)),
                             range(0, blocks, at_once), threads)
 
-    def decode_blocks(self, first: int, last: int, ends: np.ndarray | None = None) -> np.ndarray:
+    def decode_blocks(self, first: int, last: int, ends: np.ndarray | None = None,
+                      device: torch.device = CPU) -> np.ndarray:
         """Codes (m, n) uint16 of the images of blocks `first` to `last` - 1; reads nothing of the others.
 
         Args:
             first: block.
             last: the block after the last one.
             ends: `self.model.ends()`, if it is there already.
+            device: that does the work.
 
         Raises:
             InputError: naming the block that is damaged.
@@ -96,8 +107,9 @@ class CompactStream:
             raise InputError(f'{self.path}: was cut short while it was read')
         images = min(last * self.block_images, self.images) - first * self.block_images
         try:
-            return decode_blocks(self.model, self.model.ends() if ends is None else ends, words, lengths,
-                                 (images, self.block_images, self.grid ** 2))
+            decode = decode_blocks if device.type == 'cpu' else functools.partial(decode_blocks_on, device)
+            return decode(self.model, self.model.ends() if ends is None else ends, words, lengths,
+                          (images, self.block_images, self.grid ** 2))
         except ValueError as error:
             block, complaint = error.args
             raise InputError(f'{self.path}: block {first + block}, of image {(first + block) * self.block_images} and '

@@ -106,13 +106,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 # ---------------------------------------------------------------- data
 
-def load_data(args: argparse.Namespace, codebook: torch.Tensor, size: int) -> dict[str, TokenDataset]:
+def load_data(args: argparse.Namespace, codebook: torch.Tensor, size: int,
+              device: torch.device) -> dict[str, TokenDataset]:
     """The data sets that are needed of 'train' and 'val', whose class names agree. Prints what they are."""
     datasets = {}
     for split, wanted in (('train', not args.eval), ('val', not args.no_eval)):
         if wanted:
             data = datasets[split] = TokenDataset(getattr(args, f'{split}_token_file'),
-                                                  getattr(args, f'{split}_label_file'), len(codebook), args.token_cache)
+                                                  getattr(args, f'{split}_label_file'), len(codebook), args.token_cache,
+                                                  device)
             check_crop(size, data.grid_size)
             print0(f'{split}: {len(data):,} images of {data.grid_size}x{data.grid_size} codes, '
                    f'{data.bytes_on_disk() / 1e6:,.2f} MB on disk ({data.bytes_on_disk() / len(data):,.0f} bytes an '
@@ -157,7 +159,7 @@ def main(args: argparse.Namespace) -> int:
     # ------------------------------------------------------------ data
     codebook = load_codebook(args.codebook_path)
     size = args.input_size // args.token_patch_size
-    datasets = load_data(args, codebook, size)
+    datasets = load_data(args, codebook, size, device)
     train_data = datasets.get('train')
     val_data = datasets.get('val')
     labels = {getattr(args, f'{split}_label_file'): data.labels for split, data in datasets.items()}

@@ -9,7 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
+from compact_files import CPU
 from files import atomic_path, remove_leftovers
 from token_files import TokenFile, decode
 from utils import InputError, local_rank, one_first, print0
@@ -36,7 +38,8 @@ def cache_path(files: Sequence[TokenFile], folder: str = '') -> Path:
     return Path(folder or paths[0].parent) / f'{stem}.{location}.codes-{key}.npy'
 
 
-def decode_into(files: Sequence[TokenFile], allocate: Callable[[tuple[int, int]], np.ndarray]) -> np.ndarray:
+def decode_into(files: Sequence[TokenFile], allocate: Callable[[tuple[int, int]], np.ndarray],
+                device: torch.device = CPU) -> np.ndarray:
     """Decode every image into the array that `allocate((N, n))` returns once the grid is known.
 
     Raises:
@@ -49,7 +52,7 @@ def decode_into(files: Sequence[TokenFile], allocate: Callable[[tuple[int, int]]
     codes = None
     start = 0
     for file in files:
-        for first, run in decode(file):
+        for first, run in decode(file, device):
             if codes is None:
                 codes = allocate((sum(map(len, files)), run.shape[1]))
             if run.shape[1] != codes.shape[1]:
@@ -73,12 +76,12 @@ def _allocate(path: str, shape: tuple[int, int]) -> np.ndarray:
     return codes
 
 
-def build_cache(files: Sequence[TokenFile], path: Path) -> None:
+def build_cache(files: Sequence[TokenFile], path: Path, device: torch.device = CPU) -> None:
     """Decode token files into the .npy at `path`, atomically; older caches of the same files are removed."""
     more = f' and {len(files) - 1} more' if len(files) > 1 else ''
     print0(f'decoding {files[0].stream}{more} into {path}')
     with atomic_path(path, 'choose another folder with --token-cache') as temporary:
-        codes = decode_into(files, functools.partial(_allocate, temporary))
+        codes = decode_into(files, functools.partial(_allocate, temporary), device)
         codes.flush()
     for old in path.parent.glob(_versions(path)):
         if old != path:
@@ -91,7 +94,7 @@ def _versions(path: Path) -> str:
     return glob.escape(path.name.rpartition('.codes-')[0]) + '.codes-*.npy'
 
 
-def open_codes(files: Sequence[TokenFile], cache: str = '') -> np.ndarray:
+def open_codes(files: Sequence[TokenFile], cache: str = '', device: torch.device = CPU) -> np.ndarray:
     """The codes of token files, (N, n) uint16, one file after the other. Collective.
 
     With several ranks, the first of each node decodes and all map the same file.
@@ -100,17 +103,18 @@ def open_codes(files: Sequence[TokenFile], cache: str = '') -> np.ndarray:
         files: the shards of one set.
         cache: folder of the decoded file; '' puts it beside the (first) token file; 'none' decodes into this
             process's own memory instead.
+        device: that decodes, see `token_files.decode`.
 
     Raises:
         InputError: for damaged files, or a cache that cannot be written or read.
     """
     if cache == 'none':
-        return decode_into(files, in_memory)
+        return decode_into(files, in_memory, device)
     path = cache_path(files, cache)
     with one_first(local_rank() == 0):
         remove_leftovers(path.parent, f'.{_versions(path)}.*.tmp')
         if not os.path.exists(path):
-            build_cache(files, path)
+            build_cache(files, path, device)
     return map_cache(path)
 
 

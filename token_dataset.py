@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from class_names import check_class_names
+from compact_files import CPU
 from files import expand_files
 from prefetching import prefetch
 from token_cache import open_codes
@@ -27,6 +28,7 @@ class TokenDataset:
         label_file: likewise, one for each token file.
         codebook_size: rows of the codebook; a code beyond it is an InputError.
         cache: see `open_codes`.
+        device: that decodes the files where there is no cache yet.
 
     Attributes:
         files: the TokenFiles.
@@ -36,7 +38,8 @@ class TokenDataset:
         classes: class names in the order of the labels, where the manifests have them, else None.
     """
 
-    def __init__(self, token_file: str, label_file: str, codebook_size: int, cache: str = ''):
+    def __init__(self, token_file: str, label_file: str, codebook_size: int, cache: str = '',
+                 device: torch.device = CPU):
         self.files = [open_token_file(path) for path in expand_files(token_file)]
         label_files = expand_files(label_file)
         if len(self.files) != len(label_files):
@@ -44,7 +47,7 @@ class TokenDataset:
                              'label files: give one for each, in the same order')
         self.labels = np.concatenate([_labels_of(file, path) for file, path in zip(self.files, label_files)])
         self.classes = _classes_of(self.files)
-        self.codes = open_codes(self.files, cache)
+        self.codes = open_codes(self.files, cache, device)
         self.grid_size = math.isqrt(self.codes.shape[1])
         self.resident = None
         if len(self.codes) != len(self.labels):

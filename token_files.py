@@ -22,10 +22,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import compact_files
 from byte_streams import ByteStream, index_path, read_index, write_stream
-from compact_files import CompactStream, open_compact
+from compact_files import CPU, CompactStream, open_compact
 from files import MAX_LABEL_BYTES, read_bytes, read_json, sha256, write_text
 from token_codecs import CODECS, PUBLISHED, Codec
 from utils import InputError
@@ -171,13 +172,17 @@ def read_labels(path: str | Path) -> np.ndarray:
 
 # ---------------------------------------------------------------- decoding
 
-def decode(file: TokenFile) -> Iterator[tuple[int, np.ndarray]]:
+def decode(file: TokenFile, device: torch.device = CPU) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (first, codes) for one run of images after another: codes (m, n) uint16, n the same square for all.
+
+    Args:
+        file: that is decoded.
+        device: a GPU decodes compact files faster.
 
     Raises:
         InputError: for a damaged file, or one that is not as its manifest says.
     """
-    for first, codes in file.content.decode():
+    for first, codes in file.content.decode(device):
         if first == 0:
             _check_manifest(file, codes.shape[1])
         yield first, codes

@@ -100,7 +100,7 @@ def main(args: argparse.Namespace) -> None:
                 old.unlink()
             call(tokenize_images, '--data-path', images / split, '--name', f'fashion-{split}', '--output-dir', output,
                  '--tokenizer-path', output / 'tokenizer.pt', '--codebook-path', output / 'codebook.ckpt',
-                 '--image-size', args.image_size, '--device', 'cpu')
+                 '--image-size', args.image_size, '--device', 'cpu', '--format', 'compact')
     export(val[0][:args.png_images], val[1][:args.png_images], output / 'images' / 'val')
 
 

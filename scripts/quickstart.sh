@@ -30,8 +30,8 @@ fi
 . scripts/venv.sh requirements.txt requirements-plot.txt
 
 data=(--codebook-path $demo/codebook.ckpt --token-synonym-dict $demo/synonyms.json
-    --train-token-file $demo/fashion-train-token.data.bin.gz --train-label-file $demo/fashion-train-label.txt
-    --val-token-file $demo/fashion-val-token.data.bin.gz --val-label-file $demo/fashion-val-label.txt
+    --train-token-file $demo/fashion-train-token.data.bin --train-label-file $demo/fashion-train-label.txt
+    --val-token-file $demo/fashion-val-token.data.bin --val-label-file $demo/fashion-val-label.txt
     --token-cache "$output")
 model=(--model deit_tiny_token_32 --model-kwargs depth=4 embed_dim=128 num_heads=4 --input-size 64 --device cpu)
 # The published recipe is made for 300 epochs; for 12 it is too strong (noise above all) and too slow to warm up.
@@ -64,7 +64,7 @@ from pathlib import Path
 output, demo = sys.argv[1], Path('demo')
 best = json.loads(Path(output, 'log.txt').read_text().splitlines()[-1])['best_acc1']
 images = json.loads((demo / 'fashion-val-token.json').read_text())['images']
-tokens = sum(os.path.getsize(demo / f'fashion-val-token.{part}.gz') for part in ('data.bin', 'index.npy')) / images
+tokens = sum(os.path.getsize(demo / f'fashion-val-token.{part}.bin') for part in ('data', 'model')) / images
 pngs = [p.stat().st_size for p in (demo / 'images').rglob('*.png')]
 print(f'top-1        {best:.2f} %')
 print(f'checkpoint   {output}/best_checkpoint.pth')

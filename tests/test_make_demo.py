@@ -18,7 +18,7 @@ from token_dataset import TokenDataset
 
 def demo_tokens(split, folder=DEMO):
     name = f'fashion-{split}'
-    return TokenDataset(folder / f'{name}-token.data.bin.gz', folder / f'{name}-label.txt', 391, 'none')
+    return TokenDataset(folder / f'{name}-token.data.bin', folder / f'{name}-label.txt', 391, 'none')
 
 
 def test_it_is_small_and_whole():

@@ -237,7 +237,7 @@ def test_a_cache_of_another_length_is_refused(tmp_path):
 def test_the_demo_set_reads(golden):
     demo = golden.folder.parent.parent / 'demo'
     codebook = load_codebook(demo / 'codebook.ckpt')
-    data = TokenDataset(demo / 'fashion-val-token.data.bin.gz', demo / 'fashion-val-label.txt', len(codebook), 'none')
+    data = TokenDataset(demo / 'fashion-val-token.data.bin', demo / 'fashion-val-label.txt', len(codebook), 'none')
     manifest = json.loads((demo / 'fashion-val-token.json').read_text())
     assert len(data) == manifest['images'] and data.grid_size == manifest['grid']
     assert data.classes == manifest['classes']
