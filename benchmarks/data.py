@@ -64,7 +64,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     main_args = main_seit.parse_args(main_flags)
     recipe.set_up_torch(main_args)
     codebook = load_codebook(main_args.codebook_path)
-    datasets = main_seit.load_data(main_args, codebook, size)
+    datasets = main_seit.load_data(main_args, codebook, size, device)
     choose_data_device(datasets, main_args.data_device, device)
     keep_freed_memory(device)
     data = datasets['train']

@@ -47,7 +47,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     amp = main_args.amp or recipe.default_amp(device)
     codebook = load_codebook(main_args.codebook_path)
     size = main_args.input_size // main_args.token_patch_size
-    data = main_seit.load_data(main_args, codebook, size)['val']
+    data = main_seit.load_data(main_args, codebook, size, device)['val']
     choose_data_device({'val': data}, main_args.data_device, device)
     keep_freed_memory(device)
     model = create_model(main_args.model, main_args.model_kwargs, main_args.nb_classes, size,

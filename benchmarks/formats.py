@@ -1,8 +1,8 @@
 """Benchmark: token formats on one set, by bytes and by the speed of encoding and decoding.
 
     python benchmarks/formats.py                                    a synthetic set
-    python benchmarks/formats.py --token-file demo/fashion-train-token.data.bin.gz
-    python benchmarks/formats.py --token-file 'tokens/my-train-token-*.data.bin.gz' --data-path IMAGES/train
+    python benchmarks/formats.py --token-file demo/fashion-train-token.data.bin
+    python benchmarks/formats.py --token-file 'tokens/my-train-token-*.data.bin' --data-path IMAGES/train
 
 * Bytes are of all files but the labels: stream, index or model, manifest. Shards are taken as one set. A compact stream
   holds its index. xz, zstd and brotli compress what gzip does in the published files: the stream of escaped bytes and

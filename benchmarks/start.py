@@ -2,7 +2,8 @@
 
     python benchmarks/start.py --ranks 1 4
     python benchmarks/start.py --format compact --ranks 1 4
-    python benchmarks/start.py --format compact --ranks        only decoding
+    python benchmarks/start.py --format compact --ranks                      only decoding
+    python benchmarks/start.py --format compact --ranks --device cuda        on a GPU
 """
 import argparse
 import json
@@ -17,6 +18,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
@@ -36,6 +39,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add('--images', type=integer(1), default=1_281_167)
     add('--grid', type=integer(2), default=32, help='codes on a side')
+    add('--device', default='cpu', help='that decodes alone: cpu, or cuda, which helps with the compact format')
     add('--format', choices=('published', 'compact'), default='published')
     add('--ranks', type=integer(1), nargs='*', default=[1, 4], help='none: only decoding')
     add('--folder', metavar='DIR', help='keep the synthetic set here, and use one that is here already')
@@ -75,31 +79,33 @@ def anonymous_memory() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith('RssAnon:')) * 1024 / 1e6
 
 
-def decode_once(tokens: Path, threads: int) -> dict[str, float]:
+def decode_once(tokens: Path, threads: int, device: torch.device) -> dict[str, float]:
     """Decode a token file into the map beside it; what that cost this process.
 
     Args:
         tokens: the stream.
         threads: cores to keep to.
+        device: that decodes.
 
     Returns:
         Seconds, codes a second, and MB: at most, and how much of that came with decoding.
     """
     cache_path([open_token_file(tokens)]).unlink(missing_ok=True)
+    torch.zeros(1, device=device)  # CUDA has started
     with common.on_cores(threads), PeakMemory() as memory:
         began = time.perf_counter()
-        codes = open_codes([open_token_file(tokens)])
+        codes = open_codes([open_token_file(tokens)], device=device)
         seconds = time.perf_counter() - began
     return {'seconds': seconds, 'codes_per_second': codes.size / seconds, 'memory': memory.peak,
             'memory_added': memory.peak - memory.before}
 
 
-def decode_alone(tokens: Path, threads: int, repeats: int) -> dict[str, dict[str, float]]:
+def decode_alone(tokens: Path, threads: int, device: torch.device, repeats: int) -> dict[str, dict[str, float]]:
     """The spread of what `decode_once` returns, each time in a new process."""
     costs = []
     for _ in range(repeats):
         with ProcessPoolExecutor(1, get_context('spawn')) as process:
-            costs.append(process.submit(decode_once, tokens, threads).result())
+            costs.append(process.submit(decode_once, tokens, threads, device).result())
         print(f'decoding: {costs[-1]["seconds"]:.1f} s, {costs[-1]["memory"]:.0f} MB', flush=True)
     return {key: common.spread([cost[key] for cost in costs]) for key in costs[0]}
 
@@ -136,7 +142,7 @@ def combine(runs: list[list[dict[str, float]]]) -> dict[str, dict[str, float]]:
     return combined
 
 
-def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
     """The numbers of the JSON line; the set is made in `folder` where there is none."""
     compact = args.format == 'compact'
     tokens = common.token_file(folder, compact)
@@ -146,7 +152,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     file = open_token_file(tokens)
     sizes = [path.stat().st_size / 1e6 for path in file.files]
     result = {'stream_mb': round(sizes[0], 2), 'model_mb' if compact else 'index_mb': round(sizes[1], 2),
-              'decode': decode_alone(tokens, args.threads, args.repeats)}
+              'decode': decode_alone(tokens, args.threads, device, args.repeats)}
     cache = cache_path([file])
     flags = common.token_flags(folder, compact)
     for ranks in args.ranks:
@@ -162,9 +168,9 @@ def measure(args: argparse.Namespace, folder: Path) -> dict[str, Any]:
 
 
 def main(args: argparse.Namespace) -> None:
-    device = common.set_up('cpu', args.threads)
+    device = common.set_up(args.device, args.threads)
     with tempfile.TemporaryDirectory(prefix='seit-benchmark-') as temporary:
-        result = measure(args, Path(args.folder or temporary))
+        result = measure(args, device, Path(args.folder or temporary))
     common.print_result('start', result, vars(args), device)
 
 

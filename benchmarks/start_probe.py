@@ -54,7 +54,8 @@ def main(args: argparse.Namespace) -> None:
     main_args = args.main_args
     device = init_distributed('cpu')
     codebook = load_codebook(main_args.codebook_path)
-    data = main_seit.load_data(main_args, codebook, main_args.input_size // main_args.token_patch_size)['train']
+    size = main_args.input_size // main_args.token_patch_size
+    data = main_seit.load_data(main_args, codebook, size, device)['train']
     opened = time.time()
     next(data.batches(shuffled(len(data), world_size(), rank(), main_args.seed, 0), main_args.batch_size, device))
     cost = {'seconds': time.time() - args.launched, 'import_seconds': IMPORTED - args.launched,

@@ -71,7 +71,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     codebook = load_codebook(main_args.codebook_path)
     size = main_args.input_size // main_args.token_patch_size
     input_shape = codebook.shape[1], size, size
-    datasets = main_seit.load_data(main_args, codebook, size)
+    datasets = main_seit.load_data(main_args, codebook, size, device)
     choose_data_device(datasets, main_args.data_device, device)
     keep_freed_memory(device)
     data = datasets['train']

@@ -77,7 +77,7 @@ def test_the_one_hot_implementation_has_the_same_statistics(tmp_path):
     """Mean square of the model input over a batch, noise and all, of either implementation."""
     args = main_seit.parse_args(benchmarks.common.make_tokens(tmp_path, 64, 16, 10))
     codebook = load_codebook(args.codebook_path)
-    data = main_seit.load_data(args, codebook, 14)['train']
+    data = main_seit.load_data(args, codebook, 14, torch.device('cpu'))['train']
     augment = main_seit.make_augment(args, codebook, 16, 14, torch.device('cpu'))
     one_hot = OneHot(codebook, 14, load_synonyms(args.token_synonym_dict, len(codebook), args.token_synonym_thres))
     codes = data.batch(range(64))[0]
