@@ -107,8 +107,8 @@ def storage_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], 
             cells += [f'{size[0]:,.0f}', f'{size[1]:.1f}'] if size else [DASH, DASH]
         lines.append([*cells, spread(result), paper_of(result)])
     return head, lines, ('Bytes of the whole training set, for each image of the full one. Without headers: the scans '
-                         'of JPEGs, the entropy of single codes of tokens, the coded words and the model of compact ones. '
-                         'Top-1 is of the last epoch.')
+                         'of JPEGs, the entropy of single codes of tokens, the coded words and the model of compact '
+                         'ones. Top-1 is of the last epoch.')
 
 
 def ablation_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
