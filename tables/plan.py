@@ -172,6 +172,17 @@ class Plan:
         ], (*after, *self.chosen()))
         return Tokens(row, token_flags(train, val, codebook, synonyms), tokenizer, tokenizer_path, codebook, share)
 
+    def compact(self, tokens: Tokens) -> Row:
+        """The same training tokens in the compact format."""
+        train = Path(flag_value(tokens.flags, '--train-token-file'))
+        name = f'{tokens.row.name}-compact'
+        folder = self.output / name
+        compact = folder / train.name.removesuffix('.gz')
+        return self.row(name, [
+            ('scripts/convert_tokens.py', '--token-file', train, '--format', 'compact', '--output-dir', folder),
+            ('tables/count_bytes.py', '--token-file', compact, '--codebook-path', tokens.codebook, '--output',
+             folder / BYTES)], [tokens.row])
+
     def published_tokens(self, name: str) -> Tokens:
         """The published token files, in DATA/tokens."""
         folder = self.data / 'tokens'

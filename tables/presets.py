@@ -96,7 +96,7 @@ TINY = Preset(
     small_pixel_model=('deit_tiny_patch16_224', '--model-kwargs', *PIXELS_OF_64, *SMALL_KWARGS),
     tokens=('--token-noise-prob', '0'),  # the published noise is for 300 epochs: in ten it costs 4 points
     pixels=('--input-size', '64', '--aug', 'tokens', '--eval-crop-ratio', '1'),
-    lrs={'tokens': (5e-4, 1e-3, 2e-3), 'pixels': (5e-4, 1e-3, 2e-3)},
+    lrs={'tokens': (2.5e-4, 5e-4, 1e-3, 2e-3), 'pixels': (2.5e-4, 5e-4, 1e-3, 2e-3)},
     tokenizers=TINY_TOKENIZERS, published=False, shares=(0.6, 0.4, 0.2, 0.1), token_shares=(0.6, 0.2),
     sides=(0.75, 0.5, 0.25), qualities=(50, 20, 8), workers=1)
 

@@ -12,6 +12,7 @@ RESULTS = 'results.json'
 TABLE = 'table.md'
 CURVE = 'curve.png'
 DASH = '\N{EM DASH}'
+COMPACT = ', compact'  # ends the names of lines whose tokens are stored so
 COUNTS = {'files': 'as files', 'without_headers': 'without headers'}
 
 
@@ -106,7 +107,8 @@ def storage_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], 
             cells += [f'{size[0]:,.0f}', f'{size[1]:.1f}'] if size else [DASH, DASH]
         lines.append([*cells, spread(result), paper_of(result)])
     return head, lines, ('Bytes of the whole training set, for each image of the full one. Without headers: the scans '
-                         'of JPEGs, the entropy of single codes of tokens. Top-1 is of the last epoch.')
+                         'of JPEGs, the entropy of single codes of tokens, the coded words and the model of compact '
+                         'ones. Top-1 is of the last epoch.')
 
 
 def ablation_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
@@ -162,9 +164,11 @@ def points(results: dict[str, Any], count: str) -> list[tuple[str, str, float, f
     for name, result in results['rows'].items():
         size = storage_of(results, result, count)
         if size and result['mean'] is not None:
+            base = name.removesuffix(COMPACT)
             family = 'tokens' if result['kind'] == 'tokens' else name.split()[0]
-            if name.startswith('tokens ') and not name.endswith('%'):
+            if base.startswith('tokens ') and not base.endswith('%'):
                 family = 'other tokens'
+            family += name[len(base):]
             found.append((family, name, *size, result['mean'], result['sd'] or 0.))
     return found
 
@@ -186,11 +190,11 @@ def draw_curve(results: dict[str, Any], path: Path) -> None:
         whole = families.get('full', [])
         for family, of_family in families.items():
             curve = sorted(of_family if family in ('full', 'other') else of_family + whole, key=_bytes)
-            if family in ('tokens', 'other tokens'):
+            if 'tokens' in family:
                 curve = sorted(of_family, key=_bytes)
             names, sizes, ratios, top1, deviations = zip(*curve)
             panel.errorbar(sizes, top1, yerr=deviations, marker='o', capsize=3, label=family.replace('full', 'full '
-                           'pixels'), linestyle='none' if family in ('full', 'other tokens') else '-')
+                           'pixels'), linestyle='none' if family.startswith(('full', 'other')) else '-')
             for _, size, ratio, accuracy, _ in of_family:
                 panel.annotate(f'{ratio:.1f}x', (size, accuracy), xytext=(4, 4), textcoords='offset points', fontsize=8)
         panel.set(title=f'bytes {words}', xlabel='bytes of the training set, for each of its images')

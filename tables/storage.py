@@ -6,12 +6,14 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from flags import Parser
 from tables.plan import Line, Plan, percent
 from tables.presets import PAPER
+from tables.report import COMPACT
 from tables.table import Options, add_table_flags, run_table
 from utils import run
 
@@ -35,7 +37,12 @@ def lines(plan: Plan, seeds: Sequence[int]) -> list[Line]:
     sets = {'tokens': plan.main_tokens()}
     sets |= {f'tokens {percent(share)}': plan.main_tokens(share) for share in preset.token_shares}
     sets |= {f'tokens {name}': plan.tokens(name) for name in list(preset.tokenizers)[1:]}
-    return made + [plan.token_line(name, seeds, tokens, full=full, **paper(name)) for name, tokens in sets.items()]
+    for name, tokens in sets.items():
+        line = plan.token_line(name, seeds, tokens, full=full, **paper(name))
+        # the same codes in fewer bytes: nothing is trained again
+        compact = replace(line, name=f'{name}{COMPACT}', data=plan.compact(tokens), paper=None, paper_size=None)
+        made += [line, compact]
+    return made
 
 
 def paper(name: str) -> dict[str, object]:

@@ -133,16 +133,14 @@ def planned(lines_of: LinesOf, options: Options, searching: bool = False) -> tup
     rates = options.rates()
     plan = options.plan({kind: found[0] for kind, found in rates.items()})
     kinds = {line.kind for line in chosen_lines(lines_of(plan, options.seeds), options.rows)}
-    search = {}
-    for kind in sorted(kinds, reverse=True):
-        if len(rates[kind]) > 1:
-            search |= search_rows(options, kind)
+    search = [rows for kind in sorted(kinds, reverse=True) if len(rates[kind]) > 1
+              for rows in search_rows(options, kind).values()]
     if searching:
-        return plan, merged(search.values())
+        return plan, merged(search)
     plan = options.plan({kind: best_rate(options, kind)[0] for kind in rates})
     lines = chosen_lines(lines_of(plan, options.seeds), options.rows)
     wanted = [row for line in lines for row in [line.full or line.data, line.data, *line.runs.values()]]
-    return plan, merged([*search.values(), needed(plan.rows, wanted)])
+    return plan, merged([*search, needed(plan.rows, wanted)])
 
 
 def merged(lists: Any) -> list[Row]:

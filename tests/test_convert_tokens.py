@@ -25,7 +25,8 @@ def test_the_demo_goes_there_and_back(tmp_path):
     assert np.array_equal(open_codes(published, 'none'), open_codes(token_file, 'none'))
     convert(published, tmp_path / 'compact', 'compact')
     made = contents(tmp_path / 'compact')
-    assert set(made) == {f'fashion-val-{end}' for end in ('token.data.bin', 'token.model.bin', 'token.json', 'label.txt')}
+    names = ('token.data.bin', 'token.model.bin', 'token.json', 'label.txt')
+    assert set(made) == {f'fashion-val-{end}' for end in names}
     assert all(made[name] == (DEMO / name).read_bytes() for name in made)
     manifest = json.loads((tmp_path / 'published' / 'fashion-val-token.json').read_text())
     assert manifest['format'] == 'escaped-bytes' and 'model' not in manifest and 'format' not in manifest['run']

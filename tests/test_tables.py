@@ -56,6 +56,12 @@ def test_rows_come_after_what_they_need():
             seen.add(row.name)
 
 
+def test_learning_rates_are_searched_for_tokens_and_for_pixels():
+    rows = {row.name for row in rows_of(storage, 'tiny')}
+    for line in 'tokens', 'full-pixels':
+        assert {f'train/{line}/lr-{lr:g}-seed-0' for lr in presets.TINY.lrs['tokens']} <= rows
+
+
 def test_what_the_paper_says_stands_where_it_belongs():
     plan = Plan(presets.IMAGENET, Path('data'), Path('out'), 'auto', {'tokens': 7.5e-4, 'pixels': 5e-4})
     lines = {line.name: line for line in storage.lines(plan, [0])}
