@@ -3,6 +3,7 @@
     python benchmarks/data.py --device cpu --threads 1         token file to model input, beside plain one-hot code
     python benchmarks/train.py --model deit_base_token_32 --batch-size 512 --amp bf16 --compile      training steps
     python benchmarks/start.py --ranks 1 4                     process start to first batch, and memory
+    python benchmarks/formats.py --token-file FILE             token formats: bytes, encoding and decoding
     python benchmarks/encode.py --amp off bf16 --compile       images to codes
     python benchmarks/evaluate.py --model deit_base_token_32 --amp bf16     evaluation on tokens and on images
 
