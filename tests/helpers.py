@@ -459,7 +459,7 @@ def codes_of_kind(kind, images, grid, seed=0):
     return codes
 
 
-def make_compact_set(folder, codes, labels=None, name='a', checked=False, **entries):
+def make_compact_set(folder, codes, /, labels=None, name='a', checked=False, **entries):
     """Write a compact set of codes (N, n), its manifest with checksums if `checked`; returns (token, label) files."""
     files = folder / f'{name}-token.data.bin', folder / f'{name}-label.txt'
     model_path = folder / f'{name}-token.model.bin'

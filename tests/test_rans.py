@@ -162,7 +162,8 @@ def test_every_flipped_bit_is_found_or_changes_nothing(kind):
                 assert got == codes.tolist()
                 unseen.append((place, bit))
             slow = slow_decode(model, damaged, lengths, 9, 4, 4)
-            assert [block for block, one in enumerate(slow) if one is None] == ([] if got == codes.tolist() else [block])
+            bad = [] if got == codes.tolist() else [block]
+            assert [number for number, one in enumerate(slow) if one is None] == bad
     assert unseen == [(start, 31) for start in starts]
 
 

@@ -49,7 +49,7 @@ def slow_nearest_codes(codebook, top_k):
 # ---------------------------------------------------------------- compact token files
 
 def slow_context_model(data):
-    """A context model: (codes, groups of left and of upper neighbors, bias, tables of both), lists; None if it is none."""
+    """A context model: (codes, groups of left and of upper neighbors, bias, tables of both), lists; None if damaged."""
     if len(data) < 24 or zlib.crc32(data[:-4]) != int.from_bytes(data[-4:], 'little'):
         return None
     magic, codes, symbols, left, upper = struct.unpack('<8sIIHH', data[:20])
@@ -64,7 +64,9 @@ def slow_context_model(data):
     except zlib.error:
         return None
     sizes = [(codes + 7) // 8, symbols + 1, symbols + 1, symbols, left * symbols, upper * symbols]
-    if not inflate.eof or inflate.unused_data or len(body) != sum(sizes) or left * upper * stride > max(1 << 23, stride):
+    if left * upper * stride > max(1 << 23, stride):
+        return None
+    if not inflate.eof or inflate.unused_data or len(body) != sum(sizes):
         return None
     parts = []
     for size in sizes:
@@ -126,7 +128,7 @@ def slow_decode_block(model, words, images, grid):
     return decoded if state == 2 ** 31 and not words else None
 
 
-def slow_decode_compact(stream, model_data):
+def slow_decode_compact(stream, model_data, block_codes=4096):
     """The images of a compact stream, a list of codes each; None where stream or model is damaged."""
     model = slow_context_model(model_data)
     if model is None or len(stream) < 32:
@@ -134,7 +136,7 @@ def slow_decode_compact(stream, model_data):
     magic, images, grid, block_images, identity = struct.unpack('<8sIHH16s', stream[:32])
     if magic != b'SeiTcmp1' or identity != hashlib.sha256(model_data).digest()[:16]:
         return None
-    if not (1 <= images <= 2 ** 27 and 1 <= grid <= 256) or block_images != max(1, 4096 // grid ** 2):
+    if not (1 <= images <= 2 ** 27 and 1 <= grid <= 256) or block_images != max(1, block_codes // grid ** 2):
         return None
     blocks = -(-images // block_images)
     if len(stream) % 4 or len(stream) < 32 + 4 * blocks:
