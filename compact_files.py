@@ -4,6 +4,10 @@
     NAME.model.bin   the context model, one for all shards of a set
 
 The manifest says that a set is compact, and where its model is. docs/token_format.md has the bytes.
+
+Most damage shows in the index, or in a block that does not end in the state that its encoding began with. Checksums of
+the manifest find the rest: a bit that swaps two codes of equal likelihood, blocks of equal length that changed places,
+in a block of one code another number of images, and by chance one in 2 ** 31.
 """
 import functools
 import hashlib
@@ -30,6 +34,7 @@ HEADER = np.dtype([('magic', 'S8'), ('images', '<u4'), ('grid', '<u2'), ('block_
 BLOCK_CODES = 4096  # a block has as many images as have no more codes than this, or one
 MAX_GRID = 256  # codes on a side: what a small file can claim to hold stays small
 MAX_MODEL_BYTES = 1 << 27
+MAX_NAME_BYTES = 255  # what file systems take
 ENCODE_CODES = 1 << 22  # at a time: bounds memory
 DECODE_CODES = 1 << 24
 GPU_CODES = 1 << 28  # 1.5 GB there
@@ -118,6 +123,15 @@ class CompactStream:
 
 # ---------------------------------------------------------------- reading
 
+def is_compact(path: Path) -> bool:
+    """Whether a file begins as a compact stream does."""
+    try:
+        with open(path, 'rb') as file:
+            return file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
 def open_compact(path: Path, manifest: dict[str, Any], manifest_path: Path) -> CompactStream:
     """Read header, index and model of a stream. Raises InputError."""
     header, lengths = _read_header(path)
@@ -164,10 +178,20 @@ def _read_header(path: Path) -> tuple[np.void, np.ndarray]:
 def _model_path(path: Path, manifest: dict[str, Any], manifest_path: Path) -> Path:
     """The model beside a stream that its manifest names."""
     name = manifest.get('model')
-    if not isinstance(name, str) or not name or name != Path(name).name:
+    if not _is_file_name(name):
         raise InputError(f"{manifest_path}: 'model' is {reprlib.repr(name)}, no name of a file; fetch or make the set "
                          'again')
     return path.with_name(name)
+
+
+def _is_file_name(name: Any) -> bool:
+    """Whether a value of a manifest can be the name of a file, of one line, in the folder of the manifest."""
+    try:
+        encoded = os.fsencode(name)
+    except (TypeError, ValueError):  # ValueError: a surrogate, which JSON can hold
+        return False
+    return b'\0' not in encoded and name == Path(name).name and name != '..' and len(name.splitlines()) == 1 \
+        and len(encoded) <= MAX_NAME_BYTES
 
 
 # ---------------------------------------------------------------- writing

@@ -116,6 +116,8 @@ def decode_blocks(model: ContextModel, ends: np.ndarray, words: np.ndarray, leng
     by_block = codes.reshape(blocks, block_images, n)
     for image in range(block_images):
         active = blocks if image < images - (blocks - 1) * block_images else blocks - 1
+        if not active:  # the only block is not full
+            break
         upper = np.full((grid, active), len(model.codes))
         for y in range(grid):
             place = upper_at.take(upper)

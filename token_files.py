@@ -123,6 +123,9 @@ def open_token_file(path: str | Path) -> TokenFile:
     name = format_of(manifest)
     if name == compact_files.NAME:
         return TokenFile(path, manifest, open_compact(path, manifest, manifest_path(path)))
+    if not manifest and compact_files.is_compact(path):
+        raise InputError(f'{path}: is compact, and its manifest {manifest_path(path).name}, which names its model, is '
+                         'not there; fetch it too')
     return TokenFile(path, manifest, ByteStream(path, read_index(index_path(path)), CODECS[name]))
 
 

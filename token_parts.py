@@ -303,7 +303,8 @@ class FinishedParts:
         part = int(np.searchsorted(self.starts, first, side='right')) - 1
         while part < len(self.parts) and self.starts[part] < last:
             start = max(first - self.starts[part], 0)
-            yield self._codes(part)[start:last - self.starts[part]]
+            if self.starts[part + 1] > self.starts[part]:  # else all its images were skipped
+                yield self._codes(part)[start:last - self.starts[part]]
             part += 1
 
     def _codes(self, part: int) -> np.ndarray:

@@ -30,7 +30,9 @@ from benchmarks.common import free_port
 from files import expand_files, sha256
 from token_codecs import CODECS
 from byte_streams import gzip_bytes, index_path
-from token_files import manifest_path, open_token_file, write_tokens
+from compact_files import write_compact, write_model
+from context_model import fit
+from token_files import files_of_manifest, manifest_path, open_token_file, write_labels, write_tokens
 from utils import InputError
 from vitvqgan import Size
 
@@ -431,6 +433,43 @@ def make_wide_set(folder, n=12, grid=4, codes=8192, name='w', **manifest):
     write_tokens(*files, x, np.zeros(n, int), CODECS['uint16-le'])
     manifest_path(files[0]).write_text(json.dumps({'format': 'uint16-le', **manifest}))
     return files, x
+
+
+CODE_KINDS = 'random', 'constant', 'skewed', 'alternating', 'gaps', 'copied', 'all different'
+
+
+def codes_of_kind(kind, images, grid, seed=0):
+    """Codes (images, grid ** 2) int64 in [0, 65535], easy or hard to compress."""
+    rng = np.random.default_rng(seed)
+    shape = images, grid ** 2
+    codes = rng.integers(0, rng.integers(1, 400), shape)
+    if kind == 'constant':
+        codes[:] = rng.integers(0, 65536)
+    elif kind == 'skewed':
+        codes = 300 * (rng.random(shape) < 0.01)
+    elif kind == 'alternating':
+        codes = np.arange(codes.size).reshape(shape) % 2 * 65535
+    elif kind == 'gaps':
+        codes = rng.choice(65536, 400, replace=False)[codes]
+    elif kind == 'copied':  # mostly the code to the left
+        for place in range(1, shape[1]):
+            codes[:, place] = np.where(rng.random(images) < 0.9, codes[:, place - 1], codes[:, place])
+    elif kind == 'all different':
+        codes = rng.permutation(65536)[:codes.size].reshape(shape)
+    return codes
+
+
+def make_compact_set(folder, codes, /, labels=None, name='a', checked=False, **entries):
+    """Write a compact set of codes (N, n), its manifest with checksums if `checked`; returns (token, label) files."""
+    files = folder / f'{name}-token.data.bin', folder / f'{name}-label.txt'
+    model_path = folder / f'{name}-token.model.bin'
+    model = fit([codes], len(codes))
+    write_compact(files[0], [codes], len(codes), model, write_model(model, model_path))
+    write_labels(files[1], [0] * len(codes) if labels is None else labels)
+    if checked:
+        entries['files'] = files_of_manifest([files[0], model_path, files[1]])
+    manifest_path(files[0]).write_text(json.dumps({'format': 'compact', 'model': model_path.name, **entries}))
+    return files
 
 
 def make_shards(folder, sizes=(5, 4, 3), **kwargs):

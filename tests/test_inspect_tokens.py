@@ -15,11 +15,11 @@ import fit_patch_tokenizer
 import inspect_tokens
 from codebook import load_codebook, quantize
 from conftest import ROOT
-from helpers import call, fails, published_transform, smooth_images, write_parquet, write_tar
+from helpers import call, fails, make_compact_set, published_transform, smooth_images, write_parquet, write_tar
 from image_tokenizer import load_tokenizer
 from token_cache import open_codes
 from byte_streams import index_path
-from token_files import open_token_file, write_tokens
+from token_files import open_token_file, read_labels, write_tokens
 from utils import InputError
 from vitvqgan import Size, ViTVQGAN
 
@@ -99,6 +99,18 @@ def test_shards_are_one_set(fitted, tmp_path, capsys):
     assert found['bytes_per_image']['raw'] == whole['bytes_per_image']['raw']
     (tmp_path / 's-1-token.json').unlink()
     assert 'source' not in inspect(tmp_path, capsys, *flags, name='s-*')[1]['bytes_per_image']
+
+
+def test_a_compact_set_differs_from_its_twin_in_bytes_alone(fitted, tmp_path, capsys):
+    codes = open_codes([open_token_file(fitted / 'my-token.data.bin.gz')], 'none')
+    path, labels = make_compact_set(tmp_path, codes.astype(int), read_labels(fitted / 'my-label.txt'), name='my')
+    capsys.readouterr()
+    call(inspect_tokens, '--token-file', path, '--codebook-path', fitted / 'codebook.ckpt', '--label-file', labels)
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    _, twin = inspect(fitted, capsys, '--label-file', fitted / 'my-label.txt')
+    stored = sum(file.stat().st_size for file in tmp_path.glob('*.bin')) / 24
+    assert found['bytes_per_image'].pop('stored') == pytest.approx(stored, abs=0.01)
+    assert twin['bytes_per_image'].pop('stored') > 0 and found == twin
 
 
 @pytest.mark.parametrize('counts, bits', [([5, 0, 0], 0), ([3, 3, 3, 3], 2), ([2, 1, 1, 0], 1.5)])

@@ -13,9 +13,11 @@ import pytest
 
 import token_cache
 from helpers import (
+    codes_of_kind,
     failing_open,
     fails,
     in_child,
+    make_compact_set,
     make_set,
     make_shards,
     make_wide_set,
@@ -354,3 +356,36 @@ def test_times_are_part_of_the_name(tmp_path):
     before = token_cache.cache_path([file])
     os.utime(tokens, (time.time() - 100,) * 2)
     assert token_cache.cache_path([file]) != before
+
+
+def test_the_name_of_a_compact_cache_changes_with_the_model(tmp_path):
+    path, _ = make_compact_set(tmp_path, codes_of_kind('copied', 9, 4))
+    model = tmp_path / 'a-token.model.bin'
+    x = open_codes(path)
+    before, = tmp_path.glob('*.npy')
+    assert before.name.startswith('a-token.') and before == token_cache.cache_path([open_token_file(path)])
+    stat = model.stat()
+    data = model.read_bytes()
+    file = open_token_file(path)
+    model.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    os.utime(model, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # of the same size and time, but other bytes
+    assert token_cache.cache_path([file]) != before
+    fails(lambda: open_codes(path), 'a-token.model.bin: is not the model')
+    model.write_bytes(data)
+    os.utime(model, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10 ** 9))
+    assert token_cache.cache_path([file]) != before
+    os.utime(model, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert token_cache.cache_path([file]) == before
+    make_compact_set(tmp_path, codes_of_kind('copied', 9, 4, 1))  # another set under the same names
+    other = open_codes(path)
+    assert np.array_equal(other, codes_of_kind('copied', 9, 4, 1)) and not np.array_equal(other, x)
+    assert len([*tmp_path.glob('*.npy')]) == 1 and not before.exists()
+
+
+def test_a_compact_set_that_vanishes(tmp_path):
+    path, _ = make_compact_set(tmp_path, codes_of_kind('copied', 9, 4))
+    file = open_token_file(path)
+    (tmp_path / 'a-token.model.bin').unlink()
+    fails(lambda: token_cache.open_codes([file]), 'a-token.model.bin: No such file')
+    path.unlink()
+    fails(lambda: token_cache.open_codes([file]), 'a-token.data.bin: No such file')

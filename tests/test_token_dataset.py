@@ -8,8 +8,10 @@ import torch
 
 from codebook import load_codebook
 from helpers import (
+    codes_of_kind,
     fails,
     make_checked_set,
+    make_compact_set,
     make_set,
     make_shards,
     make_wide_set,
@@ -88,6 +90,43 @@ def test_shards_of_both_formats_read_together(tmp_path):
     (a, la), x, _ = make_set(tmp_path)
     (b, lb), w = make_wide_set(tmp_path)
     assert np.array_equal(TokenDataset(f'{a},{b}', f'{la},{lb}', 8192).codes, np.r_[x, w])
+
+
+def test_a_compact_set_reads_like_its_published_twin(tmp_path):
+    (tokens, labels), x, y = make_set(tmp_path, n=23)
+    files = make_compact_set(tmp_path, x, y, name='c', checked=True, classes=['cat', 'dog'])
+    data, twin = TokenDataset(*files, 391), TokenDataset(tokens, labels, 391)
+    assert np.array_equal(data.codes, twin.codes) and np.array_equal(data.labels, twin.labels)
+    assert data.codes.dtype == twin.codes.dtype and (data.grid_size, data.classes) == (4, ['cat', 'dog'])
+    assert data.bytes_on_disk() == sum(path.stat().st_size for path in tmp_path.glob('c-*.bin'))
+    indices = np.random.default_rng(1).permutation(23)
+    for (a, la), (b, lb) in zip(data.batches(indices, 5, CPU), twin.batches(indices, 5, CPU)):
+        assert a.dtype == b.dtype and torch.equal(a, b) and torch.equal(la, lb)
+
+
+def test_shards_of_all_formats_read_together(tmp_path):
+    (a, la), x, _ = make_set(tmp_path)
+    (b, lb), w = make_wide_set(tmp_path)
+    c, lc = make_compact_set(tmp_path, codes_of_kind('copied', 9, 4), name='c')
+    assert np.array_equal(TokenDataset(f'{a},{c},{b}', f'{la},{lc},{lb}', 8192).codes,
+                          np.r_[x, codes_of_kind('copied', 9, 4), w])
+
+
+def test_a_codebook_too_small_for_a_compact_set(tmp_path):
+    x = codes_of_kind('gaps', 9, 4)
+    files = make_compact_set(tmp_path, x)
+    for cache in 'none', '':
+        fails(lambda: TokenDataset(*files, int(x.max()), cache), f'{files[0]}: holds code {x.max()}, but the codebook')
+        assert np.array_equal(TokenDataset(*files, int(x.max()) + 1, cache).codes, x)
+
+
+def test_labels_of_a_compact_set_are_compared(tmp_path):
+    files = make_compact_set(tmp_path, codes_of_kind('copied', 9, 4), checked=True)
+    files[1].write_text('1\n' * 9)
+    fails(lambda: TokenDataset(*files, 400, 'none'), 'a-label.txt', 'changed or damaged')
+    files = make_compact_set(tmp_path, codes_of_kind('copied', 9, 4))
+    files[1].write_text('1\n' * 8)
+    fails(lambda: TokenDataset(*files, 400, 'none'), '8 labels for the 9 images of .*a-token.data.bin')
 
 
 def test_bad_shards_are_named(tmp_path):

@@ -498,6 +498,136 @@ def test_bf16_reports_its_agreement(data, plain, tmp_path, capsys):
     assert f'{share:.4%} of codes agree with fp32' in capsys.readouterr().out
 
 
+# ---------------------------------------------------------------- the compact format
+
+@pytest.fixture(scope='module')
+def compact(data, tmp_path_factory):
+    """The training images tokenized in one go to a compact set."""
+    return tokenize(data, tmp_path_factory.mktemp('compact'), format='compact')
+
+
+COMPACT_FILES = {'my-label.txt', 'my-token.data.bin', 'my-token.model.bin', 'my-token.json'}
+
+
+def test_a_compact_set_holds_what_the_published_one_holds(data, plain, compact):
+    assert contents(compact).keys() == COMPACT_FILES
+    files_ = compact / 'my-token.data.bin', compact / 'my-label.txt'
+    assert np.array_equal(TokenDataset(*files_, 40, 'none').codes, codes_of(plain))
+    assert files_[1].read_bytes() == (plain / 'my-label.txt').read_bytes()
+    said, published = manifest(compact), manifest(plain)
+    assert said['format'] == 'compact' and said['model'] == 'my-token.model.bin' and said['run']['format'] == 'compact'
+    assert said['files'].keys() == COMPACT_FILES - {'my-token.json'}
+    different = {'format', 'model', 'files', 'run'}
+    assert {key: value for key, value in said.items() if key not in different} == \
+        {key: value for key, value in published.items() if key not in different}
+    assert 'format' not in published['run']
+
+
+def test_two_processes_make_the_same_compact_files(data, compact, tmp_path):
+    words = tokenize_words(data, tmp_path / 'out', num_workers=1, format='compact')
+    run = start('tokenize_images.py', *words, launch=two_processes())
+    output, _ = run.communicate(timeout=200)
+    assert run.returncode == 0, output
+    assert contents(tmp_path / 'out') == contents(compact)
+
+
+def test_compact_shards_share_one_model(data, plain, compact, tmp_path, capsys):
+    out = tokenize(data, tmp_path / 'out', shard_size=20, format='compact')
+    model = (out / 'my-token.model.bin').read_bytes()
+    assert model == (compact / 'my-token.model.bin').read_bytes()
+    assert len(contents(out)) == 3 * 3 + 1 and not [*out.glob('my-token-*.model.bin')]
+    shards = TokenDataset(f'{out}/my-token-*.data.bin', f'{out}/my-label-*.txt', 40)
+    assert np.array_equal(shards.codes, codes_of(plain))
+    assert np.array_equal(shards.labels, read_labels(plain / 'my-label.txt'))
+    assert all('my-token.model.bin' in manifest(out, f'my-token-0000{i}')['files'] for i in range(3))
+    stored = sum(path.stat().st_size for path in out.glob('*.bin'))
+    assert shards.bytes_on_disk() == stored and f'{stored:,} bytes' in capsys.readouterr().out
+    tokenize(data, out, shard_size=20, format='compact')
+    assert 'complete already' in capsys.readouterr().out
+    (out / 'my-token.model.bin').unlink()
+    fails(lambda: tokenize(data, out, shard_size=20, format='compact'), 'files of it are missing or changed')
+
+
+def test_a_compact_run_stopped_after_any_write_resumes_to_the_same_files(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(token_parts, 'PART_BATCHES', 2)
+    options = {'source': 'val', 'shard_size': 4, 'format': 'compact', 'limit_codes': True}
+    whole = contents(tokenize(data, tmp_path / 'whole', **options))
+    replace, unlink = os.replace, os.unlink
+    for stop in range(40):
+        out, left = tmp_path / f'stop-{stop}', [stop]
+
+        def dying(source, target):
+            if not left[0]:
+                monkeypatch.setattr(os, 'unlink', lambda path: None)  # a kill tidies nothing
+                raise Killed
+            left[0] -= 1
+            replace(source, target)
+        with monkeypatch.context() as patch:
+            patch.setattr(os, 'replace', dying)
+            try:
+                tokenize(data, out, **options)
+                break  # it came to its end
+            except Killed:
+                pass
+        monkeypatch.setattr(os, 'unlink', unlink)
+        assert contents(out) != whole
+        tokenize(data, out, **options)
+        assert contents(out) == whole, stop
+    assert stop == 1 + 3 + 1 + 1 + 3 * 3  # run.json, parts, codebook, model, shards
+
+
+def test_a_killed_compact_run_resumes_to_the_same_files(data, compact, tmp_path):
+    words = tokenize_words(data, tmp_path, num_workers=1, format='compact')
+    run = start('tokenize_images.py', *words)
+    deadline = time.time() + 60
+    while not [*tmp_path.glob('.my.parts/0*.npz')] and run.poll() is None and time.time() < deadline:
+        time.sleep(0.0005)
+    os.killpg(run.pid, signal.SIGKILL)
+    run.communicate()
+    assert run.returncode == -signal.SIGKILL
+    tokenize(data, tmp_path, format='compact')
+    assert contents(tmp_path) == contents(compact)
+
+
+@pytest.mark.parametrize('lost', [0, 1, 4])
+@pytest.mark.parametrize('kind', ['published', 'compact'])
+def test_a_part_whose_images_are_all_bad_at_any_place(data, tmp_path, monkeypatch, lost, kind):
+    """Its codes have no grid."""
+    monkeypatch.setattr(token_parts, 'PART_BATCHES', 2)
+    lines = [f'{path} {label}' for path, label in samples(data / 'train')[:16]]
+    lines[4 * lost:4 * lost] = ['no.png 0'] * 4
+    (tmp_path / 'list.txt').write_text('\n'.join(lines))
+    out = tokenize(data, tmp_path / 'out', data_path=tmp_path / 'list.txt', skip_bad_images=True, format=kind)
+    token_file, = out.glob('my-token.data.bin*')
+    want = tokenize(data, tmp_path / 'all')
+    assert np.array_equal(open_codes([open_token_file(token_file)], 'none'), codes_of(want)[:16])
+
+
+def test_a_run_of_one_format_is_not_resumed_as_another(data, tmp_path, monkeypatch):
+    interrupted(data, tmp_path, monkeypatch, format='compact')
+    fails(lambda: tokenize(data, tmp_path), 'belongs to another|unfinished run')
+    tokenize(data, tmp_path, format='compact')
+    fails(lambda: tokenize(data, tmp_path), 'my-label.txt|my-token', 'another run')
+    assert contents(tmp_path).keys() == COMPACT_FILES
+
+
+def test_leftovers_of_a_killed_compact_run_go(data, tmp_path):
+    left = ['.my-token.data.bin.x.tmp', '.my-token.model.bin.x.tmp', '.my-token-00003.data.bin.x.tmp',
+            '.my-token-00003.json.x.tmp']
+    for name in left:
+        (tmp_path / name).write_text('x')
+    for size in (0, 5):
+        token_parts.Output(tmp_path, 'my', size, True).remove_leftovers()
+    assert not [*tmp_path.iterdir()]
+
+
+def test_grids_beyond_the_compact_format_are_refused_before_the_work(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenize_images, 'load_images', never)
+    fails(lambda: tokenize(data, tmp_path / 'out', image_size=257 * PATCH, format='compact'),
+          '--format compact holds grids of up to 256 codes on a side, not 257')
+    assert not (tmp_path / 'out').exists()
+
+
 # ---------------------------------------------------------------- shards, training, verification
 
 def test_shards_hold_what_the_single_file_holds(data, plain, tmp_path):

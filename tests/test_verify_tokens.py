@@ -116,3 +116,40 @@ def test_what_cannot_be_asked(tmp_path):
     fails(lambda: call(verify_tokens, '--token-file', tokens, '--label-file', labels, '--token-synonym-dict', 'x'),
           '--token-synonym-dict: give --codebook-path too')
     fails(lambda: call(verify_tokens, '--token-file', tmp_path / '*.none', '--label-file', labels), 'no file matches')
+
+
+# ---------------------------------------------------------------- the compact format
+
+def test_compact_sets_are_verified(data, tmp_path, capsys):
+    out = tokenize(data, tmp_path / 'out', shard_size=20, format='compact')
+    line = ['--token-file', f'{out}/my-token-*.data.bin', '--label-file', f'{out}/my-label-*.txt', '--codebook-path',
+            data / 'codebook.ckpt']
+    assert verify(capsys, *line) == (0, ['right: 45 images of 4x4 codes in 3 files (compact)'])
+    stream = out / 'my-token-00001.data.bin'
+    content = stream.read_bytes()
+    stream.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    code, lines = verify(capsys, *line)
+    assert code == 1 and lines[-1] == '2 problems found'
+    assert re.search('my-token-00001.data.bin: .*SHA-256', lines[0]) and 'block 0, of image 0' in lines[1]
+    stream.write_bytes(content)
+    torch.save(torch.ones(30, DIM), tmp_path / 'small.ckpt')
+    code, lines = verify(capsys, *line[:-1], tmp_path / 'small.ckpt')
+    assert code == 1 and any(re.search('holds code 3[0-9], but .*small.ckpt has 30 rows', text) for text in lines)
+
+
+@pytest.mark.parametrize('damage, words', [
+    (lambda model: model.unlink(), ['my-token.model.bin: No such file']),
+    (lambda model: model.write_bytes(model.read_bytes()[:-1]),
+     ['my-token.model.bin: is not the model that', 'my-token.model.bin: [0-9]+ bytes, SHA-256'])])
+def test_a_damaged_model_is_named(data, tmp_path, capsys, damage, words):
+    out = tokenize(data, tmp_path, format='compact')
+    damage(out / 'my-token.model.bin')
+    code, lines = verify(capsys, '--token-file', out / 'my-token.data.bin', '--label-file', out / 'my-label.txt')
+    assert code == 1 and len(lines) == len(words) + 1, lines
+    assert all(re.search(word, line) for word, line in zip(words, lines)), lines
+
+
+def test_the_golden_compact_set_is_right(golden, capsys):
+    folder = golden.folder / 'compact'
+    assert verify(capsys, '--token-file', folder / 'golden-token.data.bin', '--label-file',
+                  folder / 'golden-label.txt') == (0, ['right: 36 images of 16x16 codes in 1 file (compact)'])

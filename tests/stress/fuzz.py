@@ -10,6 +10,7 @@ six minutes, with one core; needs hypothesis (requirements-test.txt).
 import argparse
 import contextlib
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -22,6 +23,7 @@ import tempfile
 import time
 import warnings
 import zipfile
+import zlib
 from collections import Counter, OrderedDict
 from pathlib import Path
 
@@ -38,7 +40,8 @@ from checkpoints import load_checkpoint, load_weights  # noqa: E402
 from codebook import load_codebook, load_synonyms  # noqa: E402
 from files import sha256  # noqa: E402
 from flags import Parser, integer  # noqa: E402
-from helpers import limits, npy, open_codes, rewrite, torch_bytes  # noqa: E402
+from helpers import (CODE_KINDS, codes_of_kind, limits, make_compact_set, npy, open_codes, rewrite,  # noqa: E402
+                     torch_bytes)
 from image_sources import open_source  # noqa: E402
 from image_tokenizer import PatchTokenizer, load_tokenizer  # noqa: E402
 from run_folder import RunLog  # noqa: E402
@@ -46,7 +49,7 @@ from token_cache import map_cache  # noqa: E402
 from token_codecs import CODECS, encode  # noqa: E402
 from byte_streams import gzip_bytes, index_path, read_index  # noqa: E402
 from token_files import manifest_path, read_labels, write_tokens  # noqa: E402
-from twins import SLOW_DECODERS  # noqa: E402
+from twins import SLOW_DECODERS, slow_decode_compact  # noqa: E402
 from utils import InputError, run  # noqa: E402
 from vitvqgan import Size, ViTVQGAN  # noqa: E402
 
@@ -172,20 +175,20 @@ def slow_read(token_file, index):
     return images if all(manifest.get(key, value) == value for key, value in actual.items()) else REFUSED
 
 
-def slow_manifest(token_file):
-    """The manifest of a set, {} where there is none, None where it does not fit the files."""
-    path = token_file.with_name('a.json')
+def slow_manifest(token_file, formats=('escaped-bytes', 'uint16-le'), names=('a.data.bin.gz', 'a.index.npy.gz')):
+    """The manifest of a set of some formats, {} where there is none, None where it does not fit the files' names."""
+    path = manifest_path(token_file)
     if not path.exists():
         return {}
     try:
         manifest = json.loads(path.read_bytes().decode())
     except (ValueError, RecursionError):
         return None
-    if not isinstance(manifest, dict) or manifest.get('format', 'escaped-bytes') not in ('escaped-bytes', 'uint16-le'):
+    if not isinstance(manifest, dict) or manifest.get('format', 'escaped-bytes') not in formats:
         return None
     if 'files' in manifest:
         files = manifest['files'] if isinstance(manifest['files'], dict) else {}
-        for name in 'a.data.bin.gz', 'a.index.npy.gz':
+        for name in names:
             file = token_file.with_name(name)
             if files.get(name) != {'bytes': len(file.read_bytes()), 'sha256': sha256(file)}:
                 return None
@@ -252,6 +255,67 @@ def manifest(draw, folder):
     text = json.dumps(value).encode()
     (folder / 'a.json').write_bytes(draw(damaged(text)) if kind == 'text' else text)
     return check_codes(path, index)
+
+
+def compact(draw, folder):
+    """A compact set whose stream, model or manifest is damaged; some with the checksums that belong to the damage."""
+    codes = codes_of_kind(draw(st.sampled_from(CODE_KINDS)), draw(st.integers(1, 9)), draw(st.integers(1, 4)),
+                          draw(st.integers(0, 1 << 32)))
+    path, _ = make_compact_set(folder, codes, name='a', checked=draw(st.booleans()))
+    model = folder / 'a-token.model.bin'
+    said = json.loads(manifest_path(path).read_bytes())
+    data = bytearray(path.read_bytes())
+    kind = draw(st.sampled_from(['stream', 'words', 'header', 'index', 'model', 'body', 'manifest', 'value']))
+    if kind == 'stream':
+        data = draw(damaged(data))
+    elif kind == 'words':  # after 32 bytes of header and 4 of index, in whole words
+        start = 36 + 4 * draw(st.integers(0, (len(data) - 37) // 4))
+        data[start:start + 4] = draw(st.binary(max_size=16).map(lambda more: more[:len(more) // 4 * 4]))
+        data[32:36] = ((len(data) - 36) // 4).to_bytes(4, 'little')
+    elif kind in ('header', 'index'):
+        start, size = draw(st.sampled_from([(8, 4), (12, 2), (14, 2), (16, 16)] if kind == 'header' else [(32, 4)]))
+        data[start:start + size] = (draw(NUMBERS) % (1 << 8 * size)).to_bytes(size, 'little')
+    elif kind == 'model':
+        model.write_bytes(draw(damaged(model.read_bytes())))
+    elif kind == 'body':
+        model.write_bytes(damaged_model(draw, model.read_bytes()))
+        data[16:32] = hashlib.sha256(model.read_bytes()).digest()[:16]
+    elif kind == 'value':
+        said[draw(st.sampled_from(['format', 'model', 'images', 'grid', 'files']))] = draw(
+            JSON | st.sampled_from(['../a-token.model.bin', 'b.model.bin', 'a\0', '\ud800', 'x' * 300, '.', '..']))
+    text = json.dumps(said).encode()
+    manifest_path(path).write_bytes(draw(damaged(text)) if kind == 'manifest' else text)
+    path.write_bytes(data)
+    return check_compact(path, model)
+
+
+def damaged_model(draw, data):
+    """A model whose header or unpacked body is damaged, packed again, with the checksum that goes with it."""
+    header, body = data[:20], zlib.decompress(data[20:-4])
+    if draw(st.booleans()):
+        start, size = draw(st.sampled_from([(8, 4), (12, 4), (16, 2), (18, 2)]))
+        number = draw(NUMBERS) % (1 << 8 * size)
+        header = header[:start] + number.to_bytes(size, 'little') + header[start + size:]
+    else:
+        body = draw(damaged(body))
+    data = header + zlib.compress(body)
+    return data + zlib.crc32(data).to_bytes(4, 'little')
+
+
+def check_compact(path, model):
+    """Read a compact set and compare with the slow reader."""
+    manifest = slow_manifest(path, ('compact',), (path.name, model.name))
+    slow = None
+    if manifest and manifest.get('format') == 'compact' and manifest.get('model') == model.name:
+        slow = slow_decode_compact(path.read_bytes(), model.read_bytes())
+    if slow is not None:
+        actual = {'images': len(slow), 'grid': math.isqrt(len(slow[0]))}
+        slow = slow if all(manifest.get(key, value) == value for key, value in actual.items()) else None
+    others = [f'{path.parent}/{manifest["model"]}'] if manifest and isinstance(manifest.get('model'), str) else []
+    codes = outcome([path, model, manifest_path(path), index_path(path), *others], open_codes, path, 'none')
+    assert (codes is REFUSED) == (slow is None), 'refused though right' if codes is REFUSED else 'taken though wrong'
+    assert codes is REFUSED or codes.tolist() == slow
+    return codes
 
 
 def index(draw, folder):
@@ -544,9 +608,9 @@ def slow_tar(path):
     return images
 
 
-READERS = {'stream': stream, 'index': index, 'labels': labels, 'synonyms': synonyms, 'codebook': codebook,
-           'checkpoint': checkpoint, 'tokenizer': tokenizer, 'manifest': manifest, 'log': log, 'cache': cache,
-           'tar': tar, 'list': listed}
+READERS = {'stream': stream, 'compact': compact, 'index': index, 'labels': labels, 'synonyms': synonyms,
+           'codebook': codebook, 'checkpoint': checkpoint, 'tokenizer': tokenizer, 'manifest': manifest, 'log': log,
+           'cache': cache, 'tar': tar, 'list': listed}
 
 
 # ---------------------------------------------------------------- the program
