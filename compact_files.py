@@ -37,6 +37,7 @@ MAX_MODEL_BYTES = 1 << 27
 MAX_NAME_BYTES = 255  # what file systems take
 ENCODE_CODES = 1 << 22  # at a time: bounds memory
 DECODE_CODES = 1 << 24
+MAX_THREADS = 8  # each has its codes in memory
 GPU_CODES = 1 << 28  # 1.5 GB there
 CPU = torch.device('cpu')
 LEAST_WORDS = 2  # of a block: its state
@@ -79,7 +80,7 @@ class CompactStream:
             device: that does the work; all cores of a CPU do.
         """
         blocks = len(self.lengths)
-        threads = cores() if device.type == 'cpu' else 1
+        threads = min(cores(), MAX_THREADS) if device.type == 'cpu' else 1
         most = DECODE_CODES if device.type == 'cpu' else GPU_CODES
         at_once = min(max(1, most // (self.block_images * self.grid ** 2)), -(-blocks // threads))
         ends = self.model.ends()
