@@ -62,7 +62,7 @@ def add_token_flags(parser: Parser) -> Callable:
     """Tokens and TokenAdapt. Returns the group's add_argument."""
     add = parser.add_argument_group('data').add_argument
     add('--train-token-file', default='tokens/imagenet1k-train-token.data.bin.gz', metavar='FILE')
-    add('--codebook-path', default='tokens/codebook.ckpt', metavar='FILE', help='for augmentation; the model has its own')
+    add('--codebook-path', default='tokens/codebook.ckpt', metavar='FILE', help='only augmentation uses it')
     add('--tokenadapt-path', default='weights/tokenadapt.ckpt', metavar='FILE',
         help="TokenAdapt for half of each batch (scripts/fit_token_adapt.py makes one); '' for none")
     add('--token-synonym-dict', default='tokens/synonyms.json', metavar='FILE')
@@ -120,14 +120,12 @@ def add_periods_flag(add: Callable, *default: str) -> None:
         help='checkpoints to keep: lastN (the newest and N before it), every_N_epochs, best')
 
 
-def check_sizes(args: argparse.Namespace, mixed: bool) -> int:
+def check_sizes(args: argparse.Namespace) -> int:
     """Codes on a side that the model reads. InputError for flags of the groups above that cannot work together."""
     size, rest = divmod(args.input_size, args.token_patch_size)
     if rest or size < PATCH or size % PATCH:
         raise InputError(f'--input-size {args.input_size}: give {PATCH} x --token-patch-size {args.token_patch_size}, '
                          'or a multiple of that')
-    if args.tokenadapt_path:
-        check_halves(args.batch_size, mixed)
     if args.rrc and args.src:
         raise InputError('--rrc and --src exclude each other')
     if args.eda_rc_prob + args.eda_sc_prob > 1:
@@ -141,7 +139,7 @@ def get_args_parser() -> Parser:
     parser = Parser('Masked-token pre-training on token files.')
     add_token_flags(parser)
     add = add_step_flags(parser)
-    add('--clip-grad', '--grad-clip', type=recipe.POSITIVE, help='largest gradient norm (the published 3 is never used)')
+    add('--clip-grad', '--grad-clip', type=recipe.POSITIVE, help='largest gradient norm')
     add = parser.add_argument_group('masks').add_argument
     add('--mask-ratio-min', type=recipe.SHARE, default=0.4, help='smallest; also the share the encoder never sees')
     add('--mask-ratio-max', type=recipe.SHARE, default=1., help='largest')
@@ -162,7 +160,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError, also for values that cannot work together."""
     args = get_args_parser().parse_args(argv)
     recipe.check_output_flags(args)
-    check_sizes(args, mixed=False)
+    check_sizes(args)
+    if args.tokenadapt_path:
+        check_halves(args.batch_size, mixed=False)
     make_mask_ratio(args)
     if args.bce_loss and args.smoothing:
         raise InputError('--bce-loss needs --smoothing 0')
@@ -193,6 +193,11 @@ def make_token_eda(args: argparse.Namespace, codes: int, grid_size: int, device:
     return TokenEDA(changes)
 
 
+def canonical_codes(codebook: torch.Tensor) -> torch.Tensor:
+    """(K,) int64: for each row of a codebook (K, d) the first row of its direction, mostly itself."""
+    return nearest_codes_of(codebook.T[None, ..., None], codebook).flatten()
+
+
 def make_input(args: argparse.Namespace, codebook: torch.Tensor, grid_size: int, size: int,
                token_adapt: TokenAdapt | None, mixup: Mixup | None = None) -> Callable:
     """(codes (B, g, g) uint16, labels (B,), generator) -> (codes (B, size, size) int64 that the model reads, targets).
@@ -203,7 +208,7 @@ def make_input(args: argparse.Namespace, codebook: torch.Tensor, grid_size: int,
     device = codebook.device
     token_eda = make_token_eda(args, len(codebook), grid_size, device)
     color = make_color_change(args)
-    same = nearest_codes_of(codebook.T[None, ..., None], codebook).flatten()  # codes of equal rows become the lowest of them
+    same = canonical_codes(codebook)
     first_crop = None
     if args.rrc or args.src:
         kind = RandomCrop if args.src else RandomResizedCrop
@@ -270,7 +275,7 @@ def main(args: argparse.Namespace) -> int:
 
     # data
     codebook = load_codebook(args.codebook_path)
-    size = check_sizes(args, mixed=False)
+    size = check_sizes(args)
     if checkpoint:
         check_origin(checkpoint['model'], (PRETRAIN,), path)
         check_codes(checkpoint['model'], len(codebook), path)
@@ -278,7 +283,8 @@ def main(args: argparse.Namespace) -> int:
     data = TokenDataset(args.train_token_file, None, len(codebook), args.token_cache)
     check_crop(size, data.grid_size)
     print0(f'train: {len(data):,} images of {data.grid_size}x{data.grid_size} codes, {size}x{size} codes are read')
-    check_same_on_all_ranks({'training images': len(data), 'codebook': tuple(codebook.shape), **progress_of(checkpoint)})
+    check_same_on_all_ranks({'training images': len(data), 'codebook': tuple(codebook.shape),
+                             **progress_of(checkpoint)})
     choose_data_device({'train': data}, args.data_device, device)
     keep_freed_memory(device)
 
