@@ -58,7 +58,8 @@ def get_args_parser() -> Parser:
     add = add_step_flags(parser)
     add('--finetune', default='', metavar='FILE', help='a checkpoint of main_mtm_pretrain.py to start from')
     add('--drop-path', type=recipe.SHARE, default=0.1, help='stochastic depth rate')
-    add('--layer-decay', type=number(1e-3, 1), default=0.75, help="learning rate of a layer, as a part of the next one's")
+    add('--layer-decay', type=number(1e-3, 1), default=0.75,
+        help="learning rate of a layer, as a part of the next one's")
     add('--clip-grad', type=recipe.POSITIVE, help='largest gradient norm')
     add('--smoothing', type=recipe.SHARE, default=0.1, help='label smoothing')
     add_augmentation_flags(parser)
