@@ -39,18 +39,16 @@ class TokenHalves:
     Args:
         token_adapt: frozen, on the device.
         codebook: (K, d) float32, on the device.
-        crop: of the first half, and with all sides twice as long of the second.
+        crop: of the first half.
+        finer_crop: of the second, for sides twice as long.
         mixup: of the first half, by timm, or None: nothing is mixed.
     """
 
     def __init__(self, token_adapt: TokenAdapt, codebook: torch.Tensor, crop: RandomResizedCrop,
-                 mixup: Mixup | None = None):
+                 finer_crop: RandomResizedCrop, mixup: Mixup | None = None):
         self.token_adapt = token_adapt
         self.codebook = codebook
         self.crop = crop
-        finer_crop = copy.copy(crop)
-        finer_crop.grid_size *= FINER
-        finer_crop.size *= FINER
         self.geometry = RandomGeometry(finer_crop.draw, finer_crop.size)
         self.mixups = (mixup, adapted_mixup(mixup)) if mixup else None
 
@@ -96,4 +94,7 @@ def open_halves(path: str | Path, codebook: torch.Tensor, crop: RandomResizedCro
     if not path:
         return None
     check_halves(batch_size, bool(mixup))
-    return TokenHalves(load_token_adapt(path, codebook).to(device), codebook.to(device), crop, mixup)
+    finer_crop = copy.copy(crop)
+    finer_crop.grid_size *= FINER
+    finer_crop.size *= FINER
+    return TokenHalves(load_token_adapt(path, codebook).to(device), codebook.to(device), crop, finer_crop, mixup)

@@ -25,7 +25,8 @@ def small_halves(mixup=None):
     torch.manual_seed(0)
     codebook = torch.randn(20, 5)
     model = TokenAdapt(20, 5, 8, 6, Size(64, 1, 1, 64)).requires_grad_(False)
-    return TokenHalves(model, codebook, RandomResizedCrop(codebook, 8, 6, 0.2, CPU), mixup)
+    crops = (RandomResizedCrop(codebook, side, size, 0.2, CPU) for side, size in ((8, 6), (16, 12)))
+    return TokenHalves(model, codebook, *crops, mixup)
 
 
 def small_mixup(**kwargs):
@@ -44,8 +45,8 @@ def test_a_pretraining_input_is_the_published_one(golden, number, monkeypatch):
     assert np.array_equal(codes.numpy(), z['codes'])
     model = TokenAdapt(391, 32)
     model.load_state_dict(token_adapt_state(golden('seitpp/state_dict_shapes.json')[NAMES]))
-    base = RandomResizedCrop(codebook, 32, 28, 0.2, CPU)
-    halves = TokenHalves(model, codebook, base)
+    base, finer = (RandomResizedCrop(codebook, side, size, 0.2, CPU) for side, size in ((32, 28), (64, 56)))
+    halves = TokenHalves(model, codebook, base, finer)
     # the published draws for ours
     monkeypatch.setattr(base, 'draw', lambda *_: torch.from_numpy(z[f'{key}_base_crops']))
     monkeypatch.setattr(halves.geometry, 'draw', lambda *_: geometry_of(z, key, 'ta_crops'))
