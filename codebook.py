@@ -32,6 +32,11 @@ def quantize(features: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     return (F.normalize(features, dim=-1) @ F.normalize(codebook, dim=-1).T).argmax(-1)
 
 
+def look_up(codes: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """Embeddings (B, d, h, w) of codes (B, h, w) int64: rows of a codebook (K, d)."""
+    return codebook[codes].movedim(-1, 1)
+
+
 @torch.no_grad()
 def nearest_codes_of(embeddings: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """Codes of changed embeddings, by `quantize` in float32, whatever autocast and --tf32 say.

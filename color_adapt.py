@@ -3,6 +3,8 @@
 Changes of embeddings (B, d, h, w) float32, in place, with a generator argument, as in token_augment.py. Which change a
 batch gets is numpy's draw, on the host; all else is drawn from the generator, on its device.
 """
+from collections.abc import Callable
+
 import numpy as np
 import torch
 
@@ -72,3 +74,17 @@ class ColorChange:
     def __call__(self, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         change = self.draw()
         return change(x, generator) if change else x
+
+
+def color_recipe(name: str, noise_prob: float, color_prob: float, channel_std: float, element_std: float) -> Callable:
+    """(x, generator) -> x: the changes of a batch that a recipe of --noise-recipe names. Raises InputError.
+
+    'v0.0': noise on floor(B·noise_prob) images of each batch, as in SeiT, and before it, by a chance of its own,
+    ColorAdapt.
+    'seit++': a ColorChange.
+    """
+    if name == 'seit++':
+        return ColorChange(noise_prob, color_prob, channel_std, element_std)
+    color = ColorChange(0., color_prob)
+    noise = EmbeddingNoise(noise_prob, channel_std, element_std)
+    return lambda x, generator: noise(color(x, generator), generator)

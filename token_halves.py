@@ -4,13 +4,13 @@ The first half is cropped among the embeddings of codes, as in SeiT. The second 
 cropped as an image is, and becomes codes again. Where images are mixed, each half is mixed within itself.
 """
 import copy
+from pathlib import Path
 
 import torch
-from einops import rearrange
 from timm.data import Mixup
 
-from codebook import nearest_codes_of
-from token_adapt import RandomGeometry, TokenAdapt, crop_embeddings
+from codebook import look_up, nearest_codes_of
+from token_adapt import FINER, RandomGeometry, TokenAdapt, crop_embeddings, load_token_adapt
 from token_augment import RandomResizedCrop
 from utils import InputError
 
@@ -39,17 +39,17 @@ class TokenHalves:
     Args:
         token_adapt: frozen, on the device.
         codebook: (K, d) float32, on the device.
-        crop: of the first half; its codebook is not used.
-        adapted_crop: of the second half, for sides twice as long.
+        crop: of the first half.
+        finer_crop: of the second, for sides twice as long.
         mixup: of the first half, by timm, or None: nothing is mixed.
     """
 
     def __init__(self, token_adapt: TokenAdapt, codebook: torch.Tensor, crop: RandomResizedCrop,
-                 adapted_crop: RandomResizedCrop, mixup: Mixup | None = None):
+                 finer_crop: RandomResizedCrop, mixup: Mixup | None = None):
         self.token_adapt = token_adapt
         self.codebook = codebook
         self.crop = crop
-        self.geometry = RandomGeometry(adapted_crop.draw, adapted_crop.size)
+        self.geometry = RandomGeometry(finer_crop.draw, finer_crop.size)
         self.mixups = (mixup, adapted_mixup(mixup)) if mixup else None
 
     def augment(self, x: torch.Tensor, targets: torch.Tensor | None, generator: torch.Generator) -> tuple:
@@ -74,4 +74,27 @@ class TokenHalves:
     def embeddings(self, x: torch.Tensor, targets: torch.Tensor | None, generator: torch.Generator) -> tuple:
         """Embeddings (B, d, g, g) and labels -> (B, d, s, s), codebook rows in the second half only; targets."""
         first, codes, targets = self.augment(x, targets, generator)
-        return torch.cat([first, rearrange(self.codebook[codes], 'b y x d -> b d y x')]), targets
+        return torch.cat([first, look_up(codes, self.codebook)]), targets
+
+
+def open_halves(path: str | Path, codebook: torch.Tensor, crop: RandomResizedCrop, mixup: Mixup | None,
+                batch_size: int, device: torch.device) -> TokenHalves | None:
+    """TokenHalves by the TokenAdapt in a file, or None for the path ''.
+
+    Args:
+        path: see token_adapt.load_token_adapt.
+        codebook: (K, d) float32.
+        crop, mixup: see TokenHalves.
+        batch_size: of the batches to come.
+        device: likewise.
+
+    Raises:
+        InputError: for a bad file, or a batch that cannot be split.
+    """
+    if not path:
+        return None
+    check_halves(batch_size, bool(mixup))
+    finer_crop = copy.copy(crop)
+    finer_crop.grid_size *= FINER
+    finer_crop.size *= FINER
+    return TokenHalves(load_token_adapt(path, codebook).to(device), codebook.to(device), crop, finer_crop, mixup)

@@ -45,8 +45,8 @@ def test_a_pretraining_input_is_the_published_one(golden, number, monkeypatch):
     assert np.array_equal(codes.numpy(), z['codes'])
     model = TokenAdapt(391, 32)
     model.load_state_dict(token_adapt_state(golden('seitpp/state_dict_shapes.json')[NAMES]))
-    base, adapted = (RandomResizedCrop(codebook, side, size, 0.2, CPU) for side, size in ((32, 28), (64, 56)))
-    halves = TokenHalves(model, codebook, base, adapted)
+    base, finer = (RandomResizedCrop(codebook, side, size, 0.2, CPU) for side, size in ((32, 28), (64, 56)))
+    halves = TokenHalves(model, codebook, base, finer)
     # the published draws for ours
     monkeypatch.setattr(base, 'draw', lambda *_: torch.from_numpy(z[f'{key}_base_crops']))
     monkeypatch.setattr(halves.geometry, 'draw', lambda *_: geometry_of(z, key, 'ta_crops'))
