@@ -19,7 +19,7 @@ from torch import nn
 
 import recipe
 from checkpoints import TrainState, flags_to_save, progress_of, resume
-from codebook import load_codebook, load_synonyms, nearest_codes_of
+from codebook import load_codebook, load_synonyms, look_up, nearest_codes_of
 from color_adapt import ColorChange
 from engine import train
 from flags import Parser, integer, number, print_no_effect
@@ -220,7 +220,7 @@ def make_input(args: argparse.Namespace, codebook: torch.Tensor, grid_size: int,
 
     def prepare(codes: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> tuple:
         codes = token_eda(codes.long(), generator)
-        x = first_crop(codes, generator) if first_crop else codebook[codes].movedim(-1, 1)
+        x = first_crop(codes, generator) if first_crop else look_up(codes, codebook)
         x = color(x, generator)  # (B, d, g, g)
         if halves:
             codes, targets = halves.codes(x, labels, generator)

@@ -98,13 +98,14 @@ def _finish_renames(folder: Path, files: CheckpointFiles) -> None:
 
 def _rename_newest(folder: Path, files: CheckpointFiles) -> None:
     """The complete one becomes the newest, the others move on. Begun again after a kill, it ends the same way."""
-    for end in (SUMMARY, ''):  # of a checkpoint the summary first: while there is something complete, all is done again
+    for end in (SUMMARY, ''):  # the checkpoint last: while it is complete, what is left is done again
+        if not os.path.exists(folder / f'{COMPLETE}{end}'):
+            continue
         names = [folder / f'{name}{end}' for name in files.newest]
         gap = next((place for place, path in enumerate(names) if not os.path.exists(path)), len(names) - 1)
         for place in range(gap, 0, -1):
             os.replace(names[place - 1], names[place])
-        with contextlib.suppress(FileNotFoundError):
-            os.replace(folder / f'{COMPLETE}{end}', names[0])
+        os.replace(folder / f'{COMPLETE}{end}', names[0])
 
 
 def _first_whole(candidates: list[Path], evaluating: bool, loaded: dict[str, dict]) -> str:
@@ -212,8 +213,8 @@ class RunFolder:
         for name in copies:
             save_torch(content, self.path / name)
             self._summarize(name, name, state, stats)
-        save_torch(content, self.path / COMPLETE)
         self._summarize(COMPLETE, self.files.newest[0], state, stats)
+        save_torch(content, self.path / COMPLETE)
         _rename_newest(self.path, self.files)
         (self.path / UNSAVED).unlink(missing_ok=True)
         if self.files.newest_ends_with(state.epoch, copies):
