@@ -55,19 +55,18 @@ class MaskRatio:
         if not 0 <= self.low <= self.high <= 1 or self.low == 1:
             raise InputError(f'mask ratios from {self.low:g} to {self.high:g}: give --mask-ratio-min and '
                              '--mask-ratio-max in rising order, from 0 to 1, the first below 1')
-        first, last = self._ends('cpu')
+        first, last = self._ends()
         if self.low < self.high and last - first < 1e-6:
             raise InputError(f'--mask-ratio-mu {self.mean:g} with --mask-ratio-std {self.std:g} gives hardly any ratio '
                              f'from {self.low:g} to {self.high:g}: choose a mean that is nearer')
 
-    def _ends(self, device: torch.device | str) -> torch.Tensor:
-        """Shares of the whole normal that lie below `low` and below `high`, (2,) float64."""
-        ends = torch.tensor([self.low, self.high], dtype=torch.float64, device=device)
-        return torch.special.ndtr((ends - self.mean) / self.std)
+    def _ends(self) -> list[float]:
+        """Shares of the whole normal that lie below `low` and below `high`."""
+        return [math.erfc((self.mean - end) / self.std / 2 ** 0.5) / 2 for end in (self.low, self.high)]
 
     def quantile(self, share: torch.Tensor) -> torch.Tensor:
         """The ratio, float64, below which a share of all draws lies (float64, 0 to 1)."""
-        first, last = self._ends(share.device)
+        first, last = self._ends()  # plain numbers: a tensor of them would have to be copied to the device
         ratio = self.mean + self.std * torch.special.ndtri(first + share * (last - first))
         return ratio.clamp(self.low, self.high)
 
