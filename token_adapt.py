@@ -59,6 +59,19 @@ class TokenAdapt(nn.Module):
         """(B, d, 2s, 2s) -> logits (B, K, s, s)."""
         return rearrange(self.reverse_transform(converted), 'b (y x) k -> b k y x', y=converted.shape[2] // FINER)
 
+    def forward(self, embeddings: torch.Tensor, change: Callable | None = None) -> torch.Tensor:
+        """(B, d, g, g) -> logits (B, K, s, s) of the codes of what `change` makes of the converted image; for training.
+
+        Without a change s is g.
+        """
+        converted = self.convert(embeddings)
+        return self.invert(change(converted) if change else converted)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute activations in the backward pass."""
+        for part in (self.conversion_function[1], self.reverse_transform[0]):
+            part.transformer.grad_checkpointing = enable
+
     def to_codes(self, converted: torch.Tensor) -> torch.Tensor:
         """(B, d, 2s, 2s) -> codes (B, s, s) int64, without gradient."""
         return self.invert(converted).argmax(1)
