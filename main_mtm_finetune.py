@@ -24,7 +24,8 @@ from engine import evaluate, evaluate_checkpoint, rank_indices, train
 from flags import Parser, integer, number, print_no_effect
 from loss_meter import NotFinite
 from main_mtm_pretrain import (NO_EFFECT_ON_MTM, add_augmentation_flags, add_periods_flag, add_step_flags,
-                               add_token_flags, canonical_codes, check_sizes, make_input, make_state, resume_checked)
+                               add_token_flags, canonical_codes, check_sizes, make_input, make_state, open_token_adapt,
+                               resume_checked)
 from main_seit import load_data
 from models_mtm import keep_token_adapt
 from models_mtm_finetune import CodeVisionTransformer, create_model, load_encoder
@@ -34,7 +35,6 @@ from run_folder import RunFolder, RunLog, find_checkpoint
 from run_info import print_batch, print_model, run_record
 from samplers import shuffled
 from save_periods import checkpoint_files
-from token_adapt import load_token_adapt
 from token_augment import center_crop
 from token_dataset import TokenDataset, choose_data_device
 from token_halves import check_halves
@@ -173,7 +173,7 @@ def main(args: argparse.Namespace) -> int:
     choose_data_device(datasets, args.data_device, device)
 
     # model
-    token_adapt = load_token_adapt(args.tokenadapt_path, codebook).to(device) if args.tokenadapt_path else None
+    token_adapt = open_token_adapt(args.tokenadapt_path, codebook, device)
     model = make_model(args, len(codebook), size, classes)
     if args.finetune:
         load_encoder(model, args.finetune)

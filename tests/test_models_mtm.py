@@ -288,6 +288,13 @@ def test_a_masked_patch_cannot_be_seen():
     assert not torch.equal(logits, model(torch.where(patches, codes, others), seen, masked))
 
 
+def test_it_compiles_in_one_graph():
+    model = MaskedTokenModel(**TINY).eval()
+    codes = torch.randint(0, 20, (2, 8, 8))
+    inputs = (codes, *masks_of(torch.rand(2, 16), 0.6, 0.3))
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend='eager')(*inputs), model(*inputs))
+
+
 def test_dropout_is_where_the_published_model_has_it():
     model = MaskedTokenModel(**TINY)
     rates = {name: module.p for name, module in model.named_modules() if isinstance(module, nn.Dropout) and module.p}
