@@ -257,18 +257,24 @@ def make_state(args: argparse.Namespace, model: nn.Module, device: torch.device,
     ema_device = 'cpu' if args.model_ema_force_cpu else None
     ema = ModelEmaV3(model, decay=args.model_ema_decay, device=ema_device) if args.model_ema else None
     optimizer = make_optimizer(args, model)
+    x = torch.zeros(args.batch_size, *input_shape, device=device).to(memory_format=torch.channels_last)
+    return TrainState(model, parallel(args, model, device, amp, x), optimizer, make_scheduler(args, optimizer),
+                      make_scaler(device, amp), ema, amp, epoch=args.start_epoch)
+
+
+def parallel(args: argparse.Namespace, model: nn.Module, device: torch.device, amp: str,
+             *inputs: torch.Tensor) -> nn.Module:
+    """The model as the loop calls it, compiled and in DDP. `inputs` are like those of a batch, on `device`."""
     train_model = torch.compile(model) if args.compile else model
     if world_size() > 1:
         train_model = DistributedDataParallel(train_model, device_ids=[device.index] if device.type == 'cuda' else None,
                                               gradient_as_bucket_view=True)
         # DDP arranges its buckets for good after a first backward. Their layout decides in which order ranks are
         # summed, so a resumed run must not begin with another.
-        x = torch.zeros(args.batch_size, *input_shape, device=device).to(memory_format=torch.channels_last)
         with autocast(device, amp):
-            train_model(x).float().sum().backward()
+            train_model(*inputs).float().sum().backward()
         model.zero_grad()
-    return TrainState(model, train_model, optimizer, make_scheduler(args, optimizer), make_scaler(device, amp), ema,
-                      amp, epoch=args.start_epoch)
+    return train_model
 
 
 def count_steps(args: argparse.Namespace, images: int, source: str) -> int:
