@@ -27,6 +27,7 @@ from loss_meter import NotFinite
 from models_mtm import MODELS, PATCH, MaskRatio, create_model, draw_masks, keep_token_adapt, masked_token_loss
 from models_seit import KeyValues
 from origins import PRETRAIN, check_codes, check_origin, without_token_adapt
+from parallel import parallel
 from preemption import REQUEUE
 from run_folder import RunFolder, RunLog, find_checkpoint
 from run_info import print_batch, print_model, run_record
@@ -250,7 +251,7 @@ def make_state(args: argparse.Namespace, model: nn.Module, optimizer: torch.opti
     device = inputs[0].device
     schedule = StepCosine(optimizer, args.epochs, args.warmup_epochs, args.min_lr, images // args.batch_size,
                           recipe.count_steps(args, images, args.train_token_file))
-    return TrainState(model, recipe.parallel(args, model, device, amp, *inputs), optimizer, schedule,
+    return TrainState(model, parallel(model, args.compile, device, amp, *inputs), optimizer, schedule,
                       recipe.make_scaler(device, amp), amp=amp, epoch=args.start_epoch)
 
 

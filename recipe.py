@@ -14,13 +14,13 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import TrainState
-from engine import StepOptions, autocast
+from engine import StepOptions
 from flags import SEED, Parser, integer, number
 from models_patch_stem import MODELS
 from models_seit import KeyValues
+from parallel import parallel
 from utils import InputError, world_size
 
 ON_OFF = argparse.BooleanOptionalAction
@@ -258,23 +258,8 @@ def make_state(args: argparse.Namespace, model: nn.Module, device: torch.device,
     ema = ModelEmaV3(model, decay=args.model_ema_decay, device=ema_device) if args.model_ema else None
     optimizer = make_optimizer(args, model)
     x = torch.zeros(args.batch_size, *input_shape, device=device).to(memory_format=torch.channels_last)
-    return TrainState(model, parallel(args, model, device, amp, x), optimizer, make_scheduler(args, optimizer),
+    return TrainState(model, parallel(model, args.compile, device, amp, x), optimizer, make_scheduler(args, optimizer),
                       make_scaler(device, amp), ema, amp, epoch=args.start_epoch)
-
-
-def parallel(args: argparse.Namespace, model: nn.Module, device: torch.device, amp: str,
-             *inputs: torch.Tensor) -> nn.Module:
-    """The model as the loop calls it, compiled and in DDP. `inputs` are like those of a batch, on `device`."""
-    train_model = torch.compile(model) if args.compile else model
-    if world_size() > 1:
-        train_model = DistributedDataParallel(train_model, device_ids=[device.index] if device.type == 'cuda' else None,
-                                              gradient_as_bucket_view=True)
-        # DDP arranges its buckets for good after a first backward. Their layout decides in which order ranks are
-        # summed, so a resumed run must not begin with another.
-        with autocast(device, amp):
-            train_model(*inputs).float().sum().backward()
-        model.zero_grad()
-    return train_model
 
 
 def count_steps(args: argparse.Namespace, images: int, source: str) -> int:
