@@ -111,6 +111,7 @@ def evaluate_only(args: argparse.Namespace, checkpoint: dict[str, Any], path: st
                             head_size(checkpoint['model'], 'head', path))
     check_class_names(checkpoint.get('classes'), data.classes, path, args.val_token_file)
     choose_data_device({'val': data}, args.data_device, device)
+    keep_freed_memory(device)
     model = make_model(args, len(codebook), size, classes).to(device)
     print_model(args.model, model, device, args.amp or recipe.default_amp(device))
     weights = {'model': without_token_adapt(checkpoint['model'])}
@@ -153,7 +154,6 @@ def main(args: argparse.Namespace) -> int:
     files = checkpoint_files(args.save_periods, args.epochs)
     folder = RunFolder('' if args.eval else args.output_dir, args.save_every, files=files)
     checkpoint, path = find_checkpoint(args.output_dir, args.resume, args.eval, files=files)
-    keep_freed_memory(device)
     if args.eval:
         evaluate_only(args, checkpoint, path, device)
         return 0
@@ -171,6 +171,7 @@ def main(args: argparse.Namespace) -> int:
     check_same_on_all_ranks({'training images': len(train_data), 'validation images': len(datasets.get('val', ())),
                              'codebook': tuple(codebook.shape), **progress_of(checkpoint)})
     choose_data_device(datasets, args.data_device, device)
+    keep_freed_memory(device)
 
     # model
     token_adapt = open_token_adapt(args.tokenadapt_path, codebook, device)

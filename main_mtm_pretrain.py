@@ -260,10 +260,11 @@ def make_state(args: argparse.Namespace, model: nn.Module, optimizer: torch.opti
         images: of an epoch, on this rank.
         inputs: a batch for the model.
     """
+    device = inputs[0].device
     schedule = StepCosine(optimizer, args.epochs, args.warmup_epochs, args.min_lr, images // args.batch_size,
                           recipe.count_steps(args, images, args.train_token_file))
-    return TrainState(model, parallel(model, args.compile, amp, *inputs), optimizer, schedule,
-                      recipe.make_scaler(inputs[0].device, amp), amp=amp, epoch=args.start_epoch)
+    return TrainState(model, parallel(model, args.compile, device, amp, *inputs), optimizer, schedule,
+                      recipe.make_scaler(device, amp), amp=amp, epoch=args.start_epoch)
 
 
 def resume_checked(args: argparse.Namespace, state: TrainState, checkpoint: dict[str, Any], path: str) -> None:

@@ -1,4 +1,4 @@
-"""A model as the loop calls it: compiled, and with gradients summed over all processes."""
+"""The model as the training loop calls it: compiled, and in DDP."""
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -7,16 +7,16 @@ from engine import autocast
 from utils import world_size
 
 
-def parallel(model: nn.Module, compiled: bool, amp: str, *inputs: torch.Tensor) -> nn.Module:
-    """The model by torch.compile if `compiled`, in DDP where there are several processes.
+def parallel(model: nn.Module, compiled: bool, device: torch.device, amp: str, *inputs: torch.Tensor) -> nn.Module:
+    """The model on `device`, by torch.compile if `compiled`, and in DDP where there are several ranks.
 
     Args:
-        model: on its device.
-        compiled: see above.
+        model: on the device.
+        compiled: whether torch.compile comes first.
+        device: of the model.
         amp: 'bf16', 'fp16' or 'off'.
-        *inputs: of the model, of the shapes that batches will have, on its device.
+        *inputs: like those of a batch, on the device.
     """
-    device = inputs[0].device
     train_model = torch.compile(model) if compiled else model
     if world_size() > 1:
         train_model = DistributedDataParallel(train_model, device_ids=[device.index] if device.type == 'cuda' else None,

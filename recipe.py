@@ -258,7 +258,7 @@ def make_state(args: argparse.Namespace, model: nn.Module, device: torch.device,
     ema = ModelEmaV3(model, decay=args.model_ema_decay, device=ema_device) if args.model_ema else None
     optimizer = make_optimizer(args, model)
     x = torch.zeros(args.batch_size, *input_shape, device=device).to(memory_format=torch.channels_last)
-    return TrainState(model, parallel(model, args.compile, amp, x), optimizer, make_scheduler(args, optimizer),
+    return TrainState(model, parallel(model, args.compile, device, amp, x), optimizer, make_scheduler(args, optimizer),
                       make_scaler(device, amp), ema, amp, epoch=args.start_epoch)
 
 

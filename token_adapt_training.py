@@ -21,6 +21,7 @@ from image_tokenizer import unit_range
 from token_adapt import ANGLE, FINER, SHEAR, SHIFT, Geometry, RandomGeometry, TokenAdapt, apply_geometry
 from utils import InputError, print0, rank, seed_step
 
+ALIKE = 16  # images that are measured under the same maps
 MEASURED = ('none', 'flip', 'rotate', 'shift', 'shear', 'crop', 'mixup', 'all')
 
 
@@ -141,9 +142,10 @@ def evaluate_token_adapt(model: TokenAdapt, pairs: CodePairs, batches: Iterable[
     generator = torch.Generator(device)
     hits = torch.zeros(len(MEASURED), 2, dtype=torch.float64, device=device)  # shares of codes, summed over images
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, images
-    for number, pixels in enumerate(batches):
+    parts = (part for pixels in batches for part in pixels.split(ALIKE))
+    for number, part in enumerate(parts):
         seed_step(0, 0, number, rank(), generator)  # the same changes each time
-        images = unit_range(pixels)
+        images = unit_range(part)
         codes = pairs.codes_of(images)
         for row, change in zip(hits, measured_changes(pairs, len(images), random, generator)):
             targets = pairs.targets_of(images, change)
