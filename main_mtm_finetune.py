@@ -24,7 +24,8 @@ from engine import evaluate, evaluate_checkpoint, rank_indices, train
 from flags import Parser, integer, number, print_no_effect
 from loss_meter import NotFinite
 from main_mtm_pretrain import (NO_EFFECT_ON_MTM, add_augmentation_flags, add_periods_flag, add_step_flags,
-                               add_token_flags, canonical_codes, check_sizes, make_input, make_state, resume_checked)
+                               add_token_flags, canonical_codes, check_sizes, make_input, make_state, open_token_adapt,
+                               resume_checked)
 from main_seit import load_data
 from models_mtm import keep_token_adapt
 from models_mtm_finetune import CodeVisionTransformer, create_model, load_encoder
@@ -34,7 +35,6 @@ from run_folder import RunFolder, RunLog, find_checkpoint
 from run_info import print_batch, print_model, run_record
 from samplers import shuffled
 from save_periods import checkpoint_files
-from token_adapt import load_token_adapt
 from token_augment import center_crop
 from token_dataset import TokenDataset, choose_data_device
 from token_halves import check_halves
@@ -111,6 +111,7 @@ def evaluate_only(args: argparse.Namespace, checkpoint: dict[str, Any], path: st
                             head_size(checkpoint['model'], 'head', path))
     check_class_names(checkpoint.get('classes'), data.classes, path, args.val_token_file)
     choose_data_device({'val': data}, args.data_device, device)
+    keep_freed_memory(device)
     model = make_model(args, len(codebook), size, classes).to(device)
     print_model(args.model, model, device, args.amp or recipe.default_amp(device))
     weights = {'model': without_token_adapt(checkpoint['model'])}
@@ -153,7 +154,6 @@ def main(args: argparse.Namespace) -> int:
     files = checkpoint_files(args.save_periods, args.epochs)
     folder = RunFolder('' if args.eval else args.output_dir, args.save_every, files=files)
     checkpoint, path = find_checkpoint(args.output_dir, args.resume, args.eval, files=files)
-    keep_freed_memory(device)
     if args.eval:
         evaluate_only(args, checkpoint, path, device)
         return 0
@@ -171,9 +171,10 @@ def main(args: argparse.Namespace) -> int:
     check_same_on_all_ranks({'training images': len(train_data), 'validation images': len(datasets.get('val', ())),
                              'codebook': tuple(codebook.shape), **progress_of(checkpoint)})
     choose_data_device(datasets, args.data_device, device)
+    keep_freed_memory(device)
 
     # model
-    token_adapt = load_token_adapt(args.tokenadapt_path, codebook).to(device) if args.tokenadapt_path else None
+    token_adapt = open_token_adapt(args.tokenadapt_path, codebook, device)
     model = make_model(args, len(codebook), size, classes)
     if args.finetune:
         load_encoder(model, args.finetune)

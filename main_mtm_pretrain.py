@@ -8,6 +8,7 @@ leaves in --output-dir goes on in main_mtm_finetune.py. All that is not said her
 resuming, logs.
 """
 import argparse
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,6 +23,7 @@ from checkpoints import TrainState, flags_to_save, progress_of, resume
 from codebook import load_codebook, load_synonyms, look_up, nearest_codes_of
 from color_adapt import ColorChange
 from engine import train
+from files import is_address
 from flags import Parser, integer, number, print_no_effect
 from loss_meter import NotFinite
 from models_mtm import MODELS, PATCH, MaskRatio, create_model, draw_masks, keep_token_adapt, masked_token_loss
@@ -194,6 +196,16 @@ def make_token_eda(args: argparse.Namespace, codes: int, grid_size: int, device:
     return TokenEDA(changes)
 
 
+def open_token_adapt(path: str, codebook: torch.Tensor, device: torch.device) -> TokenAdapt | None:
+    """--tokenadapt-path, on the device, or None for ''. Raises InputError."""
+    if not path:
+        return None
+    if not (is_address(path) or os.path.exists(path)):
+        raise InputError(f"{path}: there is no such TokenAdapt: name the published tokenadapt.ckpt, make one with "
+                         "scripts/fit_token_adapt.py, or give --tokenadapt-path '' to train without")
+    return load_token_adapt(path, codebook).to(device)
+
+
 def canonical_codes(codebook: torch.Tensor) -> torch.Tensor:
     """(K,) int64: for each row of a codebook (K, d) the first row of its direction, mostly itself."""
     return nearest_codes_of(codebook.T[None, ..., None], codebook).flatten()
@@ -280,7 +292,7 @@ def main(args: argparse.Namespace) -> int:
     if checkpoint:
         check_origin(checkpoint['model'], (PRETRAIN,), path)
         check_codes(checkpoint['model'], len(codebook), path)
-    token_adapt = load_token_adapt(args.tokenadapt_path, codebook).to(device) if args.tokenadapt_path else None
+    token_adapt = open_token_adapt(args.tokenadapt_path, codebook, device)
     data = TokenDataset(args.train_token_file, None, len(codebook), args.token_cache)
     check_crop(size, data.grid_size)
     print0(f'train: {len(data):,} images of {data.grid_size}x{data.grid_size} codes, {size}x{size} codes are read')

@@ -15,6 +15,7 @@ from codebook import load_codebook
 from helpers import (ROOT, assert_same, call, clean_environment, fails, make_data, read_log, signal_in_second_epoch,
                      states, without_times)
 from models_mtm import MODELS, draw_masks, masked_token_loss
+from processes import Job, until
 from test_engine import CountWaits
 from token_adapt import TokenAdapt, load_token_adapt
 from utils import InputError
@@ -164,6 +165,21 @@ def test_a_signal_stops_it_and_it_resumes(uninterrupted, tmp_path, monkeypatch, 
     assert_same(states(tmp_path / 'checkpoint-last.pth')['model'], states(whole / 'checkpoint-last.pth')['model'])
 
 
+def test_two_killed_processes_resume_bit_by_bit(data, tmp_path):
+    flags = [*SMALL, *data, '--epochs', 4, '--accum-iter', 3, '--save-every', 1, '--resume', 'auto', '--output-dir']
+    assert Job('main_mtm_pretrain', [*flags, tmp_path / 'whole'], 2).wait() == [0, 0]
+    killed = Job('main_mtm_pretrain', [*flags, tmp_path / 'cut'], 2)
+    until((tmp_path / 'cut' / 'checkpoint-last1.pth').exists, 'two checkpoints')
+    killed.kill()
+    assert len(read_log(tmp_path / 'cut')) < 4
+    assert Job('main_mtm_pretrain', [*flags, tmp_path / 'cut'], 2).wait() == [0, 0]
+    assert without_times(read_log(tmp_path / 'whole')) == without_times(read_log(tmp_path / 'cut'))
+    ours, theirs = (states(tmp_path / name / 'checkpoint-last.pth') for name in ('cut', 'whole'))
+    for state in (ours, theirs):
+        del state['args']
+    assert_same(ours, theirs)
+
+
 def test_checkpoints_have_the_published_keys_and_hold_token_adapt(uninterrupted):
     _, folder = uninterrupted
     checkpoint = states(folder / 'checkpoint-last.pth')
@@ -241,7 +257,8 @@ def test_codes_of_equal_rows_are_one_to_the_model(data):
 # ---------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize('flags, words', [
-    (['--tokenadapt-path', 'gone.ckpt'], 'gone.ckpt'), (['--model', 'deit_base_token_32'], 'is none of mae_token'),
+    (['--tokenadapt-path', 'gone.ckpt'], "^gone.ckpt: there is no such.* give --tokenadapt-path '' to train without"),
+    (['--model', 'deit_base_token_32'], 'is none of mae_token'),
     (['--input-size', 96], 'larger than the 10x10'), (['--batch-size', 64], '--batch-size 64 x --accum-iter 1'),
     (['--model-kwargs', 'heads=2'], "--model-kwargs {'heads': 2}"), (['--resume', 'gone.pth'], 'gone.pth')])
 def test_mistakes_by_flag(data, tmp_path, flags, words):

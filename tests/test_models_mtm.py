@@ -73,12 +73,11 @@ def test_state_dict_has_published_names_and_shapes_in_their_order(full, golden):
 
 
 def test_initialization_is_the_published_one(full, golden):
-    parameters = dict(full.named_parameters())
+    parameters = full.state_dict(keep_vars=True)
     for name, (low, high, mean, std, trains) in golden('seitpp/init_stats.json')['mtm'].items():
-        if name.startswith(('conversion_function', 'reverse_transform')):
-            continue
         value = parameters[name].detach()
-        assert parameters[name].requires_grad == trains, name
+        frozen = name.startswith(('conversion_function', 'reverse_transform'))  # published too, once it is loaded
+        assert parameters[name].requires_grad == (trains and not frozen), name
         few = value.numel() < 1000
         assert value.std(correction=0).item() == pytest.approx(std, rel=0.15 if few else 0.05), name
         assert value.mean().item() == pytest.approx(mean, abs=4 * std / math.sqrt(value.numel()) + 1e-3 + (
@@ -286,6 +285,13 @@ def test_a_masked_patch_cannot_be_seen():
     logits = model(codes, seen, masked)
     assert torch.equal(logits, model(torch.where(patches, others, codes), seen, masked))
     assert not torch.equal(logits, model(torch.where(patches, codes, others), seen, masked))
+
+
+def test_it_compiles_in_one_graph():
+    model = MaskedTokenModel(**TINY).eval()
+    codes = torch.randint(0, 20, (2, 8, 8))
+    inputs = (codes, *masks_of(torch.rand(2, 16), 0.6, 0.3))
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend='eager')(*inputs), model(*inputs))
 
 
 def test_dropout_is_where_the_published_model_has_it():

@@ -63,11 +63,10 @@ def test_state_dict_has_published_names_and_shapes_in_their_order(full, golden):
 
 
 def test_initialization_is_the_published_one(full, golden):
-    parameters = dict(full.named_parameters())
+    parameters = full.state_dict(keep_vars=True)
     for name, (_, _, _, std, trains) in golden('seitpp/init_stats.json')['finetune'].items():
-        if name.startswith(('conversion_function', 'reverse_transform')):
-            continue
-        assert parameters[name].requires_grad == trains, name
+        frozen = name.startswith(('conversion_function', 'reverse_transform'))  # published too, once it is loaded
+        assert parameters[name].requires_grad == (trains and not frozen), name
         few = parameters[name].numel() < 1000
         ours = parameters[name].detach().std(correction=0).item()
         assert ours == pytest.approx(std, rel=0.15 if few else 0.05), name
@@ -174,6 +173,14 @@ def test_position_embeddings_fit_another_grid(tmp_path):
     assert min(corners) > 0.9
 
 
+def test_dropout_and_drop_path_are_where_the_published_model_has_them():
+    model = create_model('deit_tiny_token_32', {**TINY, 'depth': 2}, img_size=8, drop_path_rate=0.1)
+    rates = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout) and (
+        module.p)}
+    assert rates == {'token_emb.dropout': 0.1}
+    assert [block.drop_path1.drop_prob for block in list(model.blocks)[1:]] == [pytest.approx(0.1)]
+
+
 def test_what_cannot_start_it_is_one_line(tmp_path):
     path, _ = pretrained(tmp_path)
     fails(lambda: load_encoder(tiny(codes=21), str(path)), 'reads 20 codes, but the codebook has 21 rows')
@@ -197,6 +204,13 @@ def test_one_name_means_two_networks_in_two_programs():
     assert len(timm.create_model('mtm_deit_small_token_32', depth=1).blocks) == 1
     with pytest.raises(ValueError, match='hosted'):
         timm.create_model('mtm_deit_tiny_token_32', pretrained=True)
+
+
+def test_it_compiles_in_one_graph():
+    model = tiny().eval()
+    codes = torch.randint(0, 20, (2, 8, 8))
+    inputs = (codes,)
+    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend='eager')(*inputs), model(*inputs))
 
 
 def test_forward_intermediates():
