@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from color_adapt import ColorAdapt, ColorChange, color_adapt
 from helpers import fails
+from test_engine import CountWaits
 from token_augment import EmbeddingNoise
 
 
@@ -97,6 +98,14 @@ def test_a_constant_channel_stays_constant_at_the_mean_of_its_partner(value):
     torch.testing.assert_close(out[3], x[0].mean((1, 2))[:, None, None].expand(3, 32, 32))
     torch.testing.assert_close(out[2, 2], torch.full((32, 32), value), atol=1e-6, rtol=1e-6)  # a constant partner
     assert torch.equal(out[0], x[0])
+
+
+def test_the_host_waits_for_nothing():
+    counter = CountWaits()
+    with counter:
+        ColorAdapt()(torch.randn(6, 3, 5, 5), generator())
+        ColorChange(1., 0.)(torch.randn(6, 3, 5, 5), generator())
+    assert counter.count == 0
 
 
 def test_a_seed_gives_one_change():

@@ -7,6 +7,7 @@ from torch import nn
 from codebook import look_up
 from helpers import fails
 from image_tokenizer import PatchTokenizer, unit_range
+from test_engine import CountWaits
 from token_adapt import Geometry, RandomGeometry, TokenAdapt, load_token_adapt
 from token_adapt_training import MEASURED, Change, CodePairs, evaluate_token_adapt, save_token_adapt
 from token_augment import RandomResizedCrop
@@ -117,6 +118,14 @@ def test_the_loss_reaches_every_weight_also_under_autocast(pairs, pixels):
         pairs.loss(model, pixels, change).backward()
     for parameter, grad in zip(model.parameters(), plain):
         torch.testing.assert_close(parameter.grad, grad)
+
+
+def test_the_host_waits_for_nothing(pairs, pixels):
+    model = TokenAdapt(30, 6, GRID, CROP, Size(64, 1, 1, 64))
+    counter = CountWaits()
+    with counter:
+        pairs.loss(model, pixels, Change(Geometry(True, [(10., 0., 0., 0., 0.)], box(0, 0)), 0.9)).backward()
+    assert counter.count == 0
 
 
 def test_the_file_is_the_one_that_programs_read(pairs, tmp_path):

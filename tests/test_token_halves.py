@@ -7,6 +7,7 @@ from timm.data import Mixup
 
 import token_adapt
 from helpers import fails, token_adapt_state
+from test_engine import CountWaits
 from test_token_adapt import NAMES, geometry_of
 from token_adapt import TokenAdapt
 from token_augment import RandomResizedCrop
@@ -164,6 +165,16 @@ def test_batches_that_halves_cannot_split_are_refused(size, mixed):
 def test_batches_that_can_be_split_pass():
     check_halves(2, False)
     check_halves(8, True)
+
+
+def test_the_host_waits_for_nothing():
+    halves = small_halves(small_mixup())
+    counter = CountWaits()
+    with counter:
+        for seed in range(20):  # flips, maps and both kinds of mixing
+            np.random.seed(seed)
+            halves.codes(torch.randn(4, 5, 8, 8), torch.arange(4), generator())
+    assert counter.count == 0
 
 
 def test_the_geometry_is_drawn_for_the_converted_side():
