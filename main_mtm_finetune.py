@@ -28,7 +28,7 @@ from main_mtm_pretrain import (NO_EFFECT_ON_MTM, add_augmentation_flags, add_per
                                resume_checked)
 from main_seit import load_data
 from models_mtm import keep_token_adapt
-from models_mtm_finetune import CodeVisionTransformer, create_model, load_encoder
+from models_mtm_finetune import MODELS, CodeVisionTransformer, create_model, load_encoder
 from origins import FINETUNE, check_codes, check_origin, without_token_adapt
 from preemption import REQUEUE
 from run_folder import RunFolder, RunLog, find_checkpoint
@@ -55,7 +55,7 @@ def get_args_parser() -> Parser:
     add('--val-token-file', default='tokens/imagenet1k-val-token.data.bin.gz', metavar='FILE')
     add('--val-label-file', default='tokens/imagenet1k-val-label.txt', metavar='FILE')
     add('--nb-classes', type=integer(1), help='default: the largest label + 1, or what the checkpoint has under --eval')
-    add = add_step_flags(parser)
+    add = add_step_flags(parser, MODELS)
     add('--finetune', default='', metavar='FILE', help='a checkpoint of main_mtm_pretrain.py to start from')
     add('--drop-path', type=recipe.SHARE, default=0.1, help='stochastic depth rate')
     add('--layer-decay', type=number(1e-3, 1), default=0.75,

@@ -79,10 +79,10 @@ def add_token_flags(parser: Parser) -> Callable:
     return add
 
 
-def add_step_flags(parser: Parser) -> Callable:
-    """Model, batch, schedule, precision. Returns the group's add_argument."""
+def add_step_flags(parser: Parser, models: list[str]) -> Callable:
+    """Model, one of `models`, batch, schedule, precision. Returns the group's add_argument."""
     add = parser.add_argument_group('optimization').add_argument
-    add('--model', help=', '.join(MODELS))
+    add('--model', help=', '.join(models))
     add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
         help='its sizes, as in depth=4 embed_dim=128 num_heads=4')
     add('--batch-size', type=integer(1), default=128, help='per process')
@@ -141,7 +141,7 @@ def get_args_parser() -> Parser:
     """All flags."""
     parser = Parser('Masked-token pre-training on token files.')
     add_token_flags(parser)
-    add = add_step_flags(parser)
+    add = add_step_flags(parser, MODELS)
     add('--clip-grad', '--grad-clip', type=recipe.POSITIVE, help='largest gradient norm')
     add = parser.add_argument_group('masks').add_argument
     add('--mask-ratio-min', type=recipe.SHARE, default=0.4, help='smallest; also the share the encoder never sees')
