@@ -79,10 +79,10 @@ class TokenAdapt(nn.Module):
 
 
 def _start_weights(module: nn.Module) -> None:
-    """Xavier's, biases 0."""
+    """Xavier's; biases 0, but those of convolutions are PyTorch's, as published."""
     if isinstance(module, nn.Linear | nn.Conv2d | nn.ConvTranspose2d):
         nn.init.xavier_uniform_(module.weight.view(len(module.weight), -1))
-        if module.bias is not None:
+        if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
 

@@ -190,6 +190,17 @@ def test_checkpoints_have_the_published_keys_and_hold_token_adapt(uninterrupted)
     fails(lambda: pretrain(*uninterrupted[0], '--output-dir', folder), 'an earlier run is here; add --resume auto')
 
 
+def test_a_published_checkpoint_resumes(uninterrupted, tmp_path):
+    """It holds the flags as a Namespace, and of our keys only model, optimizer, epoch, scaler and args."""
+    flags, folder = uninterrupted
+    ours = states(folder / 'checkpoint-last1.pth')
+    args = {name: ours['args'][name] for name in ('batch_size', 'accum_iter', 'epochs', 'seed', 'blr', 'flip')}
+    torch.save({**{key: ours[key] for key in ('model', 'optimizer', 'epoch', 'scaler')},
+                'args': argparse.Namespace(**args)}, tmp_path / 'published.pth')
+    pretrain(*flags, '--resume', tmp_path / 'published.pth', '--output-dir', tmp_path / 'out')
+    assert_same(*(states(each / 'checkpoint-last.pth')['model'] for each in (folder, tmp_path / 'out')))
+
+
 def test_without_token_adapt_a_checkpoint_that_holds_it_resumes(uninterrupted, tmp_path):
     flags, folder = uninterrupted
     pretrain(*flags, '--tokenadapt-path', '', '--epochs', 3, '--resume', folder / 'checkpoint-last.pth',

@@ -18,6 +18,7 @@ from models_mtm import (MaskedTokenModel, MaskRatio, create_model, draw_masks, k
 from step_schedule import StepCosine
 from token_adapt import TokenAdapt
 
+pytestmark = pytest.mark.usefixtures('one_thread')
 NAME = 'mae_token_vit_base_patch16_dec512d4b_k2s2_vitvqgan_32'
 SMALL = {'embed_dim': 96, 'depth': 2, 'num_heads': 3, 'decoder_embed_dim': 64, 'decoder_depth': 2,
          'decoder_num_heads': 4}

@@ -20,6 +20,7 @@ from step_schedule import StepCosine
 from test_models_mtm import NAME, codes_of, rng
 from token_adapt import TokenAdapt
 
+pytestmark = pytest.mark.usefixtures('one_thread')
 SMALL = {'embed_dim': 96, 'depth': 4, 'num_heads': 3}
 TINY = {'depth': 1, 'embed_dim': 32, 'num_heads': 2}
 DECODER = {'decoder_embed_dim': 16, 'decoder_depth': 1, 'decoder_num_heads': 2}
