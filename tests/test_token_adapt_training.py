@@ -134,7 +134,7 @@ def test_compiled_networks_are_not_compiled_for_every_change(pairs, pixels):
         change = Change(Geometry(number % 2 == 1, maps, box(0, 0)), 1 - number / 10)
         torch.testing.assert_close(pairs.loss(compiled, pixels, change), pairs.loss(model, pixels, change))
         counts.append(len(graphs))
-    assert 0 < counts[0] and counts[-1] == counts[2]
+    assert counts[0] > 0 and counts[-1] == counts[2]
 
 
 def test_the_host_waits_for_nothing(pairs, pixels):
