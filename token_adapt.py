@@ -59,6 +59,7 @@ class TokenAdapt(nn.Module):
         """(B, d, 2s, 2s) -> logits (B, K, s, s)."""
         return rearrange(self.reverse_transform(converted), 'b (y x) k -> b k y x', y=converted.shape[2] // FINER)
 
+    @torch.compiler.disable(recursive=False)  # the networks are compiled, and `change`, another each time, is not
     def forward(self, embeddings: torch.Tensor, change: Callable | None = None) -> torch.Tensor:
         """(B, d, g, g) -> logits (B, K, s, s) of the codes of what `change` makes of the converted image; for training.
 

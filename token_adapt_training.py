@@ -35,6 +35,7 @@ class Change(NamedTuple):
     geometry: Geometry
     kept: float = 1.
 
+    @torch.compiler.disable  # --compile would compile each change of its own
     def apply(self, x: torch.Tensor, size: int, finer: int = 1) -> torch.Tensor:
         """Images (B, c, S, S) float32 -> (B, c, size, size); `finer` times as many pixels a code as converted ones."""
         x = apply_geometry(x, self.geometry.times(finer), size)

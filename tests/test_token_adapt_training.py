@@ -120,6 +120,23 @@ def test_the_loss_reaches_every_weight_also_under_autocast(pairs, pixels):
         torch.testing.assert_close(parameter.grad, grad)
 
 
+def test_compiled_networks_are_not_compiled_for_every_change(pairs, pixels):
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+    model = TokenAdapt(30, 6, GRID, CROP, Size(64, 1, 1, 64))
+    compiled = torch.compile(model, backend=backend)
+    counts = []
+    for number in range(6):
+        maps = [(float(number), 0., 0., 0., 0.)] * (number % 3)
+        change = Change(Geometry(number % 2 == 1, maps, box(0, 0)), 1 - number / 10)
+        torch.testing.assert_close(pairs.loss(compiled, pixels, change), pairs.loss(model, pixels, change))
+        counts.append(len(graphs))
+    assert counts[0] > 0 and counts[-1] == counts[2]
+
+
 def test_the_host_waits_for_nothing(pairs, pixels):
     model = TokenAdapt(30, 6, GRID, CROP, Size(64, 1, 1, 64))
     counter = CountWaits()
