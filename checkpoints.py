@@ -7,6 +7,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
+from origins import origin_note
 from safe_load import MAX_STRING, check_fields, load_torch
 from utils import InputError, print0, world_size
 
@@ -122,7 +123,7 @@ def load_weights(model: nn.Module, weights: dict[str, Any], path: str) -> None:
     wrong += [f'{str(key)[:80]}: unknown' for key in weights if key not in wanted]
     if wrong:
         more = f'; and {len(wrong) - 8} more' if len(wrong) > 8 else ''
-        raise InputError(f'{path}: does not fit the model: {"; ".join(wrong[:8])}{more}')
+        raise InputError(f'{path}: does not fit the model{origin_note(weights, wanted)}: {"; ".join(wrong[:8])}{more}')
     model.load_state_dict(dict(weights))  # plain: an OrderedDict of a file may carry attributes that torch trusts
 
 
@@ -151,8 +152,8 @@ def resume(state: TrainState, checkpoint: dict[str, Any], path: str, flags: dict
     if 'classes' not in checkpoint:  # written before there was one: it holds what was made of these two
         before = {key: value for key, value in before.items() if key not in ('lr', 'amp')}
     flags = {**flags_to_save(flags), 'world_size': world_size()}
-    compare_flags(before, flags, path)
     load_weights(state.model, checkpoint['model'], path)
+    compare_flags(before, flags, path)
     load_optimizer(state.optimizer, checkpoint['optimizer'], path)
     if state.ema and checkpoint.get('model_ema'):
         load_weights(state.ema.module, checkpoint['model_ema'], path)
@@ -178,7 +179,7 @@ def compare_flags(before: dict[str, Any], now: dict[str, Any], path: str) -> Non
     for key in now:
         if key in before and key not in THIS_START and before[key] != now[key]:
             print0(f'note: --{key.replace("_", "-")} is {now[key]}; the run that wrote {path} had {before[key]}')
-    if before.get('opt', now['opt']) != now['opt']:
+    if 'opt' in now and before.get('opt', now['opt']) != now['opt']:
         raise InputError(f'{path}: was written with --opt {before["opt"]}, not {now["opt"]}; resume with the same, or '
                          'start from the weights with --finetune')
     inexact = [f'{key} {before[key]} -> {now[key]}' for key in EXACT

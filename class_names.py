@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from origins import origin_note
 from utils import InputError
 
 
@@ -52,5 +53,6 @@ def head_size(weights: dict[str, Any], classifier: str | tuple[str, ...], path: 
     bias = weights.get(f'{classifier}.bias')
     if not isinstance(bias, torch.Tensor) or bias.ndim != 1:
         names = ', '.join(map(str, list(weights)[:3]))
-        raise InputError(f'{path}: no {classifier}.bias among its weights ({names}, ...): of another kind of model')
+        raise InputError(f'{path}: no {classifier}.bias among its weights ({names}, ...): of another kind of model'
+                         + origin_note(weights, {}))
     return len(bias)

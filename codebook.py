@@ -32,6 +32,33 @@ def quantize(features: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     return (F.normalize(features, dim=-1) @ F.normalize(codebook, dim=-1).T).argmax(-1)
 
 
+def look_up(codes: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """Embeddings (B, d, h, w) of codes (B, h, w) int64: rows of a codebook (K, d)."""
+    return codebook[codes].movedim(-1, 1)
+
+
+@torch.no_grad()
+def nearest_codes_of(embeddings: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """Codes of changed embeddings, by `quantize` in float32, whatever autocast and --tf32 say.
+
+    In half precision and in TF32 a cosine near 1 is known to 5e-4, so that rows of like direction are confused.
+
+    Args:
+        embeddings: (B, d, h, w) float.
+        codebook: (K, d) float, on the same device.
+
+    Returns:
+        (B, h, w) int64. The embeddings of codes get these codes back, but for rows of the same direction.
+    """
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision('highest')
+    try:
+        with torch.autocast(embeddings.device.type, enabled=False):
+            return quantize(embeddings.float().movedim(1, -1), codebook.float())
+    finally:
+        torch.set_float32_matmul_precision(precision)
+
+
 def nearest_codes(codebook: torch.Tensor, top_k: int) -> torch.Tensor:
     """(K, top_k) int64: for each row of the codebook the other rows by falling cosine; equal ones by rising code."""
     unit = F.normalize(codebook.double(), dim=-1)

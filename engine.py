@@ -91,6 +91,8 @@ def train_one_epoch(state: TrainState, batches: Iterable, loss_of: Callable, opt
     progress = Progress(f'epoch {state.epoch}', options.steps, state.step)
     for step, batch in enumerate(batches, state.step):
         seed_step(options.seed, state.epoch, step, rank(), generator)
+        if step % options.accum_iter == 0:
+            state.scheduler.step_update(state.epoch * options.steps + step)  # of a schedule by steps; others do nothing
         update = (step + 1) % options.accum_iter == 0
         no_reduce = hasattr(model, 'no_sync') and not update  # no all-reduce while accumulating
         with model.no_sync() if no_reduce else contextlib.nullcontext():
@@ -104,13 +106,13 @@ def train_one_epoch(state: TrainState, batches: Iterable, loss_of: Callable, opt
         text = None
         if update and (state.step % LOG_EVERY < options.accum_iter or state.step == options.steps):
             mean = check_finite(meter, state, step, options.on_nan)
-            text = f'loss {mean:.4f} lr {state.optimizer.param_groups[0]["lr"]:.3g}'
+            text = f'loss {mean:.4f} lr {state.optimizer.param_groups[-1]["lr"]:.3g}'
         progress.step(text)
         if update and after_step and after_step(meter):
             progress.bar.close()
             return None
     progress.bar.close()
-    return {'loss': meter.mean(), 'lr': state.optimizer.param_groups[0]['lr']}
+    return {'loss': meter.mean(), 'lr': state.optimizer.param_groups[-1]['lr']}
 
 
 def optimizer_step(state: TrainState, clip_grad: float | None) -> None:
@@ -202,7 +204,7 @@ def finish_epoch(state: TrainState, stats: dict[str, float], folder: RunFolder, 
     # the log line first: a run killed between the two repeats the epoch, and its line is dropped then
     log.write(**stats, epoch=epoch, n_parameters=sum(p.numel() for p in state.model.parameters()),
               best_acc1=state.best['model'], best_ema_acc1=state.best['ema'], **times)
-    folder.save(state, improved)
+    folder.save(state, improved, stats)
     best = [f', best {title}Acc@1 {state.best[name]:.3f}'
             for name, title, key in (('model', '', 'test_acc1'), ('ema', 'EMA ', 'ema_test_acc1')) if key in stats]
     print0(f'epoch {epoch}: {times["epoch_time"]:.1f} s' + ''.join(best))

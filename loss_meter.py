@@ -78,7 +78,7 @@ def check_finite(meter: LossMeter, state: TrainState, step: int, on_nan: str) ->
         return mean
     what, at = ('a gradient by step', step) if bad is None else ('the loss of step', bad)
     if on_nan == 'stop':
-        raise NotFinite(what, state.epoch, at, state.optimizer.param_groups[0]['lr'])
+        raise NotFinite(what, state.epoch, at, state.optimizer.param_groups[-1]['lr'])
     print0(f'warning: skipped: {what} {at} of epoch {state.epoch} is not finite')
     meter.first_bad.fill_(torch.inf)
     if shrunk and state.amp != 'fp16':

@@ -18,7 +18,8 @@ from torch import nn
 import recipe
 from checkpoints import flags_to_save, progress_of, resume
 from class_names import check_class_names, count_classes, head_size
-from codebook import load_codebook, load_synonyms
+from codebook import load_codebook, load_synonyms, look_up
+from color_adapt import color_recipe
 from flags import Parser, integer, number, print_no_effect
 from run_info import print_batch, print_model, print_recipe_batch, run_record
 from engine import evaluate, evaluate_checkpoint, rank_indices, train
@@ -28,9 +29,10 @@ from preemption import REQUEUE
 from pretrained import freeze_all_but_attention, load_pretrained
 from run_folder import RunFolder, RunLog, find_checkpoint
 from samplers import repeated_augmentation, shuffled
-from token_augment import (EmbeddingNoise, EraseRectangle, EvalTransform, RandomCrop, RandomResizedCrop,
-                           ReplaceSynonyms, SwapPatches, TokenEDA, check_crop)
+from token_augment import (EraseRectangle, EvalTransform, RandomCrop, RandomResizedCrop, ReplaceSynonyms, SwapPatches,
+                           TokenEDA, check_crop)
 from token_dataset import TokenDataset, choose_data_device
+from token_halves import open_halves
 from utils import (InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, print0, rank, run,
                    world_size)
 
@@ -81,8 +83,12 @@ def get_args_parser() -> Parser:
     add('--src', action='store_true', help='a plain random crop instead')
     add('--repeated-aug', action='store_true', help='repeated augmentation: each image three times running')
     add('--token-noise-prob', type=recipe.SHARE, default=0.5, help='part of each batch that gets embedding noise')
+    add('--token-coloradapt-prob', type=recipe.SHARE, default=0., help='chance that half of a batch is ColorAdapted')
+    add('--noise-recipe', default='v0.0', choices=['v0.0', 'seit++'],
+        help='seit++: --token-noise-prob is the chance that half of a batch gets noise, and excludes ColorAdapt')
     add('--token-noise-scale', type=number(0), default=1., help='deviation of the noise a channel shares')
     add('--token-noise-std', type=number(0), default=1., help='deviation of the noise of each element')
+    add('--tokenadapt-path', default='', metavar='FILE', help='half of each batch goes through this TokenAdapt')
     recipe.add_mixing_flags(parser)
     recipe.add_run_flags(parser)
     parser.add_no_effect(NO_EFFECT, switches=['--use-entire-tokens'])
@@ -124,9 +130,9 @@ def load_data(args: argparse.Namespace, codebook: torch.Tensor, size: int,
     return datasets
 
 
-def make_augment(args: argparse.Namespace, codebook: torch.Tensor, grid_size: int, size: int,
-                 device: torch.device) -> Callable:
-    """(codes (B, g, g) uint16, generator) -> model input (B, d, size, size): Token-EDA, look-up and crop, noise."""
+def make_augment(args: argparse.Namespace, codebook: torch.Tensor, grid_size: int, size: int, device: torch.device,
+                 mixup: Callable | None) -> Callable:
+    """(codes (B, g, g) uint16, labels, generator) -> model input (B, d, size, size), targets: Token-EDA to mixing."""
     changes = []
     if args.eda_rc_prob:
         synonyms = load_synonyms(args.token_synonym_dict, len(codebook), args.token_synonym_thres)
@@ -140,8 +146,17 @@ def make_augment(args: argparse.Namespace, codebook: torch.Tensor, grid_size: in
     crop = crop_kind(codebook, grid_size, size, args.rrc_ratio, device)
     if args.compile:
         crop.resample = torch.compile(crop.resample)
-    noise = EmbeddingNoise(args.token_noise_prob, args.token_noise_scale, args.token_noise_std)
-    return lambda codes, generator: noise(crop(token_eda(codes.long(), generator), generator), generator)
+    color = color_recipe(args.noise_recipe, args.token_noise_prob, args.token_coloradapt_prob, args.token_noise_scale,
+                         args.token_noise_std)
+    halves = open_halves(args.tokenadapt_path, codebook, crop, mixup, args.batch_size, device)
+
+    def augment(codes: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> tuple:
+        codes = token_eda(codes.long(), generator)
+        if halves:
+            return halves.embeddings(color(look_up(codes, crop.embedding), generator), labels, generator)
+        x = color(crop(codes, generator), generator)
+        return mixup(x, labels) if mixup else (x, labels)
+    return augment
 
 
 # ---------------------------------------------------------------- the program
@@ -198,14 +213,11 @@ def main(args: argparse.Namespace) -> int:
         return 0
 
     # ------------------------------------------------------------ loss
-    augment = make_augment(args, codebook, train_data.grid_size, size, device)
     mixup, criterion = recipe.make_loss(args, classes)
+    augment = make_augment(args, codebook, train_data.grid_size, size, device, mixup)
 
     def loss_of(model: nn.Module, batch: tuple, generator: torch.Generator) -> torch.Tensor:
-        codes, targets = batch
-        x = augment(codes, generator)
-        if mixup:
-            x, targets = mixup(x, targets)
+        x, targets = augment(*batch, generator)
         return criterion(model(x), targets)
 
     sampler = repeated_augmentation if args.repeated_aug else shuffled

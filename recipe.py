@@ -14,13 +14,13 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import TrainState
-from engine import StepOptions, autocast
+from engine import StepOptions
 from flags import SEED, Parser, integer, number
 from models_patch_stem import MODELS
 from models_seit import KeyValues
+from parallel import parallel
 from utils import InputError, world_size
 
 ON_OFF = argparse.BooleanOptionalAction
@@ -257,18 +257,9 @@ def make_state(args: argparse.Namespace, model: nn.Module, device: torch.device,
     ema_device = 'cpu' if args.model_ema_force_cpu else None
     ema = ModelEmaV3(model, decay=args.model_ema_decay, device=ema_device) if args.model_ema else None
     optimizer = make_optimizer(args, model)
-    train_model = torch.compile(model) if args.compile else model
-    if world_size() > 1:
-        train_model = DistributedDataParallel(train_model, device_ids=[device.index] if device.type == 'cuda' else None,
-                                              gradient_as_bucket_view=True)
-        # DDP arranges its buckets for good after a first backward. Their layout decides in which order ranks are
-        # summed, so a resumed run must not begin with another.
-        x = torch.zeros(args.batch_size, *input_shape, device=device).to(memory_format=torch.channels_last)
-        with autocast(device, amp):
-            train_model(x).float().sum().backward()
-        model.zero_grad()
-    return TrainState(model, train_model, optimizer, make_scheduler(args, optimizer), make_scaler(device, amp), ema,
-                      amp, epoch=args.start_epoch)
+    x = torch.zeros(args.batch_size, *input_shape, device=device).to(memory_format=torch.channels_last)
+    return TrainState(model, parallel(model, args.compile, device, amp, x), optimizer, make_scheduler(args, optimizer),
+                      make_scaler(device, amp), ema, amp, epoch=args.start_epoch)
 
 
 def count_steps(args: argparse.Namespace, images: int, source: str) -> int:

@@ -7,7 +7,8 @@
     .lock                                        locked by the process that writes here
     .unsaved                                     there until the first checkpoint is whole
 
-A run killed at any moment leaves a folder from which `find_checkpoint` resumes it exactly.
+Programs may name checkpoints otherwise, see save_periods.py. A run killed at any moment leaves a folder from which
+`find_checkpoint` resumes it exactly.
 """
 import contextlib
 import json
@@ -19,12 +20,11 @@ from typing import Any
 
 from checkpoints import TrainState, load_checkpoint
 from files import MAX_JSON_BYTES, lock_file, parse_json, read_bytes, remove_leftovers, save_torch, write_text
+from save_periods import SUMMARY, CheckpointFiles
 from utils import InputError, is_main, on_main, print0
 
-NEWEST = 'checkpoint.pth'
-PREVIOUS = 'checkpoint_previous.pth'
 COMPLETE = '.checkpoint.pth.new'  # the next newest, whole, about to be renamed
-BEST = {'model': 'best_checkpoint.pth', 'ema': 'best_ema_checkpoint.pth'}
+FILES = CheckpointFiles()
 LOG = 'log.txt'
 LOCK = '.lock'
 UNSAVED = '.unsaved'
@@ -33,7 +33,7 @@ UNSAVED = '.unsaved'
 # ---------------------------------------------------------------- finding a checkpoint
 
 def find_checkpoint(output_dir: str, resume: str, evaluating: bool = False,
-                    outputs: Sequence[str] = ()) -> tuple[dict | None, str]:
+                    outputs: Sequence[str] = (), files: CheckpointFiles = FILES) -> tuple[dict | None, str]:
     """The checkpoint that a run begins from. Collective: rank 0 looks, and all take what it found.
 
     Precedence: `resume` as a path or address; with 'auto' the newest in `output_dir`, or the one before where that is
@@ -44,6 +44,7 @@ def find_checkpoint(output_dir: str, resume: str, evaluating: bool = False,
         resume: --resume: '', 'auto', a path or an address.
         evaluating: nothing will be written to output_dir.
         outputs: names of files that the program makes of a run, which a new run must not replace.
+        files: how the program names checkpoints.
 
     Returns:
         (checkpoint, its path), or (None, '').
@@ -53,25 +54,26 @@ def find_checkpoint(output_dir: str, resume: str, evaluating: bool = False,
             nothing is overwritten.
     """
     loaded = {}
-    path = on_main(_choose, output_dir, resume, evaluating, loaded, outputs)
+    path = on_main(_choose, output_dir, resume, evaluating, loaded, outputs, files)
     return (loaded.get(path) or load_checkpoint(path), path) if path else (None, '')
 
 
-def _choose(output_dir: str, resume: str, evaluating: bool, loaded: dict[str, dict], outputs: Sequence[str]) -> str:
+def _choose(output_dir: str, resume: str, evaluating: bool, loaded: dict[str, dict], outputs: Sequence[str],
+            files: CheckpointFiles) -> str:
     """The path of the checkpoint to begin from, or ''. Rank 0 alone; what it had to load is put into `loaded`."""
     folder = Path(output_dir)
     if not evaluating and output_dir:
-        _finish_renames(folder)
-    earlier = _earlier_files(folder, outputs) if output_dir else []
+        _finish_renames(folder, files)
+    earlier = _earlier_files(folder, files, outputs) if output_dir else []
     if resume == 'auto':
-        candidates = [folder / name for name in (NEWEST, PREVIOUS) if os.path.exists(folder / name)]
+        candidates = [folder / name for name in files.newest if os.path.exists(folder / name)]
         if candidates:
             return _first_whole(candidates, evaluating, loaded)
         if evaluating:
             raise InputError(f'{output_dir}: no checkpoint to evaluate')
         if earlier:
-            raise InputError(f'{earlier[0]}: an earlier run is here, but its {NEWEST} is not: give --resume FILE to '
-                             'start from one of its files, or choose another --output-dir')
+            raise InputError(f'{earlier[0]}: an earlier run is here, but its {files.newest[0]} is not: give --resume '
+                             'FILE to start from one of its files, or choose another --output-dir')
         return ''
     from_folder = resume and Path(resume).resolve().parent == folder.resolve()
     if earlier and not from_folder and not evaluating:
@@ -80,24 +82,30 @@ def _choose(output_dir: str, resume: str, evaluating: bool, loaded: dict[str, di
     return resume
 
 
-def _earlier_files(folder: Path, outputs: Sequence[str] = ()) -> list[Path]:
+def _earlier_files(folder: Path, names: CheckpointFiles, outputs: Sequence[str] = ()) -> list[Path]:
     """The files of an earlier run that a new one would overwrite."""
-    if os.path.exists(folder / UNSAVED) and not os.path.exists(folder / NEWEST):
+    if os.path.exists(folder / UNSAVED) and not os.path.exists(folder / names.newest[0]):
         return []  # what is there was left by a run killed before its first checkpoint was whole
-    files = [folder / name for name in (NEWEST, PREVIOUS, *BEST.values(), LOG, *outputs)]
+    files = [folder / name for name in (*names.newest, *names.best.values(), LOG, *outputs)]
     return [path for path in files if os.path.exists(path) and path.stat().st_size]
 
 
-def _finish_renames(folder: Path) -> None:
+def _finish_renames(folder: Path, files: CheckpointFiles) -> None:
     """Do what a run killed between the renames of a save left undone."""
     if os.path.exists(folder / COMPLETE):
-        _rename_newest(folder)
+        _rename_newest(folder, files)
 
 
-def _rename_newest(folder: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.replace(folder / NEWEST, folder / PREVIOUS)
-    os.replace(folder / COMPLETE, folder / NEWEST)
+def _rename_newest(folder: Path, files: CheckpointFiles) -> None:
+    """The complete one becomes the newest, the others move on. Begun again after a kill, it ends the same way."""
+    for end in (SUMMARY, ''):  # the checkpoint last: while it is complete, what is left is done again
+        if not os.path.exists(folder / f'{COMPLETE}{end}'):
+            continue
+        names = [folder / f'{name}{end}' for name in files.newest]
+        gap = next((place for place, path in enumerate(names) if not os.path.exists(path)), len(names) - 1)
+        for place in range(gap, 0, -1):
+            os.replace(names[place - 1], names[place])
+        os.replace(folder / f'{COMPLETE}{end}', names[0])
 
 
 def _first_whole(candidates: list[Path], evaluating: bool, loaded: dict[str, dict]) -> str:
@@ -124,17 +132,20 @@ class RunFolder:
         path: '' saves nothing.
         save_every: (N, 'steps') or (N, 'minutes') between checkpoints within an epoch, or None.
         outputs: names of further files that the program writes there.
+        files: how checkpoints are named, and which are kept.
 
     Raises:
         InputError: on every rank, when another run writes there, or nobody can. Collective.
     """
 
-    def __init__(self, path: str, save_every: tuple[float, str] | None = None, outputs: Sequence[str] = ()):
+    def __init__(self, path: str, save_every: tuple[float, str] | None = None, outputs: Sequence[str] = (),
+                 files: CheckpointFiles = FILES):
         self.path = Path(path)
         self.saves = bool(path)
         self.record = {}
         self.save_every = save_every
         self.outputs = outputs
+        self.files = files
         self.saved_at = time.monotonic()
         self.lock = None
         on_main(self._take)
@@ -152,7 +163,7 @@ class RunFolder:
         except OSError as error:
             raise InputError(f'{self.path}: --output-dir cannot be written ({error.strerror}); choose another '
                              'folder') from None
-        for name in (NEWEST, COMPLETE, *BEST.values(), LOG, 'args.json', *self.outputs):
+        for name in (*self.files.newest, COMPLETE, *self.files.best.values(), LOG, 'args.json', *self.outputs):
             remove_leftovers(self.path, f'.{name}.*.tmp')
 
     def begin(self, args_json: dict[str, Any], record: dict[str, Any]) -> None:
@@ -167,7 +178,7 @@ class RunFolder:
 
     def _begin(self, args_json: dict[str, Any]) -> None:
         if self.saves:
-            if not _earlier_files(self.path):
+            if not _earlier_files(self.path, self.files):
                 write_text(self.path / UNSAVED, '')
             write_text(self.path / 'args.json', json.dumps(args_json, indent=1) + '\n')
 
@@ -183,8 +194,13 @@ class RunFolder:
             self.saved_at = time.monotonic()  # the ranks agree a step later: asked again by then, it is not due twice
         return due
 
-    def save(self, state: TrainState, improved: list[str] = ()) -> None:
+    def save(self, state: TrainState, improved: Sequence[str] = (), stats: dict[str, Any] | None = None) -> None:
         """Write best checkpoints for the names in `improved` ('model', 'ema'), then the newest; keep the one before.
+
+        Args:
+            state: within an epoch, or at its end.
+            improved: see above.
+            stats: of the epoch that ended.
 
         Raises:
             InputError: for a full disk, say; what was on disk is then still there.
@@ -193,11 +209,24 @@ class RunFolder:
         if not (self.saves and is_main()):
             return
         content = state.state_dict() | self.record
-        for name in improved:
-            save_torch(content, self.path / BEST[name])
+        copies = self.files.copies(state.epoch, state.step, improved)
+        for name in copies:
+            save_torch(content, self.path / name)
+            self._summarize(name, name, state, stats)
+        self._summarize(COMPLETE, self.files.newest[0], state, stats)
         save_torch(content, self.path / COMPLETE)
-        _rename_newest(self.path)
+        _rename_newest(self.path, self.files)
         (self.path / UNSAVED).unlink(missing_ok=True)
+        if self.files.newest_ends_with(state.epoch, copies):
+            for end in ('', SUMMARY):
+                (self.path / f'{self.files.newest[0]}{end}').unlink(missing_ok=True)
+
+    def _summarize(self, file: str, name: str, state: TrainState, stats: dict[str, Any] | None) -> None:
+        """Write what the checkpoint `file`, to be called `name`, is of, where the program has summaries."""
+        if self.files.epochs:
+            summary = {'epoch': f'{state.epoch}/{self.files.epochs}', 'step': state.step, **(stats or {}),
+                       'checkpoint': name}
+            write_text(self.path / f'{file}{SUMMARY}', json.dumps(summary) + '\n')
 
     def save_bad_step(self, error: Any, rank: int, seed: int, indices: list[int]) -> None:
         """Leave what is needed to replay the bad step of a rank (loss_meter.NotFinite) in bad_step_rankN.json."""

@@ -25,7 +25,7 @@ class TokenDataset:
 
     Args:
         token_file: a path, a glob or a comma-separated list of shards.
-        label_file: likewise, one for each token file.
+        label_file: likewise, one for each token file; None for a set whose labels do not matter.
         codebook_size: rows of the codebook; a code beyond it is an InputError.
         cache: see `open_codes`.
         device: that decodes the files where there is no cache yet.
@@ -33,19 +33,20 @@ class TokenDataset:
     Attributes:
         files: the TokenFiles.
         codes: (N, n) uint16, mapped.
-        labels: (N,) int64.
+        labels: (N,) int64, zeros without a label file.
         grid_size: side of the token grid, n = grid_size².
         classes: class names in the order of the labels, where the manifests have them, else None.
     """
 
-    def __init__(self, token_file: str, label_file: str, codebook_size: int, cache: str = '',
+    def __init__(self, token_file: str, label_file: str | None, codebook_size: int, cache: str = '',
                  device: torch.device = CPU):
         self.files = [open_token_file(path) for path in expand_files(token_file)]
-        label_files = expand_files(label_file)
+        label_files = [None] * len(self.files) if label_file is None else expand_files(label_file)
         if len(self.files) != len(label_files):
             raise InputError(f'{token_file}: {len(self.files)} token files, but {label_file} is {len(label_files)} '
                              'label files: give one for each, in the same order')
-        self.labels = np.concatenate([_labels_of(file, path) for file, path in zip(self.files, label_files)])
+        self.labels = np.concatenate([np.zeros(len(file), np.int64) if path is None else _labels_of(file, path)
+                                      for file, path in zip(self.files, label_files)])
         self.classes = _classes_of(self.files)
         self.codes = open_codes(self.files, cache, device)
         self.grid_size = math.isqrt(self.codes.shape[1])

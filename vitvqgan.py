@@ -125,11 +125,11 @@ class Transformer(nn.Module):
 # ---------------------------------------------------------------- encoder, decoder, tokenizer
 
 class Encoder(nn.Module):
-    """(B, 3, H, W) -> (B, n, dim), n = H/patch · W/patch; `grid_size` is the side of the stored position table."""
+    """(B, channels, H, W) -> (B, n, dim), n = H/patch · W/patch; `grid_size` is the stored position table's side."""
 
-    def __init__(self, size: Size, patch_size: int, grid_size: int):
+    def __init__(self, size: Size, patch_size: int, grid_size: int, channels: int = 3):
         super().__init__()
-        self.to_patch_embedding = nn.Sequential(nn.Conv2d(3, size.dim, patch_size, stride=patch_size))
+        self.to_patch_embedding = nn.Sequential(nn.Conv2d(channels, size.dim, patch_size, stride=patch_size))
         self.register_buffer('en_pos_embedding', position_table(grid_size, grid_size, size.dim))
         self.transformer = Transformer(size)
 
@@ -141,13 +141,13 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """(B, n, dim), n a square -> (B, 3, H, W), unclamped."""
+    """(B, n, dim), n a square -> (B, channels, H, W), unclamped."""
 
-    def __init__(self, size: Size, patch_size: int, grid_size: int):
+    def __init__(self, size: Size, patch_size: int, grid_size: int, channels: int = 3):
         super().__init__()
         self.register_buffer('de_pos_embedding', position_table(grid_size, grid_size, size.dim))
         self.transformer = Transformer(size)
-        convolution = nn.ConvTranspose2d(size.dim, 3, patch_size, stride=patch_size)
+        convolution = nn.ConvTranspose2d(size.dim, channels, patch_size, stride=patch_size)
         self.to_pixel = nn.Sequential(OrderedDict({'1': convolution}))  # the published name is to_pixel.1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ texture blurs; published weights that were trained with one load in the same pro
 import argparse
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -52,9 +52,8 @@ HELD_OUT = 1000  # images, at most a tenth of all
 PATCHES_A_CODE = 64  # that new weights are fitted to
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line. Raises InputError, also for values that cannot work together."""
-    parser = Parser(__doc__.splitlines()[0])
+def add_image_flags(parser: Parser) -> Callable:
+    """The images, those held out, and how they are read. Returns the group's add_argument."""
     add = parser.add_argument_group('data').add_argument
     add('--data-path', required=True, metavar='PATH',
         help='class folders of images, a list file .txt, tar shards or parquet files: see image_sources.py')
@@ -63,10 +62,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='images held out, drawn at random; default: a tenth of them, 1,000 at most')
     add('--epoch-images', type=integer(1), metavar='N', help='images of an epoch, drawn at random; default: all')
     add('--image-size', type=integer(1), default=256, help='images are resized to this, both sides')
-    add('--flip', action=recipe.ON_OFF, default=True, help='mirror half of the training images')
     add('--num-workers', type=integer(), default=cores(), metavar='N', help='processes that decode images, per rank')
     add('--skip-bad-images', action='store_true', help='leave unreadable images out, instead of stopping at one')
     add('--max-image-pixels', type=integer(1), metavar='N', help="images with more are refused; default: PIL's limit")
+    return add
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises InputError, also for values that cannot work together."""
+    parser = Parser(__doc__.splitlines()[0])
+    add = add_image_flags(parser)
+    add('--flip', action=recipe.ON_OFF, default=True, help='mirror half of the training images')
 
     add = parser.add_argument_group('tokenizer').add_argument
     add('--vit', default='small', choices=list(VITS), help='size of encoder and decoder; tiny is for CPUs')
@@ -141,6 +147,11 @@ class Images:
                 raise InputError(f'{self.source.data_path}: none of the {len(batch.skipped)} images of a batch can be '
                                  'read')
             yield batch.pixels.to(self.device, non_blocking=pin_memory)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Indices of the images of an epoch on this rank, as many as --epoch-images says."""
+        order = shuffled(len(self), world_size(), rank(), self.args.seed, epoch)
+        return order[:self.args.epoch_images // world_size()] if self.args.epoch_images else order
 
 
 def hold_out(args: argparse.Namespace, device: torch.device) -> tuple[Images, Images]:
@@ -225,12 +236,8 @@ def main(args: argparse.Namespace) -> int:
            f'{args.image_size // args.patch_size} of {args.codes} codes')
     print_model('ViT-VQGAN', training, device, amp)
 
-    def order_of(epoch: int) -> np.ndarray:
-        order = shuffled(len(images), world_size(), rank(), args.seed, epoch)
-        return order[:args.epoch_images // world_size()] if args.epoch_images else order
-
     def indices_of(epoch: int, start: int, stop: int) -> np.ndarray:
-        return order_of(epoch)[start * args.batch_size:stop * args.batch_size]
+        return images.order(epoch)[start * args.batch_size:stop * args.batch_size]
 
     def batches_of(epoch: int, start: int) -> Iterator[torch.Tensor]:
         return images.batches(indices_of(epoch, start, steps))
@@ -251,7 +258,7 @@ def main(args: argparse.Namespace) -> int:
         return stats
 
     # ------------------------------------------------------------ optimizer and resume
-    steps = recipe.count_steps(args, len(order_of(0)), args.data_path)
+    steps = recipe.count_steps(args, len(images.order(0)), args.data_path)
     if not checkpoint:
         training.load_state_dict(on_main(fitted_start, args, training, images))
     state = recipe.make_state(args, training, device, (3, args.image_size, args.image_size))

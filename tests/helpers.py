@@ -34,7 +34,7 @@ from compact_files import write_compact, write_model
 from context_model import fit
 from token_files import files_of_manifest, manifest_path, open_token_file, write_labels, write_tokens
 from utils import InputError
-from vitvqgan import Size
+from vitvqgan import Size, position_table
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ['--device', 'cpu', '--model', 'deit_tiny_token_32', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2',
@@ -273,6 +273,24 @@ def golden_state(shapes, seed=0):
         values = 0.05 * rng.standard_normal(shape).astype(np.float32)
         state[name] = torch.from_numpy((values + ('norm' in name and name.endswith('weight'))).astype(np.float32))
     return state
+
+
+def seitpp_state(shapes, seed=0):
+    """Weights of SeiT++'s models by the rule of their golden files, in which "norm" is found in any case."""
+    state = {}
+    for name, shape in shapes.items():
+        rng = np.random.default_rng(zlib.crc32(name.encode()) + seed)
+        one = name.endswith('weight') and ('norm' in name.lower() or '.ln.' in name)
+        state[name] = torch.from_numpy((0.02 * rng.standard_normal(shape)).astype(np.float32) + np.float32(one))
+    return state
+
+
+def token_adapt_state(shapes):
+    """The golden weights of TokenAdapt, with its position tables."""
+    sides = {'de_pos_embedding': 32, 'en_pos_embedding': 28}
+    tables = {name: position_table(sides[name.rpartition('.')[2]], sides[name.rpartition('.')[2]], 384)
+              for name in shapes if name.endswith('_pos_embedding')}
+    return seitpp_state(shapes) | tables
 
 
 def same_weights(model, state):

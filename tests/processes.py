@@ -30,7 +30,7 @@ DEMO = ROOT / 'demo'
 def context() -> multiprocessing.context.ForkServerContext:
     """Forks of a server that has imported the programs once: an attempt starts in 0.1 s instead of five."""
     server = multiprocessing.get_context('forkserver')
-    server.set_forkserver_preload(['main_seit', 'tokenize_images', 'processes', 'train_tokenizer'])
+    server.set_forkserver_preload(['main_seit', 'tokenize_images', 'processes', 'train_tokenizer', 'fit_token_adapt'])
     folders = [str(ROOT), str(ROOT / 'tests'), str(ROOT / 'scripts')]
     variables = {'PYTHONPATH': os.pathsep.join(folders), 'OMP_NUM_THREADS': '1',
                  'PYTHONWARNINGS': 'ignore:resource_tracker'}  # of locks that killed processes had
@@ -60,7 +60,7 @@ class Job:
     """A program on some processes of this machine, started as torchrun would.
 
     Args:
-        name: of its module: main_seit, tokenize_images, train_tokenizer.
+        name: of its module: main_seit, tokenize_images, train_tokenizer, fit_token_adapt.
         words: of its command line.
         size: how many processes.
         output: the file they print to.

@@ -11,12 +11,24 @@ import main_seit
 from benchmarks.common import free_port
 from helpers import (ROOT, SMALL, accuracy_lines, assert_same, clean_environment, make_data, mistake, read_log,
                      run_here, seit, signal_in_second_epoch, states, without_times)
+from processes import Job, training_differs
 from samplers import shuffled
+from token_adapt import TokenAdapt
+from vitvqgan import Size
 
 
 @pytest.fixture(scope='module')
 def data(tmp_path_factory):
     return make_data(tmp_path_factory.mktemp('data'))
+
+
+@pytest.fixture(scope='module')
+def adapt(tmp_path_factory):
+    """A TokenAdapt for the codes of `data`, and flags that switch all of SeiT++'s augmentation on."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp('adapt') / 'tokenadapt.ckpt'
+    torch.save(TokenAdapt(30, 32, 10, 8, Size(64, 1, 1, 64)).state_dict(), path)
+    return ['--tokenadapt-path', path, '--noise-recipe', 'seit++', '--token-coloradapt-prob', '0.5']
 
 
 def two_processes():
@@ -34,6 +46,7 @@ def test_published_defaults():
         'sched': 'cosine', 'lr': 7.5e-4, 'lr_noise': None, 'lr_noise_pct': 0.67, 'lr_noise_std': 1.0,
         'warmup_lr': 1e-6, 'min_lr': 1e-5, 'decay_epochs': 30, 'warmup_epochs': 5, 'decay_rate': 0.1,
         'smoothing': 0.1, 'src': False, 'token_noise_prob': 0.5, 'token_noise_scale': 1, 'token_noise_std': 1,
+        'token_coloradapt_prob': 0, 'noise_recipe': 'v0.0', 'tokenadapt_path': '',
         'rrc_ratio': 0.08, 'eda_rc_prob': 0.25, 'token_synonym_thres': 5, 'replace_token_prob': 0.25,
         'eda_sc_prob': 0.25, 'swap_token_scale': 0.25, 'eda_erase_prob': 0, 'mixup': 0, 'cutmix': 1,
         'cutmix_minmax': None, 'mixup_prob': 1, 'mixup_switch_prob': 0.5, 'mixup_mode': 'batch', 'finetune': '',
@@ -112,6 +125,32 @@ def test_resumed_equals_uninterrupted(data, tmp_path, monkeypatch, capsys):
         assert_same(a, b)
 
 
+def test_seitpp_augmentation_resumes_exactly_in_two_processes(data, adapt, tmp_path):
+    flags = [*SMALL, *data, *adapt, '--epochs', 4, '--batch-size', 4, '--save-every', 1, '--warmup-epochs', 0,
+             '--dist-eval', '--resume', 'auto', '--output-dir']
+    assert Job('main_seit', [*flags, tmp_path / 'whole'], 2, tmp_path / 'out').wait() == [0, 0], \
+        (tmp_path / 'out').read_text()
+    first = Job('main_seit', [*flags, tmp_path / 'cut'], 2)
+    while not (tmp_path / 'cut' / 'checkpoint.pth').exists():
+        assert first.ranks[0].exitcode in (None, 0)
+    first.kill()
+    assert Job('main_seit', [*flags, tmp_path / 'cut'], 2).wait() == [0, 0]
+    assert not training_differs(tmp_path / 'whole', tmp_path / 'cut')
+
+
+def test_seitpp_augmentation_resumes_exactly_within_an_epoch(data, adapt, tmp_path, monkeypatch):
+    flags = [*SMALL, *data, *adapt, '--epochs', 2, '--warmup-epochs', 0, '--output-dir']
+    run_here(*flags, tmp_path / 'whole')
+    signal_in_second_epoch(monkeypatch)
+    assert run_here(*flags, tmp_path / 'cut') == 75
+    monkeypatch.undo()
+    run_here(*flags, tmp_path / 'cut', '--resume', 'auto')
+    assert not training_differs(tmp_path / 'whole', tmp_path / 'cut')
+    plain = [*SMALL, *data, '--epochs', 2, '--warmup-epochs', 0, '--output-dir', tmp_path / 'plain']
+    run_here(*plain)
+    assert read_log(tmp_path / 'plain')[1]['train_loss'] != read_log(tmp_path / 'whole')[1]['train_loss']
+
+
 def test_resume_keeps_the_best_accuracy(data, tmp_path):
     flags = [*SMALL, *data, '--epochs', 1, '--output-dir', tmp_path]
     run_here(*flags)
@@ -123,6 +162,12 @@ def test_resume_keeps_the_best_accuracy(data, tmp_path):
     run_here(*flags, '--resume', tmp_path / 'checkpoint.pth')
     assert states(tmp_path / 'checkpoint.pth')['best_acc1'] == 99.
     assert (tmp_path / 'best_checkpoint.pth').read_bytes() == best
+
+
+def test_every_switch_runs_with_tokenadapt(data, adapt, capsys):
+    for flags in (['--src', '--cutmix', 0, '--amp', 'bf16', '--eda-erase-prob', '0.3'],
+                  ['--bce-loss', '--smoothing', '0', '--noise-recipe', 'v0.0']):
+        run_here(*SMALL, *data, '--epochs', 1, '--no-eval', *adapt, *flags)
 
 
 @pytest.mark.parametrize('flags', [
@@ -198,6 +243,20 @@ def test_mistakes_get_one_line_and_exit_code_2(data, tmp_path):
     (['--token-cache', '/proc/nowhere'], 'choose another folder with --token-cache')])
 def test_mistakes_by_flag(data, flags, words):
     assert words in mistake(*SMALL, *data, '--epochs', 1, *flags)
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--tokenadapt-path', 'gone.ckpt'], 'gone.ckpt: cannot read TokenAdapt weights'),
+    (['--batch-size', '6'], '--batch-size 6: each half is mixed with its mirror image: give a multiple of 4'),
+    (['--batch-size', '7', '--cutmix', '0'], '--batch-size 7: half of it goes through TokenAdapt: give a multiple'),
+    (['--token-noise-prob', '0.75'], 'add up to more than 1')])
+def test_mistakes_by_flag_of_seitpp(data, adapt, flags, words):
+    assert words in mistake(*SMALL, *data, '--epochs', 1, *adapt, *flags)
+
+
+def test_a_tokenadapt_of_another_codebook_is_refused(data, adapt, tmp_path):
+    other = make_data(tmp_path, codes=29)
+    assert 'is for a codebook of 30 x 32, not of 29 x 32' in mistake(*SMALL, *other, '--epochs', 1, *adapt)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='there is a CUDA device')

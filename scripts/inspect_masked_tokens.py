@@ -1,0 +1,137 @@
+"""Draw what a pre-trained masked-token model predicts: each image, its tokens, those it is not shown, its predictions.
+
+    python scripts/inspect_masked_tokens.py --checkpoint output/pretrained/checkpoint-last.pth \\
+        --token-file tokens/my-val-token.data.bin.gz --codebook-path tokens/codebook.ckpt \\
+        --tokenizer-path tokens/tokenizer.safetensors --output sheet.png
+
+Side by side: the source, where --data-path has it; the tokens decoded; the same with masked patches gray; the same with
+masked codes as predicted. Also prints how many masked codes are predicted right.
+"""
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision.transforms.functional import to_pil_image
+from torchvision.utils import make_grid
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from checkpoints import load_checkpoint, load_weights, saved_flags
+from codebook import load_codebook
+from files import atomic_path, check_writable, expand_files
+from flags import SEED, Parser, integer, number
+from image_sources import open_source
+from image_tokenizer import decode_codes, load_tokenizer
+from inspect_tokens import source_images
+from models_mtm import MODELS, PATCH, MaskedTokenModel, create_model, masked_token_loss, masks_of
+from models_seit import KeyValues
+from origins import PRETRAIN, check_codes, check_origin, without_token_adapt
+from token_augment import center_crop, check_crop
+from token_cache import open_codes
+from token_files import open_token_file
+from utils import InputError, print0, run
+
+GRAY = 0.5
+UNSEEN = 0.4  # share of patches that the encoder never sees, as published
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises InputError for values that cannot be."""
+    parser = Parser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    add('--checkpoint', required=True, metavar='FILE', help='of main_mtm_pretrain.py')
+    add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
+        help='sizes of its model; default: as the checkpoint says')
+    add('--token-file', required=True, metavar='FILE', help='NAME.data.bin.gz, or a glob of shards')
+    add('--codebook-path', required=True, metavar='FILE')
+    add('--tokenizer-path', required=True, metavar='FILE', help='one with a decoder')
+    add('--data-path', metavar='PATH', help='the images that the tokens were made from')
+    add('--output', required=True, metavar='FILE.png')
+    add('--images', type=integer(1), default=16, help='from the first on')
+    add('--mask-ratio', type=number(0.01, 1), default=0.6, help='share of patches that are masked')
+    add('--seed', type=SEED, default=0, help='of the masks')
+    add('--max-image-pixels', type=integer(1), metavar='N', help="images with more are refused; default: PIL's limit")
+    return parser.parse_args(argv)
+
+
+def load_model(path: str, model_kwargs: dict, codebook_size: int) -> tuple[MaskedTokenModel, int]:
+    """The model of a checkpoint, in eval mode, and the side of the grids that it reads. Raises InputError."""
+    checkpoint = load_checkpoint(path)
+    weights = without_token_adapt(checkpoint['model'])
+    check_origin(weights, (PRETRAIN,), path)
+    check_codes(weights, codebook_size, path)
+    positions = weights.get('pos_embed')
+    if not isinstance(positions, torch.Tensor) or positions.ndim != 3:
+        raise InputError(f'{path}: has no position embeddings (pos_embed): give another checkpoint')
+    size = PATCH * math.isqrt(positions.shape[1] - 1)
+    written = saved_flags(checkpoint)
+    name = written.get('model') if written.get('model') in MODELS else MODELS[0]
+    model = create_model(name, model_kwargs or written.get('model_kwargs') or {}, codebook_size, size)
+    load_weights(model, weights, path)
+    return model.eval(), size
+
+
+@torch.no_grad()
+def predict(model: MaskedTokenModel, codes: torch.Tensor, ratio: float,
+            generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Mask a share of the patches of codes (B, s, s) int64 and predict them.
+
+    Returns:
+        Codes (B, s, s), the masked ones as predicted; which those are, (B, s, s) bool; their cross-entropy.
+    """
+    side = codes.shape[1] // PATCH
+    masks = masks_of(torch.rand(len(codes), side ** 2, generator=generator), ratio, min(ratio, UNSEEN))
+    logits = model(codes, *masks)
+    masked = masks.masked.view(-1, side, side).repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)
+    found = torch.where(masked, logits.argmax(-1).view_as(codes), codes)
+    return found, masked, masked_token_loss(logits, codes, masks.masked).item()
+
+
+def main(args: argparse.Namespace) -> None:
+    codebook = load_codebook(args.codebook_path)
+    files = [open_token_file(path) for path in expand_files(args.token_file)]
+    inputs = [args.checkpoint, args.codebook_path, args.tokenizer_path, args.data_path]
+    check_writable(args.output, inputs=[*filter(None, inputs), *(file.stream for file in files)])
+    model, size = load_model(args.checkpoint, args.model_kwargs, len(codebook))
+    tokenizer = load_tokenizer(args.tokenizer_path)
+    if codebook.shape[1] != tokenizer.embed_dim:
+        raise InputError(f'{args.codebook_path}: rows of {codebook.shape[1]} elements, but the tokenizer gives '
+                         f'{tokenizer.embed_dim}')
+    source = open_source(args.data_path) if args.data_path else None
+    every = open_codes(files, cache='none')
+    if source and len(source) != len(every):
+        raise InputError(f'{args.data_path}: {len(source)} images, but {args.token_file} holds {len(every)}; give the '
+                         'images that the tokens were made from')
+
+    codes = torch.from_numpy(every[:args.images].astype(np.int64))
+    if codes.max() >= len(codebook):
+        raise InputError(f'{args.token_file}: holds code {codes.max()}, but the codebook has {len(codebook)} rows; '
+                         'give the codebook the tokens were made with')
+    grid_size = math.isqrt(codes.shape[1])
+    check_crop(size, grid_size)
+    codes = center_crop(codes.view(-1, grid_size, grid_size), size)
+    found, masked, loss = predict(model, codes, args.mask_ratio, torch.Generator().manual_seed(args.seed))
+    tokens, predicted = (decode_codes(tokenizer, codebook, each.flatten(1)) for each in (codes, found))
+    if tokens is None:
+        raise InputError(f'{args.tokenizer_path}: has no decoder, so that tokens cannot be drawn; give one that has')
+
+    patch_size = tokenizer.patch_size
+    hidden = masked.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)[:, None]
+    parts = [tokens, torch.where(hidden, GRAY, tokens), predicted]
+    if source:
+        images = source_images(source, len(codes), patch_size * grid_size, args.max_image_pixels)
+        parts.insert(0, center_crop(images, patch_size * size))
+    cells = torch.cat(parts, dim=3)  # (B, 3, side, side * parts)
+    sheet = to_pil_image(make_grid(cells, nrow=math.ceil((len(cells) / len(parts)) ** 0.5), pad_value=1))
+    with atomic_path(args.output) as temporary:
+        sheet.save(temporary, 'PNG')
+    right = (found == codes)[masked].double().mean()
+    print0(f'{len(codes)} images, {int(masked.sum()):,} of {masked.numel():,} codes masked: {right:.1%} predicted '
+           f'right, cross-entropy {loss:.3f}; {args.output}')
+
+
+if __name__ == '__main__':
+    run(main, parse_args)

@@ -1,0 +1,298 @@
+"""Masked-token pre-training as a user runs it."""
+import argparse
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import engine
+import main_mtm_finetune
+import main_mtm_pretrain
+from benchmarks.common import free_port
+from codebook import load_codebook
+from helpers import (ROOT, assert_same, call, clean_environment, fails, make_data, read_log, signal_in_second_epoch,
+                     states, without_times)
+from models_mtm import MODELS, draw_masks, masked_token_loss
+from processes import Job, until
+from test_engine import CountWaits
+from token_adapt import TokenAdapt, load_token_adapt
+from utils import InputError
+from vitvqgan import Size
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+SIZES = ['--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2']
+DECODER = ['decoder_embed_dim=16', 'decoder_depth=1', 'decoder_num_heads=2']
+SMALL = ['--device', 'cpu', *SIZES, *DECODER, '--batch-size', 4, '--input-size', 64, '--warmup-epochs', 1, '--blr', 0.1]
+# Defaults that are not the published ones, and why.
+OTHER_DEFAULTS = {'--device': 'cuda where there is one, as in every program', '--grad_clip': 'published 3, never used'}
+
+
+def token_adapt_flags(folder, codes, grid_size, crop_size):
+    """Write a small TokenAdapt; returns the flag that names it."""
+    torch.manual_seed(0)
+    path = folder / 'tokenadapt.ckpt'
+    torch.save(TokenAdapt(codes, 32, grid_size, crop_size, Size(64, 1, 1, 64)).state_dict(), path)
+    return ['--tokenadapt-path', path]
+
+
+def split_flags(words):
+    """Flags of make_data for pre-training (no labels, no validation), and for fine-tuning."""
+    pairs = dict(zip(words[::2], words[1::2]))
+    ours = [word for flag in ('--codebook-path', '--token-synonym-dict', '--train-token-file')
+            for word in (flag, pairs[flag])]
+    return ours, words
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    """The pre-training flags of a set of 24 images of 10x10 codes, without its label file."""
+    folder = tmp_path_factory.mktemp('data')
+    ours, _ = split_flags(make_data(folder))
+    (folder / 'train-label.txt').unlink()
+    return [*ours, *token_adapt_flags(folder, 30, 10, 8)]
+
+
+def pretrain(*words):
+    return call(main_mtm_pretrain, *SMALL, *words)
+
+
+def launched(program, words, processes=1):
+    """The output of a program as torch.distributed.launch starts it, or as it is."""
+    launch = ['-m', 'torch.distributed.launch', f'--nproc_per_node={processes}', f'--master_port={free_port()}',
+              '--use_env'] if processes > 1 else []
+    done = subprocess.run([sys.executable, *launch, str(ROOT / program), *map(str, words)], capture_output=True,
+                          text=True, env=clean_environment(), timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+# ---------------------------------------------------------------- flags
+
+@pytest.mark.parametrize('program', [main_mtm_pretrain, main_mtm_finetune])
+def test_published_flags_and_defaults(golden, program):
+    parser = program.get_args_parser()
+    actions = {flag: action for action in parser._actions for flag in action.option_strings}
+    for option in golden('seitpp/flags.json')[program.__name__]:
+        for flag in option['flags']:
+            action = actions[flag.replace('_', '-')]
+            if flag in program.NO_EFFECT or flag.replace('_', '-') in program.NO_EFFECT:
+                assert (action.nargs == 0) == (option['nargs'] == 0), flag
+                continue
+            if flag not in OTHER_DEFAULTS:
+                default = action.default if option['default'] is not None else action.default or None
+                assert default == option['default'], flag
+            if isinstance(action, argparse.BooleanOptionalAction):
+                assert option['nargs'] == 0, flag
+            elif flag != '--cutmix-minmax':  # published '+', of which two numbers made sense
+                assert action.nargs == option['nargs'], flag
+
+
+PUBLISHED = """--codebook-path x --train-token-file x --train-label-file x --batch_size 128 --output_dir x"""
+PUBLISHED_PRETRAIN = f"""{PUBLISHED} --model mae_token_vit_base_patch16_dec512d4b_k2s2_vitvqgan_32 --accum_iter 4
+    --blr 1.5e-4 --epochs 400 --tokenadapt-path tokenadapt.ckpt"""
+PUBLISHED_FINETUNE = f"""{PUBLISHED} --model deit_base_token_32 --val-token-file x --val-label-file x
+    --token-synonym-dict tokens/codebook-synonyms.json --accum_iter 1 --print_freq 400 --epochs 100 --blr 1.0e-3
+    --layer_decay 0.65 --dist_eval --finetune x"""
+
+
+def test_the_published_commands_parse():
+    args = main_mtm_pretrain.parse_args(PUBLISHED_PRETRAIN.split())
+    assert (args.batch_size, args.accum_iter, args.clip_grad, args.save_periods) == (
+        128, 4, None, ['last2', 'every_200_epochs'])
+    args = main_mtm_finetune.parse_args(PUBLISHED_FINETUNE.split())
+    assert (args.layer_decay, args.dist_eval, args.tokenadapt_path) == (0.65, True, 'weights/tokenadapt.ckpt')
+    assert main_mtm_pretrain.parse_args(['--grad_clip', '3', '--local_rank', '-1']).clip_grad == 3
+
+
+@pytest.mark.parametrize('flags, words', [
+    (['--input-size', '72'], '--input-size 72: give 2 x --token-patch-size 8'), (['--input-size', '60'], 'multiple'),
+    (['--batch-size', '5'], '--batch-size 5: half of it goes through TokenAdapt'), (['--rrc', '--src'], 'exclude'),
+    (['--mask-ratio-min', '0.7', '--mask-ratio-max', '0.6'], 'rising order'), (['--save-periods', 'best'], 'best'),
+    (['--mask_ratio_mu', '30'], 'hardly any ratio'), (['--bce-loss', '--smoothing', '0.1'], '--smoothing 0'),
+    (['--token-noise-prob', '0.8', '--token-coloradapt-prob', '0.3'], 'add up to more than 1'),
+    (['--eda-rc-prob', '0.8', '--eda-sc-prob', '0.3'], 'add up to more than 1'), (['--epoch', '3'], '--epoch')])
+def test_flags_that_cannot_be(flags, words):
+    fails(lambda: main_mtm_pretrain.parse_args(flags), words)
+
+
+# ---------------------------------------------------------------- exact resume
+
+@pytest.fixture(scope='module')
+def uninterrupted(data, tmp_path_factory):
+    folder = tmp_path_factory.mktemp('whole')
+    flags = [*data, '--epochs', 2, '--accum-iter', 2, '--token-coloradapt-prob', 0.4, '--token-noise-prob', 0.3,
+             '--eda-sc-prob', 0.3]
+    pretrain(*flags, '--output-dir', folder)
+    return flags, folder
+
+
+@pytest.mark.parametrize('steps', [1, 2, 3, 4, 5])
+def test_killed_after_any_step_it_resumes_bit_by_bit(uninterrupted, tmp_path, monkeypatch, steps):
+    flags, whole = uninterrupted
+
+    class Killed(BaseException):
+        pass
+    optimizer_step = engine.optimizer_step
+    done = []
+
+    def killed_later(*words):
+        optimizer_step(*words)
+        done.append(1)
+        if len(done) > steps:
+            raise Killed  # after the step, before its checkpoint
+    monkeypatch.setattr(engine, 'optimizer_step', killed_later)
+    with pytest.raises(Killed):
+        pretrain(*flags, '--save-every', 1, '--output-dir', tmp_path)
+    monkeypatch.undo()
+    pretrain(*flags, '--save-every', 1, '--output-dir', tmp_path, '--resume', 'auto')
+    assert without_times(read_log(whole)) == without_times(read_log(tmp_path))
+    ours, theirs = (states(folder / 'checkpoint-last.pth') for folder in (tmp_path, whole))
+    for state in (ours, theirs):
+        del state['args']
+    assert_same(ours, theirs)
+
+
+def test_a_signal_stops_it_and_it_resumes(uninterrupted, tmp_path, monkeypatch, capsys):
+    flags, whole = uninterrupted
+    signal_in_second_epoch(monkeypatch)
+    assert pretrain(*flags, '--output-dir', tmp_path) == 75
+    monkeypatch.undo()
+    assert 'stopped by a signal after step 2 of epoch 1; --resume auto continues there' in capsys.readouterr().out
+    assert states(tmp_path / 'checkpoint-last.pth')['step'] == 2
+    pretrain(*flags, '--output-dir', tmp_path, '--resume', 'auto')
+    assert_same(states(tmp_path / 'checkpoint-last.pth')['model'], states(whole / 'checkpoint-last.pth')['model'])
+
+
+def test_two_killed_processes_resume_bit_by_bit(data, tmp_path):
+    flags = [*SMALL, *data, '--epochs', 4, '--accum-iter', 3, '--save-every', 1, '--resume', 'auto', '--output-dir']
+    assert Job('main_mtm_pretrain', [*flags, tmp_path / 'whole'], 2).wait() == [0, 0]
+    killed = Job('main_mtm_pretrain', [*flags, tmp_path / 'cut'], 2)
+    until((tmp_path / 'cut' / 'checkpoint-last1.pth').exists, 'two checkpoints')
+    killed.kill()
+    assert len(read_log(tmp_path / 'cut')) < 4
+    assert Job('main_mtm_pretrain', [*flags, tmp_path / 'cut'], 2).wait() == [0, 0]
+    assert without_times(read_log(tmp_path / 'whole')) == without_times(read_log(tmp_path / 'cut'))
+    ours, theirs = (states(tmp_path / name / 'checkpoint-last.pth') for name in ('cut', 'whole'))
+    for state in (ours, theirs):
+        del state['args']
+    assert_same(ours, theirs)
+
+
+def test_checkpoints_have_the_published_keys_and_hold_token_adapt(uninterrupted):
+    _, folder = uninterrupted
+    checkpoint = states(folder / 'checkpoint-last.pth')
+    assert checkpoint.keys() >= {'model', 'optimizer', 'epoch', 'scaler', 'args'} and checkpoint['epoch'] == 1
+    assert any(name.startswith('conversion_function.') for name in checkpoint['model'])
+    assert {path.name for path in folder.glob('check*')} == {
+        f'checkpoint-last{n}.pth{end}' for n in ('', 1) for end in ('', '.summary.json')}
+    fails(lambda: pretrain(*uninterrupted[0], '--output-dir', folder), 'an earlier run is here; add --resume auto')
+
+
+def test_a_published_checkpoint_resumes(uninterrupted, tmp_path):
+    """It holds the flags as a Namespace, and of our keys only model, optimizer, epoch, scaler and args."""
+    flags, folder = uninterrupted
+    ours = states(folder / 'checkpoint-last1.pth')
+    args = {name: ours['args'][name] for name in ('batch_size', 'accum_iter', 'epochs', 'seed', 'blr', 'flip')}
+    torch.save({**{key: ours[key] for key in ('model', 'optimizer', 'epoch', 'scaler')},
+                'args': argparse.Namespace(**args)}, tmp_path / 'published.pth')
+    pretrain(*flags, '--resume', tmp_path / 'published.pth', '--output-dir', tmp_path / 'out')
+    assert_same(*(states(each / 'checkpoint-last.pth')['model'] for each in (folder, tmp_path / 'out')))
+
+
+def test_without_token_adapt_a_checkpoint_that_holds_it_resumes(uninterrupted, tmp_path):
+    flags, folder = uninterrupted
+    pretrain(*flags, '--tokenadapt-path', '', '--epochs', 3, '--resume', folder / 'checkpoint-last.pth',
+             '--output-dir', tmp_path)
+    state = states(tmp_path / 'checkpoint-last.pth')
+    assert state['epoch'] == 2 and not any(name.startswith('conversion_function.') for name in state['model'])
+
+
+# ---------------------------------------------------------------- what it trains
+
+def test_it_learns(data, tmp_path):
+    pretrain(*data, '--epochs', 12, '--rrc-ratio', 0.9, '--output-dir', tmp_path, '--tokenadapt-path', '')
+    losses = [line['train_loss'] for line in read_log(tmp_path)]
+    assert losses[0] == pytest.approx(np.log(30), abs=0.2) and losses[-1] < losses[0] - 0.2
+
+
+@pytest.mark.parametrize('flags', [
+    ['--rrc', '--amp', 'bf16', '--token-noise-prob', 1, '--smoothing', 0.1, '--lr', 1e-3],
+    ['--src', '--bce-loss', '--token-coloradapt-prob', 1, '--grad-clip', 0.1, '--eda-rc-prob', 1, '--seed', 3],
+    ['--tokenadapt-path', '', '--batch-size', 5, '--mask-ratio-min', 0, '--mask-ratio-max', 0.5, '--accum-iter', 2],
+    ['--input-size', 80, '--mask-ratio-min', 0.5, '--mask-ratio-max', 0.5, '--token-cache', 'none', '--flip']])
+def test_every_switch_runs(data, tmp_path, flags):
+    assert pretrain(*data, '--epochs', 1, '--output-dir', tmp_path, *flags) == 0
+    line, = read_log(tmp_path)
+    assert np.isfinite(line['train_loss'])
+
+
+def test_gradients_are_clipped_where_asked_for(data, tmp_path):
+    for name, flags in (('plain', []), ('clipped', ['--clip-grad', 1e-9])):
+        pretrain(*data, '--epochs', 1, '--output-dir', tmp_path / name, *flags)
+    plain, clipped = (states(tmp_path / name / 'checkpoint-last.pth')['optimizer']['state'][0]['exp_avg']
+                      for name in ('plain', 'clipped'))
+    assert clipped.norm() < 1e-8 < plain.norm()
+
+
+def test_a_step_asks_the_device_nothing(data):
+    """Input, masks, model and loss: no operation for which the host would wait on a GPU."""
+    args = main_mtm_pretrain.parse_args([str(word) for word in [
+        *SMALL, *data, '--token-noise-prob', 0.5, '--token-coloradapt-prob', 0.5, '--eda-sc-prob', 0.5]])
+    codebook = load_codebook(args.codebook_path)
+    prepare = main_mtm_pretrain.make_input(args, codebook, 10, 8, load_token_adapt(args.tokenadapt_path, codebook))
+    model = main_mtm_pretrain.create_model(args.model, args.model_kwargs, 30, 8)
+    generator = torch.Generator().manual_seed(0)
+    mask_ratio = main_mtm_pretrain.make_mask_ratio(args)
+    counter = CountWaits()
+    for _ in range(5):
+        batch = torch.randint(0, 30, (4, 10, 10)).to(torch.uint16), torch.zeros(4, dtype=torch.int64)
+        with counter:
+            codes, _ = prepare(*batch, generator)
+            masks = draw_masks(4, 16, mask_ratio, generator)
+            masked_token_loss(model(codes, *masks), codes, masks.masked).backward()
+    assert counter.count == 0
+
+
+def test_codes_of_equal_rows_are_one_to_the_model(data):
+    """The model sees the lowest of equal rows, from both halves."""
+    args = main_mtm_pretrain.parse_args([str(word) for word in [*SMALL, *data]])
+    codebook = load_codebook(args.codebook_path)
+    codebook[15:] = codebook[:15] * 2
+    prepare = main_mtm_pretrain.make_input(args, codebook, 10, 8, load_token_adapt(args.tokenadapt_path, codebook))
+    codes, _ = prepare(torch.full((4, 10, 10), 20).to(torch.uint16), torch.zeros(4), torch.Generator().manual_seed(0))
+    assert (codes[:2] == 5).all() and codes.max() < 15
+
+
+# ---------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize('flags, words', [
+    (['--tokenadapt-path', 'gone.ckpt'], "^gone.ckpt: there is no such.* give --tokenadapt-path '' to train without"),
+    (['--model', 'deit_base_token_32'], 'is none of mae_token'),
+    (['--input-size', 96], 'larger than the 10x10'), (['--batch-size', 64], '--batch-size 64 x --accum-iter 1'),
+    (['--model-kwargs', 'heads=2'], "--model-kwargs {'heads': 2}"), (['--resume', 'gone.pth'], 'gone.pth')])
+def test_mistakes_by_flag(data, tmp_path, flags, words):
+    fails(lambda: pretrain(*data, '--epochs', 1, '--output-dir', tmp_path, *flags), words)
+    assert not list(tmp_path.glob('checkpoint*'))
+
+
+def test_another_codebook_is_refused(uninterrupted, tmp_path):
+    flags, folder = uninterrupted
+    torch.save(torch.randn(40, 32), tmp_path / 'codebook.ckpt')
+    for more in ([], ['--tokenadapt-path', '']):
+        fails(lambda: pretrain(*flags, '--codebook-path', tmp_path / 'codebook.ckpt', *more, '--output-dir',
+                               tmp_path / 'out', '--resume', folder / 'checkpoint-last.pth'),
+              'checkpoint-last.pth: its model reads 30 codes, but the codebook has 40 rows')
+    fails(lambda: pretrain(*flags, '--codebook-path', tmp_path / 'codebook.ckpt', '--output-dir', tmp_path / 'out'),
+          'tokenadapt.ckpt: is for a codebook of 30 x 32, not of 40 x 32')
+
+
+def test_a_bad_step_ends_it(data, tmp_path):
+    with pytest.raises(InputError, match='is not finite: lower --lr') as caught:
+        pretrain(*data, '--epochs', 2, '--lr', 1e30, '--warmup-epochs', 0, '--output-dir', tmp_path)
+    assert caught.value.exit_code == 3 and (tmp_path / 'bad_step_rank0.json').exists()
+
+
+def test_only_one_model_is_published():
+    assert MODELS == ['mae_token_vit_base_patch16_dec512d4b_k2s2_vitvqgan_32']
