@@ -106,7 +106,7 @@ def evaluate_only(args: argparse.Namespace, checkpoint: dict[str, Any], path: st
     codebook = load_codebook(args.codebook_path)
     size = check_sizes(args)
     check_checkpoint(checkpoint, path, codebook)
-    data = load_data(args, codebook, size)['val']
+    data = load_data(args, codebook, size, device)['val']
     classes = count_classes({args.val_label_file: data.labels}, args.nb_classes,
                             head_size(checkpoint['model'], 'head', path))
     check_class_names(checkpoint.get('classes'), data.classes, path, args.val_token_file)
@@ -161,7 +161,7 @@ def main(args: argparse.Namespace) -> int:
     # data
     codebook = load_codebook(args.codebook_path)
     size = check_sizes(args)
-    datasets = load_data(args, codebook, size)
+    datasets = load_data(args, codebook, size, device)
     train_data = datasets['train']
     labels = {getattr(args, f'{split}_label_file'): data.labels for split, data in datasets.items()}
     classes = count_classes(labels, args.nb_classes, None)
