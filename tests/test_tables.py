@@ -10,11 +10,14 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import processes
-from helpers import call, fails, read_log, save_image, smooth_images
-from tables import ablation, choose_images, collect, count_bytes, presets, report, robustness, rows, speed, storage
+from helpers import call, fails, make_images, read_log, save_image, smooth_images, tokenize
+from tables import (ablation, choose_images, collect, count_bytes, draw_rows, presets, report, robustness, rows, speed,
+                    storage)
 from tables import table as shared
 from tables.plan import Plan
 from tables.rows import Program, Row, run_programs, run_rows
@@ -351,3 +354,22 @@ def test_a_program_that_is_stopped_lets_no_other_start(tmp_path):
     programs = [Program(str(i), (good,), tmp_path / 'log') for i in range(2)]
     assert run_programs(programs, 1, 1, stopping=lambda: True) == {}
     assert run_programs(programs, 1, 1) == {'0': 0, '1': 0}
+
+
+# ---------------------------------------------------------------- pictures
+
+def test_what_rows_keep_is_drawn(tmp_path):
+    data = make_images(tmp_path)
+    out = tokenize(data, tmp_path / 'out', source='val')
+    words = ['--data-path', data / 'val', data / 'val', '--token-file', out / 'my-token.data.bin.gz',
+             '--tokenizer-path', data / 'tok.pt', '--codebook-path', data / 'codebook.ckpt', '--images', 3,
+             '--image-size', 16]
+    call(draw_rows, *words, '--output', tmp_path / 'rows.png')
+    with Image.open(tmp_path / 'rows.png') as sheet:
+        pixels = np.asarray(sheet)[::2, ::2]
+    assert pixels.shape == (3 * 18 + 2, 3 * 18 + 2, 3)
+    lines = [pixels[2 + 18 * line:18 + 18 * line] for line in range(3)]
+    assert np.array_equal(lines[0], lines[1]) and not np.array_equal(lines[1], lines[2])
+    fails(lambda: call(draw_rows, '--data-path', data / 'train', *words[3:], '--output', tmp_path / 'b.png'),
+          '45 images, but .* holds 9')
+    assert not (tmp_path / 'b.png').exists()

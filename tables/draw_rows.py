@@ -1,0 +1,69 @@
+"""Draw what rows of table 1 keep of some images: a line of pictures for each image set, and one of tokens decoded.
+
+    python tables/draw_rows.py --data-path output/tables/chosen/val output/tables/images/jpeg-8/val/images \\
+        --token-file output/tables/tokens/vitvqgan-16x16/val-token.data.bin.gz \\
+        --tokenizer-path output/tables/tokenizers/vitvqgan-16x16/tokenizer.safetensors \\
+        --codebook-path output/tables/tokenizers/vitvqgan-16x16/codebook.ckpt --output rows.png
+"""
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torchvision.transforms.functional import resize, to_pil_image
+from torchvision.utils import make_grid
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from codebook import load_codebook
+from files import atomic_path, check_writable, expand_files
+from flags import Parser, integer
+from image_sources import load_images, open_source
+from image_tokenizer import decode_codes, load_tokenizer, unit_range
+from token_cache import open_codes
+from token_files import open_token_file
+from utils import InputError, print0, run
+
+ENLARGED = 2
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises InputError."""
+    parser = Parser(__doc__.splitlines()[0])
+    add = parser.add_argument
+    add('--data-path', nargs='+', required=True, metavar='PATH', help='the same images, as each row stores them')
+    add('--token-file', required=True, metavar='FILE', help='tokens of them, in the same order')
+    add('--tokenizer-path', required=True, metavar='FILE')
+    add('--codebook-path', required=True, metavar='FILE')
+    add('--output', required=True, metavar='FILE.png')
+    add('--images', type=integer(1), default=10, help='spread evenly over the set')
+    add('--image-size', type=integer(1), default=64, help='that all are resized to, as training does')
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    check_writable(args.output, inputs=[*args.data_path, args.token_file, args.tokenizer_path, args.codebook_path])
+    codes = open_codes([open_token_file(path) for path in expand_files(args.token_file)], cache='none')
+    chosen = np.linspace(0, len(codes) - 1, min(args.images, len(codes))).astype(int)
+    lines = []
+    for path in args.data_path:
+        source = open_source(path)
+        if len(source) != len(codes):
+            raise InputError(f'{path}: {len(source)} images, but {args.token_file} holds {len(codes)}; give the images '
+                             'that the tokens were made from')
+        lines.append(unit_range(next(load_images(source, [chosen], args.image_size)).pixels))
+    decoded = decode_codes(load_tokenizer(args.tokenizer_path), load_codebook(args.codebook_path),
+                           torch.from_numpy(codes[chosen].astype(np.int64)))
+    if decoded is None:
+        raise InputError(f'{args.tokenizer_path}: has no decoder')
+    lines.append(resize(decoded, [args.image_size, args.image_size], antialias=True))
+    grid = make_grid(torch.cat(lines), nrow=len(chosen), pad_value=1)
+    sheet = to_pil_image(grid.repeat_interleave(ENLARGED, 1).repeat_interleave(ENLARGED, 2))
+    with atomic_path(args.output) as temporary:
+        sheet.save(temporary, 'PNG')
+    print0(f'{len(lines)} lines of {len(chosen)} images: {args.output}')
+
+
+if __name__ == '__main__':
+    run(main, parse_args)
