@@ -68,7 +68,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     choose_data_device(datasets, main_args.data_device, device)
     keep_freed_memory(device)
     data = datasets['train']
-    augment = main_seit.make_augment(main_args, codebook, args.grid, size, device)
+    augment = main_seit.make_augment(main_args, codebook, args.grid, size, device, mixup=None)
     synonyms = load_synonyms(main_args.token_synonym_dict, len(codebook), main_args.token_synonym_thres)
     noise = main_args.token_noise_prob, main_args.token_noise_scale, main_args.token_noise_std
     one_hot = OneHot(codebook, size, synonyms, main_args.eda_rc_prob, main_args.replace_token_prob,
@@ -79,8 +79,8 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     generator = torch.Generator(device)
 
     def ours() -> None:
-        for codes, _ in data.batches(order, args.batch_size, device, True):
-            augment(codes, generator)
+        for batch in data.batches(order, args.batch_size, device, True):
+            augment(*batch, generator)
 
     def plain() -> None:
         one_hot(data.batch(order[:args.one_hot_images])[0])

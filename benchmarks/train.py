@@ -79,31 +79,31 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
                          drop_path_rate=main_args.drop_path, pos_drop_rate=main_args.drop,
                          proj_drop_rate=main_args.drop).to(device)
     flops = forward_flops(model, input_shape)
-    augment = main_seit.make_augment(main_args, codebook, data.grid_size, size, device)
     mixup, criterion = recipe.make_loss(main_args, main_args.nb_classes)
+    unmixed, augment = (main_seit.make_augment(main_args, codebook, data.grid_size, size, device, mixing)
+                        for mixing in (None, mixup))
     state = recipe.make_state(main_args, model, device, input_shape)
     options = recipe.step_options(main_args, args.steps)
 
     # the two that are compared
     order = shuffled(images, 1, 0, 0, 0)
-    first_codes, first_targets = next(data.batches(order, batch_size, device))
-    constant_x = augment(first_codes, torch.Generator(device))
+    constant_x, first_targets = unmixed(*next(data.batches(order, batch_size, device)), torch.Generator(device))
 
-    def loss_of_input(model: nn.Module, x: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        if mixup:
-            x, targets = mixup(x, targets)
+    def loss_of_data(model: nn.Module, batch: tuple, generator: torch.Generator) -> torch.Tensor:
+        x, targets = augment(*batch, generator)
+        return criterion(model(x), targets)
+
+    def loss_of_constant(model: nn.Module, targets: torch.Tensor, _: torch.Generator) -> torch.Tensor:
+        x, targets = mixup(constant_x, targets) if mixup else (constant_x, targets)
         return criterion(model(x), targets)
 
     def with_data() -> None:
         state.step = 0
-        train_one_epoch(state, data.batches(order, batch_size, device, main_args.pin_mem),
-                        lambda model, batch, generator: loss_of_input(model, augment(batch[0], generator), batch[1]),
-                        options)
+        train_one_epoch(state, data.batches(order, batch_size, device, main_args.pin_mem), loss_of_data, options)
 
     def constant() -> None:
         state.step = 0
-        train_one_epoch(state, [first_targets] * args.steps,
-                        lambda model, targets, _: loss_of_input(model, constant_x, targets), options)
+        train_one_epoch(state, [first_targets] * args.steps, loss_of_constant, options)
 
     seconds = common.take_turns({'data': with_data, 'constant': constant}, args.repeats, device, args.clock)
     peak = matmul_peak(device, state.amp, args.repeats, args.clock)

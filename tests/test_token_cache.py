@@ -206,7 +206,7 @@ def test_space_that_fallocate_refuses(tmp_path, monkeypatch, number):
     assert [*(tmp_path / 'c').iterdir()] == []
 
 
-def killed_decoding(files, allocate):
+def killed_decoding(files, allocate, device):
     """Instead of decode_into."""
     allocate((12000, 64))
     os.kill(os.getpid(), signal.SIGKILL)
