@@ -93,9 +93,7 @@ def add_step_flags(parser: Parser, models: list[str]) -> Callable:
     add('--min-lr', type=number(0), default=0.)
     add('--warmup-epochs', type=integer(), default=40)
     add('--weight-decay', type=number(0), default=0.05)
-    add('--amp', choices=['bf16', 'fp16', 'off'], help='mixed precision (default: fp16 on CUDA, off on CPU)')
-    add('--tf32', action='store_true', help='TF32 for what stays in float32 (CUDA)')
-    add('--compile', action='store_true', help='torch.compile the model')
+    recipe.add_precision_flags(add)
     return add
 
 

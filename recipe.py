@@ -85,10 +85,15 @@ def add_step_flags(parser: Parser) -> Callable:
     add('--decay-epochs', type=POSITIVE, default=30, help='step schedule')
     add('--warmup-epochs', type=integer(), default=5)
     add('--decay-rate', '--dr', type=number(0), default=0.1, help='step schedule; the power of poly')
+    add_precision_flags(add)
+    return add
+
+
+def add_precision_flags(add: Callable) -> None:
+    """Precision and compiling, added by a group's add_argument."""
     add('--amp', choices=['bf16', 'fp16', 'off'], help='mixed precision (default: fp16 on CUDA, off on CPU)')
     add('--tf32', action='store_true', help='TF32 for what stays in float32 (CUDA)')
     add('--compile', action='store_true', help='torch.compile the model')
-    return add
 
 
 def add_mixing_flags(parser: Parser) -> None:

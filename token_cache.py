@@ -46,9 +46,7 @@ def decode_into(files: Sequence[TokenFile], allocate: Callable[[tuple[int, int]]
         InputError: for damaged files, and for files that are not as their manifests say.
     """
     for file in files:
-        if 'files' in file.manifest:
-            for path in file.files:
-                file.check_checksums(path)
+        file.check_content()
     codes = None
     start = 0
     for file in files:

@@ -6,7 +6,6 @@ Wherever a token or label file is asked for, a glob or a comma-separated list of
 """
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from compact_files import CPU
 from files import expand_files
 from prefetching import prefetch
 from token_cache import open_codes
-from token_files import TokenFile, bytes_on_disk, open_token_file, read_labels
+from token_files import TokenFile, bytes_on_disk, labels_of, open_token_file
 from utils import InputError, print0
 
 
@@ -45,7 +44,7 @@ class TokenDataset:
         if len(self.files) != len(label_files):
             raise InputError(f'{token_file}: {len(self.files)} token files, but {label_file} is {len(label_files)} '
                              'label files: give one for each, in the same order')
-        self.labels = np.concatenate([np.zeros(len(file), np.int64) if path is None else _labels_of(file, path)
+        self.labels = np.concatenate([np.zeros(len(file), np.int64) if path is None else labels_of(file, path)
                                       for file, path in zip(self.files, label_files)])
         self.classes = _classes_of(self.files)
         self.codes = open_codes(self.files, cache, device)
@@ -113,16 +112,6 @@ class TokenDataset:
 
         for ready in prefetch(load, slices):
             yield tuple(tensor.to(device, non_blocking=pin_memory) for tensor in ready)
-
-
-def _labels_of(file: TokenFile, path: Path) -> np.ndarray:
-    """The labels of one token file, as many as it has images. Raises InputError."""
-    if path.name in file.manifest.get('files', {}):  # else they are labels of the user's own
-        file.check_checksums(path)
-    labels = read_labels(path)
-    if len(labels) != len(file):
-        raise InputError(f'{path}: {len(labels)} labels for the {len(file)} images of {file.stream}')
-    return labels
 
 
 def _classes_of(files: Sequence[TokenFile]) -> list[str] | None:

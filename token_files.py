@@ -77,6 +77,12 @@ class TokenFile:
         """InputError unless `path`, a file of this set, has the size and SHA-256 that the manifest states."""
         check_checksums(path, self.manifest, self.manifest_path)
 
+    def check_content(self) -> None:
+        """InputError unless stream and what belongs to it are as the manifest states, where it has checksums."""
+        if 'files' in self.manifest:
+            for path in self.files:
+                self.check_checksums(path)
+
 
 def check_checksums(path: Path, manifest: dict[str, Any], manifest_path: Path) -> None:
     """InputError unless a file of a set has the size and SHA-256 that the manifest of the set states."""
@@ -170,6 +176,16 @@ def read_labels(path: str | Path) -> np.ndarray:
         line = int(np.argmax(wrong))
         raise InputError(f'{path}: line {line + 1}: class {labels[line]} is not from 0 to {MAX_CLASS:,}; classes are '
                          'numbered from 0')
+    return labels
+
+
+def labels_of(file: TokenFile, path: Path) -> np.ndarray:
+    """The labels of one token file, as many as it has images. Raises InputError."""
+    if path.name in file.manifest.get('files', {}):  # else they are labels of the user's own
+        file.check_checksums(path)
+    labels = read_labels(path)
+    if len(labels) != len(file):
+        raise InputError(f'{path}: {len(labels)} labels for the {len(file)} images of {file.stream}')
     return labels
 
 

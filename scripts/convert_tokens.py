@@ -35,14 +35,13 @@ from token_files import (
     bytes_on_disk,
     decode,
     files_of_manifest,
+    labels_of,
     manifest_path,
     manifest_text,
     open_token_file,
-    read_labels,
     write_labels,
 )
 from utils import InputError, print0, run
-
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -64,14 +63,14 @@ class Shard:
 
     Attributes:
         file: the old set.
-        labels: its label file, or None.
+        labels: (N,) int64, or None.
         stream: name of the new stream.
         used: (65536,) bool, the codes that occur, when they have been counted.
         digest: SHA-256 of the codes, likewise.
         n: codes an image, likewise.
     """
     file: TokenFile
-    labels: Path | None
+    labels: np.ndarray | None
     stream: str
     used: np.ndarray
     digest: str = ''
@@ -102,20 +101,16 @@ def open_shards(args: argparse.Namespace) -> list[Shard]:
     """The sets to convert, with their labels. Raises InputError where they are unreadable, or of one name."""
     files = [open_token_file(path) for path in expand_files(args.token_file)]
     if args.label_file:
-        labels = expand_files(args.label_file)
-        if len(labels) != len(files):
-            raise InputError(f'{len(files)} token files, but {len(labels)} label files: give one for each')
+        paths = expand_files(args.label_file)
+        if len(paths) != len(files):
+            raise InputError(f'{len(files)} token files, but {len(paths)} label files: give one for each')
     else:
-        paths = [file.stream.with_name(label_name(file.stream.name)) for file in files]
-        labels = [path if path.exists() else None for path in paths]
-    for file, path in zip(files, labels):
-        if path and len(read_labels(path)) != len(file):
-            raise InputError(f'{path}: other than {len(file)} labels for the {len(file)} images of {file.stream}')
-        if path and path.name in file.manifest.get('files', {}):
-            file.check_checksums(path)
+        beside = [file.stream.with_name(label_name(file.stream.name)) for file in files]
+        paths = [path if path.exists() else None for path in beside]
     ending = 'data.bin' if args.format == 'compact' else 'data.bin.gz'
-    shards = [Shard(file, path, re.sub(r'data\.bin(\.gz)?$', ending, file.stream.name), np.zeros(MAX_CODES, bool))
-              for file, path in zip(files, labels)]
+    shards = [Shard(file, labels_of(file, path) if path else None,
+                    re.sub(r'data\.bin(\.gz)?$', ending, file.stream.name), np.zeros(MAX_CODES, bool))
+              for file, path in zip(files, paths)]
     names = [shard.stream for shard in shards]
     if len(set(names)) < len(names):
         raise InputError(f'{args.token_file}: two files have one name; convert them one by one, to two folders')
@@ -126,10 +121,8 @@ def open_shards(args: argparse.Namespace) -> list[Shard]:
 
 def write_shards(shards: Sequence[Shard], folder: Path, format_name: str) -> list[Path]:
     """Write the files of all sets into a folder; returns their paths, manifests last. Raises InputError."""
-    for shard in shards:  # once over all codes: what there is to check shows before anything is written
-        if 'files' in shard.file.manifest:
-            for path in shard.file.files:
-                shard.file.check_checksums(path)
+    for shard in shards:
+        shard.file.check_content()
     model_file = folder / model_name(shards[0].stream)
     if format_name == 'compact':
         model = fit(same_grids(shards), sum(len(shard.file) for shard in shards))
@@ -147,9 +140,9 @@ def write_shards(shards: Sequence[Shard], folder: Path, format_name: str) -> lis
             write_stream(stream, shard.codes(), codec)
             second, more = index_path(stream), {'format': codec.name}
         files = [stream, second]
-        if shard.labels:
+        if shard.labels is not None:
             files.append(folder / label_name(shard.stream))
-            write_labels(files[-1], read_labels(shard.labels))
+            write_labels(files[-1], shard.labels)
         manifest = new_manifest(shard, more | {'files': files_of_manifest(files)})
         write_text(manifest_path(stream), manifest_text(manifest))
         compare(shard, stream)
@@ -230,7 +223,7 @@ def main(args: argparse.Namespace) -> None:
     before = bytes_on_disk(shard.file for shard in shards)
     after = bytes_on_disk(open_token_file(folder / shard.stream) for shard in shards)
     images = sum(len(shard.file) for shard in shards)
-    labels = '' if all(shard.labels for shard in shards) else '; no labels were found to go with them'
+    labels = '' if all(shard.labels is not None for shard in shards) else '; no labels were found to go with them'
     print0(f'{images:,} images, {before:,} bytes before, {after:,} bytes now ({after / images:.1f} an image, '
            f'{after / before - 1:+.1%}): {folder}{labels}')
 

@@ -181,10 +181,21 @@ def log_lines(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in line.items() if 'time' not in key} for line in lines]
 
 
-def training_differs(whole: Path, other: Path) -> list[str]:
-    """What differs between the folders of two training runs, in words; temporary files of the other count."""
+CHECKPOINTS = 'checkpoint.pth', 'best_checkpoint.pth', 'best_ema_checkpoint.pth'
+
+
+def training_differs(whole: Path, other: Path, checkpoints: Sequence[str] = CHECKPOINTS,
+                     outputs: Sequence[str] = ()) -> list[str]:
+    """What differs between the folders of two training runs, in words; temporary files of the other count.
+
+    Args:
+        whole, other: the folders.
+        checkpoints: that both have.
+        outputs: files whose bytes must be equal.
+    """
     differing = [] if log_lines(whole) == log_lines(other) else ['log.txt']
-    for name in ('checkpoint.pth', 'best_checkpoint.pth', 'best_ema_checkpoint.pth'):
+    differing += [name for name in outputs if (whole / name).read_bytes() != (other / name).read_bytes()]
+    for name in checkpoints:
         a, b = (torch.load(folder / name, weights_only=True) for folder in (whole, other))
         differing += [f'{name}: {key}' for key in a.keys() | b.keys()
                       if key != 'args' and not (key in a and key in b and same(a[key], b[key]))]

@@ -94,7 +94,7 @@ def test_mistakes_get_one_line(tmp_path):
     fails(lambda: convert(path, tmp_path / 'b', 'compact', '--label-file', f'{labels},{labels}'), '2 label files')
     short = tmp_path / 'short'
     short.write_text('1\n')
-    fails(lambda: convert(path, tmp_path / 'b', 'compact', '--label-file', short), 'other than 12 labels')
+    fails(lambda: convert(path, tmp_path / 'b', 'compact', '--label-file', short), '1 labels for the 12 images')
     (other, _), *_ = make_set(tmp_path, grid=2, name='b')
     fails(lambda: convert(f'{path},{other}', tmp_path / 'b', 'compact'), 'no shards of one set')
     path.write_bytes(path.read_bytes()[:-9])

@@ -15,7 +15,7 @@ import tokenize_images
 from codebook import load_codebook
 from helpers import call, contents, fails, read_log, smooth_images, states
 from preemption import REQUEUE
-from processes import Job, same
+from processes import Job
 from token_adapt import load_token_adapt
 from token_adapt_training import MEASURED
 
@@ -56,11 +56,7 @@ def whole(data, tmp_path_factory):
 
 def differs(whole, other):
     """What differs between the folders of two runs, in words."""
-    differing = [] if processes.log_lines(whole) == processes.log_lines(other) else ['log.txt']
-    a, b = (states(folder / 'checkpoint.pth') for folder in (whole, other))
-    differing += [key for key in a.keys() | b.keys() if key != 'args' and not same(a.get(key), b.get(key))]
-    differing += [FILE] if (whole / FILE).read_bytes() != (other / FILE).read_bytes() else []
-    return differing + processes.leftovers(other)
+    return processes.training_differs(whole, other, ['checkpoint.pth'], [FILE])
 
 
 # ---------------------------------------------------------------- runs

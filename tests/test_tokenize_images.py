@@ -395,10 +395,12 @@ class Killed(BaseException):
     pass
 
 
-def test_stopped_after_any_write_it_resumes_to_the_same_files(data, tmp_path, monkeypatch):
-    """Files change by renaming only, so a kill at any moment is one between two renames: stop at each of them."""
+def stops_until_it_ends(data, tmp_path, monkeypatch, **options):
+    """How many renames a run has: it is stopped before each of them, and resumed.
+
+    Files change by renaming only, so a kill at any moment is one between two renames.
+    """
     monkeypatch.setattr(token_parts, 'PART_BATCHES', 2)
-    options = {'source': 'val', 'limit_codes': True, 'shard_size': 4}
     whole = contents(tokenize(data, tmp_path / 'whole', **options))
     replace, unlink = os.replace, os.unlink
     for stop in range(40):
@@ -421,6 +423,11 @@ def test_stopped_after_any_write_it_resumes_to_the_same_files(data, tmp_path, mo
         assert contents(out) != whole
         tokenize(data, out, **options)
         assert contents(out) == whole, stop
+    return stop
+
+
+def test_stopped_after_any_write_it_resumes_to_the_same_files(data, tmp_path, monkeypatch):
+    stop = stops_until_it_ends(data, tmp_path, monkeypatch, source='val', limit_codes=True, shard_size=4)
     assert stop == 1 + 3 + 1 + 3 * 4  # run.json, parts, codebook, shards
 
 
@@ -549,30 +556,8 @@ def test_compact_shards_share_one_model(data, plain, compact, tmp_path, capsys):
 
 
 def test_a_compact_run_stopped_after_any_write_resumes_to_the_same_files(data, tmp_path, monkeypatch):
-    monkeypatch.setattr(token_parts, 'PART_BATCHES', 2)
-    options = {'source': 'val', 'shard_size': 4, 'format': 'compact', 'limit_codes': True}
-    whole = contents(tokenize(data, tmp_path / 'whole', **options))
-    replace, unlink = os.replace, os.unlink
-    for stop in range(40):
-        out, left = tmp_path / f'stop-{stop}', [stop]
-
-        def dying(source, target):
-            if not left[0]:
-                monkeypatch.setattr(os, 'unlink', lambda path: None)  # a kill tidies nothing
-                raise Killed
-            left[0] -= 1
-            replace(source, target)
-        with monkeypatch.context() as patch:
-            patch.setattr(os, 'replace', dying)
-            try:
-                tokenize(data, out, **options)
-                break  # it came to its end
-            except Killed:
-                pass
-        monkeypatch.setattr(os, 'unlink', unlink)
-        assert contents(out) != whole
-        tokenize(data, out, **options)
-        assert contents(out) == whole, stop
+    stop = stops_until_it_ends(data, tmp_path, monkeypatch, source='val', shard_size=4, format='compact',
+                               limit_codes=True)
     assert stop == 1 + 3 + 1 + 1 + 3 * 3  # run.json, parts, codebook, model, shards
 
 

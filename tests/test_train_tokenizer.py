@@ -19,7 +19,7 @@ from codebook import load_codebook
 from helpers import accuracy_lines, call, contents, fails, read_log, smooth_images, states
 from image_tokenizer import load_tokenizer
 from preemption import REQUEUE
-from processes import Job, same
+from processes import Job
 from tokenizer_training import Collapsed
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -56,11 +56,7 @@ def whole(images, tmp_path_factory):
 
 def differs(whole, other):
     """What differs between the folders of two runs, in words."""
-    differing = [] if processes.log_lines(whole) == processes.log_lines(other) else ['log.txt']
-    a, b = (states(folder / 'checkpoint.pth') for folder in (whole, other))
-    differing += [key for key in a.keys() | b.keys() if key != 'args' and not same(a.get(key), b.get(key))]
-    differing += [name for name in OUTPUTS if (whole / name).read_bytes() != (other / name).read_bytes()]
-    return differing + processes.leftovers(other)
+    return processes.training_differs(whole, other, ['checkpoint.pth'], OUTPUTS)
 
 
 # ---------------------------------------------------------------- runs
