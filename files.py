@@ -249,6 +249,27 @@ def save_torch(value: Any, path: str | Path) -> None:
             raise InputError(f'{path}: cannot be written ({first_line(error)})') from None
 
 
+def check_same(path: Path, definition: dict[str, Any], flag: str = '--output-dir') -> None:
+    """Note in a JSON file what results are made of; InputError where the file says something else.
+
+    Args:
+        path: of the file, in the folder of the results.
+        definition: plain values by name.
+        flag: that names the folder.
+    """
+    definition = json.loads(json.dumps(definition))  # as it is read
+    if not path.exists():
+        write_text(path, json.dumps(definition, indent=1) + '\n')
+        return
+    before = read_json(path)
+    if before != definition:
+        names = [*definition, *(before if isinstance(before, dict) else ())]
+        other = [key for key in dict.fromkeys(names)
+                 if not isinstance(before, dict) or before.get(key) != definition.get(key)]
+        raise InputError(f'{path.parent}: holds results of another {", ".join(other)}; choose another {flag}, or '
+                         'remove that folder')
+
+
 # ---------------------------------------------------------------- one writer a folder
 
 def lock_file(path: str | Path) -> BinaryIO | None:

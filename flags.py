@@ -82,3 +82,14 @@ def integer(least: int = 0, most: int | None = None) -> Callable[[str], int]:
 
 
 SEED = integer(0, 2 ** 63 - 1)  # what torch takes
+
+
+def byte_count(text: str) -> int:
+    """An argparse type: a number of bytes, as in '250000' or '2.5e5'."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 1 <= value < 1 << 50 or value != int(value):
+        raise argparse.ArgumentTypeError(f'{text}: give a whole number of bytes, as in 1000000 or 1e6')
+    return int(value)

@@ -151,6 +151,8 @@ def init_distributed(device: str, dist_url: str = 'env://', minutes: float = 10)
         dist_url: torch.distributed's init_method.
         minutes: how long ranks wait for one another before they take the others for lost.
 
+    Once joined, a second call does no more than name the device: a program may run another one's `main`.
+
     Returns:
         The device of this rank: one GPU a local rank (NCCL), or the CPU (gloo).
 
@@ -159,7 +161,7 @@ def init_distributed(device: str, dist_url: str = 'env://', minutes: float = 10)
     """
     slurm_environment()
     device = device_of_rank(device)
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
+    if int(os.environ.get('WORLD_SIZE', 1)) > 1 and not dist.is_initialized():
         wait = datetime.timedelta(minutes=minutes)
         if 'RANK' not in os.environ:
             raise InputError(f'WORLD_SIZE is {os.environ["WORLD_SIZE"]} but RANK is not set: start with torchrun or '

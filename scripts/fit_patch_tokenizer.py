@@ -142,9 +142,13 @@ def square_sum(values: torch.Tensor) -> float:
 
 
 def main(args: argparse.Namespace) -> None:
+    fit(open_source(args.data_path), args)
+
+
+def fit(source: Source, args: argparse.Namespace) -> None:
+    """Fit a tokenizer to the images of a source, whatever --data-path says, and write it. Raises InputError."""
     tokenizer_path = Path(args.output_dir) / 'tokenizer.pt'
     codebook_path = Path(args.output_dir) / 'codebook.ckpt'
-    source = open_source(args.data_path)
     for path in (tokenizer_path, codebook_path):
         if os.path.isfile(path):
             raise InputError(f'{path}: is there, and tokens may have been made with it: choose another --output-dir, '

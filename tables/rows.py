@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from files import read_bytes, read_json, write_text
+from files import check_same, read_bytes, read_json, write_text
 from preemption import REQUEUE
 from run_folder import LOG
 from utils import InputError
@@ -151,26 +151,6 @@ def start(program: Program, env: dict[str, str]) -> subprocess.Popen:
 
 
 # ---------------------------------------------------------------- rows
-
-def check_same(path: Path, definition: dict[str, Any]) -> None:
-    """Note in a JSON file what results are made of; InputError where the file says something else.
-
-    Args:
-        path: of the file, in the folder of the results.
-        definition: plain values by name.
-    """
-    definition = json.loads(json.dumps(definition))  # as it is read
-    if not path.exists():
-        write_text(path, json.dumps(definition, indent=1) + '\n')
-        return
-    before = read_json(path)
-    if before != definition:
-        names = [*definition, *(before if isinstance(before, dict) else ())]
-        other = [key for key in dict.fromkeys(names)
-                 if not isinstance(before, dict) or before.get(key) != definition.get(key)]
-        raise InputError(f'{path.parent}: holds results of another {", ".join(other)}; choose another --output-dir, or '
-                         'remove that folder')
-
 
 def take(row: Row) -> int:
     """Take a row's folder for it; returns how many of its commands are done.

@@ -1,0 +1,99 @@
+"""What a run of tasks leaves in --output-dir, and how it is evaluated.
+
+    run.json             what cannot change when it resumes: tasks, memory, images, tokenizer
+    results.jsonl        a JSON line a task that is done
+    task-0, task-1, ...  each a run folder (run_folder.py), with memory.npz: what the next task replays
+    tokens               tokenizer and token files, where they are made here and have no other --tokens-dir
+"""
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from class_subsets import OnlyClasses
+from continual_tasks import Tasks, average_incremental, forgetting
+from engine import device_of, evaluate
+from files import MAX_JSON_BYTES, parse_json, read_bytes, write_text
+from replay_forms import length_of
+from replay_memory import ReplayMemory, load_memory
+from utils import InputError
+
+RUN = 'run.json'
+RESULTS = 'results.jsonl'
+MEMORY = 'memory.npz'
+
+
+def task_folder(folder: str, task: int) -> Path:
+    """The run folder of a task."""
+    return Path(folder, f'task-{task}')
+
+
+def check_new(folder: str, resumed: bool) -> None:
+    """InputError where a run is in the folder and is not resumed."""
+    path = Path(folder, RUN)
+    if path.exists() and not resumed:
+        raise InputError(f'{path}: an earlier run is here; add --resume auto to resume it, or choose another '
+                         '--output-dir')
+
+
+def open_memory(folder: str, task: int, form: str, limit: int | None) -> ReplayMemory:
+    """The memory that a task begins with, of a form or 'none'. Raises InputError."""
+    if task == 0 or form == 'none':
+        return ReplayMemory(limit or 0)
+    return load_memory(task_folder(folder, task - 1) / MEMORY, length_of(form))
+
+
+def read_results(folder: str) -> list[dict[str, Any]]:
+    """The lines of the tasks that are done. Raises InputError."""
+    path = Path(folder, RESULTS)
+    if not path.exists():
+        return []
+    try:
+        return [parse_json(line) for line in read_bytes(path, MAX_JSON_BYTES).splitlines()]
+    except ValueError as error:
+        raise InputError(f'{path}: damaged ({error}); remove the lines from there on, and their tasks are evaluated '
+                         'again') from None
+
+
+def add_result(lines: list[dict[str, Any]], line: dict[str, Any]) -> list[dict[str, Any]]:
+    """The lines with that of the task that ended, to which the measures over tasks are added."""
+    lines = [*lines, line]
+    measures = {'average_acc1': average_incremental([done['test_acc1'] for done in lines]),
+                'forgetting': forgetting([done['test_task_acc1'] for done in lines])}
+    return [*lines[:-1], line | measures]
+
+
+def write_results(folder: str, lines: list[dict[str, Any]]) -> None:
+    """Write RESULTS, whole. Raises InputError."""
+    write_text(Path(folder, RESULTS), ''.join(json.dumps(line) + '\n' for line in lines))
+
+
+def evaluate_seen(model: nn.Module, tasks: Tasks, task: int, places: np.ndarray, batches: Iterable,
+                  **options: Any) -> dict[str, Any]:
+    """Top-1 (%) among the classes seen after a task.
+
+    Args:
+        model: for all classes.
+        tasks, task: which have been seen.
+        places: (n,) in the order of classes, of this rank's validation images, none of a class to come.
+        batches: of these images.
+        **options: of `engine.evaluate`; `distributed` where the ranks' images are shares.
+
+    Returns:
+        'acc1', of all images; 'task_acc1', for each task of its images.
+    """
+    predictions = []
+    scored = OnlyClasses(model, list(range(tasks.ends[task])), len(tasks.order)).to(device_of(model))
+    stats = evaluate(scored, batches, record=lambda logits: predictions.append(logits.argmax(1)), **options)
+    right = torch.cat(predictions) == torch.from_numpy(places).to(device_of(model))
+    of_task = torch.from_numpy(np.searchsorted(tasks.ends, places, side='right')).to(device_of(model))
+    counts = torch.zeros(2, task + 1, dtype=torch.float64, device=device_of(model))
+    counts.index_add_(1, of_task, torch.stack([right, torch.ones_like(right)]).double())
+    if options.get('distributed') and dist.is_initialized():
+        dist.all_reduce(counts)
+    return {'acc1': stats['acc1'], 'task_acc1': (100 * counts[0] / counts[1]).tolist()}

@@ -1,0 +1,110 @@
+"""Tokens for class-incremental training: a tokenizer that has seen only the first task, and token files made with it.
+
+A tokenizer fitted on all classes knows what the later tasks' images look like: a leak, small or not. So it is fitted on
+the first task alone, or it is one that the user gives, and every result says which.
+"""
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+import tokenize_images
+from class_names import check_class_names
+from codebook import load_codebook
+from files import check_same, sha256
+from image_dataset import ImageDataset
+from image_sources import Source
+from scripts import build_synonyms, fit_patch_tokenizer
+from token_dataset import TokenDataset
+from utils import InputError, on_main
+
+FITTED = 'fitted.json'  # in the folder of tokens: the images that the tokenizer was fitted on
+
+
+class TokenFiles(NamedTuple):
+    """Paths, '' where there is none: of a tokenizer, its codebook, and token sets with their labels."""
+    tokenizer: str = ''
+    codebook: str = ''
+    synonyms: str = ''
+    train: str = ''
+    train_labels: str = ''
+    val: str = ''
+    val_labels: str = ''
+
+    def describe(self, fitted: bool) -> str:
+        """What the tokenizer is, in words."""
+        if not self.tokenizer:
+            return 'given, as token files' if self.train else 'none'
+        if fitted:
+            return 'fitted on task 0'
+        return f'given ({Path(self.tokenizer).name}, SHA-256 {sha256(self.tokenizer)[:12]})'
+
+    def sizes(self) -> dict[str, int | None]:
+        """Bytes of the tokenizer and of the codebook, None where there is no file."""
+        return {f'{name}_bytes': Path(path).stat().st_size if path else None
+                for name, path in (('tokenizer', self.tokenizer), ('codebook', self.codebook))}
+
+
+def fit_tokenizer(first: Source, folder: Path, image_size: int) -> TokenFiles:
+    """Fit a patch tokenizer to the first task's images, or find the one that was. Collective. Raises InputError.
+
+    Args:
+        first: the images.
+        folder: gets tokenizer.pt and codebook.ckpt.
+        image_size: images are resized to this, both sides.
+    """
+    on_main(_fit, first, folder, image_size)
+    return TokenFiles(str(folder / 'tokenizer.pt'), str(folder / 'codebook.ckpt'))
+
+
+def _fit(first: Source, folder: Path, image_size: int) -> None:
+    files = folder / 'tokenizer.pt', folder / 'codebook.ckpt'
+    if any(path.exists() for path in files) and not (folder / FITTED).exists():
+        raise InputError(f'{folder}: holds a tokenizer that was not made here; give it as --tokenizer-path, or choose '
+                         'another --tokens-dir')
+    check_same(folder / FITTED, {'images of the first task': first.digest(), 'image size': image_size}, '--tokens-dir')
+    if all(path.exists() for path in files):
+        return
+    files[0].unlink(missing_ok=True)  # of a run killed before the codebook was written
+    words = ['--data-path', first.data_path, '--output-dir', str(folder), '--image-size', str(image_size)]
+    fit_patch_tokenizer.fit(first, fit_patch_tokenizer.parse_args(words))
+
+
+def tokenize(files: TokenFiles, folder: Path, splits: dict[str, str], image_size: int, device: str) -> TokenFiles:
+    """Tokenize images into a folder, or find that it was done; returns where all is. Collective. Raises InputError.
+
+    Killed at any moment, it resumes.
+
+    Args:
+        files: tokenizer, and its codebook or '' for the tokenizer's own.
+        folder: of the token files.
+        splits: paths of images by 'train' and 'val'.
+        image_size: images are resized to this, both sides.
+        device: --device.
+    """
+    for name, path in splits.items():
+        words = ['--data-path', path, '--name', name, '--output-dir', str(folder), '--image-size', str(image_size),
+                 '--tokenizer-path', files.tokenizer, '--device', device]
+        if files.codebook:
+            words += ['--codebook-path', files.codebook]
+        tokenize_images.main(tokenize_images.parse_args(words))
+        files = files._replace(**{name: str(folder / f'{name}-token.data.bin.gz'),
+                                  f'{name}_labels': str(folder / f'{name}-label.txt')})
+    files = files._replace(codebook=files.codebook or str(folder / 'codebook.ckpt'),
+                           synonyms=str(folder / 'synonyms.json'))
+    on_main(_write_synonyms, files)
+    return files
+
+
+def _write_synonyms(files: TokenFiles) -> None:
+    words = ['--codebook-path', files.codebook, '--output', files.synonyms]
+    build_synonyms.main(build_synonyms.parse_args([*words, '--top-k', str(min(5, len(load_codebook(files.codebook)) -
+                                                                              1))]))
+
+
+def check_same_images(tokens: TokenDataset, images: ImageDataset, token_file: str, path: str) -> None:
+    """InputError unless a token set can be that of the images: same classes, as many images, same labels."""
+    check_class_names(images.classes, tokens.classes, path, token_file)
+    if not np.array_equal(tokens.labels, images.labels):
+        raise InputError(f'{token_file}: its {len(tokens)} labels are not those of the {len(images)} images of {path}: '
+                         'give the tokens of these images')

@@ -1,0 +1,446 @@
+"""Class-incremental training with a replay memory of so many bytes: of tokens, pixels, small pixels or JPEGs.
+
+On tokens:     python main_continual.py --new tokens --memory tokens --memory-bytes 1e6 --tokenizer-from-task 0 \\
+                   --train-path IMAGES/train --val-path IMAGES/val --output-dir output/tokens
+On pixels:     python main_continual.py --new pixels --memory jpeg --memory-quality 20 --memory-bytes 1e6 \\
+                   --train-path IMAGES/train --val-path IMAGES/val --output-dir output/jpeg
+
+Classes come in tasks; a task is trained on its own images and on what the memory holds of earlier ones, and evaluated
+on all classes seen. Each task is a run in a folder of its own, so that the same command with --resume auto resumes a
+killed run in the task and step that it was in. Further flags are those of main_seit.py for --new tokens, and those of
+main_pixels.py for --new pixels. docs/continual.md has the protocol, and how bytes are counted.
+"""
+import argparse
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+import main_pixels
+import main_seit
+import models_seit
+import recipe
+from checkpoints import compare_flags, flags_to_save, load_checkpoint, load_weights, resume, saved_flags
+from class_names import check_class_names, count_classes
+from codebook import load_codebook
+from continual_run import (MEMORY, RUN, add_result, check_new, evaluate_seen, open_memory, read_results, task_folder,
+                           write_results)
+from continual_tasks import ORDER_SEED, Tasks, make_tasks, step_batches, step_draws, task_seed
+from continual_tokens import TokenFiles, check_same_images, fit_tokenizer, tokenize
+from engine import evaluate_models, rank_indices, train
+from files import check_same, sha256
+from flags import Parser, byte_count, integer
+from image_dataset import ImageDataset, Normalize, random_erasing
+from image_sources import open_source
+from image_tokenizer import load_tokenizer
+from loss_meter import NotFinite
+from preemption import REQUEUE
+from pretrained import freeze_all_but_attention, load_pretrained
+from replay_forms import (FORMS, TaskImages, codes_of, decode_to_files, image_file, join_images, join_tokens,
+                          read_image, store_codes, store_image)
+from replay_memory import MAX_CLASSES, POLICIES, ReplayMemory, Sample, check_room, fill, save_memory
+from run_folder import FILES, RunFolder, RunLog, find_checkpoint
+from run_info import print_batch, print_model, run_record
+from token_augment import EvalTransform
+from token_codecs import codec_for
+from token_dataset import TokenDataset, choose_data_device
+from utils import (InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, on_main, print0, rank,
+                   run, world_size)
+
+# Flags of main_seit.py and main_pixels.py that mean nothing here, and why.
+NOT_HERE = {
+    'eval': 'each task is evaluated when it ends',
+    'no_eval': 'each task is evaluated when it ends',
+    'start_epoch': 'tasks begin where they were left',
+    'nb_classes': 'the tasks must divide the classes of the labels',
+    'repeated_aug': 'steps draw images from two places, each without repeats',
+}
+
+
+def add_task_flags(parser: Parser) -> None:
+    """The flags of tasks, memory and tokens."""
+    add = parser.add_argument_group('tasks').add_argument
+    add('--new', default='tokens', choices=['tokens', 'pixels'], help="what the new task's images are trained as")
+    add('--base-classes', type=integer(1), default=10, help='classes of the first task')
+    add('--inc-classes', type=integer(1), default=10, help='classes of each later task')
+    add('--order-seed', type=integer(0, (1 << 32) - 1), default=ORDER_SEED, help='of the order of the classes')
+    add('--joint', action='store_true', help='train on all images of the classes seen, without a memory: upper bound')
+    add('--model-ema', action=recipe.ON_OFF, default=False,
+        help="an average of a task's weights, evaluated too; the next task starts from the weights themselves")
+
+    add = parser.add_argument_group('memory').add_argument
+    add('--memory', default='none', choices=['none', *FORMS], help='what is stored of old images')
+    add('--memory-bytes', type=byte_count, metavar='BYTES', help='as in 1e6; with labels and index')
+    add('--memory-policy', default='balanced', choices=POLICIES)
+    add('--memory-quality', type=integer(1, 95), help='of --memory jpeg')
+    add('--memory-side', type=integer(1), help='pixels of the short side, at most, of --memory resize')
+    add('--replay-share', type=recipe.SHARE, default=0.5, help='part of each batch that comes from memory')
+
+    add = parser.add_argument_group('data').add_argument
+    add('--train-path', default='', metavar='PATH', help='images: class folders, a list, tar shards or parquet files')
+    add('--val-path', default='', metavar='PATH')
+    for split in ('train', 'val'):
+        add(f'--{split}-token-file', default='', metavar='FILE', help='tokens that are there, as in main_seit.py')
+        add(f'--{split}-label-file', default='', metavar='FILE')
+    add('--codebook-path', default='', metavar='FILE', help="of the token files, or the tokenizer's")
+    add('--tokenizer-path', default='', metavar='FILE', help='tokenize the images with it, or decode the memory')
+    add('--tokenizer-from-task', type=int, choices=[0], help="fit a patch tokenizer on the first task's images")
+    add('--image-size', type=integer(1), default=256, help='images are resized to this to be tokenized')
+    add('--tokens-dir', default='', metavar='DIR', help='for tokens that are made here; default: DIR/tokens of '
+        '--output-dir. Runs with the same first task may share it')
+    add('--tokenize-only', action='store_true', help='make the tokens, and stop')
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises InputError, also for values that cannot work together."""
+    parser = Parser('Class-incremental training with a replay memory. Further flags: main_seit.py --help for --new '
+                    'tokens, main_pixels.py --help for --new pixels.')
+    add_task_flags(parser)
+    own, rest = parser.parse_known_args(argv)
+    check_task_flags(own)
+    if own.new == 'pixels':
+        args = main_pixels.parse_args([*rest, '--train-path', own.train_path, '--val-path', own.val_path])
+    else:
+        args = main_seit.parse_args(rest)
+    for name, why in NOT_HERE.items():
+        if getattr(args, name):
+            raise InputError(f'--{name.replace("_", "-")} is no flag of main_continual.py: {why}')
+    if not args.output_dir:
+        raise InputError('--output-dir: give one; tasks pass weights and memory on in files')
+    if args.resume not in ('', 'auto'):
+        raise InputError(f'--resume {args.resume}: a run of tasks resumes by --resume auto')
+    return argparse.Namespace(**(vars(args) | vars(own)))
+
+
+def check_task_flags(args: argparse.Namespace) -> None:
+    """InputError for flags of `add_task_flags` that cannot work together."""
+    tokens = 'tokens' in (args.new, args.memory)
+    given = bool(args.train_token_file)
+    made = [name for name in ('tokenizer_path', 'tokenizer_from_task') if getattr(args, name) not in ('', None)]
+    checks = [
+        (args.new == 'tokens' and args.memory not in ('none', 'tokens'),
+         f'--new tokens with --memory {args.memory}: what is trained on tokens is kept as tokens; choose --memory '
+         'tokens, or --new pixels'),
+        (args.joint and args.memory != 'none', '--joint keeps all images: it takes --memory none'),
+        ((args.memory != 'none') != (args.memory_bytes is not None),
+         '--memory and --memory-bytes belong together: give both, or neither'),
+        ((args.memory == 'jpeg') != (args.memory_quality is not None), '--memory jpeg and --memory-quality belong '
+         'together'),
+        ((args.memory == 'resize') != (args.memory_side is not None), '--memory resize and --memory-side belong '
+         'together'),
+        (not 0 < args.replay_share < 1, '--replay-share: give a share between 0 and 1; --memory none replays nothing'),
+        (not tokens and (given or made), 'a tokenizer or tokens are given, but --new and --memory have no tokens'),
+        (given and (not args.train_label_file or not args.codebook_path),
+         '--train-token-file needs --train-label-file and --codebook-path'),
+        (given and args.new == 'tokens' and not (args.val_token_file and args.val_label_file),
+         '--train-token-file needs --val-token-file and --val-label-file'),
+        (given and args.tokenizer_from_task is not None,
+         '--tokenizer-from-task makes tokens, but --train-token-file gives them: choose one'),
+        (given and args.new == 'pixels' and not args.tokenizer_path,
+         '--memory tokens with --new pixels needs the --tokenizer-path that decodes them'),
+        (tokens and not given and len(made) != 1, 'tokens come from --train-token-file, from --tokenizer-path or from '
+         '--tokenizer-from-task 0: give one of the three'),
+        ((args.new == 'pixels' or made) and not given and not (args.train_path and args.val_path),
+         '--train-path and --val-path: name the images; class folders, a list, tar shards or parquet files'),
+        (args.tokenize_only and not made, '--tokenize-only needs --tokenizer-path or --tokenizer-from-task 0'),
+    ]
+    for wrong, message in checks:
+        if wrong:
+            raise InputError(message)
+
+
+# ---------------------------------------------------------------- what is trained on
+
+class Kind(NamedTuple):
+    """What differs between tokens and pixels.
+
+    Attributes:
+        path: of the training set, for errors.
+        train, val: data sets; their labels are places in the order of the classes.
+        input_shape: of an image, for the model.
+        make_model: () -> the model for all classes, on the CPU.
+        make_augment: timm's Mixup or None -> ((inputs, labels), generator) -> model input, targets.
+        prepare: inputs of an evaluation -> model input.
+        store: number of a training image -> the Sample that memory holds of it.
+        join: indices of training images, memory -> a data set of these and then of what memory holds.
+        batches: such a set, indices (steps, B), (seed, first step) -> their batches.
+    """
+    path: str
+    train: TokenDataset | ImageDataset
+    val: TokenDataset | ImageDataset
+    input_shape: tuple[int, ...]
+    make_model: Callable
+    make_augment: Callable
+    prepare: Callable
+    store: Callable
+    join: Callable
+    batches: Callable
+
+
+def make_tasks_of(args: argparse.Namespace, labels: dict[str, np.ndarray]) -> Tasks:
+    """The tasks of the flags for the classes of data sets, by path; the training set first. Raises InputError."""
+    classes = count_classes(labels, None, None)
+    for path, values in labels.items():
+        missing = np.setdiff1d(np.arange(classes), values)
+        if len(missing):
+            raise InputError(f'{path}: has no image of class {missing[0]}, and {len(missing)} such classes of '
+                             f'{classes}: all are needed')
+    if classes > MAX_CLASSES:
+        raise InputError(f'{next(iter(labels))}: {classes} classes; a memory holds labels of {MAX_CLASSES} at most')
+    return make_tasks(classes, args.base_classes, args.inc_classes, args.order_seed)
+
+
+def token_kind(args: argparse.Namespace, device: torch.device) -> tuple[Kind, Tasks]:
+    """Training on tokens, as in main_seit.py."""
+    codebook = load_codebook(args.codebook_path)
+    size = args.input_size // args.token_patch_size
+    datasets = main_seit.load_data(args, codebook, size, device)
+    train_data, val_data = datasets['train'], datasets['val']
+    tasks = make_tasks_of(args, {args.train_label_file: train_data.labels, args.val_label_file: val_data.labels})
+    for data in datasets.values():
+        data.labels = tasks.places(data.labels)
+    choose_data_device({'val': val_data}, args.data_device, device)
+    codec = codec_for(len(codebook))
+
+    def make_model() -> nn.Module:
+        return models_seit.create_model(args.model, args.model_kwargs, len(tasks.order), size, codebook.shape[1],
+                                        drop_path_rate=args.drop_path, pos_drop_rate=args.drop,
+                                        proj_drop_rate=args.drop)
+
+    def make_augment(mixup: Callable | None) -> Callable:
+        augment = main_seit.make_augment(args, codebook, train_data.grid_size, size, device, mixup)
+        return lambda batch, generator: augment(*batch, generator)
+
+    def store(number: int) -> Sample:
+        return store_codes(int(train_data.labels[number]), train_data.codes[number], codec)
+
+    def join(indices: np.ndarray, memory: ReplayMemory) -> TokenDataset:
+        joined = join_tokens(train_data, indices, memory.samples, codec)
+        choose_data_device({'task': joined}, args.data_device, device)
+        return joined
+
+    def batches(data: TokenDataset, indices: np.ndarray, _: tuple) -> Iterator:
+        return data.batches(indices.ravel(), args.batch_size, device, args.pin_mem)
+
+    return Kind(args.train_token_file, train_data, val_data, (codebook.shape[1], size, size), make_model,
+                make_augment, EvalTransform(codebook, size, device), store, join, batches), tasks
+
+
+def pixel_kind(args: argparse.Namespace, device: torch.device) -> tuple[Kind, Tasks]:
+    """Training on images, as in main_pixels.py."""
+    train_data, val_data = (main_pixels.load_split(args, split) for split in ('train', 'val'))
+    check_class_names(train_data.classes, val_data.classes, args.train_path, args.val_path)
+    tasks = make_tasks_of(args, {args.train_path: train_data.labels, args.val_path: val_data.labels})
+    if args.memory == 'tokens':
+        codebook = load_codebook(args.codebook_path).to(device)
+        tokens = TokenDataset(args.train_token_file, args.train_label_file, len(codebook), device=device)
+        check_same_images(tokens, train_data, args.train_token_file, args.train_path)
+        tokenizer = load_tokenizer(args.tokenizer_path).to(device)
+        codec = codec_for(len(codebook))
+    for data in (train_data, val_data):
+        data.labels = tasks.places(data.labels)
+    normalize = Normalize(device)
+
+    def make_augment(mixup: Callable | None) -> Callable:
+        erase = random_erasing(args.reprob, device)
+
+        def augment(batch: tuple, generator: torch.Generator) -> tuple:
+            x, labels = batch
+            x = erase(normalize(x))
+            return mixup(x, labels) if mixup else (x, labels)
+        return augment
+
+    def store(number: int) -> Sample:
+        label = int(train_data.labels[number])
+        if args.memory == 'tokens':
+            return store_codes(label, tokens.codes[number], codec)
+        image = read_image(train_data.source, number, args.max_image_pixels)
+        return store_image(label, image, args.memory, args.memory_quality, args.memory_side)
+
+    def join(indices: np.ndarray, memory: ReplayMemory) -> ImageDataset:
+        if args.memory == 'tokens':
+            codes = codes_of(memory.samples, codec, tokens.codes.shape[1])
+            files = decode_to_files(codes, tokenizer, codebook, args.tokenizer_path)
+        else:
+            files = [image_file(sample, args.memory) for sample in memory.samples]
+        return join_images(train_data, indices, files, memory.labels())
+
+    def batches(data: ImageDataset, indices: np.ndarray, start: tuple[int, int]) -> Iterator:
+        draws = step_draws(indices.shape, *start)
+        return data.batches(indices.ravel(), args.batch_size, device, args.pin_mem, draws)
+
+    return Kind(args.train_path, train_data, val_data, (3, args.input_size, args.input_size),
+                lambda: main_pixels.create_model(args, len(tasks.order)), make_augment, normalize, store, join,
+                batches), tasks
+
+
+def make_tokens(args: argparse.Namespace) -> tuple[argparse.Namespace, TokenFiles, str]:
+    """Make the tokens that the flags ask for; returns the flags with their files, these, and the tokenizer in words."""
+    files = TokenFiles(args.tokenizer_path, args.codebook_path, '', args.train_token_file)
+    if 'tokens' not in (args.new, args.memory) or files.train:
+        return args, files, files.describe(False)
+    folder = Path(args.tokens_dir or Path(args.output_dir, 'tokens'))
+    if args.tokenizer_from_task is not None:
+        source = open_source(args.train_path)
+        tasks = make_tasks_of(args, {args.train_path: source.labels})
+        first = tasks.images(tasks.places(source.labels), 0)
+        files = fit_tokenizer(TaskImages(source, first, source.labels[first]), folder, args.image_size)
+    splits = {'train': args.train_path} | ({'val': args.val_path} if args.new == 'tokens' else {})
+    files = tokenize(files, folder, splits, args.image_size, args.device)
+    paths = {'tokenizer_path': files.tokenizer, 'codebook_path': files.codebook, 'token_synonym_dict': files.synonyms,
+             'train_token_file': files.train, 'train_label_file': files.train_labels,
+             'val_token_file': files.val, 'val_label_file': files.val_labels}
+    return argparse.Namespace(**(vars(args) | paths)), files, files.describe(args.tokenizer_from_task is not None)
+
+
+# ---------------------------------------------------------------- one task
+
+def start_model(args: argparse.Namespace, kind: Kind, task: int) -> nn.Module:
+    """The model that a task begins with: the last task's, or a new one."""
+    model = kind.make_model()
+    if task:
+        path = str(task_folder(args.output_dir, task - 1) / FILES.newest[0])
+        checkpoint = load_checkpoint(path)
+        before = {**saved_flags(checkpoint), 'world_size': checkpoint.get('world_size')}
+        compare_flags(before, {**flags_to_save(vars(args)), 'world_size': world_size()}, path)
+        load_weights(model, checkpoint['model'], path)
+    elif args.finetune:
+        load_pretrained(model, args.finetune)
+    if args.attn_only:
+        freeze_all_but_attention(model)
+    return model
+
+
+def train_task(args: argparse.Namespace, kind: Kind, tasks: Tasks, task: int, device: torch.device) -> dict | None:
+    """Train a task from where it was left, evaluate it, and fill the memory; returns its line of RESULTS.
+
+    None where a signal stopped it, after saving.
+    """
+    path = task_folder(args.output_dir, task)
+    folder = RunFolder(str(path), args.save_every)
+    checkpoint, name = find_checkpoint(str(path), 'auto')
+
+    # data: the number of steps is that of all arms
+    memory = open_memory(args.output_dir, task, args.memory, args.memory_bytes)
+    images = tasks.images(kind.train.labels, task)
+    chosen = tasks.images(kind.train.labels, task, args.joint)
+    data = kind.join(chosen, memory)
+    steps = recipe.count_steps(args, -(-len(images) // world_size()), kind.path)
+    seen = tasks.ends[task]
+    print0(f'task {task + 1} of {len(tasks)}: {len(tasks.classes(task))} new classes, {seen} in all, '
+           f'{len(chosen):,} images, and {len(memory):,} in {memory.size:,} bytes of memory')
+
+    # model and optimizer
+    state = recipe.make_state(args, start_model(args, kind, task).to(device), device, kind.input_shape)
+    if checkpoint:
+        resume(state, checkpoint, name, vars(args), steps)
+        print0(f'{name}: resumed at epoch {state.epoch}, step {state.step}')
+    print_batch(args.batch_size, args.accum_iter, steps, args.epochs, recipe.scaled_lr(args))
+
+    # loss: over the classes seen so far, which are the model's first outputs
+    mixup, criterion = recipe.make_loss(args, seen)
+    augment = kind.make_augment(mixup)
+
+    def loss_of(model: nn.Module, batch: tuple, generator: torch.Generator) -> torch.Tensor:
+        x, targets = augment(batch, generator)
+        return criterion(model(x)[:, :seen], targets)
+
+    seed = task_seed(args.seed, task)
+
+    def indices_of(epoch: int, start: int, stop: int) -> np.ndarray:
+        numbers = range(epoch * steps + start, epoch * steps + stop)
+        batches = step_batches(len(chosen), len(memory), args.batch_size * world_size(), args.replay_share, numbers,
+                               seed)
+        return batches[:, rank()::world_size()]
+
+    def batches_of(epoch: int, start: int) -> Iterator:
+        return kind.batches(data, indices_of(epoch, start, steps), (seed, epoch * steps + start))
+
+    # train, evaluate, remember
+    folder.begin(run_record(vars(args), device), {'args': flags_to_save(vars(args)), 'classes': kind.train.classes})
+    log = RunLog(str(path), state.epoch, args.tensorboard)
+    try:
+        finished = train(state, batches_of, loss_of, None, folder, log, args.epochs,
+                         dataclasses.replace(recipe.step_options(args, steps), seed=seed))
+    except NotFinite as error:
+        folder.save_bad_step(error, rank(), seed, indices_of(error.epoch, error.step, error.step + 1).ravel().tolist())
+        raise
+    if not finished:
+        return None
+    stats = evaluate_models(state, make_evaluate(args, kind, tasks, task, device, state.amp))
+    if args.memory != 'none':
+        fill(memory, args.memory_policy, images, kind.train.labels, kind.store, (args.seed, task))
+        on_main(save_memory, memory, path / MEMORY)
+    counts = np.bincount(memory.labels(), minlength=seen)
+    return {'task': task, 'classes': seen, 'new_images': len(images), 'steps': args.epochs * steps, **stats,
+            'memory_images': len(memory), 'memory_bytes': memory.size,
+            'memory_images_per_class': [int(counts.min()), int(counts.max())]}
+
+
+def make_evaluate(args: argparse.Namespace, kind: Kind, tasks: Tasks, task: int, device: torch.device,
+                  amp: str) -> Callable:
+    """The engine's evaluate_of after a task: on the validation images of all classes seen."""
+    seen = np.flatnonzero(kind.val.labels < tasks.ends[task])
+    indices = seen[rank_indices(len(seen), args.dist_eval)]
+
+    def evaluate_of(model: nn.Module, name: str) -> dict[str, Any]:
+        batches = kind.val.batches(indices, int(1.5 * args.batch_size), device, args.pin_mem)
+        return evaluate_seen(model, tasks, task, kind.val.labels[indices], batches, prepare=kind.prepare, amp=amp,
+                             distributed=args.dist_eval, name=name)
+    return evaluate_of
+
+
+# ---------------------------------------------------------------- the program
+
+def identity_of(args: argparse.Namespace, kind: Kind, tasks: Tasks, tokenizer: str) -> dict[str, Any]:
+    """What a run keeps when it resumes."""
+    flags = ('new', 'joint', 'memory', 'memory_bytes', 'memory_policy', 'memory_quality', 'memory_side',
+             'replay_share', 'base_classes', 'inc_classes', 'order_seed')
+    labels = hashlib.sha256(kind.train.labels.tobytes()).hexdigest()
+    return {**{f'--{name.replace("_", "-")}': getattr(args, name) for name in flags}, 'classes': len(tasks.order),
+            'training set': labels, 'tokenizer': tokenizer,
+            'codebook': sha256(args.codebook_path) if args.codebook_path else None}
+
+
+def main(args: argparse.Namespace) -> int:
+    """Train and evaluate all tasks. Returns the exit code."""
+    device = init_distributed(args.device, args.dist_url, args.dist_timeout)
+    check_same_on_all_ranks(recipe.flags_alike(args))
+    on_main(check_new, args.output_dir, args.resume == 'auto')
+    args, files, tokenizer = make_tokens(args)
+    if args.tokenize_only:
+        return 0
+    recipe.set_up_torch(args)
+    kind, tasks = (token_kind if args.new == 'tokens' else pixel_kind)(args, device)
+    keep_freed_memory(device)
+    if args.memory != 'none':
+        first = np.unique(kind.train.labels, return_index=True)[1]
+        check_room(args.memory_bytes, map(kind.store, first.tolist()), args.memory)
+    on_main(check_same, Path(args.output_dir, RUN), identity_of(args, kind, tasks, tokenizer))
+    print_model(args.model, kind.make_model(), device, args.amp or recipe.default_amp(device))
+    print0(f'tokenizer: {tokenizer}')
+
+    lines = on_main(read_results, args.output_dir)
+    for task in range(len(lines), len(tasks)):
+        torch.manual_seed(args.seed)
+        began = time.monotonic()
+        line = train_task(args, kind, tasks, task, device)
+        if line is None:
+            return REQUEUE
+        lines = add_result(lines, line | {'tokenizer': tokenizer, **files.sizes(),
+                                          'task_time': round(time.monotonic() - began, 1)})
+        on_main(write_results, args.output_dir, lines)
+        line = lines[-1]
+        print0(f'task {task + 1}: top-1 {line["test_acc1"]:.2f} on {line["classes"]} classes, average '
+               f'{line["average_acc1"]:.2f}, memory {line["memory_images"]:,} images in {line["memory_bytes"]:,} bytes')
+    return 0
+
+
+if __name__ == '__main__':
+    run(main, parse_args)

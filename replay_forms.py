@@ -1,0 +1,163 @@
+"""How a replay memory stores an image: its pixels, fewer pixels, a JPEG, or codes. And back.
+
+    pixels   RGB as it is, 3 bytes a pixel, without any header: its sides are in the sample's index
+    resize   the same with the short side at most so long
+    jpeg     a JPEG of a quality with its headers, as scripts/shrink_images.py makes it
+    tokens   codes as the published format has them (token_codecs.py), each image on its own
+
+The compact format needs a model of the whole set and saves less for a few images at a time; samples of a memory come
+and go one by one, so each is stored alone.
+"""
+import copy
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+from image_dataset import ImageDataset
+from image_files import BadImage, decode_rgb
+from image_sources import Source
+from image_tokenizer import decode_codes
+from replay_memory import Sample
+from shrinking import shrink
+from token_codecs import Codec, encode
+from token_dataset import TokenDataset
+from utils import InputError
+
+RAW = ('pixels', 'resize')
+FORMS = (*RAW, 'jpeg', 'tokens')
+DECODED_BATCH = 256  # images: bounds memory
+
+
+# ---------------------------------------------------------------- to bytes
+
+def length_of(form: str) -> Callable[[int], int]:
+    """The function from a sample's index to the bytes of its data."""
+    return _raw_length if form in RAW else int
+
+
+def _raw_length(index: int) -> int:
+    return 3 * (index >> 16) * (index & 0xffff)
+
+
+def store_image(label: int, image: Image.Image, form: str, quality: int, side: int) -> Sample:
+    """The sample of an RGB image. Raises BadImage where the form cannot hold it.
+
+    Args:
+        label: of its class.
+        image: at its own size.
+        form: 'pixels', 'resize' or 'jpeg'.
+        quality: of the JPEG.
+        side: the short side, at most, of 'resize'.
+    """
+    if form == 'jpeg':
+        data = shrink(image, 'jpeg', quality)
+        return Sample(label, len(data), data)
+    short = min(image.size)
+    if form == 'resize' and short > side:
+        image = image.resize([max(1, round(length * side / short)) for length in image.size],
+                             Image.Resampling.BICUBIC)
+    if max(image.size) > 0xffff:
+        raise BadImage(f'{image.width} x {image.height} pixels are more than a memory of pixels holds')
+    return Sample(label, image.height << 16 | image.width, image.tobytes())
+
+
+def store_codes(label: int, codes: np.ndarray, codec: Codec) -> Sample:
+    """The sample of an image's codes (n,)."""
+    stream, _ = encode(codec, codes[None])
+    return Sample(label, len(stream), stream.tobytes())
+
+
+# ---------------------------------------------------------------- and back
+
+def image_file(sample: Sample, form: str) -> bytes:
+    """The image of a sample as a file that PIL reads."""
+    if form not in RAW:
+        return sample.data
+    return b'P6 %d %d 255\n' % (sample.index & 0xffff, sample.index >> 16) + sample.data
+
+
+def codes_of(samples: Sequence[Sample], codec: Codec, n: int) -> np.ndarray:
+    """The codes (N, n) uint16 of samples of tokens."""
+    stream = np.frombuffer(b''.join(sample.data for sample in samples), np.uint8)
+    offsets = np.cumsum([0] + [len(sample.data) for sample in samples], dtype=np.int64)
+    return codec.decode(stream, offsets)[0].reshape(-1, n) if samples else np.empty((0, n), np.uint16)
+
+
+def decode_to_files(codes: np.ndarray, tokenizer: nn.Module, codebook: torch.Tensor, path: str) -> list[bytes]:
+    """Images, as files that PIL reads, of codes (N, n): by the tokenizer's decoder.
+
+    Args:
+        codes: of the images.
+        tokenizer, codebook: on one device.
+        path: of the tokenizer, for errors.
+
+    Raises:
+        InputError: for a tokenizer without a decoder.
+    """
+    files = []
+    for part in torch.from_numpy(codes.astype(np.int64)).split(DECODED_BATCH):
+        images = decode_codes(tokenizer, codebook, part)
+        if images is None:
+            raise InputError(f'{path}: has no decoder, which tokens in memory need beside pixels; choose --new tokens')
+        pixels = (images * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        files += [b'P6 %d %d 255\n' % (image.shape[1], image.shape[0]) + image.tobytes() for image in pixels]
+    return files
+
+
+class TaskImages(Source):
+    """Some images of a source, and then files from memory.
+
+    Args:
+        source: of the images.
+        chosen: (n,) indices into it.
+        labels: (n,) int64, of the chosen.
+        files: encoded images.
+        file_labels: (m,) int64, of the files.
+    """
+
+    def __init__(self, source: Source, chosen: np.ndarray, labels: np.ndarray, files: Sequence[bytes] = (),
+                 file_labels: Sequence[int] = ()):
+        self.source = source
+        self.chosen = np.asarray(chosen)
+        self.files = files
+        self.data_path = source.data_path
+        self.classes = source.classes
+        self.labels = np.concatenate([labels, np.asarray(file_labels, np.int64)])
+        self.names = [source.names[i] for i in self.chosen] + [f'memory/{number}' for number in range(len(files))]
+
+    def read(self, i: int) -> bytes:
+        """The encoded bytes of image i."""
+        if i < len(self.chosen):
+            return self.source.read(int(self.chosen[i]))
+        return self.files[i - len(self.chosen)]
+
+
+def read_image(source: Source, i: int, max_pixels: int | None = None) -> Image.Image:
+    """Image i of a source in RGB. Raises InputError."""
+    try:
+        return decode_rgb(source.read(i), max_pixels)
+    except (OSError, BadImage) as error:
+        raise InputError(f'{source.data_path}: {source.names[i]} is no readable image ({error}): replace or remove '
+                         'it') from None
+
+
+# ---------------------------------------------------------------- with the new task's images
+
+def join_tokens(data: TokenDataset, indices: np.ndarray, samples: Sequence[Sample], codec: Codec) -> TokenDataset:
+    """A token set of some images (n,) of another, and then of samples."""
+    joined = copy.copy(data)
+    joined.codes = np.concatenate([data.codes[indices], codes_of(samples, codec, data.codes.shape[1])])
+    joined.labels = np.concatenate([data.labels[indices], [sample.label for sample in samples]]).astype(np.int64)
+    joined.resident = None
+    return joined
+
+
+def join_images(data: ImageDataset, indices: np.ndarray, files: Sequence[bytes], labels: np.ndarray) -> ImageDataset:
+    """A set of some images (n,) of another, and then of encoded images with their labels."""
+    joined = copy.copy(data)
+    joined.source = TaskImages(data.source, indices, data.labels[indices], files, labels)
+    joined.labels = joined.source.labels
+    return joined

@@ -1,0 +1,213 @@
+"""A replay memory of a number of bytes, and the policies by which it is filled when a task ends.
+
+What counts are the bytes that the samples take, each on its own: its data (replay_forms.py), LABEL_BYTES for the label
+and INDEX_BYTES by which the next sample is found. The file of a memory is as long, but for headers of a thousand bytes
+or so. Neither policy holds more than the limit at any moment.
+
+    reservoir   a uniform sample of all images that came by, whatever their class. Each image of the stream has a random
+                key, and those with the smallest keys are kept, as many as fit: for samples of one size this is
+                Vitter's reservoir (1985). Keys need no bytes: given the largest key that may be kept, those of the
+                samples held are uniform below it, so that alone is stored (Li's Algorithm L, 1994).
+    balanced    of each class as many samples as of any other, to within one, or all that there are. Which of a class
+                are held is chosen at random once; when classes come, the last of each are dropped.
+"""
+import itertools
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from files import atomic_path
+from utils import InputError
+
+LABEL_BYTES = 2
+INDEX_BYTES = 4
+MAX_CLASSES = 1 << 8 * LABEL_BYTES
+POLICIES = ('reservoir', 'balanced')
+
+
+class Sample(NamedTuple):
+    """A stored image.
+
+    Attributes:
+        label: of the model, from 0.
+        index: an unsigned number of INDEX_BYTES that tells how many bytes the data has.
+        data: its bytes.
+    """
+    label: int
+    index: int
+    data: bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes in memory."""
+        return len(self.data) + LABEL_BYTES + INDEX_BYTES
+
+
+Encode = Callable[[int], Sample]  # the number of an image of the task -> the sample that it becomes
+
+
+class ReplayMemory:
+    """Samples of `limit` bytes together at most.
+
+    Args:
+        limit: in bytes.
+
+    Attributes:
+        samples: in a fixed order.
+        size: bytes of the samples.
+        largest_key: of the reservoir, see above.
+    """
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.samples = []
+        self.size = 0
+        self.largest_key = 1.
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def fits(self, sample: Sample) -> bool:
+        """Whether there is room for one more sample."""
+        return self.size + sample.size <= self.limit
+
+    def add(self, sample: Sample) -> None:
+        """Take one more sample. Raises ValueError where it does not fit."""
+        if not self.fits(sample):
+            raise ValueError(f'{sample.size} bytes more than {self.size} exceed {self.limit}')
+        self.samples.append(sample)
+        self.size += sample.size
+
+    def remove(self, place: int) -> None:
+        """Drop the sample at a place, which the last one takes."""
+        self.size -= self.samples[place].size
+        self.samples[place] = self.samples[-1]
+        self.samples.pop()
+
+    def labels(self) -> np.ndarray:
+        """(n,) int64."""
+        return np.array([sample.label for sample in self.samples], np.int64)
+
+
+# ---------------------------------------------------------------- policies
+
+def fill(memory: ReplayMemory, policy: str, images: np.ndarray, labels: np.ndarray, encode: Encode,
+         seed: Sequence[int]) -> None:
+    """Let a task's images pass by the memory, in place, in an order of the seed.
+
+    Args:
+        memory: of the tasks before.
+        policy: of POLICIES.
+        images: (n,) of the task.
+        labels: (N,) of all images.
+        encode: see Encode.
+        seed: of this task.
+    """
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(images)
+    if policy == 'reservoir':
+        fill_reservoir(memory, order.tolist(), encode, rng)
+    else:
+        fill_balanced(memory, {label: order[labels[order] == label].tolist()
+                               for label in np.unique(labels[order]).tolist()}, encode)
+
+
+def fill_reservoir(memory: ReplayMemory, stream: Iterable[int], encode: Encode, rng: np.random.Generator) -> None:
+    """Let a stream of images pass by the reservoir, in place; only those that are taken are encoded."""
+    for number in stream:
+        if rng.random() >= memory.largest_key:
+            continue
+        sample = encode(number)
+        while not memory.fits(sample):
+            together = len(memory) + 1
+            memory.largest_key *= rng.random() ** (1 / together)  # the largest of so many uniform keys ...
+            place = int(rng.integers(together))  # ... which is equally likely to be any sample's
+            if place == len(memory):
+                break
+            memory.remove(place)
+        else:
+            memory.add(sample)
+
+
+def fill_balanced(memory: ReplayMemory, new: dict[int, Sequence[int]], encode: Encode) -> None:
+    """Make room for new classes, in place, and take as many of them as of the others.
+
+    Args:
+        memory: filled by this function.
+        new: by label, images in the order in which they are taken.
+        encode: see Encode.
+    """
+    held = {}
+    for sample in memory.samples:
+        held.setdefault(sample.label, []).append(sample)
+    kept = []
+    fresh = []
+    room = memory.limit
+    for place in itertools.count():
+        labels = [label for label in sorted(held | new) if place < len(held[label] if label in held else new[label])]
+        full = False
+        for label in labels:
+            sample = held[label][place] if label in held else encode(new[label][place])
+            full = sample.size > room
+            if full:
+                break
+            room -= sample.size
+            (kept if label in held else fresh).append(sample)
+        if full or not labels:
+            break
+    memory.samples = kept
+    memory.size = sum(sample.size for sample in kept)
+    for sample in fresh:
+        memory.add(sample)
+
+
+def check_room(limit: int, first: Iterable[Sample], form: str) -> None:
+    """InputError unless a sample of each class, the `first` of each, fits in `limit` bytes together."""
+    sizes = [sample.size for sample in first]
+    if sum(sizes) > limit:
+        raise InputError(f'--memory-bytes {limit}: less than an image of each of the {len(sizes)} classes takes as '
+                         f'{form} ({sum(sizes)} bytes): give more')
+
+
+# ---------------------------------------------------------------- files
+
+def save_memory(memory: ReplayMemory, path: Path) -> None:
+    """Write a memory atomically, as .npz. Raises InputError."""
+    with atomic_path(path) as temporary, open(temporary, 'wb') as file:
+        np.savez(file, labels=memory.labels().astype(np.uint16),
+                 index=np.array([sample.index for sample in memory.samples], np.uint32),
+                 data=np.frombuffer(b''.join(sample.data for sample in memory.samples), np.uint8),
+                 limit=np.int64(memory.limit), largest_key=np.float64(memory.largest_key))
+
+
+def load_memory(path: Path, length_of: Callable[[int], int]) -> ReplayMemory:
+    """Read a memory.
+
+    Args:
+        path: that `save_memory` wrote.
+        length_of: index -> bytes of data.
+
+    Raises:
+        InputError: for a file that is damaged, or none.
+    """
+    try:
+        with np.load(path) as arrays:
+            labels, index, data, limit, largest_key = (
+                arrays[name] for name in ('labels', 'index', 'data', 'limit', 'largest_key'))
+        memory = ReplayMemory(int(limit))
+        memory.largest_key = float(largest_key)
+        lengths = [length_of(value) for value in index.tolist()]
+        if len(labels) != len(index) or data.dtype != np.uint8 or sum(lengths) != len(data):
+            raise ValueError('its lengths differ')
+        stream = data.tobytes()
+        start = 0
+        for label, value, length in zip(labels.tolist(), index.tolist(), lengths):
+            memory.add(Sample(label, value, stream[start:start + length]))
+            start += length
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f'{path}: no replay memory, or damaged ({error}); remove its line and those after it from '
+                         'results.jsonl, and its task fills it again') from None
+    return memory
