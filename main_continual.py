@@ -29,22 +29,23 @@ import recipe
 from checkpoints import compare_flags, flags_to_save, load_checkpoint, load_weights, resume, saved_flags
 from class_names import check_class_names, count_classes
 from codebook import load_codebook
+from continual_flags import add_task_flags, check_program_flags, check_task_flags
 from continual_run import (MEMORY, RUN, add_result, check_new, evaluate_seen, open_memory, read_results, task_folder,
                            write_results)
-from continual_tasks import ORDER_SEED, Tasks, make_tasks, step_batches, step_draws, task_seed
+from continual_tasks import Tasks, make_tasks, step_batches, step_draws, task_seed
 from continual_tokens import TokenFiles, check_same_images, fit_tokenizer, tokenize
 from engine import evaluate_models, rank_indices, train
 from files import check_same, sha256
-from flags import Parser, byte_count, integer
+from flags import Parser
 from image_dataset import ImageDataset, Normalize, random_erasing
 from image_sources import open_source
 from image_tokenizer import load_tokenizer
 from loss_meter import NotFinite
 from preemption import REQUEUE
 from pretrained import freeze_all_but_attention, load_pretrained
-from replay_forms import (FORMS, TaskImages, codes_of, decode_to_files, image_file, join_images, join_tokens,
+from replay_forms import (TaskImages, codes_of, decode_to_files, image_file, join_images, join_tokens,
                           read_image, store_codes, store_image)
-from replay_memory import MAX_CLASSES, POLICIES, ReplayMemory, Sample, check_room, fill, save_memory
+from replay_memory import MAX_CLASSES, ReplayMemory, Sample, check_room, fill, save_memory
 from run_folder import FILES, RunFolder, RunLog, find_checkpoint
 from run_info import print_batch, print_model, run_record
 from token_augment import EvalTransform
@@ -53,49 +54,6 @@ from token_dataset import TokenDataset, choose_data_device
 from utils import (InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, on_main, print0, rank,
                    run, world_size)
 
-# Flags of main_seit.py and main_pixels.py that mean nothing here, and why.
-NOT_HERE = {
-    'eval': 'each task is evaluated when it ends',
-    'no_eval': 'each task is evaluated when it ends',
-    'start_epoch': 'tasks begin where they were left',
-    'nb_classes': 'the tasks must divide the classes of the labels',
-    'repeated_aug': 'steps draw images from two places, each without repeats',
-}
-
-
-def add_task_flags(parser: Parser) -> None:
-    """The flags of tasks, memory and tokens."""
-    add = parser.add_argument_group('tasks').add_argument
-    add('--new', default='tokens', choices=['tokens', 'pixels'], help="what the new task's images are trained as")
-    add('--base-classes', type=integer(1), default=10, help='classes of the first task')
-    add('--inc-classes', type=integer(1), default=10, help='classes of each later task')
-    add('--order-seed', type=integer(0, (1 << 32) - 1), default=ORDER_SEED, help='of the order of the classes')
-    add('--joint', action='store_true', help='train on all images of the classes seen, without a memory: upper bound')
-    add('--model-ema', action=recipe.ON_OFF, default=False,
-        help="an average of a task's weights, evaluated too; the next task starts from the weights themselves")
-
-    add = parser.add_argument_group('memory').add_argument
-    add('--memory', default='none', choices=['none', *FORMS], help='what is stored of old images')
-    add('--memory-bytes', type=byte_count, metavar='BYTES', help='as in 1e6; with labels and index')
-    add('--memory-policy', default='balanced', choices=POLICIES)
-    add('--memory-quality', type=integer(1, 95), help='of --memory jpeg')
-    add('--memory-side', type=integer(1), help='pixels of the short side, at most, of --memory resize')
-    add('--replay-share', type=recipe.SHARE, default=0.5, help='part of each batch that comes from memory')
-
-    add = parser.add_argument_group('data').add_argument
-    add('--train-path', default='', metavar='PATH', help='images: class folders, a list, tar shards or parquet files')
-    add('--val-path', default='', metavar='PATH')
-    for split in ('train', 'val'):
-        add(f'--{split}-token-file', default='', metavar='FILE', help='tokens that are there, as in main_seit.py')
-        add(f'--{split}-label-file', default='', metavar='FILE')
-    add('--codebook-path', default='', metavar='FILE', help="of the token files, or the tokenizer's")
-    add('--tokenizer-path', default='', metavar='FILE', help='tokenize the images with it, or decode the memory')
-    add('--tokenizer-from-task', type=int, choices=[0], help="fit a patch tokenizer on the first task's images")
-    add('--image-size', type=integer(1), default=256, help='images are resized to this to be tokenized')
-    add('--tokens-dir', default='', metavar='DIR', help='for tokens that are made here; default: DIR/tokens of '
-        '--output-dir. Runs with the same first task may share it')
-    add('--tokenize-only', action='store_true', help='make the tokens, and stop')
-
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError, also for values that cannot work together."""
@@ -103,56 +61,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                     'tokens, main_pixels.py --help for --new pixels.')
     add_task_flags(parser)
     own, rest = parser.parse_known_args(argv)
-    check_task_flags(own)
+    check_task_flags(vars(own))
     if own.new == 'pixels':
         args = main_pixels.parse_args([*rest, '--train-path', own.train_path, '--val-path', own.val_path])
     else:
         args = main_seit.parse_args(rest)
-    for name, why in NOT_HERE.items():
-        if getattr(args, name):
-            raise InputError(f'--{name.replace("_", "-")} is no flag of main_continual.py: {why}')
-    if not args.output_dir:
-        raise InputError('--output-dir: give one; tasks pass weights and memory on in files')
-    if args.resume not in ('', 'auto'):
-        raise InputError(f'--resume {args.resume}: a run of tasks resumes by --resume auto')
-    return argparse.Namespace(**(vars(args) | vars(own)))
-
-
-def check_task_flags(args: argparse.Namespace) -> None:
-    """InputError for flags of `add_task_flags` that cannot work together."""
-    tokens = 'tokens' in (args.new, args.memory)
-    given = bool(args.train_token_file)
-    made = [name for name in ('tokenizer_path', 'tokenizer_from_task') if getattr(args, name) not in ('', None)]
-    checks = [
-        (args.new == 'tokens' and args.memory not in ('none', 'tokens'),
-         f'--new tokens with --memory {args.memory}: what is trained on tokens is kept as tokens; choose --memory '
-         'tokens, or --new pixels'),
-        (args.joint and args.memory != 'none', '--joint keeps all images: it takes --memory none'),
-        ((args.memory != 'none') != (args.memory_bytes is not None),
-         '--memory and --memory-bytes belong together: give both, or neither'),
-        ((args.memory == 'jpeg') != (args.memory_quality is not None), '--memory jpeg and --memory-quality belong '
-         'together'),
-        ((args.memory == 'resize') != (args.memory_side is not None), '--memory resize and --memory-side belong '
-         'together'),
-        (not 0 < args.replay_share < 1, '--replay-share: give a share between 0 and 1; --memory none replays nothing'),
-        (not tokens and (given or made), 'a tokenizer or tokens are given, but --new and --memory have no tokens'),
-        (given and (not args.train_label_file or not args.codebook_path),
-         '--train-token-file needs --train-label-file and --codebook-path'),
-        (given and args.new == 'tokens' and not (args.val_token_file and args.val_label_file),
-         '--train-token-file needs --val-token-file and --val-label-file'),
-        (given and args.tokenizer_from_task is not None,
-         '--tokenizer-from-task makes tokens, but --train-token-file gives them: choose one'),
-        (given and args.new == 'pixels' and not args.tokenizer_path,
-         '--memory tokens with --new pixels needs the --tokenizer-path that decodes them'),
-        (tokens and not given and len(made) != 1, 'tokens come from --train-token-file, from --tokenizer-path or from '
-         '--tokenizer-from-task 0: give one of the three'),
-        ((args.new == 'pixels' or made) and not given and not (args.train_path and args.val_path),
-         '--train-path and --val-path: name the images; class folders, a list, tar shards or parquet files'),
-        (args.tokenize_only and not made, '--tokenize-only needs --tokenizer-path or --tokenizer-from-task 0'),
-    ]
-    for wrong, message in checks:
-        if wrong:
-            raise InputError(message)
+    args = argparse.Namespace(**(vars(args) | vars(own)))
+    check_program_flags(vars(args))
+    return args
 
 
 # ---------------------------------------------------------------- what is trained on

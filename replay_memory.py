@@ -9,9 +9,9 @@ or so. Neither policy holds more than the limit at any moment.
                 Vitter's reservoir (1985). Keys need no bytes: given the largest key that may be kept, those of the
                 samples held are uniform below it, so that alone is stored (Li's Algorithm L, 1994).
     balanced    of each class as many samples as of any other, to within one, or all that there are. Which of a class
-                are held is chosen at random once; when classes come, the last of each are dropped.
+                are held is chosen at random once; when classes come, the last of each are dropped. Once an image did
+                not fit, no class gets more than its class had then and one, though smaller ones would fit.
 """
-import itertools
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -25,6 +25,7 @@ from utils import InputError
 LABEL_BYTES = 2
 INDEX_BYTES = 4
 MAX_CLASSES = 1 << 8 * LABEL_BYTES
+MOST = 1 << 31  # samples of a class: no bound
 POLICIES = ('reservoir', 'balanced')
 
 
@@ -59,6 +60,7 @@ class ReplayMemory:
         samples: in a fixed order.
         size: bytes of the samples.
         largest_key: of the reservoir, see above.
+        most: of the balanced one, samples that a class may have.
     """
 
     def __init__(self, limit: int):
@@ -66,6 +68,7 @@ class ReplayMemory:
         self.samples = []
         self.size = 0
         self.largest_key = 1.
+        self.most = MOST
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -146,17 +149,16 @@ def fill_balanced(memory: ReplayMemory, new: dict[int, Sequence[int]], encode: E
     kept = []
     fresh = []
     room = memory.limit
-    for place in itertools.count():
+    for place in range(memory.most):
         labels = [label for label in sorted(held | new) if place < len(held[label] if label in held else new[label])]
-        full = False
         for label in labels:
             sample = held[label][place] if label in held else encode(new[label][place])
-            full = sample.size > room
-            if full:
+            if sample.size > room:
+                memory.most = place + 1
                 break
             room -= sample.size
             (kept if label in held else fresh).append(sample)
-        if full or not labels:
+        if not labels or memory.most <= place + 1:
             break
     memory.samples = kept
     memory.size = sum(sample.size for sample in kept)
@@ -180,7 +182,7 @@ def save_memory(memory: ReplayMemory, path: Path) -> None:
         np.savez(file, labels=memory.labels().astype(np.uint16),
                  index=np.array([sample.index for sample in memory.samples], np.uint32),
                  data=np.frombuffer(b''.join(sample.data for sample in memory.samples), np.uint8),
-                 limit=np.int64(memory.limit), largest_key=np.float64(memory.largest_key))
+                 limit=np.int64(memory.limit), largest_key=np.float64(memory.largest_key), most=np.int64(memory.most))
 
 
 def load_memory(path: Path, length_of: Callable[[int], int]) -> ReplayMemory:
@@ -195,10 +197,11 @@ def load_memory(path: Path, length_of: Callable[[int], int]) -> ReplayMemory:
     """
     try:
         with np.load(path) as arrays:
-            labels, index, data, limit, largest_key = (
-                arrays[name] for name in ('labels', 'index', 'data', 'limit', 'largest_key'))
+            labels, index, data, limit, largest_key, most = (
+                arrays[name] for name in ('labels', 'index', 'data', 'limit', 'largest_key', 'most'))
         memory = ReplayMemory(int(limit))
         memory.largest_key = float(largest_key)
+        memory.most = int(most)
         lengths = [length_of(value) for value in index.tolist()]
         if len(labels) != len(index) or data.dtype != np.uint8 or sum(lengths) != len(data):
             raise ValueError('its lengths differ')

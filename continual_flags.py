@@ -1,0 +1,103 @@
+"""The flags of class-incremental training: tasks, replay memory, tokens."""
+from typing import Any
+
+import recipe
+from continual_tasks import ORDER_SEED
+from flags import Parser, byte_count, integer
+from replay_forms import FORMS
+from replay_memory import POLICIES
+from utils import InputError
+
+# Flags of main_seit.py and main_pixels.py that mean nothing here, and why.
+NOT_HERE = {
+    'eval': 'each task is evaluated when it ends',
+    'no_eval': 'each task is evaluated when it ends',
+    'start_epoch': 'tasks begin where they were left',
+    'nb_classes': 'the tasks must divide the classes of the labels',
+    'repeated_aug': 'steps draw images from two places, each without repeats',
+}
+
+
+def add_task_flags(parser: Parser) -> None:
+    """The flags of tasks, memory and tokens."""
+    add = parser.add_argument_group('tasks').add_argument
+    add('--new', default='tokens', choices=['tokens', 'pixels'], help="what the new task's images are trained as")
+    add('--base-classes', type=integer(1), default=10, help='classes of the first task')
+    add('--inc-classes', type=integer(1), default=10, help='classes of each later task')
+    add('--order-seed', type=integer(0, (1 << 32) - 1), default=ORDER_SEED, help='of the order of the classes')
+    add('--joint', action='store_true', help='train on all images of the classes seen, without a memory: upper bound')
+    add('--model-ema', action=recipe.ON_OFF, default=False,
+        help="an average of a task's weights, evaluated too; the next task starts from the weights themselves")
+
+    add = parser.add_argument_group('memory').add_argument
+    add('--memory', default='none', choices=['none', *FORMS], help='what is stored of old images')
+    add('--memory-bytes', type=byte_count, metavar='BYTES', help='as in 1e6; with labels and index')
+    add('--memory-policy', default='balanced', choices=POLICIES)
+    add('--memory-quality', type=integer(1, 95), help='of --memory jpeg')
+    add('--memory-side', type=integer(1), help='pixels of the short side, at most, of --memory resize')
+    add('--replay-share', type=recipe.SHARE, default=0.5, help='part of each batch that comes from memory')
+
+    add = parser.add_argument_group('data').add_argument
+    add('--train-path', default='', metavar='PATH', help='images: class folders, a list, tar shards or parquet files')
+    add('--val-path', default='', metavar='PATH')
+    for split in ('train', 'val'):
+        add(f'--{split}-token-file', default='', metavar='FILE', help='tokens that are there, as in main_seit.py')
+        add(f'--{split}-label-file', default='', metavar='FILE')
+    add('--codebook-path', default='', metavar='FILE', help="of the token files, or the tokenizer's")
+    add('--tokenizer-path', default='', metavar='FILE', help='tokenize the images with it, or decode the memory')
+    add('--tokenizer-from-task', type=int, choices=[0], help="fit a patch tokenizer on the first task's images")
+    add('--image-size', type=integer(1), default=256, help='images are resized to this to be tokenized')
+    add('--tokens-dir', default='', metavar='DIR', help='for tokens that are made here; default: DIR/tokens of '
+        '--output-dir. Runs with the same first task may share it')
+    add('--tokenize-only', action='store_true', help='make the tokens, and stop')
+
+
+def check_task_flags(flags: dict[str, Any]) -> None:
+    """InputError for values of the flags above, by name, that cannot work together."""
+    new, memory, given = flags['new'], flags['memory'], bool(flags['train_token_file'])
+    tokens = 'tokens' in (new, memory)
+    made = [name for name in ('tokenizer_path', 'tokenizer_from_task') if flags[name] not in ('', None)]
+    checks = [
+        (new == 'tokens' and memory not in ('none', 'tokens'),
+         f'--new tokens with --memory {memory}: what is trained on tokens is kept as tokens; choose --memory '
+         'tokens, or --new pixels'),
+        (flags['joint'] and memory != 'none', '--joint keeps all images: it takes --memory none'),
+        ((memory != 'none') != (flags['memory_bytes'] is not None),
+         '--memory and --memory-bytes belong together: give both, or neither'),
+        ((memory == 'jpeg') != (flags['memory_quality'] is not None), '--memory jpeg and --memory-quality belong '
+         'together'),
+        ((memory == 'resize') != (flags['memory_side'] is not None), '--memory resize and --memory-side belong '
+         'together'),
+        (not tokens and (given or made), 'a tokenizer or tokens are given, but --new and --memory have no tokens'),
+        (given and (not flags['train_label_file'] or not flags['codebook_path']),
+         '--train-token-file needs --train-label-file and --codebook-path'),
+        (given and new == 'tokens' and not (flags['val_token_file'] and flags['val_label_file']),
+         '--train-token-file needs --val-token-file and --val-label-file'),
+        (given and flags['tokenizer_from_task'] is not None,
+         '--tokenizer-from-task makes tokens, but --train-token-file gives them: choose one'),
+        (given and new == 'pixels' and not flags['tokenizer_path'],
+         '--memory tokens with --new pixels needs the --tokenizer-path that decodes them'),
+        (tokens and not given and len(made) != 1, 'tokens come from --train-token-file, from --tokenizer-path or from '
+         '--tokenizer-from-task 0: give one of the three'),
+        ((new == 'pixels' or not given) and not (flags['train_path'] and flags['val_path']),
+         '--train-path and --val-path: name the images; class folders, a list, tar shards or parquet files'),
+        (flags['tokenize_only'] and (given or not made),
+         '--tokenize-only needs --tokenizer-path or --tokenizer-from-task 0'),
+    ]
+    for wrong, message in checks:
+        if wrong:
+            raise InputError(message)
+
+
+def check_program_flags(flags: dict[str, Any]) -> None:
+    """InputError for flags of main_seit.py or main_pixels.py, by name, with which a run of tasks cannot be."""
+    for name, why in NOT_HERE.items():
+        if flags[name]:
+            raise InputError(f'--{name.replace("_", "-")} is no flag of main_continual.py: {why}')
+    if not flags['output_dir']:
+        raise InputError('--output-dir: give one; tasks pass weights and memory on in files')
+    if flags['resume'] not in ('', 'auto'):
+        raise InputError(f'--resume {flags["resume"]}: a run of tasks resumes by --resume auto')
+    if flags['memory'] != 'none' and not 0 < round(flags['replay_share'] * flags['batch_size']) < flags['batch_size']:
+        raise InputError(f'--replay-share {flags["replay_share"]:g} of --batch-size {flags["batch_size"]}: leaves no '
+                         'image for the memory, or none for the task')
