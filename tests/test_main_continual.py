@@ -1,0 +1,282 @@
+"""main_continual.py: arms, resuming within a task and across a border, two processes, mistakes."""
+import itertools
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import engine
+import fit_patch_tokenizer
+import main_continual
+from continual_tasks import make_tasks
+from helpers import (ROOT, assert_same, call, clean_environment, fails, make_data, read_log, states, two_processes,
+                     without_times)
+from replay_forms import length_of
+from replay_memory import load_memory
+from token_files import read_labels, write_labels
+
+SMALL = ['--device', 'cpu', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2', '--batch-size', 8, '--epochs',
+         2, '--warmup-epochs', 0, '--base-classes', 2, '--inc-classes', 2]
+TOKENS = [*SMALL, '--new', 'tokens', '--model', 'deit_tiny_token_32', '--input-size', 64]
+PIXELS = [*SMALL, '--new', 'pixels', '--model', 'deit_tiny_patch16_224', '--input-size', 32, '--num-workers', 0]
+MEMORY = ['--memory', 'tokens', '--memory-bytes', 2000]
+JPEG = ['--memory', 'jpeg', '--memory-bytes', '1e4', '--memory-quality', 20]
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """train/ and val/ with six classes of images whose color tells the class."""
+    folder = tmp_path_factory.mktemp('images')
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:64, :64][..., None] / 64
+    for split, count in (('train', 8), ('val', 3)):
+        for label, number in itertools.product(range(6), range(count)):
+            waves = np.sin(y * rng.uniform(1, 9, 3) + x * rng.uniform(1, 9, 3))
+            color = 60 * (np.arange(3) == label % 3) * (1 if label < 3 else -1)
+            path = folder / split / f'class-{label}' / f'{number}.png'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray((127 + 60 * waves + color).astype(np.uint8)).save(path)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def paths(images):
+    return ['--train-path', images / 'train', '--val-path', images / 'val']
+
+
+@pytest.fixture(scope='module')
+def made(paths, tmp_path_factory):
+    """Flags of a tokenizer that is fitted on the first task, its tokens made."""
+    folder = tmp_path_factory.mktemp('tokens')
+    flags = ['--tokenizer-from-task', 0, '--image-size', 64, '--tokens-dir', folder]
+    assert call(main_continual, *TOKENS, *paths, *flags, '--tokenize-only', '--output-dir', folder / 'none') == 0
+    assert not (folder / 'none').exists()
+    return flags
+
+
+@pytest.fixture(scope='module')
+def sets(tmp_path_factory):
+    """Flags of token sets of six classes, which their codes tell."""
+    return make_data(tmp_path_factory.mktemp('sets'), n=96, classes=6)
+
+
+def results(folder):
+    return [json.loads(line) for line in (folder / 'results.jsonl').read_text().splitlines()]
+
+
+# ---------------------------------------------------------------- what a run leaves
+
+def check_results(folder, limit, classes=(2, 4, 6)):
+    lines = results(folder)
+    assert [line['classes'] for line in lines] == list(classes)
+    for task, line in enumerate(lines):
+        assert len(line['test_task_acc1']) == task + 1
+        assert line['memory_bytes'] <= limit
+        assert (line['forgetting'] is None) == (task == 0)
+    assert lines[-1]['average_acc1'] == pytest.approx(sum(line['test_acc1'] for line in lines) / len(lines))
+    return lines
+
+
+@pytest.mark.parametrize('memory', [
+    ['pixels', '--memory-bytes', 1e5], ['resize', '--memory-bytes', 3e4, '--memory-side', 24],
+    ['jpeg', '--memory-bytes', 1e4, '--memory-quality', 20, '--memory-policy', 'reservoir'],
+    ['tokens', '--memory-bytes', 1500], ['none'], ['none', '--joint']], ids=lambda words: f'{words[0]}{len(words)}')
+def test_arms_of_pixels_take_equal_steps(paths, made, tmp_path, memory):
+    out = tmp_path / 'out'
+    more = made if memory[0] == 'tokens' else []
+    assert call(main_continual, *PIXELS, *paths, *more, '--memory', *memory, '--output-dir', out) == 0
+    lines = check_results(out, float(memory[2]) if len(memory) > 2 else 0)
+    assert [line['steps'] for line in lines] == [2 * (16 // 8)] * 3
+    assert (out / 'task-2' / 'memory.npz').exists() == (memory[0] != 'none')
+    if memory[0] != 'none':
+        kept = load_memory(out / 'task-2' / 'memory.npz', length_of(memory[0]))
+        assert kept.size == lines[-1]['memory_bytes'] and len(kept) == lines[-1]['memory_images'] > 2
+        if 'reservoir' not in memory:
+            least, most = lines[-1]['memory_images_per_class']
+            assert most - least <= 1
+    assert lines[-1]['tokenizer'] == ('fitted on task 0' if more else 'none')
+    assert (lines[-1]['tokenizer_bytes'] or 0) > (10_000 if more else -1)
+
+
+def test_the_tokenizer_sees_the_first_task_only(images, made, tmp_path):
+    """It is that of a list of the first task's images; and the tokens are of all, in the order of the images."""
+    first = sorted(f'class-{label}' for label in make_tasks(6, 2, 2).order[:2])
+    lines = [f'{path} 0' for name in first for path in sorted((images / 'train' / name).iterdir())]
+    (tmp_path / 'list.txt').write_text('\n'.join(lines))
+    call(fit_patch_tokenizer, '--data-path', tmp_path / 'list.txt', '--image-size', 64, '--output-dir', tmp_path)
+    for name in ('tokenizer.pt', 'codebook.ckpt'):
+        assert (tmp_path / name).read_bytes() == (made[-1] / name).read_bytes()
+    assert read_labels(made[-1] / 'train-label.txt').tolist() == [label for label in range(6) for _ in range(8)]
+
+
+def test_replay_keeps_what_fine_tuning_forgets(sets, tmp_path, capsys):
+    flags = [*TOKENS, *sets, '--epochs', 8, '--lr', 0.1, '--token-noise-prob', 0, '--cutmix', 0, '--drop-path', 0]
+    call(main_continual, *flags, '--output-dir', tmp_path / 'none')
+    call(main_continual, *flags, '--memory', 'tokens', '--memory-bytes', 4000, '--model-ema', '--output-dir',
+         tmp_path / 'tokens')
+    none, tokens = (results(tmp_path / name) for name in ('none', 'tokens'))
+    assert none[0]['test_acc1'] == tokens[0]['test_acc1'] == 100  # no memory yet: the same training
+    assert none[-1]['forgetting'] > tokens[-1]['forgetting'] + 20
+    assert none[-1]['steps'] == tokens[-1]['steps'] and 'ema_test_acc1' in tokens[0] and 'ema_test_acc1' not in none[0]
+    assert 'tokenizer: given, as token files' in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- resuming
+
+class Killed(BaseException):
+    """As SIGKILL, but within this process."""
+
+
+def stop_in(monkeypatch, epoch):
+    """SIGTERM, as a scheduler sends it, in the n-th epoch of a run from now on, of all tasks together."""
+    train_one_epoch = engine.train_one_epoch
+    begun = itertools.count(1)
+
+    def signaled(*words):
+        if next(begun) == epoch:
+            signal.raise_signal(signal.SIGTERM)
+        return train_one_epoch(*words)
+    monkeypatch.setattr(engine, 'train_one_epoch', signaled)
+
+
+def killed(*_):
+    raise Killed
+
+
+def same_run(whole, cut, tasks):
+    assert without_times(results(whole)) == without_times(results(cut)) and len(results(whole)) == tasks
+    for task in range(tasks):
+        a, b = (folder / f'task-{task}' for folder in (whole, cut))
+        assert without_times(read_log(a)) == without_times(read_log(b))
+        assert (a / 'memory.npz').read_bytes() == (b / 'memory.npz').read_bytes()
+        one, other = (states(folder / 'checkpoint.pth') for folder in (a, b))
+        for state in (one, other):
+            del state['args']
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize(('kind', 'policy'), [('tokens', 'reservoir'), ('tokens', 'balanced'), ('pixels', 'balanced')])
+def test_resumed_equals_uninterrupted(paths, sets, tmp_path, monkeypatch, kind, policy):
+    """Stopped within a task; killed at two places of a border, and between training a task and its evaluation."""
+    flags = [*TOKENS, *sets, *MEMORY] if kind == 'tokens' else [*PIXELS, *paths, *JPEG, '--aug', 'deit',
+                                                                '--no-repeated-aug']
+    flags += ['--memory-policy', policy, '--drop-path', 0.3, '--output-dir']
+    whole, cut = tmp_path / 'whole', tmp_path / 'cut'
+    assert call(main_continual, *flags, whole) == 0
+
+    with monkeypatch.context() as patch:
+        stop_in(patch, 4)  # the last epoch of the second task
+        assert call(main_continual, *flags, cut) == 75
+        assert states(cut / 'task-1' / 'checkpoint.pth')['step'] == 1
+    for name in ('save_memory', 'write_results', 'evaluate_models'):  # the second task ends, twice; and the third
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(main_continual, name, killed)
+            call(main_continual, *flags, cut, '--resume', 'auto')
+        if name == 'write_results':
+            assert len(results(cut)) == 1 and (cut / 'task-1' / 'memory.npz').exists()
+            assert call(main_continual, *flags, cut, '--resume', 'auto') == 0
+            shutil.rmtree(cut / 'task-2')
+            (cut / 'results.jsonl').write_text(''.join(json.dumps(line) + '\n' for line in results(cut)[:2]))
+    assert call(main_continual, *flags, cut, '--resume', 'auto') == 0
+    same_run(whole, cut, 3)
+    assert call(main_continual, *flags, cut, '--resume', 'auto') == 0  # nothing is left to do
+    same_run(whole, cut, 3)
+
+
+def test_another_run_is_not_resumed(sets, tmp_path):
+    flags = [*TOKENS, *sets, *MEMORY, '--epochs', 1, '--output-dir', tmp_path]
+    call(main_continual, *flags)
+    fails(lambda: call(main_continual, *flags), 'run.json: an earlier run is here; add --resume auto')
+    flags += ['--resume', 'auto']
+    for words, name in ((['--inc-classes', 1], '--inc-classes'), (['--order-seed', 7], '--order-seed'),
+                        (['--memory-bytes', 3000], '--memory-bytes'), (['--memory-policy', 'reservoir'],
+                                                                       '--memory-policy'),
+                        (['--replay-share', 0.25], '--replay-share')):
+        fails(lambda words=words: call(main_continual, *flags, *words),
+              f'{tmp_path}: holds results of another {name}; choose another --output-dir')
+    lines = (tmp_path / 'results.jsonl').read_text().splitlines(keepends=True)
+    (tmp_path / 'results.jsonl').write_text(lines[0])
+    fails(lambda: call(main_continual, *flags, '--seed', 3), 'differs in seed 0 -> 3; resume it as it was')
+    shutil.rmtree(tmp_path / 'task-1')  # so that it would begin with another seed than the task before it
+    fails(lambda: call(main_continual, *flags, '--seed', 3), 'task-0/checkpoint.pth: .* differs in seed 0 -> 3')
+    (tmp_path / 'results.jsonl').write_text(lines[0] + '{')
+    fails(lambda: call(main_continual, *flags), 'results.jsonl: damaged')
+
+
+def test_two_processes(sets, tmp_path):
+    """The memory does not depend on how many train; evaluation counts each image once."""
+    flags = [*TOKENS, *sets, *MEMORY, '--epochs', 1, '--output-dir']
+    command = [sys.executable, *two_processes(), ROOT / 'main_continual.py', *flags, tmp_path / 'two', '--dist-eval',
+               '--batch-size', 4]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=clean_environment(), timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert 'batch: 4 x 2 = 8' in done.stdout
+    call(main_continual, *flags, tmp_path / 'one')
+    for task in range(3):
+        one, two = ((tmp_path / name / f'task-{task}' / 'memory.npz').read_bytes() for name in ('one', 'two'))
+        assert one == two
+    first, second = (results(tmp_path / name) for name in ('one', 'two'))
+    assert [line['steps'] for line in first] == [line['steps'] for line in second]
+    images = np.bincount(make_tasks(6, 2, 2).places(read_labels(sets[-1])), minlength=6).reshape(3, 2).sum(1)
+    for line in second:  # the accuracy on all is that of its parts: no image is lost, and none counted twice
+        parts = np.array(line['test_task_acc1']) @ images[:line['task'] + 1] / images[:line['task'] + 1].sum()
+        assert line['test_acc1'] == pytest.approx(parts)
+
+
+# ---------------------------------------------------------------- mistakes
+
+MISTAKES = {
+    'divide': ([*TOKENS, *MEMORY, '--inc-classes', 3], 'sets', '--inc-classes 3 at a time do not divide the 6 classes'),
+    'more': ([*TOKENS, *MEMORY, '--base-classes', 7], 'sets', '--base-classes 7 are more than the 6 classes'),
+    'small': ([*TOKENS, '--memory', 'tokens', '--memory-bytes', 500], 'sets',
+              'less than an image of each of the 6 classes takes as tokens .636 bytes.: give more'),
+    'bytes': ([*TOKENS, '--memory', 'tokens', '--memory-bytes', '1.5'], 'sets', '1.5: give a whole number of bytes'),
+    'no bytes': ([*TOKENS, '--memory', 'tokens'], 'sets', '--memory and --memory-bytes belong together'),
+    'form': ([*TOKENS, *JPEG], 'sets', '--new tokens with --memory jpeg'),
+    'quality': ([*PIXELS, *JPEG[:4]], 'paths', '--memory jpeg and --memory-quality'),
+    'joint': ([*TOKENS, *MEMORY, '--joint'], 'sets', '--joint keeps all images'),
+    'share': ([*TOKENS, *MEMORY, '--replay-share', '0.01'], 'sets', '--replay-share 0.01 of --batch-size 8: leaves no'),
+    'tokenizer': ([*TOKENS, *MEMORY], 'paths', 'give one of the three'),
+    'decoder': ([*PIXELS, *MEMORY], 'both', 'needs the --tokenizer-path that decodes them'),
+    'two': ([*TOKENS, *MEMORY, '--tokenizer-from-task', 0], 'both', 'choose one'),
+    'pixels': ([*PIXELS, *JPEG, '--tokenizer-path', 'x'], 'paths', 'have no tokens'),
+    'eval': ([*TOKENS, '--eval', '--resume', 'auto'], 'sets', '--eval is no flag of main_continual.py'),
+    'file': ([*TOKENS, '--resume', 'x.pth'], 'sets', 'resumes by --resume auto'),
+    'paths': ([*PIXELS, *JPEG], 'none', '--train-path and --val-path: name the images'),
+    'only': ([*TOKENS, '--tokenize-only'], 'sets', '--tokenize-only needs'),
+}
+
+
+@pytest.mark.parametrize('name', MISTAKES)
+def test_mistakes_are_one_line(paths, sets, tmp_path, name):
+    flags, data, pattern = MISTAKES[name]
+    words = {'sets': sets, 'paths': paths, 'none': [],
+             'both': [*paths, *(word for word in sets if word not in sets[2:4])]}[data]
+    fails(lambda: call(main_continual, *flags, *words, '--output-dir', tmp_path / 'out'), pattern)
+    assert not list(tmp_path.rglob('*.pth'))
+
+
+def test_tokens_of_other_images_are_refused(paths, images, made, tmp_path):
+    folder = made[-1]
+    given = ['--train-token-file', folder / 'train-token.data.bin.gz', '--codebook-path', folder / 'codebook.ckpt',
+             '--tokenizer-path', folder / 'tokenizer.pt', '--train-label-file']
+    write_labels(tmp_path / 'label.txt', [0] * 8 + [label for label in range(1, 6) for _ in range(8)][::-1])
+    flags = [*PIXELS, *MEMORY, '--output-dir', tmp_path / 'out']
+    fails(lambda: call(main_continual, *flags, *paths, *given, tmp_path / 'label.txt'),
+          'its 48 labels are not those of the 48 images of .*train: give the tokens of these images')
+    for split in ('train', 'val'):
+        shutil.copytree(images / split, tmp_path / split)
+        (tmp_path / split / 'class-5').rename(tmp_path / split / 'other')
+    other = ['--train-path', tmp_path / 'train', '--val-path', tmp_path / 'val']
+    fails(lambda: call(main_continual, *flags, *other, *given, folder / 'train-label.txt'),
+          re.escape("class 5 is 'class-5'") + ".* it is 'other'")
+    fails(lambda: call(main_continual, *flags, *other, *made),
+          'holds results of another images of the first task; choose another --tokens-dir')
+    (tmp_path / 'val' / 'other').rename(tmp_path / 'val' / 'class-9')
+    fails(lambda: call(main_continual, *PIXELS, *JPEG, *other, '--output-dir', tmp_path / 'out'), 'class 5 is')
