@@ -1,0 +1,170 @@
+"""Results of class-incremental runs as JSON and Markdown, and two figures."""
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from continual_run import read_results
+from files import atomic_path, write_text
+from tables.report import DASH, RESULTS, TABLE, row_of, spread
+from tables.rows import is_done
+from utils import InputError
+
+TASKS_FIGURE = 'tasks.png'
+BYTES_FIGURE = 'bytes.png'
+STYLES = {'joint': ':', 'fine-tuning': '--'}  # of lines without a memory; others are solid
+
+
+# ---------------------------------------------------------------- results
+
+def measured(values: Sequence[float]) -> dict[str, Any]:
+    """Mean and standard deviation of a measure over seeds."""
+    return {'seeds': list(values), 'mean': round(statistics.mean(values), 3) if values else None,
+            'sd': round(statistics.stdev(values), 3) if len(values) > 1 else None}
+
+
+def line_result(line: Any, outcomes: dict[str, str]) -> dict[str, Any] | None:
+    """The result of a line over the seeds that are done; None where nothing is known of it.
+
+    Args:
+        line: with arm, kind, memory, and runs: rows by seed.
+        outcomes: what became of rows, by name.
+    """
+    runs = {seed: read_results(str(row.folder)) for seed, row in line.runs.items() if is_done(row)}
+    failed = [outcome for row in line.runs.values()
+              if (outcome := outcomes.get(row.name, 'done')) not in ('done', 'stopped')]
+    if not runs and not failed:
+        return None
+    ends = [tasks[-1] for tasks in runs.values()]
+    result = {'arm': line.arm, 'kind': line.kind, 'memory': line.memory, 'seeds': list(runs)}
+    result |= {name: measured([end[key] for end in ends]) for name, key in (
+        ('average', 'average_acc1'), ('last', 'test_acc1'), ('forgetting', 'forgetting'))}
+    if ends:
+        result['classes'] = [task['classes'] for task in next(iter(runs.values()))]
+        result['accuracy'] = [[task['test_acc1'] for task in tasks] for tasks in runs.values()]
+        result |= {key: ends[0][key] for key in ('memory_images', 'memory_bytes', 'tokenizer', 'tokenizer_bytes',
+                                                 'codebook_bytes', 'steps')}
+    return result | ({'failed': failed[0]} if failed else {})
+
+
+def write(lines: Sequence[Any], outcomes: dict[str, str], facts: dict[str, Any], folder: Path) -> None:
+    """Write RESULTS, TABLE and the figures into a folder. Prints the table. Raises InputError."""
+    rows = {line.name: result for line in lines if (result := line_result(line, outcomes))}
+    results = {'table': 'continual', 'title': f'Class-incremental learning, {facts["protocol"]}', **facts, 'rows': rows}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / RESULTS, json.dumps(results, indent=1) + '\n')
+    text = markdown(results)
+    write_text(folder / TABLE, text)
+    print(text)
+    if any('accuracy' in result for result in rows.values()):
+        try:
+            draw_tasks(results, folder / TASKS_FIGURE)
+            draw_bytes(results, folder / BYTES_FIGURE)
+        except InputError as error:  # the numbers are there
+            print(f'note: the figures are left out: {error}')
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table with its title and notes."""
+    head = ['new task, memory', 'bytes of memory', 'images held', 'average incremental (seeds)', 'last', 'forgetting',
+            'tokenizer and codebook, bytes']
+    lines = []
+    for name, result in results['rows'].items():
+        cells = [name]
+        held = 'accuracy' in result
+        cells += [f'{result[key]:,}' if held and result['memory'] else DASH for key in ('memory_bytes',
+                                                                                        'memory_images')]
+        cells += [spread({**result[key], 'failed': ''} if 'failed' in result else result[key])
+                  for key in ('average', 'last', 'forgetting')]
+        extra = (result['tokenizer_bytes'] or 0) + (result['codebook_bytes'] or 0) if held else 0
+        lines.append([*cells, f'{extra:,}' if extra else DASH])
+    text = [f'## {results["title"]} ({results["preset"]})', '', row_of(head),
+            row_of(['---', *['---:'] * (len(head) - 1)]), *map(row_of, lines), '',
+            f'{results["epochs"]} epochs of the new task\'s images a task, in all rows. Memory: {results["policy"]}; '
+            'its bytes are data, labels and index at the end, of the first seed. Learning rates: '
+            + '; '.join(f'{kind} {rate:g}' for kind, rate in results['lrs'].items()) + '.']
+    text += [f'\n{name}: {" ".join(result["failed"].split())}' for name, result in results['rows'].items()
+             if 'failed' in result]
+    return '\n'.join(text) + '\n'
+
+
+# ---------------------------------------------------------------- figures
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, which opens no windows. Raises InputError where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError('plots need matplotlib: pip install -r requirements-plot.txt') from None
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def save(figure: Any, path: Path) -> None:
+    """Write a figure as PNG."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format='png', dpi=120)
+    pyplot().close(figure)
+
+
+def style_of(result: dict[str, Any]) -> dict[str, Any]:
+    """How the line of an arm is drawn."""
+    return {'linestyle': STYLES.get(result['arm'].rpartition(', ')[2], '-'), 'label': result['arm']}
+
+
+def colors_of(rows: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """A color for each arm, the same in all panels and figures."""
+    return {arm: f'C{number % 10}' for number, arm in enumerate(dict.fromkeys(row['arm'] for row in rows.values()))}
+
+
+def draw_tasks(results: dict[str, Any], path: Path) -> None:
+    """Draw accuracy on all classes seen against their number, a panel a memory. Raises InputError."""
+    plt = pyplot()
+    rows = {name: row for name, row in results['rows'].items() if 'accuracy' in row}
+    colors = colors_of(rows)
+    memories = sorted({row['memory'] for row in rows.values() if row['memory']}) or [0]
+    figure, panels = plt.subplots(1, len(memories), figsize=(1 + 5 * len(memories), 5), sharey=True, squeeze=False,
+                                  layout='constrained')
+    for panel, memory in zip(panels[0], memories):
+        for row in rows.values():
+            if row['memory'] in (0, memory):
+                means = [statistics.mean(values) for values in zip(*row['accuracy'])]
+                deviations = [statistics.stdev(values) if len(values) > 1 else 0 for values in zip(*row['accuracy'])]
+                panel.errorbar(row['classes'], means, yerr=deviations, marker='.', capsize=2, color=colors[row['arm']],
+                               **style_of(row))
+        panel.set(title=f'{memory / 1e6:g} MB of memory', xlabel='classes seen')
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel('top-1 on all classes seen (%)')
+    panels[0][-1].legend(fontsize=8)
+    figure.suptitle(f'{results["title"]} ({results["preset"]})')
+    save(figure, path)
+
+
+def draw_bytes(results: dict[str, Any], path: Path) -> None:
+    """Draw average incremental accuracy against bytes of memory. Raises InputError."""
+    plt = pyplot()
+    rows = {name: row for name, row in results['rows'].items() if 'accuracy' in row}
+    colors = colors_of(rows)
+    figure, panel = plt.subplots(figsize=(8, 5.5), layout='constrained')
+    arms = {}
+    for row in rows.values():
+        arms.setdefault(row['arm'], []).append(row)
+    for arm, points in arms.items():
+        style = style_of(points[0])
+        if not points[0]['memory']:
+            panel.axhline(points[0]['average']['mean'], color=colors[arm], **style)
+            continue
+        points = sorted(points, key=lambda row: row['memory_bytes'])
+        panel.errorbar([row['memory_bytes'] for row in points], [row['average']['mean'] for row in points],
+                       yerr=[row['average']['sd'] or 0 for row in points], marker='o', capsize=3, color=colors[arm],
+                       **style)
+        for row in points:
+            panel.annotate(f'{row["memory_images"]:,}', (row['memory_bytes'], row['average']['mean']), xytext=(4, 4),
+                           textcoords='offset points', fontsize=7)
+    panel.set(xscale='log', xlabel='bytes of memory: data, labels and index (without the tokenizer)',
+              ylabel='average incremental top-1 (%)', title=f'{results["title"]} ({results["preset"]}); labels: images')
+    panel.grid(alpha=0.3, which='both')
+    panel.legend(fontsize=8)
+    save(figure, path)
