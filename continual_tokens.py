@@ -13,7 +13,7 @@ from class_names import check_class_names
 from codebook import load_codebook
 from files import check_same, sha256
 from image_dataset import ImageDataset
-from image_sources import Source
+from image_sources import Source, open_source
 from scripts import build_synonyms, fit_patch_tokenizer
 from token_dataset import TokenDataset
 from utils import InputError, on_main
@@ -83,6 +83,9 @@ def tokenize(files: TokenFiles, folder: Path, splits: dict[str, str], image_size
         device: --device.
     """
     for name, path in splits.items():
+        made_of = {f'images of {name}': open_source(path).digest(), 'tokenizer': sha256(files.tokenizer),
+                   'image size': image_size}
+        on_main(check_same, folder / f'{name}-images.json', made_of, '--tokens-dir')
         words = ['--data-path', path, '--name', name, '--output-dir', str(folder), '--image-size', str(image_size),
                  '--tokenizer-path', files.tokenizer, '--device', device]
         if files.codebook:

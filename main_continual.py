@@ -318,9 +318,9 @@ def identity_of(args: argparse.Namespace, kind: Kind, tasks: Tasks, tokenizer: s
     """What a run keeps when it resumes."""
     flags = ('new', 'joint', 'memory', 'memory_bytes', 'memory_policy', 'memory_quality', 'memory_side',
              'replay_share', 'base_classes', 'inc_classes', 'order_seed')
-    labels = hashlib.sha256(kind.train.labels.tobytes()).hexdigest()
+    labels = hashlib.sha256(tasks.order[kind.train.labels].tobytes()).hexdigest()
     return {**{f'--{name.replace("_", "-")}': getattr(args, name) for name in flags}, 'classes': len(tasks.order),
-            'training set': labels, 'tokenizer': tokenizer,
+            'training labels': labels, 'tokenizer': tokenizer,
             'codebook': sha256(args.codebook_path) if args.codebook_path else None}
 
 

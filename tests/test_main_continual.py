@@ -116,13 +116,14 @@ def test_the_tokenizer_sees_the_first_task_only(images, made, tmp_path):
 
 
 def test_replay_keeps_what_fine_tuning_forgets(sets, tmp_path, capsys):
-    flags = [*TOKENS, *sets, '--epochs', 8, '--lr', 0.1, '--token-noise-prob', 0, '--cutmix', 0, '--drop-path', 0]
+    flags = [*TOKENS, *sets, '--base-classes', 3, '--inc-classes', 3, '--epochs', 6, '--lr', 0.3, '--cutmix', 0,
+             '--token-noise-prob', 0, '--drop-path', 0]
     call(main_continual, *flags, '--output-dir', tmp_path / 'none')
     call(main_continual, *flags, '--memory', 'tokens', '--memory-bytes', 4000, '--model-ema', '--output-dir',
          tmp_path / 'tokens')
     none, tokens = (results(tmp_path / name) for name in ('none', 'tokens'))
     assert none[0]['test_acc1'] == tokens[0]['test_acc1'] == 100  # no memory yet: the same training
-    assert none[-1]['forgetting'] > tokens[-1]['forgetting'] + 20
+    assert none[-1]['forgetting'] > tokens[-1]['forgetting'] and none[-1]['test_acc1'] < tokens[-1]['test_acc1']
     assert none[-1]['steps'] == tokens[-1]['steps'] and 'ema_test_acc1' in tokens[0] and 'ema_test_acc1' not in none[0]
     assert 'tokenizer: given, as token files' in capsys.readouterr().out
 
@@ -274,6 +275,6 @@ def test_tokens_of_other_images_are_refused(paths, images, made, tmp_path):
     fails(lambda: call(main_continual, *flags, *other, *given, folder / 'train-label.txt'),
           re.escape("class 5 is 'class-5'") + ".* it is 'other'")
     fails(lambda: call(main_continual, *flags, *other, *made),
-          'holds results of another images of the first task; choose another --tokens-dir')
+          'holds results of another images of (the first task|train); choose another --tokens-dir')
     (tmp_path / 'val' / 'other').rename(tmp_path / 'val' / 'class-9')
     fails(lambda: call(main_continual, *PIXELS, *JPEG, *other, '--output-dir', tmp_path / 'out'), 'class 5 is')
