@@ -116,9 +116,9 @@ def test_train(capsys):
 
 def test_masked_tokens(capsys):
     result = measure(capsys, benchmarks.masked_tokens, 'masked_tokens', '--device', 'cpu', '--grid', '8',
-                     '--input-size', '48', '--batch-size', '4', '--steps', '2', '--repeats', '2', '--width', '64', '--model-kwargs',
-                     'depth=1', 'embed_dim=32', 'num_heads=2', '--decoder-kwargs', 'decoder_embed_dim=32',
-                     'decoder_depth=1', 'decoder_num_heads=2')
+                     '--input-size', '48', '--batch-size', '4', '--steps', '2', '--repeats', '2', '--width', '64',
+                     '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2', '--decoder-kwargs',
+                     'decoder_embed_dim=32', 'decoder_depth=1', 'decoder_num_heads=2')
     for name in 'seit', 'pretrain', 'pretrain_without_tokenadapt', 'finetune', 'finetune_without_tokenadapt':
         assert is_spread(result[f'{name}_images_per_second']), name
     for name in 'pretrain', 'finetune':
