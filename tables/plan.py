@@ -3,6 +3,7 @@
 All tables of one --output-dir share rows: the same training is not repeated for another table.
 """
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,10 @@ BYTES = 'bytes.json'  # of a row that makes a set
 MANIFEST = Path('set', 'manifest.json')  # of scripts/shrink_images.py, in such a row
 CHECKPOINT = 'checkpoint.pth'
 PROBE = 'probe.json'  # of scripts/probe.py
+PRETRAIN, FINETUNE = 'main_mtm_pretrain.py', 'main_mtm_finetune.py'
+LAST = 'checkpoint-last.pth'  # of these two
+LAYER_DECAY = 0.65  # published
+TOKEN_ADAPT = 'tokenadapt.ckpt'
 
 
 @dataclass(frozen=True)
@@ -23,12 +28,13 @@ class Line:
 
     Attributes:
         name: as it stands in the table.
-        kind: 'tokens' or 'pixels'.
+        kind: what its learning rate goes by, of KINDS in presets.py, or what a table says; '' where nothing is trained.
         runs: rows by seed.
         data: the row whose BYTES are those of the training set.
         measure: what is read of a run: 'top1' or 'images_per_second' (of log.txt), 'printed top1', or 'knn top1' or
             'linear top1' (of PROBE).
         epochs: of a training.
+        pretraining: epochs of the pre-training that it starts from.
         paper: the paper's value, or None.
         paper_size: its storage, or None.
         full: the row whose BYTES the line's are compared with, or None.
@@ -40,6 +46,7 @@ class Line:
     data: Row
     measure: str = 'top1'
     epochs: int = 0
+    pretraining: int = 0
     paper: float | None = None
     paper_size: str | None = None
     full: Row | None = None
@@ -231,7 +238,7 @@ class Plan:
 
     def train(self, line: str, lr: float, seed: int, words: Sequence[Any], after: Sequence[Row]) -> Row:
         """A training; `words` are its program and flags."""
-        name = f'train/{line.replace(" ", "-").replace("%", "")}/lr-{lr:g}-seed-{seed}'
+        name = f'train/{re.sub("[%,]", "", line).replace(" ", "-")}/lr-{lr:g}-seed-{seed}'
         end = ('--lr', f'{lr:g}', '--seed', seed, *self.device, '--output-dir', self.output / name, '--resume', 'auto')
         return self.row(name, [(*self.preset.launcher, *words, *end)], after)
 
@@ -255,10 +262,10 @@ class Plan:
         return () if self.preset.evaluated else ('--no-eval',)
 
     def token_line(self, name: str, seeds: Sequence[int], tokens: Tokens, more: Sequence[str] = (),
-                   **facts: Any) -> Line:
-        """A line of trainings on tokens."""
+                   after: Sequence[Row] = (), **facts: Any) -> Line:
+        """A line of trainings on tokens, after some rows."""
         words = self.token_words(tokens, more)
-        runs = {seed: self.train(name, self.lrs['tokens'], seed, words, [tokens.row]) for seed in seeds}
+        runs = {seed: self.train(name, self.lrs['tokens'], seed, words, [tokens.row, *after]) for seed in seeds}
         return Line(name, 'tokens', runs, tokens.row, epochs=self.epochs(tokens.share)[0], **facts)
 
     def pixel_line(self, name: str, seeds: Sequence[int], images: Images, **facts: Any) -> Line:
@@ -271,7 +278,60 @@ class Plan:
         """The line of all images of a kind, which learning rates are chosen for."""
         if kind == 'tokens':
             return self.token_line('tokens', seeds, self.main_tokens(), **facts)
-        return self.pixel_line('full pixels', seeds, self.full(), **facts)
+        if kind == 'pixels':
+            return self.pixel_line('full pixels', seeds, self.full(), **facts)
+        if kind == 'codes':
+            return self.codes_line(seeds)
+        return self.pretrained_line('pre-trained, equal epochs', seeds, 2)
+
+    # ------------------------------------------------------------ SeiT++
+
+    def token_adapt(self, tokens: Tokens) -> tuple[tuple[Row, ...], Path]:
+        """The rows that make TokenAdapt for a tokenizer, and its path."""
+        make = self.preset.masked.token_adapt
+        if not make:
+            return (), self.data / 'weights' / TOKEN_ADAPT
+        tokenizer = tokens.tokenizer
+        name = f'token-adapt/{tokens.row.name.removeprefix("tokens/")}'
+        row = self.row(name, [(*make, '--data-path', self.data / 'train', '--image-size', tokenizer.image_size,
+                               '--input-size', tokenizer.image_size, '--tokenizer-path', tokens.tokenizer_path,
+                               '--codebook-path', tokens.codebook, *self.workers, *self.device, '--output-dir',
+                               self.output / name)], [tokens.row])
+        return (row,), self.output / name / TOKEN_ADAPT
+
+    def masked_words(self, program: str, epochs: int, warmup: int, *more: Any) -> tuple[list, list[Row]]:
+        """Program and flags of a SeiT++ program on the main tokens, and the rows that it needs."""
+        masked = self.preset.masked
+        tokens = self.main_tokens()
+        rows, path = self.token_adapt(tokens)
+        files, flags = tokens.flags, masked.finetune
+        if program == PRETRAIN:  # needs no labels, and has nothing to validate
+            files = [word for flag in ('--codebook-path', '--train-token-file')
+                     for word in (flag, flag_value(files, flag))]
+            flags = masked.pretrain
+        return [program, *files, '--tokenadapt-path', path, '--input-size', tokens.tokenizer.input_size, '--epochs',
+                epochs, '--warmup-epochs', warmup, *masked.batch, *flags, *more], [tokens.row, *rows]
+
+    def codes_line(self, seeds: Sequence[int]) -> Line:
+        """SeiT++'s network from scratch, for as many epochs as SeiT."""
+        epochs = self.preset.epochs
+        words, after = self.masked_words(FINETUNE, epochs, self.preset.warmup_epochs, '--layer-decay', 1)
+        name = 'MTM network, from scratch'
+        runs = {seed: self.train(name, self.lrs['codes'], seed, words, after) for seed in seeds}
+        return Line(name, 'codes', runs, after[0], epochs=epochs)
+
+    def pretrained_line(self, name: str, seeds: Sequence[int], times: int, **facts: Any) -> Line:
+        """SeiT++ for a third of SeiT's epochs, from pre-training for `times` as many; published: 100, from 400."""
+        masked = self.preset.masked
+        epochs = self.preset.epochs // 3
+        runs = {}
+        for seed in seeds:
+            words, after = self.masked_words(PRETRAIN, times * epochs, max(1, times * epochs // 10))
+            start = self.train(f'pre-training {times * epochs}', masked.pretrain_lr, seed, words, after)
+            words, after = self.masked_words(FINETUNE, epochs, masked.warmup_epochs, '--layer-decay', LAYER_DECAY,
+                                             '--finetune', start.folder / LAST)
+            runs[seed] = self.train(name, self.lrs['fine-tuning'], seed, words, [*after, start])
+        return Line(name, 'fine-tuning', runs, after[0], epochs=epochs, pretraining=times * epochs, **facts)
 
     # ------------------------------------------------------------ evaluations
 

@@ -2,6 +2,9 @@
 from dataclasses import dataclass, replace
 
 Words = tuple[str, ...]
+# What is trained with a learning rate of its own: SeiT on tokens; a ViT on pixels; SeiT++'s network, which reads
+# numbers of codes, from scratch; and the same from pre-training.
+KINDS = ('tokens', 'pixels', 'codes', 'fine-tuning')
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,27 @@ class Tokenizer:
 
 
 @dataclass(frozen=True)
+class Masked:
+    """How SeiT++ is run: masked-token pre-training and fine-tuning, both with TokenAdapt.
+
+    Attributes:
+        token_adapt: the command that makes TokenAdapt of --data-path for a tokenizer, without these and --output-dir;
+            () for weights/tokenadapt.ckpt that the user has in DATA.
+        pretrain: flags of pre-training, but for epochs.
+        pretrain_lr: its learning rate.
+        finetune: flags of fine-tuning, and of training the same network from scratch.
+        batch: flags of the batch, of all of them.
+        warmup_epochs: of fine-tuning.
+    """
+    token_adapt: Words
+    pretrain: Words
+    pretrain_lr: float
+    finetune: Words
+    batch: Words
+    warmup_epochs: int
+
+
+@dataclass(frozen=True)
 class Preset:
     """The sizes of a reproduction.
 
@@ -35,7 +59,8 @@ class Preset:
         token_model, pixel_model: --model, and words that go with it.
         small_model, small_pixel_model: the same for a model that costs next to nothing.
         tokens, pixels: flags of training on each.
-        lrs: learning rates to try by kind, 'tokens' and 'pixels'; with one there is no search.
+        lrs: learning rates to try by kind, of KINDS; with one there is no search.
+        masked: of SeiT++.
         tokenizers: by name. The first is that of the tables, the others are further lines of table 1.
         published: token files in DATA/tokens by split, for all images at the first tokenizer: how their names begin,
             with a star for shards; {} where tokens are made.
@@ -63,6 +88,7 @@ class Preset:
     tokens: Words
     pixels: Words
     lrs: dict[str, tuple[float, ...]]
+    masked: Masked
     tokenizers: dict[str, Tokenizer]
     published: dict[str, str]
     shares: tuple[float, ...]
@@ -90,8 +116,19 @@ TINY_TOKENIZERS = {
     'patch-8x8': Tokenizer(64, 64, (*FIT, '--image-size', '64'), 'tokenizer.pt'),
 }
 TINY_KWARGS = ('depth=4', 'embed_dim=128', 'num_heads=4')
+SMALL_VIT = ('depth=12', 'embed_dim=384', 'num_heads=6')
 SMALL_KWARGS = ('depth=1', 'embed_dim=32', 'num_heads=2')
 PIXELS_OF_64 = ('img_size=64', 'patch_size=8', 'global_pool=avg')
+
+TINY_MASKED = Masked(
+    token_adapt=('scripts/fit_token_adapt.py', '--width', '128', '--batch-size', '32', '--lr', '2e-3', '--unscale-lr',
+                 '--val-images', '500', '--epochs', '4', '--epoch-images', '9600', '--resume', 'auto'),
+    pretrain=('--model-kwargs', *TINY_KWARGS, 'decoder_embed_dim=64', 'decoder_depth=1', 'decoder_num_heads=4',
+              '--rrc-ratio', '0.35'),
+    pretrain_lr=1e-3,
+    finetune=('--model-kwargs', *TINY_KWARGS, '--drop-path', '0', '--rrc-ratio', '0.35', '--mixup-prob', '0.2',
+              '--token-noise-prob', '0'),
+    batch=('--batch-size', '100'), warmup_epochs=1)
 
 TINY = Preset(
     classes=20, images_per_class=500, epochs=6, warmup_epochs=1, same_steps=True, launcher=(),
@@ -103,20 +140,30 @@ TINY = Preset(
     small_pixel_model=('deit_tiny_patch16_224', '--model-kwargs', *PIXELS_OF_64, *SMALL_KWARGS),
     tokens=('--token-noise-prob', '0'),  # the published noise is for 300 epochs: in ten it costs 4 points
     pixels=('--input-size', '64', '--aug', 'tokens', '--eval-crop-ratio', '1'),
-    lrs={'tokens': (2.5e-4, 5e-4, 1e-3, 2e-3), 'pixels': (2.5e-4, 5e-4, 1e-3, 2e-3)},
+    lrs=dict.fromkeys(KINDS, (2.5e-4, 5e-4, 1e-3, 2e-3)), masked=TINY_MASKED,
     tokenizers=TINY_TOKENIZERS, published={}, shares=(0.6, 0.4, 0.2, 0.1), token_shares=(0.6, 0.2),
     sides=(0.75, 0.5, 0.25), qualities=(50, 20, 8), workers=1)
 
 # All 100 classes, and ViT-S. The tokenizers see all images 30 times.
 VQ_GPU = ('scripts/train_tokenizer.py', '--image-size', '64', '--vit', 'small', '--epochs', '30', '--val-images',
           '1000', '--amp', 'bf16', '--resume', 'auto')
+GPU_MASKED = replace(
+    TINY_MASKED,
+    token_adapt=('scripts/fit_token_adapt.py', '--batch-size', '256', '--epochs', '30', '--amp', 'bf16', '--resume',
+                 'auto'),
+    pretrain=('--model-kwargs', *SMALL_VIT, 'decoder_embed_dim=256', 'decoder_depth=2', 'decoder_num_heads=8',
+              '--rrc-ratio', '0.35', '--amp', 'bf16'),
+    finetune=('--model-kwargs', *SMALL_VIT, '--rrc-ratio', '0.35', '--mixup-prob', '0.5', '--token-noise-prob', '0',
+              '--amp', 'bf16'),
+    batch=('--batch-size', '512'), warmup_epochs=5)
+
 TINY_GPU = replace(
     TINY, classes=None, images_per_class=None, epochs=100, warmup_epochs=5,
     training=('--batch-size', '512', '--unscale-lr', '--warmup-lr', '1e-5', '--drop-path', '0.1', '--rrc-ratio',
               '0.35', '--mixup-prob', '0.5', '--model-ema-decay', '0.9996', '--amp', 'bf16'),
     token_model=('deit_small_token_32',),
     pixel_model=('deit_small_patch16_224', '--model-kwargs', *PIXELS_OF_64),
-    lrs={'tokens': (5e-4, 1e-3, 2e-3), 'pixels': (5e-4, 1e-3, 2e-3)},
+    lrs=dict.fromkeys(KINDS, (5e-4, 1e-3, 2e-3)), masked=GPU_MASKED,
     tokenizers=TINY_TOKENIZERS | {
         'vitvqgan-16x16': Tokenizer(64, 128, (*VQ_GPU, '--patch-size', '4', '--batch-size', '64'),
                                     'tokenizer.safetensors'),
@@ -126,6 +173,11 @@ TINY_GPU = replace(
 
 # The published command; pixels as DeiT trains them. What is not published about a baseline is our choice, and says so
 # in tables/README.md.
+IMAGENET_MASKED = Masked(
+    token_adapt=(), pretrain=('--accum-iter', '4'), pretrain_lr=2.4e-3,
+    finetune=('--dist-eval',),
+    batch=('--batch-size', '128'), warmup_epochs=5)
+
 IMAGENET = Preset(
     classes=None, images_per_class=None, epochs=300, warmup_epochs=5, same_steps=False,
     launcher=('torchrun', '--nproc_per_node=8'),
@@ -134,7 +186,7 @@ IMAGENET = Preset(
     small_model=('deit_tiny_token_32', '--model-kwargs', *SMALL_KWARGS),
     small_pixel_model=('deit_tiny_patch16_224', '--model-kwargs', *SMALL_KWARGS),
     tokens=(), pixels=('--input-size', '224', '--aug', 'deit', '--weight-decay', '0.05'),
-    lrs={'tokens': (7.5e-4,), 'pixels': (5e-4,)},
+    lrs={'tokens': (7.5e-4,), 'pixels': (5e-4,), 'codes': (1.5e-3,), 'fine-tuning': (4e-3,)}, masked=IMAGENET_MASKED,
     tokenizers={'vitvqgan-32x32': Tokenizer(256, 224, (), 'tokenizer.ckpt'),
                 'vitvqgan-16x16': Tokenizer(128, 112, (), 'tokenizer.ckpt')},
     published={'train': 'imagenet1k-train', 'val': 'imagenet1k-val'}, shares=(0.6, 0.4, 0.2, 0.1),
@@ -182,6 +234,7 @@ PAPER = {
     'tokens 60%': (66.3, '0.8 GB'),
     'tokens 20%': (47.2, '0.3 GB'),
 }
+PAPER_SEITPP = 77.8  # on the same 1.4 GB
 # Table 3, SeiT: what severity the corruptions had is not known to us, nor which blur it was.
 PAPER_ROBUSTNESS = {'clean': 74.0, 'imagenet-r': 25.5, 'imagenet-sketch': 22.6}
 PAPER_CORRUPTIONS = {'gaussian_noise': '50.7', 'gaussian_blur': '62.6 ("blur")'}

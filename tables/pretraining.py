@@ -1,4 +1,4 @@
-"""Table 5: pre-training on tokens or pixels, then fine-tuning on others; from scratch; and frozen features.
+"""Table 6: pre-training on tokens or pixels, then fine-tuning on others; from scratch; and frozen features.
 
     python tables/pretraining.py --preset tiny --data-path DATA --output-dir output/tables --device cpu
     python tables/pretraining.py --preset imagenet --data-path DATA --output-dir output/tables --dry-run
@@ -56,7 +56,8 @@ class PretrainingPlan(Plan):
                 after.append(start)
             runs[seed] = self.after.train(kind, self.lrs[kind], seed, words, after)
         start = data_of(self.before, before).row if before else None
-        return Line(kind, kind, runs, data.row, epochs=self.after.preset.epochs, start=start, **facts)
+        return Line(kind, kind, runs, data.row, epochs=self.after.preset.epochs, start=start,
+                    pretraining=self.before.preset.epochs if before else 0, **facts)
 
     def pretrained(self, kind: str, seed: int) -> Row:
         """The pre-training on tokens or pixels."""
@@ -74,7 +75,8 @@ class PretrainingPlan(Plan):
             command = ('scripts/probe.py', '--checkpoint', start.folder / CHECKPOINT, *probe_flags(self.after, data),
                        *self.device, '--output', self.after.output / name / PROBE)
             runs[seed] = self.after.row(name, [command], [start, data.row])
-        return [Line(f'{words} of {kind}', '', runs, data.row, f'{probe} top1', start=data_of(self.before, kind).row)
+        facts = {'pretraining': self.before.preset.epochs, 'start': data_of(self.before, kind).row}
+        return [Line(f'{words} of {kind}', '', runs, data.row, f'{probe} top1', **facts)
                 for probe, words in PROBES.items()]
 
 

@@ -81,8 +81,8 @@ def run_table(name: str, title: str, lines_of: LinesOf, options: Options) -> int
     """
     if options.dry_run:
         plan, rows = planned(lines_of, options)
-        print_commands(rows, [kind for kind, found in options.rates().items()
-                              if len(found) > len(best_rate(options, kind)[1]) and len(found) > 1])
+        print_commands(rows, [kind for kind in kinds_of(lines_of(plan, options.seeds), options)
+                              if 1 < len(options.rates()[kind]) > len(best_rate(options, kind)[1])])
         return 0
     for split in ('train', 'val'):
         if not (Path(options.data_path) / split).is_dir():
@@ -132,8 +132,7 @@ def planned(lines_of: LinesOf, options: Options, searching: bool = False) -> tup
     """
     rates = options.rates()
     plan = options.plan({kind: found[0] for kind, found in rates.items()})
-    kinds = {line.kind for line in chosen_lines(lines_of(plan, options.seeds), options.rows)}
-    search = [rows for kind in sorted(kinds, reverse=True) if len(rates.get(kind, ())) > 1
+    search = [rows for kind in kinds_of(lines_of(plan, options.seeds), options) if len(rates[kind]) > 1
               for _, rows in search_rows(options, kind).values()]
     if searching:
         return plan, merged(search)
@@ -141,6 +140,11 @@ def planned(lines_of: LinesOf, options: Options, searching: bool = False) -> tup
     lines = chosen_lines(lines_of(plan, options.seeds), options.rows)
     wanted = [row for line in lines for row in [line.full, line.start, line.data, *line.runs.values()] if row]
     return plan, merged([*search, needed(plan.rows, wanted)])
+
+
+def kinds_of(lines: list[Line], options: Options) -> list[str]:
+    """The kinds of the lines that are asked for, each of which has a learning rate."""
+    return sorted({line.kind for line in chosen_lines(lines, options.rows) if line.kind}, reverse=True)
 
 
 def merged(lists: Any) -> list[Row]:
@@ -234,6 +238,7 @@ def line_result(line: Line, outcomes: dict[str, str]) -> dict[str, Any] | None:
     result = {'kind': line.kind, 'seeds': list(done), line.measure.split()[-1]: numbers,
               'mean': round(statistics.mean(numbers), 3) if numbers else None,
               'sd': round(statistics.stdev(numbers), 3) if len(numbers) > 1 else None,
+              'epochs': f'{line.pretraining} + {line.epochs}' if line.pretraining else str(line.epochs),
               'paper': line.paper, 'paper_size': line.paper_size}
     averaged = [log.get('ema_test_acc1') for _, log in done.values()]
     if None not in averaged and averaged and line.measure == 'top1':
@@ -254,11 +259,13 @@ def write_results(name: str, title: str, lines_of: LinesOf, options: Options, pl
                   outcomes: dict[str, str]) -> None:
     """Write results.json, table.md and, for bytes against accuracy, curve.png into the table's folder."""
     seeds = sorted(seeds_on_disk(plan.output) | set(options.seeds))
-    lines = {line.name: line_result(line, outcomes) for line in lines_of(plan, seeds)}
+    planned_lines = lines_of(plan, seeds)
+    kinds = dict.fromkeys(line.kind for line in planned_lines if line.kind)
+    lines = {line.name: line_result(line, outcomes) for line in planned_lines}
     full = plan.full().row.folder / BYTES
     results = {'table': name, 'title': title, 'preset': options.preset,
                'lrs': {kind: {'chosen': rate, 'search': dict(zip(map(str, top1), top1.values()))}
-                       for kind in plan.lrs for rate, top1 in [best_rate(options, kind)]},
+                       for kind in kinds for rate, top1 in [best_rate(options, kind)]},
                'full_bytes': read_json(full) if full.exists() else None,
                'rows': {line: result for line, result in lines.items() if result}}
     report.write(results, plan.output / name)

@@ -109,7 +109,7 @@ def test_the_table_at_a_toy_size(tmp_path, monkeypatch, capsys):
     call(collect, out, '--output', tmp_path / 'all.md')
     text = (tmp_path / 'all.md').read_text()
     size = json.loads((out / 'pretrain' / 'tokens' / 'patch' / 'bytes.json').read_text())
-    assert f'| tokens to pixels | 22 in {size["files"] / 1e6:,.2f} MB | 22 in ' in text
+    assert f'| tokens to pixels | 22 in {size["files"] / 1e6:,.2f} MB | 22 in 0.05 MB | 1 + 1 | ' in text
     assert f'| pixels from scratch | {report.DASH} | 22 in ' in text
     assert text.count('\n| ') == 11 and 'Learning rates: tokens to tokens 0.00' in text
 
