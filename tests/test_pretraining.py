@@ -2,12 +2,16 @@
 import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
+import torch
 
-from helpers import call, read_log, smooth_images, states
+from helpers import SMALL as SEIT_SMALL
+from helpers import call, make_data, mistake, read_log, run_here, smooth_images, states
 from tables import collect, presets, pretraining, report, rows
 from tables.table import planned
 from test_tables import TOY, Forked
+from token_files import write_tokens
 
 SIZES = ('deit_tiny_patch16_224', '--model-kwargs', 'img_size=64', 'patch_size=16', 'global_pool=avg', 'depth=1',
          'embed_dim=32', 'num_heads=2')
@@ -72,6 +76,32 @@ def test_imagenet_takes_a_set_in_shards_without_validation_images():
     assert value(row, '--train-label-file') == 'data/tokens/imagenet21k-train-*-label.txt'
     pixels = plan.pretrained('pixels', 0)
     assert value(pixels, '--train-path') == 'data/imagenet21k/train' and value(pixels, '--val-path') is None
+
+
+def test_shards_of_many_classes_start_a_set_of_few(tmp_path, capsys):
+    """The road of ImageNet-21k: any number of shards and classes, none of which holds all, and nothing to validate."""
+    data = make_data(tmp_path)
+    rng = np.random.default_rng(1)
+    for shard in range(3):
+        labels = rng.integers(20 * shard, 20 * shard + 20, 9)
+        labels[-1] = 20 * shard + 19
+        write_tokens(tmp_path / f'big-{shard}-token.data.bin.gz', tmp_path / f'big-{shard}-label.txt',
+                     rng.integers(0, 30, (9, 100)), labels)
+    flags = [*SEIT_SMALL, *data[:4], '--train-token-file', tmp_path / 'big-*-token.data.bin.gz', '--train-label-file',
+             tmp_path / 'big-*-label.txt', '--no-eval', '--epochs', 1]
+    run_here(*flags, '--output-dir', tmp_path / 'before')
+    assert 'train: 27 images of 10x10 codes' in capsys.readouterr().out
+    before = states(tmp_path / 'before' / 'checkpoint.pth')['model']
+    assert before['head.weight'].shape == (60, 32)
+    still = ['--lr', 0, '--min-lr', 0, '--warmup-lr', 0, '--epochs', 1, '--output-dir', tmp_path / 'after']
+    run_here(*SEIT_SMALL, *data, '--finetune', tmp_path / 'before' / 'checkpoint.pth', *still)
+    assert ('checkpoint.pth: 18 tensors kept, started from scratch: head.* (another shape)\n'
+            in capsys.readouterr().out)
+    after = states(tmp_path / 'after' / 'checkpoint.pth')['model']
+    assert after['head.weight'].shape == (4, 32)
+    assert all(torch.equal(after[key], value) for key, value in before.items() if not key.startswith('head.'))
+    (tmp_path / 'big-2-label.txt').unlink()
+    assert '3 token files, but' in mistake(*flags)
 
 
 def test_the_table_at_a_toy_size(tmp_path, monkeypatch, capsys):
