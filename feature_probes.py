@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from utils import InputError
 
 TEMPERATURE = 0.07
-DECAYS = (1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # tried by the linear probe, the strongest first
+DECAYS = (1., 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # tried by the linear probe, the strongest first
 MAX_ITERATIONS = 200  # of L-BFGS
 CHUNK_ELEMENTS = 1 << 26  # of similarities or logits in memory at a time
 HELD_OUT = 10  # one training feature in so many
