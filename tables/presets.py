@@ -62,13 +62,17 @@ class Preset:
         lrs: learning rates to try by kind, of KINDS; with one there is no search.
         masked: of SeiT++.
         tokenizers: by name. The first is that of the tables, the others are further lines of table 1.
-        published: token files of the published names are in DATA/tokens, for all images at the first tokenizer.
+        published: token files in DATA/tokens by split, for all images at the first tokenizer: how their names begin,
+            with a star for shards; {} where tokens are made.
         shares: of the images, for uniform sampling.
         token_shares: of the images, as tokens.
         sides: parts of the side that images are resized to.
         qualities: of JPEG.
         workers: processes of a program that decode images.
         more_sets: validation sets in DATA with classes of their own, by the name that --classes has for them.
+        skip_classes: so many of the first classes are not taken.
+        images: the folder in DATA that holds train/ and val/; '' for DATA.
+        evaluated: whether there are validation images.
     """
     classes: int | None
     images_per_class: int | None
@@ -86,13 +90,16 @@ class Preset:
     lrs: dict[str, tuple[float, ...]]
     masked: Masked
     tokenizers: dict[str, Tokenizer]
-    published: bool
+    published: dict[str, str]
     shares: tuple[float, ...]
     token_shares: tuple[float, ...]
     sides: tuple[float, ...]
     qualities: tuple[int, ...]
     workers: int
     more_sets: Words = ()
+    skip_classes: int = 0
+    images: str = ''
+    evaluated: bool = True
 
 
 FIT = ('scripts/fit_patch_tokenizer.py',)
@@ -134,7 +141,7 @@ TINY = Preset(
     tokens=('--token-noise-prob', '0'),  # the published noise is for 300 epochs: in ten it costs 4 points
     pixels=('--input-size', '64', '--aug', 'tokens', '--eval-crop-ratio', '1'),
     lrs=dict.fromkeys(KINDS, (2.5e-4, 5e-4, 1e-3, 2e-3)), masked=TINY_MASKED,
-    tokenizers=TINY_TOKENIZERS, published=False, shares=(0.6, 0.4, 0.2, 0.1), token_shares=(0.6, 0.2),
+    tokenizers=TINY_TOKENIZERS, published={}, shares=(0.6, 0.4, 0.2, 0.1), token_shares=(0.6, 0.2),
     sides=(0.75, 0.5, 0.25), qualities=(50, 20, 8), workers=1)
 
 # All 100 classes, and ViT-S. The tokenizers see all images 30 times.
@@ -182,10 +189,40 @@ IMAGENET = Preset(
     lrs={'tokens': (7.5e-4,), 'pixels': (5e-4,), 'codes': (1.5e-3,), 'fine-tuning': (4e-3,)}, masked=IMAGENET_MASKED,
     tokenizers={'vitvqgan-32x32': Tokenizer(256, 224, (), 'tokenizer.ckpt'),
                 'vitvqgan-16x16': Tokenizer(128, 112, (), 'tokenizer.ckpt')},
-    published=True, shares=(0.6, 0.4, 0.2, 0.1), token_shares=(0.6, 0.2), sides=(0.5, 0.2), qualities=(50, 5),
-    workers=10, more_sets=('imagenet-r', 'imagenet-a', 'imagenet-sketch'))
+    published={'train': 'imagenet1k-train', 'val': 'imagenet1k-val'}, shares=(0.6, 0.4, 0.2, 0.1),
+    token_shares=(0.6, 0.2), sides=(0.5, 0.2), qualities=(50, 5), workers=10,
+    more_sets=('imagenet-r', 'imagenet-a', 'imagenet-sketch'))
 
 PRESETS = {'imagenet': IMAGENET, 'tiny': TINY, 'tiny-gpu': TINY_GPU}
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """The sizes of the table of pre-training.
+
+    Attributes:
+        before: of pre-training. The first of its learning rates of a kind is taken: there is no search.
+        after: of fine-tuning, and of training from scratch for as many epochs.
+    """
+    before: Preset
+    after: Preset
+
+
+# Half of the classes to the other half. 5e-4 is what the search of table 1 found for tokens and for pixels.
+FOUND = {'tokens': (5e-4,), 'pixels': (5e-4,)}
+# The head of a model that starts from tokens reads the mean of the patches, so those of pixels do.
+AVERAGED = ('deit_base_patch16_224', '--model-kwargs', 'global_pool=avg')
+PRETRAINING = {
+    'tiny': Pretraining(replace(TINY, classes=50, images_per_class=200, lrs=FOUND),
+                        replace(TINY, classes=50, skip_classes=50, images_per_class=100)),
+    'tiny-gpu': Pretraining(replace(TINY_GPU, classes=50, lrs={'tokens': (1e-3,), 'pixels': (1e-3,)}),
+                            replace(TINY_GPU, classes=50, skip_classes=50, epochs=50)),
+    # ImageNet-21k has no validation images. The epochs are our choice: the paper's are not known to us.
+    'imagenet': Pretraining(
+        replace(IMAGENET, images='imagenet21k', published={'train': 'imagenet21k-train-*'}, evaluated=False, epochs=90,
+                pixel_model=AVERAGED),
+        replace(IMAGENET, epochs=100, pixel_model=AVERAGED)),
+}
 
 # ImageNet-1k top-1 of ViT-B, and the storage, as far as the project's sources have them (arXiv 2303.11114, 2312.10105,
 # read from secondary sources). Table 1: by line.

@@ -16,21 +16,22 @@ from PIL import Image
 
 import processes
 from helpers import call, fails, make_images, read_log, save_image, smooth_images, tokenize
-from tables import (ablation, choose_images, collect, count_bytes, draw_rows, presets, report, robustness, rows, seitpp,
-                    speed, storage)
+from tables import (ablation, choose_images, collect, count_bytes, draw_rows, presets, pretraining, report, robustness,
+                    rows, seitpp, speed, storage)
 from tables import table as shared
 from tables.plan import Plan
 from tables.rows import Program, Row, run_programs, run_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = {'storage': storage, 'ablation': ablation, 'robustness': robustness, 'speed': speed,
-          'seitpp': seitpp}
+          'seitpp': seitpp, 'pretraining': pretraining}
 
 
 def rows_of(table, preset, *flags):
     """The rows of a table as its command line plans them: those of the search, then all."""
     args = table.parse_args(['--preset', preset, '--data-path', 'data', '--output-dir', 'out', *flags])
-    options = shared.Options(**vars(args) | ({'lrs': [1e-3]} if table is speed else {}))
+    kind = pretraining.PretrainingOptions if table is pretraining else shared.Options
+    options = kind(**vars(args) | ({'lrs': [1e-3]} if table is speed else {}))
     return shared.planned(table.lines, options)[1]
 
 
@@ -313,7 +314,12 @@ def test_images_are_chosen_by_links(tmp_path):
     (tmp_path / 'out' / 'ant' / '0.png').unlink()
     (tmp_path / 'out' / 'ant' / '0.png').symlink_to(tmp_path / 'in' / 'ant' / '1.png')
     fails(lambda: call(choose_images, *words), 'is another image already')
-    fails(lambda: call(choose_images, *words, '--classes', 4), 'has 3 classes, but --classes is 4')
+    fails(lambda: call(choose_images, *words, '--classes', 4), 'has 3 classes, but --classes is 4$')
+    words[3] = tmp_path / 'rest'
+    call(choose_images, *words, '--images-per-class', 1, '--skip-classes', 1)
+    found = sorted(path.relative_to(tmp_path / 'rest').as_posix() for path in (tmp_path / 'rest').rglob('*.png'))
+    assert found == ['bee/0.png', 'cat/0.png']
+    fails(lambda: call(choose_images, *words, '--skip-classes', 2), '--classes is 2 after --skip-classes 2$')
 
 
 def test_bytes_of_images(tmp_path):
