@@ -13,13 +13,19 @@ from utils import InputError
 def check_class_names(ours: list[str] | None, theirs: list[str] | None, our_file: str | Path,
                       their_file: str | Path) -> None:
     """InputError unless two lists of class names, where both are known, are the same in the same order."""
-    if ours is None or theirs is None or _repeat_labels(ours, theirs) or _repeat_labels(theirs, ours):
+    if same_class_names(ours, theirs):
         return
     for label, (our_name, their_name) in enumerate(itertools.zip_longest(ours, theirs)):
         if our_name != their_name:
             our_word, their_word = ('missing' if name is None else ascii(name) for name in (our_name, their_name))
             raise InputError(f'{their_file}: class {label} is {their_word}, but in {our_file} it is {our_word}: labels '
                              'would mean other classes; make both sets from the same class names')
+
+
+def same_class_names(ours: list[str] | None, theirs: list[str] | None) -> bool:
+    """Whether two lists of class names do not contradict one another: they are the same, or one is not known."""
+    return ours is None or theirs is None or list(ours) == list(theirs) or _repeat_labels(ours, theirs) or (
+        _repeat_labels(theirs, ours))
 
 
 def _repeat_labels(names: list[str], others: list[str]) -> bool:

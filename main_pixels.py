@@ -215,7 +215,7 @@ def main(args: argparse.Namespace) -> int:
     # model
     model = create_model(args, classes)
     if args.finetune:
-        load_pretrained(model, args.finetune)
+        load_pretrained(model, args.finetune, train_data.classes)
     if args.attn_only:
         freeze_all_but_attention(model)
     model.to(device)

@@ -193,7 +193,7 @@ def main(args: argparse.Namespace) -> int:
     model = create_model(args.model, args.model_kwargs, classes, size, codebook.shape[1],
                          drop_path_rate=args.drop_path, pos_drop_rate=args.drop, proj_drop_rate=args.drop)
     if args.finetune:
-        load_pretrained(model, args.finetune)
+        load_pretrained(model, args.finetune, names)
     if args.attn_only:
         freeze_all_but_attention(model)
     model.to(device)

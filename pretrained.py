@@ -1,4 +1,7 @@
-"""Fine-tuning: --finetune, which starts from other weights, and --attn-only, which trains few of them."""
+"""Fine-tuning: --finetune, which starts from other weights, and --attn-only, which trains few of them.
+
+Weights of tokens and of pixels start each other. What becomes of each tensor is a rule: docs/pretraining.md has them.
+"""
 import math
 from typing import Any
 
@@ -7,32 +10,76 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from checkpoints import load_checkpoint, load_weights
+from class_names import same_class_names
 from utils import InputError, print0
 
-DISTILLATION = ('dist_token', 'head_dist.')
+POSITIONS = 'pos_embed'
+OPTIONAL = ('cls_token', 'dist_token', 'head_dist.')  # what a model may lack, and its blocks are the same
+OTHER_CLASSES = 'other classes'
 
 
-def load_pretrained(model: nn.Module, path: str) -> None:
-    """--finetune: start from other weights, of tokens or of pixels. Raises InputError for another architecture.
+def load_pretrained(model: nn.Module, path: str, classes: list[str] | None = None) -> None:
+    """--finetune: start from other weights, of tokens or of pixels, and print what became of them.
 
-    A head or stem of another shape starts from scratch, weights of distillation are left out where the model has none,
-    and position embeddings are resampled bicubically. What timm calls `fc_norm` after mean pooling is `norm` in models
-    of tokens: it is taken by either name.
+    * Stem and head: kept as a whole where all shapes are the model's, otherwise from scratch. A head of as many classes
+      but other names starts from scratch too.
+    * Position embeddings: resampled bicubically where the grid is another, those of class and distillation token kept.
+    * Class token, distillation token and its head: kept where both have them, otherwise from scratch or left out.
+    * Final norm: kept, be it called `norm`, as in models of tokens, or `fc_norm`, as timm calls it after mean pooling.
+    * All other tensors: kept.
+
+    Args:
+        model: changed in place.
+        path: of a checkpoint; its 'model' is taken, not its average.
+        classes: names of the model's classes, where they are known.
+
+    Raises:
+        InputError: for another architecture.
     """
-    weights = dict(load_checkpoint(path)['model'])
+    checkpoint = load_checkpoint(path)
     wanted = model.state_dict()
-    for key in [key for key in weights if str(key).startswith(DISTILLATION) and key not in wanted]:
-        print0(f'--finetune: {key} is left out: the model has no distillation token')
-        del weights[key]
-    for ours, theirs in (('norm.', 'fc_norm.'), ('fc_norm.', 'norm.')):
-        for end in ('weight', 'bias'):
-            if ours + end in wanted and ours + end not in weights and theirs + end in weights:
-                weights[ours + end] = weights.pop(theirs + end)
-    for prefix in (*prefixes(model, 'classifier'), *prefixes(model, 'first_conv'), *DISTILLATION):
-        start_other_shapes(weights, wanted, prefix)
-    if isinstance(weights.get('pos_embed'), torch.Tensor) and 'pos_embed' in wanted:
-        weights['pos_embed'] = fit_positions(weights['pos_embed'], wanted['pos_embed'], path)
+    weights, renamed = with_norm_of(dict(checkpoint['model']), wanted)
+    left_out = [key for key in weights if str(key).startswith(OPTIONAL) and key not in wanted]
+    weights = {key: value for key, value in weights.items() if key not in left_out}
+    heads = prefixes(model, 'classifier')
+    renew = not same_class_names(checkpoint.get('classes'), classes)
+    scratch = {}
+    for prefix in dict.fromkeys((*prefixes(model, 'first_conv'), *heads, *OPTIONAL)):
+        part = {key: value for key, value in wanted.items() if key.startswith(prefix)}
+        reason = why_from_scratch(weights, part)
+        if renew and prefix in heads and not reason:
+            reason = OTHER_CLASSES
+        if reason:
+            weights |= part
+            scratch[prefix] = reason
+    resampled = ''
+    if isinstance(weights.get(POSITIONS), torch.Tensor) and POSITIONS in wanted:
+        positions = weights[POSITIONS]
+        weights[POSITIONS] = fit_positions(positions, wanted[POSITIONS], path)
+        if positions.shape != wanted[POSITIONS].shape:
+            resampled = positions_note(positions.shape[1], wanted[POSITIONS].shape[1])
     load_weights(model, weights, path)
+    kept = sum(not key.startswith(tuple(scratch)) for key in wanted) - bool(resampled)
+    print0(summary(path, f'{kept} tensors kept{renamed}', resampled, scratch, left_out))
+
+
+def summary(path: str, kept: str, resampled: str, scratch: dict[str, str], left_out: list[str]) -> str:
+    """The line that says what became of the weights of a file.
+
+    Args:
+        path: of the file.
+        kept: how many tensors were kept.
+        resampled: of `positions_note`.
+        scratch: why parts start from scratch, by how their names begin.
+        left_out: names of the file's tensors that the model has no use for.
+    """
+    text = f'{path}: {kept}'
+    if resampled:
+        text += f', {POSITIONS} {resampled}'
+    if scratch:
+        text += ', started from scratch: ' + ', '.join(
+            f'{prefix}* ({why})' if prefix.endswith('.') else f'{prefix} ({why})' for prefix, why in scratch.items())
+    return text + (f', left out: {", ".join(left_out)}' if left_out else '')
 
 
 def prefixes(model: nn.Module, part: str) -> list[str]:
@@ -41,20 +88,41 @@ def prefixes(model: nn.Module, part: str) -> list[str]:
     return [f'{name}.' for name in ((names,) if isinstance(names, str) else names)]
 
 
-def start_other_shapes(weights: dict[str, Any], wanted: dict[str, torch.Tensor], prefix: str) -> None:
-    """Where a weight of a part is of another shape, or missing, replace all of the part by the model's own."""
-    keys = [key for key in wanted if key.startswith(prefix)]
-    shapes = {key: tuple(weights[key].shape) if isinstance(weights.get(key), torch.Tensor) else None for key in keys}
-    if all(shapes[key] == wanted[key].shape for key in keys):
-        return
-    for key in keys:
-        print0(f'--finetune: {key} starts from scratch (in the file: {shapes[key] or "none"})')
-        weights[key] = wanted[key]
+def with_norm_of(weights: dict[str, Any], wanted: dict[str, torch.Tensor]) -> tuple[dict[str, Any], str]:
+    """Weights with the final norm under the name that is wanted, and a note where that is another than the file's."""
+    for ours, theirs in (('norm.', 'fc_norm.'), ('fc_norm.', 'norm.')):
+        keys = [key for key in wanted if key.startswith(ours) and key not in weights]
+        names = {theirs + key[len(ours):]: key for key in keys}
+        if keys and names.keys() <= weights.keys() and not names.keys() & wanted.keys():
+            return {names.get(key, key): value for key, value in weights.items()}, f' ({theirs}* as {ours}*)'
+    return weights, ''
 
+
+def why_from_scratch(weights: dict[str, Any], part: dict[str, torch.Tensor]) -> str:
+    """Why a part of a model cannot be kept, '' where all its tensors are among the weights in their shapes."""
+    found = [weights[key] for key in part if isinstance(weights.get(key), torch.Tensor)]
+    if len(found) < len(part):
+        return 'another shape' if found else 'not in the file'
+    return '' if all(weights[key].shape == value.shape for key, value in part.items()) else 'another shape'
+
+
+# ---------------------------------------------------------------- position embeddings
 
 def prefix_tokens(number: int) -> int | None:
     """How many of a ViT's tokens, 1, 2 or 0, are no patches of a square grid; None where there is no such number."""
     return next((p for p in (1, 2, 0) if number > p and math.isqrt(number - p) ** 2 == number - p), None)
+
+
+def positions_note(before: int, now: int) -> str:
+    """What `fit_positions` does with so many positions to make another number of them."""
+    theirs, ours = prefix_tokens(before), prefix_tokens(now)
+    old, new = math.isqrt(before - theirs), math.isqrt(now - ours)
+    notes = [f'resampled from {old}x{old} to {new}x{new}'] if old != new else []
+    if theirs > ours:
+        notes.append(f'cut to {ours} of its {theirs} prefix tokens')
+    if theirs < ours:
+        notes.append(f'from scratch for {ours - theirs} of {ours} prefix tokens')
+    return ' and '.join(notes)
 
 
 def fit_positions(positions: torch.Tensor, wanted: torch.Tensor, path: str) -> torch.Tensor:
@@ -72,9 +140,6 @@ def fit_positions(positions: torch.Tensor, wanted: torch.Tensor, path: str) -> t
     if prefix is None or ours is None or positions.shape[2] != wanted.shape[2]:
         raise InputError(f'{path}: position embeddings of shape {tuple(positions.shape)} do not fit '
                          f'{tuple(wanted.shape)}: the weights are of another model')
-    if prefix != ours:
-        print0(f'--finetune: pos_embed has {prefix} prefix tokens and the model {ours}: '
-               + ('the first are taken' if prefix > ours else 'missing ones start from scratch'))
     grid = torch.cat([positions[:, :min(prefix, ours)], wanted[:, min(prefix, ours):ours], positions[:, prefix:]], 1)
     side = math.isqrt(wanted.shape[1] - ours)
     return resample_abs_pos_embed(grid.float(), [side, side], num_prefix_tokens=ours, antialias=False)

@@ -2,7 +2,8 @@
 
     python tables/choose_images.py --data-path IMAGES/train --classes 20 --images-per-class 500 --output-dir small/train
 
-Takes the first classes in alphabetical order, and the first images of each. Nothing is copied.
+Takes the first classes in alphabetical order, after those that are skipped, and the first images of each. Nothing is
+copied.
 """
 import argparse
 import os
@@ -25,6 +26,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--data-path', required=True, metavar='DIR', help='a folder with a folder of images for every class')
     add('--output-dir', required=True, metavar='DIR')
     add('--classes', type=integer(1), required=True)
+    add('--skip-classes', type=integer(), default=0, metavar='N', help='leave the first N classes out')
     add('--images-per-class', type=integer(1), help='at most; default: all')
     return parser.parse_args(argv)
 
@@ -46,10 +48,13 @@ def main(args: argparse.Namespace) -> None:
     source = open_source(args.data_path)
     if not isinstance(source, FolderImages):
         raise InputError(f'{args.data_path}: give a folder with a folder of images for every class')
-    if len(source.classes) < args.classes:
-        raise InputError(f'{args.data_path}: has {len(source.classes)} classes, but --classes is {args.classes}')
+    last = args.skip_classes + args.classes
+    if len(source.classes) < last:
+        skipped = f' after --skip-classes {args.skip_classes}' if args.skip_classes else ''
+        raise InputError(f'{args.data_path}: has {len(source.classes)} classes, but --classes is {args.classes}'
+                         + skipped)
     chosen = np.concatenate([np.flatnonzero(source.labels == label)[:args.images_per_class]
-                             for label in range(args.classes)])
+                             for label in range(args.skip_classes, last)])
     for index in chosen:
         name = source.names[index]
         link(Path(args.output_dir, name), os.path.join(source.folder, name))

@@ -3,6 +3,7 @@
 All tables of one --output-dir share rows: the same training is not repeated for another table.
 """
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,8 +14,12 @@ from tables.rows import Command, Row
 
 BYTES = 'bytes.json'  # of a row that makes a set
 MANIFEST = Path('set', 'manifest.json')  # of scripts/shrink_images.py, in such a row
-PUBLISHED = 'imagenet1k'  # first part of the published token files' names
 CHECKPOINT = 'checkpoint.pth'
+PROBE = 'probe.json'  # of scripts/probe.py
+PRETRAIN, FINETUNE = 'main_mtm_pretrain.py', 'main_mtm_finetune.py'
+LAST = 'checkpoint-last.pth'  # of these two
+LAYER_DECAY = 0.65  # published
+TOKEN_ADAPT = 'tokenadapt.ckpt'
 
 
 @dataclass(frozen=True)
@@ -23,14 +28,17 @@ class Line:
 
     Attributes:
         name: as it stands in the table.
-        kind: 'tokens' or 'pixels'.
+        kind: what its learning rate goes by, of KINDS in presets.py, or what a table says; '' where nothing is trained.
         runs: rows by seed.
         data: the row whose BYTES are those of the training set.
-        measure: what is read of a run: 'top1' (of log.txt), 'printed top1' or 'images_per_second'.
+        measure: what is read of a run: 'top1' or 'images_per_second' (of log.txt), 'printed top1', or 'knn top1' or
+            'linear top1' (of PROBE).
         epochs: of a training.
+        pretraining: epochs of the pre-training that it starts from.
         paper: the paper's value, or None.
         paper_size: its storage, or None.
         full: the row whose BYTES the line's are compared with, or None.
+        start: the row whose BYTES are those of the set that its weights are pre-trained on, or None.
     """
     name: str
     kind: str
@@ -38,9 +46,11 @@ class Line:
     data: Row
     measure: str = 'top1'
     epochs: int = 0
+    pretraining: int = 0
     paper: float | None = None
     paper_size: str | None = None
     full: Row | None = None
+    start: Row | None = None
 
 
 class Images(NamedTuple):
@@ -72,22 +82,36 @@ class Plan:
         lrs: learning rates by kind.
 
     Attributes:
+        output: for the rows of these images.
+        root: for the rows of all.
         rows: made so far, by name; those that a row needs come before it.
     """
 
     def __init__(self, preset: Preset, data: Path, output: Path, device: str, lrs: dict[str, float]):
         self.preset = preset
         self.data = data
-        self.output = output
+        self.output = self.root = output
         self.device = ('--device', device)
         self.workers = ('--num-workers', str(preset.workers))
         self.lrs = lrs
         self.rows = {}
 
+    def part(self, name: str, preset: Preset) -> 'Plan':
+        """A plan of other images or epochs, whose rows are in a folder `name`; it shares tokenizers and `rows`."""
+        plan = Plan(preset, self.data, self.root, self.device[1], self.lrs)
+        plan.output = self.root / name
+        plan.rows = self.rows
+        return plan
+
     def row(self, name: str, commands: Iterable[Sequence[Any]], after: Sequence[Row] = ()) -> Row:
-        """The row of a name, made when it is first asked for."""
+        """The row of a name below `output`, made when it is first asked for."""
+        return self.row_in(self.output / name, commands, after)
+
+    def row_in(self, folder: Path, commands: Iterable[Sequence[Any]], after: Sequence[Row] = ()) -> Row:
+        """The row of a folder below `root`, which is its name."""
+        name = folder.relative_to(self.root).as_posix()
         words = tuple(tuple(map(str, command)) for command in commands)
-        return self.rows.setdefault(name, Row(name, self.output / name, words, tuple(row.name for row in after)))
+        return self.rows.setdefault(name, Row(name, folder, words, tuple(row.name for row in after)))
 
     # ------------------------------------------------------------ images
 
@@ -96,15 +120,21 @@ class Plan:
         if self.preset.classes is None:
             return ()
         out = self.output / 'chosen'
+        skip = ('--skip-classes', self.preset.skip_classes) if self.preset.skip_classes else ()
+        most = ('--images-per-class', self.preset.images_per_class) if self.preset.images_per_class else ()
         choose = ('tables/choose_images.py', '--classes', self.preset.classes, '--data-path')
         return (self.row('chosen', [
-            (*choose, self.data / 'train', '--images-per-class', self.preset.images_per_class, '--output-dir',
-             out / 'train'),
-            (*choose, self.data / 'val', '--output-dir', out / 'val')]),)
+            (*choose, self.images / 'train', *most, '--output-dir', out / 'train', *skip),
+            (*choose, self.images / 'val', '--output-dir', out / 'val', *skip)]),)
+
+    @property
+    def images(self) -> Path:
+        """The user's folder with train/ and val/."""
+        return self.data / self.preset.images
 
     def split(self, name: str) -> Path:
         """The images of 'train' or 'val'."""
-        return (self.data if self.preset.classes is None else self.output / 'chosen') / name
+        return (self.images if self.preset.classes is None else self.output / 'chosen') / name
 
     def full(self) -> Images:
         """All training images, as they are."""
@@ -136,10 +166,10 @@ class Plan:
         tokenizer = self.preset.tokenizers[name]
         if not tokenizer.make:
             return (), self.data / 'weights' / tokenizer.file, self.data / 'tokens' / 'codebook.ckpt'
-        out = self.output / 'tokenizers' / name
+        out = self.root / 'tokenizers' / name
         device = self.device if tokenizer.make[0] == 'scripts/train_tokenizer.py' else ()
         make = (*tokenizer.make, '--data-path', self.data / 'train', '--output-dir', out, *self.workers, *device)
-        row = self.row(f'tokenizers/{name}', [make])
+        row = self.row_in(out, [make])
         return (row,), out / tokenizer.file, out / 'codebook.ckpt'
 
     def tokens(self, name: str, share: float = 1.) -> Tokens:
@@ -166,7 +196,7 @@ class Plan:
             synonyms = flag_value(whole.flags, '--token-synonym-dict')
             more = []
         train = folder / 'train-token.data.bin.gz'
-        row = self.row(folder.relative_to(self.output).as_posix(), [
+        row = self.row_in(folder, [
             (*tokenize, '--name', 'train', '--data-path', images, '--output-dir', folder), *more,
             ('tables/count_bytes.py', '--token-file', train, '--codebook-path', codebook, '--output', folder / BYTES),
         ], (*after, *self.chosen()))
@@ -175,19 +205,19 @@ class Plan:
     def compact(self, tokens: Tokens) -> Row:
         """The same training tokens in the compact format."""
         train = Path(flag_value(tokens.flags, '--train-token-file'))
-        name = f'{tokens.row.name}-compact'
-        folder = self.output / name
+        folder = tokens.row.folder.with_name(f'{tokens.row.folder.name}-compact')
         compact = folder / train.name.removesuffix('.gz')
-        return self.row(name, [
+        return self.row_in(folder, [
             ('scripts/convert_tokens.py', '--token-file', train, '--format', 'compact', '--output-dir', folder),
             ('tables/count_bytes.py', '--token-file', compact, '--codebook-path', tokens.codebook, '--output',
              folder / BYTES)], [tokens.row])
 
     def published_tokens(self, name: str) -> Tokens:
-        """The published token files, in DATA/tokens."""
+        """The published token files, or others that the user has, in DATA/tokens."""
         folder = self.data / 'tokens'
         codebook = folder / 'codebook.ckpt'
-        train, val = (folder / f'{PUBLISHED}-{split}-token.data.bin.gz' for split in ('train', 'val'))
+        train, val = (folder / f'{self.preset.published[split]}-token.data.bin.gz' if split in self.preset.published
+                      else None for split in ('train', 'val'))
         row = self.row(f'tokens/{name}', [
             ('tables/count_bytes.py', '--token-file', train, '--codebook-path', codebook, '--output',
              self.output / 'tokens' / name / BYTES)])
@@ -208,29 +238,34 @@ class Plan:
 
     def train(self, line: str, lr: float, seed: int, words: Sequence[Any], after: Sequence[Row]) -> Row:
         """A training; `words` are its program and flags."""
-        name = f'train/{line.replace(" ", "-").replace("%", "")}/lr-{lr:g}-seed-{seed}'
+        name = f'train/{re.sub("[%,]", "", line).replace(" ", "-")}/lr-{lr:g}-seed-{seed}'
         end = ('--lr', f'{lr:g}', '--seed', seed, *self.device, '--output-dir', self.output / name, '--resume', 'auto')
         return self.row(name, [(*self.preset.launcher, *words, *end)], after)
 
     def token_words(self, tokens: Tokens, more: Sequence[str] = (), model: Sequence[str] = ()) -> Command:
         """Program and flags of a training on tokens; `more` of them win."""
         epochs, warmup = self.epochs(tokens.share)
-        return ('main_seit.py', *tokens.flags, '--input-size', str(tokens.tokenizer.input_size), '--model',
-                *(model or self.preset.token_model), '--epochs', str(epochs), '--warmup-epochs', str(warmup),
+        return ('main_seit.py', *tokens.flags, *self.no_eval(), '--input-size', str(tokens.tokenizer.input_size),
+                '--model', *(model or self.preset.token_model), '--epochs', str(epochs), '--warmup-epochs', str(warmup),
                 *self.preset.training, *self.preset.tokens, *more)
 
     def pixel_words(self, images: Images, more: Sequence[str] = (), model: Sequence[str] = ()) -> Command:
         """Program and flags of a training on pixels; `more` of them win."""
         epochs, warmup = self.epochs(images.share)
-        return ('main_pixels.py', '--train-path', str(images.path), '--val-path', str(images.val),
-                *self.workers, '--model', *(model or self.preset.pixel_model), '--epochs', str(epochs),
+        val = ('--val-path', str(images.val)) if self.preset.evaluated else ()
+        return ('main_pixels.py', '--train-path', str(images.path), *val, *self.no_eval(), *self.workers,
+                '--model', *(model or self.preset.pixel_model), '--epochs', str(epochs),
                 '--warmup-epochs', str(warmup), *self.preset.training, *self.preset.pixels, *more)
 
+    def no_eval(self) -> Command:
+        """The flag of a training without validation images."""
+        return () if self.preset.evaluated else ('--no-eval',)
+
     def token_line(self, name: str, seeds: Sequence[int], tokens: Tokens, more: Sequence[str] = (),
-                   **facts: Any) -> Line:
-        """A line of trainings on tokens."""
+                   after: Sequence[Row] = (), **facts: Any) -> Line:
+        """A line of trainings on tokens, after some rows."""
         words = self.token_words(tokens, more)
-        runs = {seed: self.train(name, self.lrs['tokens'], seed, words, [tokens.row]) for seed in seeds}
+        runs = {seed: self.train(name, self.lrs['tokens'], seed, words, [tokens.row, *after]) for seed in seeds}
         return Line(name, 'tokens', runs, tokens.row, epochs=self.epochs(tokens.share)[0], **facts)
 
     def pixel_line(self, name: str, seeds: Sequence[int], images: Images, **facts: Any) -> Line:
@@ -243,7 +278,60 @@ class Plan:
         """The line of all images of a kind, which learning rates are chosen for."""
         if kind == 'tokens':
             return self.token_line('tokens', seeds, self.main_tokens(), **facts)
-        return self.pixel_line('full pixels', seeds, self.full(), **facts)
+        if kind == 'pixels':
+            return self.pixel_line('full pixels', seeds, self.full(), **facts)
+        if kind == 'codes':
+            return self.codes_line(seeds)
+        return self.pretrained_line('pre-trained, equal epochs', seeds, 2)
+
+    # ------------------------------------------------------------ SeiT++
+
+    def token_adapt(self, tokens: Tokens) -> tuple[tuple[Row, ...], Path]:
+        """The rows that make TokenAdapt for a tokenizer, and its path."""
+        make = self.preset.masked.token_adapt
+        if not make:
+            return (), self.data / 'weights' / TOKEN_ADAPT
+        tokenizer = tokens.tokenizer
+        name = f'token-adapt/{tokens.row.name.removeprefix("tokens/")}'
+        row = self.row(name, [(*make, '--data-path', self.data / 'train', '--image-size', tokenizer.image_size,
+                               '--input-size', tokenizer.image_size, '--tokenizer-path', tokens.tokenizer_path,
+                               '--codebook-path', tokens.codebook, *self.workers, *self.device, '--output-dir',
+                               self.output / name)], [tokens.row])
+        return (row,), self.output / name / TOKEN_ADAPT
+
+    def masked_words(self, program: str, epochs: int, warmup: int, *more: Any) -> tuple[list, list[Row]]:
+        """Program and flags of a SeiT++ program on the main tokens, and the rows that it needs."""
+        masked = self.preset.masked
+        tokens = self.main_tokens()
+        rows, path = self.token_adapt(tokens)
+        files, flags = tokens.flags, masked.finetune
+        if program == PRETRAIN:  # needs no labels, and has nothing to validate
+            files = [word for flag in ('--codebook-path', '--train-token-file')
+                     for word in (flag, flag_value(files, flag))]
+            flags = masked.pretrain
+        return [program, *files, '--tokenadapt-path', path, '--input-size', tokens.tokenizer.input_size, '--epochs',
+                epochs, '--warmup-epochs', warmup, *masked.batch, *flags, *more], [tokens.row, *rows]
+
+    def codes_line(self, seeds: Sequence[int]) -> Line:
+        """SeiT++'s network from scratch, for as many epochs as SeiT."""
+        epochs = self.preset.epochs
+        words, after = self.masked_words(FINETUNE, epochs, self.preset.warmup_epochs, '--layer-decay', 1)
+        name = 'MTM network, from scratch'
+        runs = {seed: self.train(name, self.lrs['codes'], seed, words, after) for seed in seeds}
+        return Line(name, 'codes', runs, after[0], epochs=epochs)
+
+    def pretrained_line(self, name: str, seeds: Sequence[int], times: int, **facts: Any) -> Line:
+        """SeiT++ for a third of SeiT's epochs, from pre-training for `times` as many; published: 100, from 400."""
+        masked = self.preset.masked
+        epochs = self.preset.epochs // 3
+        runs = {}
+        for seed in seeds:
+            words, after = self.masked_words(PRETRAIN, times * epochs, max(1, times * epochs // 10))
+            start = self.train(f'pre-training {times * epochs}', masked.pretrain_lr, seed, words, after)
+            words, after = self.masked_words(FINETUNE, epochs, masked.warmup_epochs, '--layer-decay', LAYER_DECAY,
+                                             '--finetune', start.folder / LAST)
+            runs[seed] = self.train(name, self.lrs['fine-tuning'], seed, words, [*after, start])
+        return Line(name, 'fine-tuning', runs, after[0], epochs=epochs, pretraining=times * epochs, **facts)
 
     # ------------------------------------------------------------ evaluations
 
@@ -267,10 +355,12 @@ def flag_value(words: Command, flag: str) -> str:
     return words[words.index(flag) + 1]
 
 
-def token_flags(train: Path, val: Path, codebook: Path, synonyms: Path | str) -> Command:
-    """The flags of main_seit.py that name files; those of labels lie beside the tokens."""
+def token_flags(train: Path, val: Path | None, codebook: Path, synonyms: Path | str) -> Command:
+    """The flags of main_seit.py that name files, of which `val` may be None; labels lie beside the tokens."""
     flags = ['--codebook-path', str(codebook), '--token-synonym-dict', str(synonyms)]
     for split, path in (('train', train), ('val', val)):
+        if path is None:
+            continue
         labels = path.with_name(path.name.replace('-token.data.bin.gz', '-label.txt'))
         flags += [f'--{split}-token-file', str(path), f'--{split}-label-file', str(labels)]
     return tuple(flags)

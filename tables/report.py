@@ -152,8 +152,30 @@ def speed_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], st
             'memory map, which is what training reads.')
 
 
+def seitpp_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
+    """Head, lines and note of table 5."""
+    lines = [[name.replace('tokens', 'SeiT'), result['epochs'], spread(result), paper_of(result)]
+             for name, result in results['rows'].items()]
+    return (['', 'epochs', 'top-1 (seeds)', 'paper, ImageNet-1k'], lines,
+            'All but the first have ColorAdapt, all but the first two TokenAdapt. Published: 400 + 100 epochs, against '
+            '300.')
+
+
+def pretraining_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
+    """Head, lines and note of table 6."""
+    lines = []
+    for name, result in results['rows'].items():
+        sizes = [f'{size["images"]:,} in {size["files"] / 1e6:,.2f} MB' if size else DASH
+                 for size in (result.get('start_bytes'), result['bytes'])]
+        lines.append([name, *sizes, result['epochs'], spread(result), paper_of(result)])
+    return (['', 'pre-training images', 'images', 'epochs', 'top-1 (seeds)', 'paper, ImageNet-1k'], lines,
+            'Fine-tuned, and trained from scratch, for as many epochs. Neighbors and linear probe: of the frozen '
+            'features of the pre-trained model, on the images that others are fine-tuned on. Bytes as files. Top-1 is '
+            'of the last epoch.')
+
+
 MARKDOWN: dict[str, Callable] = {'storage': storage_table, 'ablation': ablation_table, 'robustness': robustness_table,
-                                 'speed': speed_table}
+                                 'speed': speed_table, 'seitpp': seitpp_table, 'pretraining': pretraining_table}
 
 
 # ---------------------------------------------------------------- the curve

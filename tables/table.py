@@ -13,7 +13,7 @@ from files import lock_file, read_json
 from flags import SEED, Parser, integer, number
 from preemption import REQUEUE, StopSignal
 from tables import report
-from tables.plan import BYTES, MANIFEST, Line, Plan, needed
+from tables.plan import BYTES, MANIFEST, PROBE, Line, Plan, needed
 from tables.presets import PRESETS
 from tables.rows import OUTPUT, Row, final_line, is_done, printed_accuracy, run_rows, shell_line, take
 from utils import InputError, cores
@@ -81,8 +81,8 @@ def run_table(name: str, title: str, lines_of: LinesOf, options: Options) -> int
     """
     if options.dry_run:
         plan, rows = planned(lines_of, options)
-        print_commands(rows, [kind for kind, found in options.rates().items()
-                              if len(found) > len(best_rate(options, kind)[1]) and len(found) > 1])
+        print_commands(rows, [kind for kind in kinds_of(lines_of(plan, options.seeds), options)
+                              if 1 < len(options.rates()[kind]) > len(best_rate(options, kind)[1])])
         return 0
     for split in ('train', 'val'):
         if not (Path(options.data_path) / split).is_dir():
@@ -132,15 +132,19 @@ def planned(lines_of: LinesOf, options: Options, searching: bool = False) -> tup
     """
     rates = options.rates()
     plan = options.plan({kind: found[0] for kind, found in rates.items()})
-    kinds = {line.kind for line in chosen_lines(lines_of(plan, options.seeds), options.rows)}
-    search = [rows for kind in sorted(kinds, reverse=True) if len(rates[kind]) > 1
-              for rows in search_rows(options, kind).values()]
+    search = [rows for kind in kinds_of(lines_of(plan, options.seeds), options) if len(rates[kind]) > 1
+              for _, rows in search_rows(options, kind).values()]
     if searching:
         return plan, merged(search)
     plan = options.plan({kind: best_rate(options, kind)[0] for kind in rates})
     lines = chosen_lines(lines_of(plan, options.seeds), options.rows)
-    wanted = [row for line in lines for row in [line.full or line.data, line.data, *line.runs.values()]]
+    wanted = [row for line in lines for row in [line.full, line.start, line.data, *line.runs.values()] if row]
     return plan, merged([*search, needed(plan.rows, wanted)])
+
+
+def kinds_of(lines: list[Line], options: Options) -> list[str]:
+    """The kinds of the lines that are asked for, each of which has a learning rate."""
+    return sorted({line.kind for line in chosen_lines(lines, options.rows) if line.kind}, reverse=True)
 
 
 def merged(lists: Any) -> list[Row]:
@@ -158,13 +162,13 @@ def chosen_lines(lines: list[Line], patterns: Sequence[str]) -> list[Line]:
             if not patterns or any(fnmatch.fnmatchcase(line.name, pattern) for pattern in patterns)]
 
 
-def search_rows(options: Options, kind: str) -> dict[float, list[Row]]:
-    """By learning rate, the rows of the search: the base line of a kind with SEARCH_SEED."""
+def search_rows(options: Options, kind: str) -> dict[float, tuple[Line, list[Row]]]:
+    """By learning rate, the search: the base line of a kind with SEARCH_SEED, and its rows."""
     rows = {}
     for rate in options.rates()[kind]:
         plan = options.plan({kind: rate})
         line = plan.base_line(kind, [SEARCH_SEED])
-        rows[rate] = needed(plan.rows, line.runs.values())
+        rows[rate] = line, needed(plan.rows, line.runs.values())
     return rows
 
 
@@ -174,13 +178,13 @@ def best_rate(options: Options, kind: str) -> tuple[float, dict[float, float]]:
     The search looks at the validation images that the results are of, for tokens and pixels alike.
     """
     rates = options.rates()[kind]
-    epochs = PRESETS[options.preset].epochs
     top1 = {}
     if len(rates) > 1:
-        for rate, rows in search_rows(options, kind).items():
-            line = final_line(rows[-1].folder, epochs) if is_done(rows[-1]) else None
-            if line:
-                top1[rate] = line['test_acc1']
+        for rate, (line, _) in search_rows(options, kind).items():
+            row = line.runs[SEARCH_SEED]
+            log = final_line(row.folder, line.epochs) if is_done(row) else None
+            if log:
+                top1[rate] = log['test_acc1']
     return max(top1, key=top1.get) if top1 else rates[0], top1
 
 
@@ -205,7 +209,8 @@ def print_commands(rows: Sequence[Row], searched: Sequence[str]) -> None:
 
 def seeds_on_disk(output: Path) -> set[int]:
     """The seeds of trainings in an output folder, whoever asked for them."""
-    found = (re.search(r'-seed-(\d+)$', path.name) for path in output.glob('train/*/lr-*-seed-*'))
+    paths = (path for parts in ('', '*/') for path in output.glob(f'{parts}train/*/lr-*-seed-*'))
+    found = (re.search(r'-seed-(\d+)$', path.name) for path in paths)
     return {int(match[1]) for match in found if match}
 
 
@@ -215,6 +220,8 @@ def value_of(line: Line, row: Row) -> tuple[float | None, dict[str, Any]]:
         return None, {}
     if line.measure == 'printed top1':
         return printed_accuracy(row.folder / OUTPUT), {}
+    if line.measure in ('knn top1', 'linear top1'):
+        return read_json(row.folder / PROBE)[line.measure.split()[0]]['acc1'], {}
     log = final_line(row.folder, line.epochs) or {}
     return log.get('test_acc1' if line.measure == 'top1' else 'images_per_second_time'), log
 
@@ -228,9 +235,10 @@ def line_result(line: Line, outcomes: dict[str, str]) -> dict[str, Any] | None:
     if not done and not failed:
         return None
     numbers = [value for value, _ in done.values()]
-    result = {'kind': line.kind, 'seeds': list(done), line.measure.replace('printed ', ''): numbers,
+    result = {'kind': line.kind, 'seeds': list(done), line.measure.split()[-1]: numbers,
               'mean': round(statistics.mean(numbers), 3) if numbers else None,
               'sd': round(statistics.stdev(numbers), 3) if len(numbers) > 1 else None,
+              'epochs': f'{line.pretraining} + {line.epochs}' if line.pretraining else str(line.epochs),
               'paper': line.paper, 'paper_size': line.paper_size}
     averaged = [log.get('ema_test_acc1') for _, log in done.values()]
     if None not in averaged and averaged and line.measure == 'top1':
@@ -241,6 +249,9 @@ def line_result(line: Line, outcomes: dict[str, str]) -> dict[str, Any] | None:
     manifest = line.data.folder / MANIFEST
     if manifest.exists():
         result['psnr'] = read_json(manifest).get('psnr')
+    start = line.start and line.start.folder / BYTES
+    if start:
+        result['start_bytes'] = read_json(start) if start.exists() else None
     return result | {'bytes': read_json(size) if size.exists() else None}
 
 
@@ -248,11 +259,13 @@ def write_results(name: str, title: str, lines_of: LinesOf, options: Options, pl
                   outcomes: dict[str, str]) -> None:
     """Write results.json, table.md and, for bytes against accuracy, curve.png into the table's folder."""
     seeds = sorted(seeds_on_disk(plan.output) | set(options.seeds))
-    lines = {line.name: line_result(line, outcomes) for line in lines_of(plan, seeds)}
+    planned_lines = lines_of(plan, seeds)
+    kinds = dict.fromkeys(line.kind for line in planned_lines if line.kind)
+    lines = {line.name: line_result(line, outcomes) for line in planned_lines}
     full = plan.full().row.folder / BYTES
     results = {'table': name, 'title': title, 'preset': options.preset,
                'lrs': {kind: {'chosen': rate, 'search': dict(zip(map(str, top1), top1.values()))}
-                       for kind in plan.lrs for rate, top1 in [best_rate(options, kind)]},
+                       for kind in kinds for rate, top1 in [best_rate(options, kind)]},
                'full_bytes': read_json(full) if full.exists() else None,
                'rows': {line: result for line, result in lines.items() if result}}
     report.write(results, plan.output / name)

@@ -18,6 +18,7 @@ import benchmarks.data
 import benchmarks.encode
 import benchmarks.evaluate
 import benchmarks.formats
+import benchmarks.masked_tokens
 import benchmarks.start
 import benchmarks.train
 import main_seit
@@ -111,6 +112,18 @@ def test_train(capsys):
     assert result['asked']['model'] == 'deit_tiny_token_32'
     assert result['asked']['amp'] == 'off'
     assert result['asked']['steps'] == 2
+
+
+def test_masked_tokens(capsys):
+    result = measure(capsys, benchmarks.masked_tokens, 'masked_tokens', '--device', 'cpu', '--grid', '8',
+                     '--input-size', '48', '--batch-size', '4', '--steps', '2', '--repeats', '2', '--width', '64',
+                     '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2', '--decoder-kwargs',
+                     'decoder_embed_dim=32', 'decoder_depth=1', 'decoder_num_heads=2')
+    for name in 'seit', 'pretrain', 'pretrain_without_tokenadapt', 'finetune', 'finetune_without_tokenadapt':
+        assert is_spread(result[f'{name}_images_per_second']), name
+    for name in 'pretrain', 'finetune':
+        assert is_spread(result[f'{name}_to_seit'])
+        assert result[f'{name}_tokenadapt_share']['max'] < 1
 
 
 def test_train_with_other_flags_of_the_program(capsys, monkeypatch):
@@ -347,7 +360,8 @@ def test_no_file_stands_before_a_module_of_python():
 
 def test_each_is_a_program():
     """Started by its path from another folder, as the documents have it."""
-    assert PROGRAMS == ['data', 'encode', 'evaluate', 'formats', 'start', 'start_probe', 'tokenizers', 'train']
+    assert PROGRAMS == ['data', 'encode', 'evaluate', 'formats', 'masked_tokens', 'start', 'start_probe', 'tokenizers',
+                        'train']
     done = subprocess.run([sys.executable, ROOT / 'benchmarks' / 'encode.py', '--images', '0'], capture_output=True,
                           text=True, cwd=ROOT / 'demo')
     assert (done.returncode, done.stdout) == (2, '')

@@ -118,7 +118,8 @@ def test_weights_of_tokens_and_pixels_start_each_other(data, tmp_path, capsys):
     train(data, '--finetune', tmp_path / 'tokens.pth', '--lr', 0, '--min-lr', 0, '--warmup-lr', 0, '--epochs', 1,
           '--output-dir', tmp_path / 'out', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2',
           'global_pool=avg')
-    assert 'patch_embed.proj.bias starts from scratch' in capsys.readouterr().out
+    assert ('tokens.pth: 18 tensors kept (norm.* as fc_norm.*), started from scratch: patch_embed.proj.* (another '
+            'shape)\n') in capsys.readouterr().out
     pixels = states(tmp_path / 'out' / 'checkpoint.pth')['model']
     assert torch.equal(pixels['fc_norm.weight'], tokens.norm.weight)
     assert torch.equal(pixels['pos_embed'], tokens.pos_embed)

@@ -1,4 +1,4 @@
-"""Starting from other weights."""
+"""Starting from other weights: what becomes of each tensor, between models of tokens and of pixels."""
 import functools
 import http.server
 import threading
@@ -6,13 +6,118 @@ import threading
 import pytest
 import timm
 import torch
+from torch import nn
 
+import models_seit  # noqa: F401 - its models are timm's then
 from pretrained import load_pretrained
 from utils import InputError
 
 
 def tiny(**kwargs):
     return timm.create_model('deit_tiny_token_32', **{'depth': 1, **kwargs})
+
+
+# Small models by kind: the grid of tokens is of 2x2 codes, that of pixels of patches.
+SMALL = {'depth': 2, 'embed_dim': 32, 'num_heads': 2}
+MODELS = {
+    'tokens': lambda side, classes: timm.create_model('deit_tiny_token_32', img_size=2 * side, num_classes=classes,
+                                                      **SMALL),
+    'pixels': lambda side, classes: timm.create_model('deit_tiny_patch16_224', img_size=8 * side, patch_size=8,
+                                                      num_classes=classes, global_pool='avg', **SMALL),
+}
+NORM = {'tokens': 'norm.', 'pixels': 'fc_norm.'}
+
+
+def randomize(model, seed):
+    """Weights that differ everywhere, so that no two tensors are equal by chance."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in model.parameters():
+            value.copy_(torch.randn(value.shape, generator=generator))
+    return model
+
+
+def save(model, path, **more):
+    torch.save({'model': model.state_dict(), **more}, path)
+    return str(path)
+
+
+def bicubic(positions, side):
+    """Position embeddings (1, 1 + n, d) on a grid of another side, as torch resamples images."""
+    before = int((positions.shape[1] - 1) ** 0.5)
+    grid = positions[:, 1:].reshape(1, before, before, -1).permute(0, 3, 1, 2)
+    grid = nn.functional.interpolate(grid, (side, side), mode='bicubic', align_corners=False)
+    return torch.cat([positions[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+
+
+@pytest.mark.parametrize('classes', [5, 3])
+@pytest.mark.parametrize('side', [4, 6])
+@pytest.mark.parametrize('now', list(MODELS))
+@pytest.mark.parametrize('before', list(MODELS))
+def test_what_becomes_of_every_tensor(before, now, side, classes, tmp_path, capsys):
+    """All four roads; each tensor equals the file's, or its resampling, or what the model had."""
+    source = randomize(MODELS[before](4, 5), 1).state_dict()
+    path = str(tmp_path / 'weights.pth')
+    torch.save({'model': source}, path)
+    model = randomize(MODELS[now](side, classes), 2)
+    own = {key: value.clone() for key, value in model.state_dict().items()}
+    load_pretrained(model, path)
+    expected = {}
+    for key, value in own.items():
+        theirs = key.replace(NORM[now], NORM[before]) if key.startswith(NORM[now]) else key
+        new = (before != now and key.startswith('patch_embed.')) or (classes != 5 and key.startswith('head.'))
+        expected[key] = value if new else source[theirs]
+    expected['pos_embed'] = bicubic(source['pos_embed'], side) if side != 4 else source['pos_embed']
+    assert model.state_dict().keys() == expected.keys()
+    for key, value in model.state_dict().items():
+        torch.testing.assert_close(value, expected[key], rtol=0, atol=1e-5 if key == 'pos_embed' else 0)
+        assert not torch.equal(expected[key], own[key]) or key.startswith(('patch_embed.', 'head.'))
+
+    stem = ['patch_embed.proj.* (another shape)'] if before != now else []
+    scratch = stem + (['head.* (another shape)'] if classes != 5 else [])
+    kept = len(own) - 2 * len(scratch) - (side != 4)
+    line = f'{path}: {kept} tensors kept'
+    line += f' ({NORM[before]}* as {NORM[now]}*)' if before != now else ''
+    line += ', pos_embed resampled from 4x4 to 6x6' if side != 4 else ''
+    line += f', started from scratch: {", ".join(scratch)}' if scratch else ''
+    assert capsys.readouterr().out == line + '\n'
+
+
+@pytest.mark.parametrize('named, given, kept', [
+    (['ant', 'bee', 'cat'], ['ant', 'bee', 'cat'], True), (['ant', 'bee', 'cat'], ['ant', 'bee', 'dog'], False),
+    (['ant', 'bee', 'cat'], None, True), (None, ['ant', 'bee', 'dog'], True)])
+def test_a_head_of_other_classes_starts_from_scratch(named, given, kept, tmp_path, capsys):
+    """As many classes are not the same classes, where their names are known."""
+    source = randomize(MODELS['tokens'](4, 3), 1)
+    path = save(source, tmp_path / 'w.pth', classes=named)
+    model = randomize(MODELS['tokens'](4, 3), 2)
+    own = model.head.weight.clone()
+    load_pretrained(model, path, given)
+    assert torch.equal(model.head.weight, source.head.weight if kept else own)
+    assert torch.equal(model.head.bias, source.head.bias) == kept
+    assert torch.equal(model.patch_embed.proj.weight, source.patch_embed.proj.weight)
+    assert ('head.* (other classes)' in capsys.readouterr().out) == (not kept)
+
+
+def test_a_model_without_a_class_token(tmp_path, capsys):
+    """Its position is cut, or starts from scratch; the patches' are kept."""
+    def bare():
+        return timm.create_model('deit_tiny_patch16_224', img_size=32, patch_size=8, num_classes=3, class_token=False,
+                                 global_pool='avg', **SMALL)
+
+    tokens = randomize(MODELS['tokens'](4, 3), 1)
+    model = randomize(bare(), 2)
+    load_pretrained(model, save(tokens, tmp_path / 'w.pth'))
+    assert torch.equal(model.pos_embed, tokens.pos_embed[:, 1:])
+    output = capsys.readouterr().out
+    assert 'pos_embed cut to 0 of its 1 prefix tokens' in output and 'left out: cls_token' in output
+    back = randomize(MODELS['tokens'](4, 3), 3)
+    own = back.cls_token.clone(), back.pos_embed[:, :1].clone()
+    load_pretrained(back, save(model, tmp_path / 'bare.pth'))
+    assert torch.equal(back.cls_token, own[0]) and torch.equal(back.pos_embed[:, :1], own[1])
+    assert torch.equal(back.pos_embed[:, 1:], tokens.pos_embed[:, 1:])
+    output = capsys.readouterr().out
+    assert 'pos_embed from scratch for 1 of 1 prefix tokens' in output and 'cls_token (not in the file)' in output
 
 
 def test_finetune_from_an_address(tmp_path):
@@ -32,26 +137,18 @@ def test_finetune_from_an_address(tmp_path):
         server.shutdown()
 
 
-def test_finetune_resamples_positions_and_drops_what_differs(tmp_path, capsys):
+def test_a_file_without_a_head_and_one_of_another_depth(tmp_path, capsys):
     old = tiny(num_classes=5, img_size=28)
     torch.save({'model': old.state_dict()}, tmp_path / 'old.pth')
-    new = tiny(num_classes=3, img_size=20)
-    head = new.head.weight.clone()
-    load_pretrained(new, str(tmp_path / 'old.pth'))
-    assert torch.equal(new.head.weight, head)
-    assert torch.equal(new.blocks[0].mlp.fc1.weight, old.blocks[0].mlp.fc1.weight)
-    assert torch.equal(new.pos_embed[:, 0], old.pos_embed[:, 0])
-    grid = old.pos_embed[:, 1:].reshape(1, 14, 14, -1).permute(0, 3, 1, 2)
-    slow = torch.nn.functional.interpolate(grid, (10, 10), mode='bicubic', align_corners=False)
-    torch.testing.assert_close(new.pos_embed[:, 1:], slow.flatten(2).transpose(1, 2))
     torch.save({'model': {k: v for k, v in old.state_dict().items() if 'head' not in k}}, tmp_path / 'headless.pth')
     load_pretrained(old, str(tmp_path / 'headless.pth'))
-    assert '--finetune: head.weight starts from scratch (in the file: none)' in capsys.readouterr().out
+    assert 'started from scratch: head.* (not in the file)' in capsys.readouterr().out
     with pytest.raises(InputError, match='blocks.1.norm1.weight: missing'):
         load_pretrained(tiny(depth=2), str(tmp_path / 'old.pth'))
 
 
-@pytest.mark.parametrize('prefix, said', [(2, 'the first are taken'), (0, 'missing ones start from scratch')])
+@pytest.mark.parametrize('prefix, said', [
+    (2, 'pos_embed cut to 1 of its 2 prefix tokens'), (0, 'pos_embed from scratch for 1 of 1 prefix tokens')])
 def test_finetune_from_two_prefix_tokens_or_none(prefix, said, tmp_path, capsys):
     model = tiny()
     weights = dict(model.state_dict())
@@ -64,7 +161,8 @@ def test_finetune_from_two_prefix_tokens_or_none(prefix, said, tmp_path, capsys)
     own = model.pos_embed[:, 0].clone()
     load_pretrained(model, str(tmp_path / 'w.pth'))
     output = capsys.readouterr().out
-    assert said in output and ('dist_token is left out' in output) == (prefix == 2)
+    assert said in output and (
+        'left out: dist_token, head_dist.weight, head_dist.bias' in output) == (prefix == 2)
     assert torch.equal(model.pos_embed[:, 1:], positions[:, prefix:])
     assert torch.equal(model.pos_embed[:, 0], positions[:, 0] if prefix else own)
 

@@ -16,20 +16,22 @@ from PIL import Image
 
 import processes
 from helpers import call, fails, make_images, read_log, save_image, smooth_images, tokenize
-from tables import (ablation, choose_images, collect, count_bytes, draw_rows, presets, report, robustness, rows, speed,
-                    storage)
+from tables import (ablation, choose_images, collect, count_bytes, draw_rows, presets, pretraining, report, robustness,
+                    rows, seitpp, speed, storage)
 from tables import table as shared
 from tables.plan import Plan
 from tables.rows import Program, Row, run_programs, run_rows
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLES = {'storage': storage, 'ablation': ablation, 'robustness': robustness, 'speed': speed}
+TABLES = {'storage': storage, 'ablation': ablation, 'robustness': robustness, 'speed': speed,
+          'seitpp': seitpp, 'pretraining': pretraining}
 
 
 def rows_of(table, preset, *flags):
     """The rows of a table as its command line plans them: those of the search, then all."""
     args = table.parse_args(['--preset', preset, '--data-path', 'data', '--output-dir', 'out', *flags])
-    options = shared.Options(**vars(args) | ({'lrs': [1e-3]} if table is speed else {}))
+    kind = pretraining.PretrainingOptions if table is pretraining else shared.Options
+    options = kind(**vars(args) | ({'lrs': [1e-3]} if table is speed else {}))
     return shared.planned(table.lines, options)[1]
 
 
@@ -47,7 +49,9 @@ def test_every_command_parses(name, preset):
             assert (ROOT / program).exists(), program
             importlib.import_module(program.removesuffix('.py').replace('/', '.')).parse_args(words)
             parsed.add(program)
-    assert {'main_seit.py', 'tables/count_bytes.py'} <= parsed and (name == 'ablation' or 'main_pixels.py' in parsed)
+    assert {'main_seit.py', 'tables/count_bytes.py'} <= parsed
+    assert ('main_pixels.py' in parsed) == (name not in ('ablation', 'seitpp'))
+    assert ({'main_mtm_pretrain.py', 'main_mtm_finetune.py'} <= parsed) == (name == 'seitpp')
 
 
 def test_rows_come_after_what_they_need():
@@ -63,6 +67,31 @@ def test_learning_rates_are_searched_for_tokens_and_for_pixels():
     rows = {row.name for row in rows_of(storage, 'tiny')}
     for line in 'tokens', 'full-pixels':
         assert {f'train/{line}/lr-{lr:g}-seed-0' for lr in presets.TINY.lrs['tokens']} <= rows
+
+
+@pytest.mark.parametrize('preset', list(presets.PRESETS))
+def test_pretraining_and_fine_tuning_take_the_epochs_that_the_table_says(preset):
+    """As many as SeiT's in all, and 5/3 of them, of which a fifth is fine-tuning; equal fine-tuning."""
+    plan = Plan(presets.PRESETS[preset], Path('data'), Path('out'), 'cpu', dict.fromkeys(presets.KINDS, 1e-3))
+    lines = {line.name: line for line in seitpp.lines(plan, [0])}
+    equal, published = lines['pre-trained, equal epochs'], lines['pre-trained, published epochs']
+    whole = presets.PRESETS[preset].epochs // 3 * 3
+    assert equal.pretraining + equal.epochs == whole == lines['tokens'].epochs // 3 * 3
+    assert (published.pretraining + published.epochs) * 3 == whole * 5 and published.epochs == equal.epochs
+    for line in equal, published:
+        start = plan.rows[line.runs[0].after[-1]]
+        assert flag(start, '--epochs') == str(line.pretraining) and flag(line.runs[0], '--epochs') == str(line.epochs)
+        assert flag(line.runs[0], '--finetune').startswith(str(start.folder))
+    if preset == 'imagenet':  # the published commands
+        assert (published.pretraining, published.epochs, flag(start, '--warmup-epochs')) == (400, 100, '40')
+        assert [flag(start, '--lr'), flag(start, '--accum-iter'), flag(line.runs[0], '--layer-decay')] == [
+            '0.0024', '4', '0.65']
+
+
+def flag(row, name):
+    """The word after a flag of a row's only command."""
+    [words] = row.commands
+    return words[words.index(name) + 1]
 
 
 def test_what_the_paper_says_stands_where_it_belongs():
@@ -285,7 +314,12 @@ def test_images_are_chosen_by_links(tmp_path):
     (tmp_path / 'out' / 'ant' / '0.png').unlink()
     (tmp_path / 'out' / 'ant' / '0.png').symlink_to(tmp_path / 'in' / 'ant' / '1.png')
     fails(lambda: call(choose_images, *words), 'is another image already')
-    fails(lambda: call(choose_images, *words, '--classes', 4), 'has 3 classes, but --classes is 4')
+    fails(lambda: call(choose_images, *words, '--classes', 4), 'has 3 classes, but --classes is 4$')
+    words[3] = tmp_path / 'rest'
+    call(choose_images, *words, '--images-per-class', 1, '--skip-classes', 1)
+    found = sorted(path.relative_to(tmp_path / 'rest').as_posix() for path in (tmp_path / 'rest').rglob('*.png'))
+    assert found == ['bee/0.png', 'cat/0.png']
+    fails(lambda: call(choose_images, *words, '--skip-classes', 2), '--classes is 2 after --skip-classes 2$')
 
 
 def test_bytes_of_images(tmp_path):
