@@ -217,8 +217,8 @@ def make_tokens(args: argparse.Namespace) -> tuple[argparse.Namespace, TokenFile
 
 # ---------------------------------------------------------------- one task
 
-def start_model(args: argparse.Namespace, kind: Kind, task: int) -> nn.Module:
-    """The model that a task begins with: the last task's, or a new one."""
+def start_model(args: argparse.Namespace, kind: Kind, task: int, names: list[str] | None) -> nn.Module:
+    """The model that a task begins with: the last task's, or a new one for classes of these names."""
     model = kind.make_model()
     if task:
         path = str(task_folder(args.output_dir, task - 1) / FILES.newest[0])
@@ -227,7 +227,7 @@ def start_model(args: argparse.Namespace, kind: Kind, task: int) -> nn.Module:
         compare_flags(before, {**flags_to_save(vars(args)), 'world_size': world_size()}, path)
         load_weights(model, checkpoint['model'], path)
     elif args.finetune:
-        load_pretrained(model, args.finetune)
+        load_pretrained(model, args.finetune, names)
     if args.attn_only:
         freeze_all_but_attention(model)
     return model
@@ -240,7 +240,7 @@ def train_task(args: argparse.Namespace, kind: Kind, tasks: Tasks, task: int, de
     """
     path = task_folder(args.output_dir, task)
     folder = RunFolder(str(path), args.save_every)
-    checkpoint, name = find_checkpoint(str(path), 'auto')
+    checkpoint, checkpoint_path = find_checkpoint(str(path), 'auto')
 
     # data: the number of steps is that of all arms
     memory = open_memory(args.output_dir, task, args.memory, args.memory_bytes)
@@ -253,10 +253,11 @@ def train_task(args: argparse.Namespace, kind: Kind, tasks: Tasks, task: int, de
            f'{len(chosen):,} images, and {len(memory):,} in {memory.size:,} bytes of memory')
 
     # model and optimizer
-    state = recipe.make_state(args, start_model(args, kind, task).to(device), device, kind.input_shape)
+    names = kind.train.classes and [kind.train.classes[label] for label in tasks.order.tolist()]
+    state = recipe.make_state(args, start_model(args, kind, task, names).to(device), device, kind.input_shape)
     if checkpoint:
-        resume(state, checkpoint, name, vars(args), steps)
-        print0(f'{name}: resumed at epoch {state.epoch}, step {state.step}')
+        resume(state, checkpoint, checkpoint_path, vars(args), steps)
+        print0(f'{checkpoint_path}: resumed at epoch {state.epoch}, step {state.step}')
     print_batch(args.batch_size, args.accum_iter, steps, args.epochs, recipe.scaled_lr(args))
 
     # loss: over the classes seen so far, which are the model's first outputs
@@ -279,7 +280,7 @@ def train_task(args: argparse.Namespace, kind: Kind, tasks: Tasks, task: int, de
         return kind.batches(data, indices_of(epoch, start, steps), (seed, epoch * steps + start))
 
     # train, evaluate, remember
-    folder.begin(run_record(vars(args), device), {'args': flags_to_save(vars(args)), 'classes': kind.train.classes})
+    folder.begin(run_record(vars(args), device), {'args': flags_to_save(vars(args)), 'classes': names})
     log = RunLog(str(path), state.epoch, args.tensorboard)
     try:
         finished = train(state, batches_of, loss_of, None, folder, log, args.epochs,

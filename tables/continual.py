@@ -57,8 +57,9 @@ class Protocol:
 # The learning rates of `tiny` are those that the search of table 1 found for its images and models.
 TINY_TASKS = Protocol(TINY, 4, 4, {'tokens': 5e-4, 'pixels': 5e-4}, 128, 128, qualities=(50, 8), sides=(32, 16))
 B10_INC10 = Protocol(
-    replace(IMAGENET, epochs=170, training=('--batch-size', '128', '--dist-eval'), launcher=(),
-            token_model=('deit_small_token_32',), pixel_model=('deit_small_patch16_224',)),
+    replace(IMAGENET, epochs=170, launcher=(), training=('--batch-size', '128'),
+            token_model=('deit_small_token_32',), pixel_model=('deit_small_patch16_224',),
+            pixels=(*IMAGENET.pixels, '--no-repeated-aug')),
     10, 10, {'tokens': 7.5e-4, 'pixels': 5e-4}, 256, 224, qualities=(50, 10), sides=(112, 56))
 PROTOCOLS = {'tiny': TINY_TASKS, 'b10-inc10': B10_INC10, 'b50-inc5': replace(B10_INC10, base=50, increment=5)}
 
