@@ -296,8 +296,8 @@ def train_task(args: argparse.Namespace, kind: Kind, tasks: Tasks, task: int, de
         on_main(save_memory, memory, path / MEMORY)
     counts = np.bincount(memory.labels(), minlength=seen)
     return {'task': task, 'classes': seen, 'new_images': len(images),
-            'steps': args.epochs * steps // args.accum_iter, **stats, 'memory_images': len(memory),
-            'memory_bytes': memory.size,
+            'steps': args.epochs * steps // args.accum_iter, **stats,
+            'memory_images': len(memory), 'memory_bytes': memory.size,
             'memory_images_per_class': [int(counts.min()), int(counts.max())]}
 
 
