@@ -5,7 +5,8 @@
         --tokenizer-path tokens/tokenizer.safetensors --output sheet.png
 
 Side by side: the source, where --data-path has it; the tokens decoded; the same with masked patches gray; the same with
-masked codes as predicted. Also prints how many masked codes are predicted right.
+masked codes as predicted; and, where nothing is masked, the tokens as bright as the class token attends to them in the
+encoder's last layer. Also prints how many masked codes are predicted right.
 """
 import argparse
 import math
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
@@ -90,6 +92,23 @@ def predict(model: MaskedTokenModel, codes: torch.Tensor, ratio: float,
     return found, masked, masked_token_loss(logits, codes, masks.masked).item()
 
 
+@torch.no_grad()
+def class_attention(model: MaskedTokenModel, codes: torch.Tensor) -> torch.Tensor:
+    """How much the class token attends to each patch of codes (B, s, s) int64 in the encoder's last layer.
+
+    Returns (B, s/2, s/2), the mean over heads, as a part of the largest of the image.
+    """
+    side = codes.shape[1] // PATCH
+    layer = model.blocks[-1].attn
+    layer.fused_attn = False  # the fused kernel never has the matrix
+    found = []
+    hook = layer.attn_drop.register_forward_hook(lambda module, inputs, output: found.append(output))
+    model.encode(codes, masks_of(torch.zeros(len(codes), side ** 2), 0., 0.))
+    hook.remove()
+    attention = found[0].mean(1)[:, 0, 1:]
+    return (attention / attention.amax(1, keepdim=True)).view(-1, side, side)
+
+
 def main(args: argparse.Namespace) -> None:
     codebook = load_codebook(args.codebook_path)
     files = [open_token_file(path) for path in expand_files(args.token_file)]
@@ -120,7 +139,8 @@ def main(args: argparse.Namespace) -> None:
 
     patch_size = tokenizer.patch_size
     hidden = masked.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)[:, None]
-    parts = [tokens, torch.where(hidden, GRAY, tokens), predicted]
+    attended = F.interpolate(class_attention(model, codes)[:, None], scale_factor=float(PATCH * patch_size))
+    parts = [tokens, torch.where(hidden, GRAY, tokens), predicted, tokens * attended]
     if source:
         images = source_images(source, len(codes), patch_size * grid_size, args.max_image_pixels)
         parts.insert(0, center_crop(images, patch_size * size))

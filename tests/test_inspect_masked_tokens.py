@@ -53,7 +53,7 @@ def test_the_sheet_shows_source_tokens_masks_and_predictions(data, tmp_path, cap
     assert int(found[1]) == 4 * 6 and float(found[3]) == pytest.approx(np.log(20), abs=1)  # ceil(9 * 0.6) patches
     with Image.open(tmp_path / 'a.png') as picture:
         sheet = pil_to_tensor(picture)[:, :24] / 255
-    source, tokens, masked, predicted = sheet.split(24, 2)
+    source, tokens, masked, predicted, attended = sheet.split(24, 2)
 
     tokenizer, codebook = load_tokenizer(data / 'tokenizer.pt'), load_codebook(data / 'codebook.ckpt')
     model, size = inspect_masked_tokens.load_model(data / 'run' / 'checkpoint-last.pth', {}, 20)
@@ -67,12 +67,29 @@ def test_the_sheet_shows_source_tokens_masks_and_predictions(data, tmp_path, cap
     assert (blocks == 1).sum() == 6 and torch.equal(masked[:, ~gray], tokens[:, ~gray])
     hidden = (blocks == 1).repeat_interleave(8, 0).repeat_interleave(8, 1)
     assert torch.equal(predicted[:, ~hidden], tokens[:, ~hidden])
+    weights = (attended.sum(0) / tokens.sum(0)).view(3, 8, 3, 8)
+    assert (weights - weights.mean((1, 3), keepdim=True)).abs().max() < 0.05 and 0.95 < weights.max() < 1.01
     decoded = {tuple((part * 255).round().flatten().int().tolist()) for part in
                (decode_codes(tokenizer, codebook, torch.full((1, 1), code))[0] for code in range(20))}
     patches = predicted.unfold(1, 4, 4).unfold(2, 4, 4).permute(1, 2, 0, 3, 4).flatten(2)
     near = [min(max(abs(a - b) for a, b in zip(each, (patch * 255).round().int().tolist())) for each in decoded)
             for patch in patches.flatten(0, 1)]
     assert max(near) <= 1  # every patch is that of a code
+
+
+def test_attention_is_the_mean_over_heads_of_the_class_tokens_row(data):
+    model, size = inspect_masked_tokens.load_model(data / 'run' / 'checkpoint-last.pth', {}, 20)
+    codes = torch.randint(20, (2, size, size), generator=torch.Generator().manual_seed(0))
+    inputs = []
+    hook = model.blocks[-1].attn.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
+    found = inspect_masked_tokens.class_attention(model, codes)
+    hook.remove()
+    x, layer = inputs[0], model.blocks[-1].attn
+    q, k, _ = layer.qkv(x).view(2, 10, 3, 2, 16).permute(2, 0, 3, 1, 4)
+    attention = (q[:, :, :1] @ k.transpose(2, 3) / 4).softmax(-1).mean(1)[:, 0, 1:]
+    expected = attention / attention.amax(1, keepdim=True)
+    torch.testing.assert_close(found.flatten(1), expected)
+    assert found.shape == (2, 3, 3) and found.min() < 0.999
 
 
 def test_masks_follow_the_seed_and_the_ratio(data, tmp_path, capsys):
