@@ -23,7 +23,7 @@ from torch import nn
 from safe_load import load_torch
 from token_augment import resized_crop
 from utils import InputError
-from vitvqgan import Decoder, Encoder, Size, read_size, shape_of
+from vitvqgan import HEAD_DIM, Decoder, Encoder, Size, read_size, shape_of
 
 SIZE = Size(384, 1, 6, 1536)  # published
 FINER = 2  # a code is FINER x FINER in the converted image
@@ -31,6 +31,11 @@ FLIP = AFFINE = EACH_MAP = 0.5  # chances: of a flip, of the group of affine map
 ANGLE = 30.  # degrees, to either side
 SHEAR = 15.  # degrees, to one side only
 SHIFT = 0.2  # of the side, to either side; published: 12.8 of 64
+
+
+def size_of_width(width: int, depth: int = SIZE.depth) -> Size:
+    """A transformer of another width, a multiple of HEAD_DIM, in the published proportions."""
+    return Size(width, depth, width // HEAD_DIM, SIZE.mlp_dim // SIZE.dim * width)
 
 
 class TokenAdapt(nn.Module):

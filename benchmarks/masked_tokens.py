@@ -26,11 +26,11 @@ from models_mtm import PATCH, create_model, draw_masks, masked_token_loss
 from models_seit import KeyValues
 from models_seit import create_model as create_seit
 from samplers import shuffled
-from token_adapt import SIZE, TokenAdapt
+from token_adapt import SIZE, TokenAdapt, size_of_width
 from token_adapt_training import save_token_adapt
 from token_dataset import TokenDataset
 from utils import run
-from vitvqgan import HEAD_DIM, Size
+from vitvqgan import HEAD_DIM
 
 CLASSES = 1000
 
@@ -117,9 +117,9 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     files = common.make_tokens(folder, images, args.grid, CLASSES)
     codebook = load_codebook(folder / 'codebook.ckpt')
     data = TokenDataset(str(common.token_file(folder)), str(folder / 'set-label.txt'), len(codebook), '', device)
-    size = Size(args.width, SIZE.depth, args.width // HEAD_DIM, SIZE.mlp_dim // SIZE.dim * args.width)
     torch.manual_seed(0)
-    save_token_adapt(TokenAdapt(*codebook.shape, args.grid, args.input_size // 8, size), folder / 'tokenadapt.ckpt')
+    token_adapt = TokenAdapt(*codebook.shape, args.grid, args.input_size // 8, size_of_width(args.width))
+    save_token_adapt(token_adapt, folder / 'tokenadapt.ckpt')
     alike = ['--batch-size', str(args.batch_size), '--input-size', str(args.input_size), '--device', args.device,
              *(['--amp', args.amp] if args.amp else [])]
     sizes = words_of(args.model_kwargs)

@@ -28,14 +28,14 @@ from loss_meter import NotFinite
 from preemption import REQUEUE
 from run_folder import RunFolder, RunLog, find_checkpoint
 from run_info import print_batch, print_model, run_record
-from token_adapt import FINER, SIZE, RandomGeometry, TokenAdapt
+from token_adapt import FINER, SIZE, RandomGeometry, TokenAdapt, size_of_width
 from token_adapt_training import Change, CodePairs, evaluate_token_adapt, save_token_adapt
 from token_augment import RandomResizedCrop
 from token_halves import ADAPTED_MIXUP
 from tokenize_images import load_models
 from train_tokenizer import add_image_flags, hold_out
 from utils import (InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, on_main, print0, rank, run)
-from vitvqgan import HEAD_DIM, Size
+from vitvqgan import HEAD_DIM
 
 FILE = 'tokenadapt.ckpt'
 
@@ -101,7 +101,7 @@ def main(args: argparse.Namespace) -> int:
                              'codebook': tuple(codebook.shape), **progress_of(checkpoint)})
     keep_freed_memory(device)
     pairs = CodePairs(tokenizer.requires_grad_(False).eval().to(device), codebook.to(device), grid_size, size)
-    width = Size(args.width, args.depth, args.width // HEAD_DIM, SIZE.mlp_dim // SIZE.dim * args.width)
+    width = size_of_width(args.width, args.depth)
     model = TokenAdapt(*codebook.shape, grid_size, size, width).to(device)
     amp = args.amp or recipe.default_amp(device)
     print0(f'{len(images):,} images to train on, {len(held_out):,} held out; {grid_size}x{grid_size} of '

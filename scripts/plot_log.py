@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from files import MAX_JSON_BYTES, atomic_path, check_writable, parse_json, read_bytes
+from files import MAX_JSON_BYTES, check_writable, parse_json, read_bytes
 from flags import Parser
+from plotting import pyplot, save_figure
 from utils import InputError, print0, run
 
 
@@ -41,12 +42,7 @@ def draw(panel: Any, lines: list[dict[str, Any]], key: str, label: str) -> None:
 
 
 def main(args: argparse.Namespace) -> None:
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError('plots need matplotlib: pip install -r requirements-plot.txt') from None
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     logs = {path: read_log(path) for path in args.logs}
     check_writable(args.output, inputs=args.logs)
     figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(13, 4), layout='constrained')
@@ -66,8 +62,7 @@ def main(args: argparse.Namespace) -> None:
         panel.grid(alpha=0.3)
         if panel.lines:
             panel.legend()
-    with atomic_path(args.output) as temporary:
-        figure.savefig(temporary, format='png', dpi=120)
+    save_figure(figure, args.output)
     print0(args.output)
 
 

@@ -7,7 +7,6 @@ results.json, table.md, tasks.png (accuracy against classes seen) and bytes.png 
 bytes of memory). docs/continual.md says what is compared.
 """
 import argparse
-import fnmatch
 import re
 import sys
 from collections.abc import Sequence
@@ -16,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from flags import SEED, Parser, byte_count, integer
-from preemption import REQUEUE, StopSignal
+from flags import SEED, Parser, byte_count
+from preemption import StopSignal
 from tables import continual_report
 from tables.plan import Plan, needed
 from tables.presets import IMAGENET, TINY, Preset
-from tables.rows import Row, run_rows, take
-from tables.table import print_commands, take_folder
-from utils import InputError, cores, run
+from tables.rows import Row
+from tables.table import (add_run_flags, check_data, chosen_lines, exit_code, print_commands, run_taken,
+                          take_folder)
+from utils import run
 
 PROGRAM = 'main_continual.py'
 
@@ -98,10 +98,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--seeds', type=SEED, nargs='+', default=[0])
     add('--memories', type=byte_count, nargs='+', metavar='BYTES', help="as in 1e6; default: the preset's")
     add('--memory-policy', default='balanced', choices=['balanced', 'reservoir'])
-    add('--dry-run', action='store_true', help='print the commands, and run nothing')
-    add('--jobs', type=integer(1), default=1, help='rows at a time, each with --threads')
-    add('--threads', type=integer(1), default=max(1, cores() // 2), help='of a program on the CPU')
-    add('--device', default='auto', help='auto (CUDA where there is one), cuda, cuda:N or cpu')
+    add_run_flags(add)
     return parser.parse_args(argv)
 
 
@@ -182,15 +179,6 @@ def lines_of(plan: TasksPlan, memories: Sequence[int], seeds: Sequence[int]) -> 
         plan.line(arm, memory, seeds) for memory in memories for arm, (_, flags) in arms.items() if flags]
 
 
-def chosen_lines(lines: list[Line], patterns: Sequence[str]) -> list[Line]:
-    """The lines that a pattern names, or all without patterns. Raises InputError for a pattern that names none."""
-    for pattern in patterns:
-        if not any(fnmatch.fnmatchcase(line.name, pattern) for line in lines):
-            raise InputError(f'--rows {pattern}: is none of {", ".join(repr(line.name) for line in lines)}')
-    return [line for line in lines
-            if not patterns or any(fnmatch.fnmatchcase(line.name, pattern) for pattern in patterns)]
-
-
 def seeds_on_disk(output: Path) -> set[int]:
     """The seeds of runs in an output folder, whoever asked for them."""
     return {int(path.name.removeprefix('seed-')) for path in output.glob('continual/*/*/seed-*')
@@ -209,25 +197,14 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run:
         print_commands(rows, [])
         return 0
-    for split in ('train', 'val'):
-        if not Path(args.data_path, split).is_dir():
-            raise InputError(f'{args.data_path}: has no folder {split}/; give one with train/ and val/')
+    check_data(args.data_path)
     with take_folder(plan.output), StopSignal() as stop:
-        for row in rows:  # a folder of another run is a mistake, before anything is run or written
-            if row.folder.exists():
-                take(row)
-        outcomes = run_rows(rows, args.jobs, args.threads, None, lambda: stop.received)
+        outcomes = run_taken(rows, args.jobs, args.threads, stop)
         lines = lines_of(plan, memories, sorted(seeds_on_disk(plan.output) | set(args.seeds)))
         facts = {'preset': args.preset, 'protocol': f'B{protocol.base}-Inc{protocol.increment}',
                  'policy': args.memory_policy, 'epochs': protocol.preset.epochs, 'lrs': protocol.lrs}
         continual_report.write(lines, outcomes, facts, plan.output / 'continual')
-    failed = {row: outcome for row, outcome in outcomes.items() if outcome not in ('done', 'stopped')}
-    for row, outcome in failed.items():
-        print(f'error: {row}: {outcome}', file=sys.stderr, flush=True)
-    if stop.received or 'stopped' in outcomes.values():
-        print('stopped by a signal; the same command resumes it', flush=True)
-        return REQUEUE
-    return int(bool(failed))
+    return exit_code(outcomes, stop)
 
 
 if __name__ == '__main__':

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from continual_run import read_results
-from files import atomic_path, write_text
+from files import write_text
+from plotting import pyplot, save_figure
 from tables.report import DASH, RESULTS, TABLE, row_of, spread
 from tables.rows import is_done
 from utils import InputError
@@ -91,24 +92,6 @@ def markdown(results: dict[str, Any]) -> str:
 
 # ---------------------------------------------------------------- figures
 
-def pyplot() -> Any:
-    """matplotlib's pyplot, which opens no windows. Raises InputError where it is not installed."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError('plots need matplotlib: pip install -r requirements-plot.txt') from None
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    return plt
-
-
-def save(figure: Any, path: Path) -> None:
-    """Write a figure as PNG."""
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format='png', dpi=120)
-    pyplot().close(figure)
-
-
 def style_of(result: dict[str, Any]) -> dict[str, Any]:
     """How the line of an arm is drawn."""
     return {'linestyle': STYLES.get(result['arm'].rpartition(', ')[2], '-'), 'label': result['arm']}
@@ -139,7 +122,7 @@ def draw_tasks(results: dict[str, Any], path: Path) -> None:
     panels[0][0].set_ylabel('top-1 on all classes seen (%)')
     panels[0][-1].legend(fontsize=8)
     figure.suptitle(f'{results["title"]} ({results["preset"]})')
-    save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_bytes(results: dict[str, Any], path: Path) -> None:
@@ -167,4 +150,4 @@ def draw_bytes(results: dict[str, Any], path: Path) -> None:
               ylabel='average incremental top-1 (%)', title=f'{results["title"]} ({results["preset"]}); labels: images')
     panel.grid(alpha=0.3, which='both')
     panel.legend(fontsize=8)
-    save(figure, path)
+    save_figure(figure, path)

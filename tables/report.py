@@ -4,7 +4,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from files import atomic_path, read_json, write_text
+from files import read_json, write_text
+from plotting import pyplot, save_figure
 from tables.presets import PAPER_CORRUPTIONS
 from utils import InputError
 
@@ -197,12 +198,7 @@ def points(results: dict[str, Any], count: str) -> list[tuple[str, str, float, f
 
 def draw_curve(results: dict[str, Any], path: Path) -> None:
     """Draw bytes against top-1 of table 1, twice: as files and without headers. Raises InputError."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise InputError('plots need matplotlib: pip install -r requirements-plot.txt') from None
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(13, 5), sharey=True, layout='constrained')
     for panel, (count, words) in zip(panels, COUNTS.items()):
         panel.set_xscale('log')
@@ -224,9 +220,7 @@ def draw_curve(results: dict[str, Any], path: Path) -> None:
         panel.legend()
     panels[0].set_ylabel('top-1 (%)')
     figure.suptitle(f'{results["title"]} ({results["preset"]}); labels: how many times less than full pixels')
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format='png', dpi=120)
-    plt.close(figure)
+    save_figure(figure, path)
 
 
 def _bytes(point: Sequence[Any]) -> float:

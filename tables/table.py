@@ -58,6 +58,11 @@ def add_table_flags(parser: Parser) -> None:
     add('--seeds', type=SEED, nargs='+', default=[0])
     add('--lrs', type=number(1e-12), nargs='+',
         help=f"learning rates to try with seed {SEARCH_SEED}, for tokens and for pixels each; default: the preset's")
+    add_run_flags(add)
+
+
+def add_run_flags(add: Callable) -> None:
+    """How rows are run, added by a parser's add_argument."""
     add('--dry-run', action='store_true', help='print the commands, and run nothing')
     add('--jobs', type=integer(1), default=1, help='rows at a time, each with --threads')
     add('--threads', type=integer(1), default=max(1, cores() // 2), help='of a program on the CPU')
@@ -84,22 +89,35 @@ def run_table(name: str, title: str, lines_of: LinesOf, options: Options) -> int
         print_commands(rows, [kind for kind in kinds_of(lines_of(plan, options.seeds), options)
                               if 1 < len(options.rates()[kind]) > len(best_rate(options, kind)[1])])
         return 0
-    for split in ('train', 'val'):
-        if not (Path(options.data_path) / split).is_dir():
-            raise InputError(f'{options.data_path}: has no folder {split}/; give one with train/ and val/')
+    check_data(options.data_path)
     with take_folder(Path(options.output_dir)), StopSignal() as stop:
-        def run(rows: list[Row], before: dict[str, str]) -> dict[str, str]:
-            for row in rows:  # a folder of another run is a mistake, before anything is run or written
-                if row.folder.exists():
-                    take(row)
-            return run_rows(rows, options.jobs, options.threads, before, lambda: stop.received)
-
         plan, rows = planned(lines_of, options, searching=True)
-        outcomes = run(rows, {})
+        outcomes = run_taken(rows, options.jobs, options.threads, stop)
         if not stop.received:
             plan, rows = planned(lines_of, options)
-            outcomes = run(rows, outcomes)
+            outcomes = run_taken(rows, options.jobs, options.threads, stop, outcomes)
         write_results(name, title, lines_of, options, plan, outcomes)
+    return exit_code(outcomes, stop)
+
+
+def check_data(data_path: str) -> None:
+    """InputError for a --data-path without train/ and val/."""
+    for split in ('train', 'val'):
+        if not Path(data_path, split).is_dir():
+            raise InputError(f'{data_path}: has no folder {split}/; give one with train/ and val/')
+
+
+def run_taken(rows: Sequence[Row], jobs: int, threads: int, stop: StopSignal,
+              before: dict[str, str] | None = None) -> dict[str, str]:
+    """`run_rows`, until a signal. A folder of another run is an InputError, before anything is run or written."""
+    for row in rows:
+        if row.folder.exists():
+            take(row)
+    return run_rows(rows, jobs, threads, before, lambda: stop.received)
+
+
+def exit_code(outcomes: dict[str, str], stop: StopSignal) -> int:
+    """Print what failed, or that a signal stopped it; returns 1, 75, or 0."""
     failed = {row: outcome for row, outcome in outcomes.items() if outcome not in ('done', 'stopped')}
     for row, outcome in failed.items():
         print(f'error: {row}: {outcome}', file=sys.stderr, flush=True)
@@ -152,8 +170,8 @@ def merged(lists: Any) -> list[Row]:
     return list({row.name: row for rows in lists for row in rows}.values())
 
 
-def chosen_lines(lines: list[Line], patterns: Sequence[str]) -> list[Line]:
-    """The lines that a pattern names, or all without patterns. Raises InputError for a pattern that names none."""
+def chosen_lines(lines: list[Any], patterns: Sequence[str]) -> list[Any]:
+    """The lines, by their names, that a pattern fits, or all without patterns. InputError for one that fits none."""
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(line.name, pattern) for line in lines):
             names = ', '.join(repr(line.name) for line in lines)

@@ -1,0 +1,24 @@
+"""Figures by matplotlib, an optional package (requirements-plot.txt)."""
+from pathlib import Path
+from typing import Any
+
+from files import atomic_path
+from utils import InputError
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, which opens no windows. Raises InputError where it is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError('plots need matplotlib: pip install -r requirements-plot.txt') from None
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    return plt
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write a figure atomically as PNG, and close it. Raises InputError."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format='png', dpi=120)
+    pyplot().close(figure)
