@@ -281,7 +281,7 @@ class Plan:
         if kind == 'pixels':
             return self.pixel_line('full pixels', seeds, self.full(), **facts)
         if kind == 'codes':
-            return self.codes_line(seeds)
+            return self.codes_line('MTM network, from scratch', seeds, self.preset.epochs)
         return self.pretrained_line('pre-trained, equal epochs', seeds, 2)
 
     # ------------------------------------------------------------ SeiT++
@@ -312,22 +312,29 @@ class Plan:
         return [program, *files, '--tokenadapt-path', path, '--input-size', tokens.tokenizer.input_size, '--epochs',
                 epochs, '--warmup-epochs', warmup, *masked.batch, *flags, *more], [tokens.row, *rows]
 
-    def codes_line(self, seeds: Sequence[int]) -> Line:
-        """SeiT++'s network from scratch, for as many epochs as SeiT."""
-        epochs = self.preset.epochs
+    @property
+    def tuning_epochs(self) -> int:
+        """Of fine-tuning SeiT++."""
+        return self.preset.epochs // 3
+
+    def codes_line(self, name: str, seeds: Sequence[int], epochs: int) -> Line:
+        """SeiT++'s network from scratch."""
         words, after = self.masked_words(FINETUNE, epochs, self.preset.warmup_epochs, '--layer-decay', 1)
-        name = 'MTM network, from scratch'
         runs = {seed: self.train(name, self.lrs['codes'], seed, words, after) for seed in seeds}
         return Line(name, 'codes', runs, after[0], epochs=epochs)
 
-    def pretrained_line(self, name: str, seeds: Sequence[int], times: int, **facts: Any) -> Line:
-        """SeiT++ for a third of SeiT's epochs, from pre-training for `times` as many; published: 100, from 400."""
+    def pretrained_line(self, name: str, seeds: Sequence[int], times: int, lr: float | None = None,
+                        **facts: Any) -> Line:
+        """SeiT++ for a third of SeiT's epochs, from pre-training for `times` as many; published: 100, from 400.
+
+        `lr` is that of pre-training, by default the preset's first.
+        """
         masked = self.preset.masked
-        epochs = self.preset.epochs // 3
+        epochs = self.tuning_epochs
         runs = {}
         for seed in seeds:
             words, after = self.masked_words(PRETRAIN, times * epochs, max(1, times * epochs // 10))
-            start = self.train(f'pre-training {times * epochs}', masked.pretrain_lr, seed, words, after)
+            start = self.train(f'pre-training {times * epochs}', lr or masked.pretrain_lrs[0], seed, words, after)
             words, after = self.masked_words(FINETUNE, epochs, masked.warmup_epochs, '--layer-decay', LAYER_DECAY,
                                              '--finetune', start.folder / LAST)
             runs[seed] = self.train(name, self.lrs['fine-tuning'], seed, words, [*after, start])

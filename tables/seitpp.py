@@ -4,7 +4,8 @@
 
 The paper gives SeiT++ 500 epochs, 400 of pre-training and 100 of fine-tuning, against 300 of SeiT. Both that proportion
 and as many epochs as SeiT are here. Its network reads numbers of codes, not embeddings, so it is also trained from
-scratch, with the same augmentation.
+scratch, with the same augmentation: for SeiT's epochs, and for those of fine-tuning, which pre-training comes before.
+The learning rate of pre-training is the preset's; others of the preset have a line each, with one seed.
 """
 import argparse
 import sys
@@ -15,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from flags import Parser
 from tables.plan import Line, Plan
 from tables.presets import PAPER, PAPER_SEITPP
-from tables.table import Options, add_table_flags, run_table
+from tables.table import SEARCH_SEED, Options, add_table_flags, run_table
 from utils import run
 
 COLOR_ADAPT = ('--noise-recipe', 'seit++', '--token-coloradapt-prob', '0.25')  # published
@@ -37,7 +38,10 @@ def lines(plan: Plan, seeds: Sequence[int]) -> list[Line]:
         plan.token_line('ColorAdapt', seeds, tokens, COLOR_ADAPT),
         plan.token_line('ColorAdapt, TokenAdapt', seeds, tokens, (*COLOR_ADAPT, '--tokenadapt-path', path), rows),
         plan.base_line('codes', seeds),
+        plan.codes_line(f'MTM network, from scratch, {plan.tuning_epochs} epochs', seeds, plan.tuning_epochs),
         plan.base_line('fine-tuning', seeds),
+        *(plan.pretrained_line(f'pre-trained at {lr:g}, equal epochs', [SEARCH_SEED], 2, lr)
+          for lr in plan.preset.masked.pretrain_lrs[1:]),
         plan.pretrained_line('pre-trained, published epochs', seeds, 4, paper=PAPER_SEITPP),
     ]
 
