@@ -22,10 +22,11 @@ from tables.plan import Plan, needed
 from tables.presets import IMAGENET, TINY, Preset
 from tables.rows import Row
 from tables.table import (add_run_flags, check_data, chosen_lines, exit_code, print_commands, run_taken,
-                          take_folder)
+                          seeds_on_disk, take_folder)
 from utils import run
 
 PROGRAM = 'main_continual.py'
+RUNS = 'continual/*/*/seed-*'  # their folders in --output-dir
 
 
 @dataclass(frozen=True)
@@ -179,12 +180,6 @@ def lines_of(plan: TasksPlan, memories: Sequence[int], seeds: Sequence[int]) -> 
         plan.line(arm, memory, seeds) for memory in memories for arm, (_, flags) in arms.items() if flags]
 
 
-def seeds_on_disk(output: Path) -> set[int]:
-    """The seeds of runs in an output folder, whoever asked for them."""
-    return {int(path.name.removeprefix('seed-')) for path in output.glob('continual/*/*/seed-*')
-            if path.name.removeprefix('seed-').isdecimal()}
-
-
 # ---------------------------------------------------------------- the program
 
 def main(args: argparse.Namespace) -> int:
@@ -200,7 +195,7 @@ def main(args: argparse.Namespace) -> int:
     check_data(args.data_path)
     with take_folder(plan.output), StopSignal() as stop:
         outcomes = run_taken(rows, args.jobs, args.threads, stop)
-        lines = lines_of(plan, memories, sorted(seeds_on_disk(plan.output) | set(args.seeds)))
+        lines = lines_of(plan, memories, sorted(seeds_on_disk(plan.output, [RUNS]) | set(args.seeds)))
         facts = {'preset': args.preset, 'protocol': f'B{protocol.base}-Inc{protocol.increment}',
                  'policy': args.memory_policy, 'epochs': protocol.preset.epochs, 'lrs': protocol.lrs}
         continual_report.write(lines, outcomes, facts, plan.output / 'continual')

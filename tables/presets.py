@@ -125,7 +125,7 @@ TINY_MASKED = Masked(
                  '--val-images', '500', '--epochs', '4', '--epoch-images', '9600', '--resume', 'auto'),
     pretrain=('--model-kwargs', *TINY_KWARGS, 'decoder_embed_dim=64', 'decoder_depth=1', 'decoder_num_heads=4',
               '--rrc-ratio', '0.35'),
-    pretrain_lrs=(3e-3, 1e-3, 3e-4),
+    pretrain_lrs=(3e-3, 1e-3, 3e-4),  # first the best after fine-tuning; the least loss of pre-training misleads
     finetune=('--model-kwargs', *TINY_KWARGS, '--drop-path', '0', '--rrc-ratio', '0.35', '--mixup-prob', '0.2',
               '--token-noise-prob', '0'),
     batch=('--batch-size', '100'), warmup_epochs=1)

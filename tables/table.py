@@ -18,6 +18,7 @@ from tables.presets import PRESETS
 from tables.rows import OUTPUT, Row, final_line, is_done, printed_accuracy, run_rows, shell_line, take
 from utils import InputError, cores
 
+TRAININGS = ('train/*/lr-*-seed-*', '*/train/*/lr-*-seed-*')  # their folders in an output folder
 SEARCH_SEED = 0  # whatever --seeds says: else another order of seeds would choose another learning rate
 LinesOf = Callable[[Plan, Sequence[int]], list[Line]]
 
@@ -225,10 +226,10 @@ def print_commands(rows: Sequence[Row], searched: Sequence[str]) -> None:
 
 # ---------------------------------------------------------------- results
 
-def seeds_on_disk(output: Path) -> set[int]:
-    """The seeds of trainings in an output folder, whoever asked for them."""
-    paths = (path for parts in ('', '*/') for path in output.glob(f'{parts}train/*/lr-*-seed-*'))
-    found = (re.search(r'-seed-(\d+)$', path.name) for path in paths)
+def seeds_on_disk(output: Path, folders: Sequence[str]) -> set[int]:
+    """The seeds of runs in an output folder, whoever asked for them; `folders` are patterns of theirs."""
+    paths = (path for pattern in folders for path in output.glob(pattern))
+    found = (re.search(r'(?:^|-)seed-(\d+)$', path.name) for path in paths)
     return {int(match[1]) for match in found if match}
 
 
@@ -276,7 +277,7 @@ def line_result(line: Line, outcomes: dict[str, str]) -> dict[str, Any] | None:
 def write_results(name: str, title: str, lines_of: LinesOf, options: Options, plan: Plan,
                   outcomes: dict[str, str]) -> None:
     """Write results.json, table.md and, for bytes against accuracy, curve.png into the table's folder."""
-    seeds = sorted(seeds_on_disk(plan.output) | set(options.seeds))
+    seeds = sorted(seeds_on_disk(plan.output, TRAININGS) | set(options.seeds))
     planned_lines = lines_of(plan, seeds)
     kinds = dict.fromkeys(line.kind for line in planned_lines if line.kind)
     lines = {line.name: line_result(line, outcomes) for line in planned_lines}
