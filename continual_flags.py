@@ -36,6 +36,8 @@ def add_task_flags(parser: Parser) -> None:
     add('--memory-quality', type=integer(1, 95), help='of --memory jpeg')
     add('--memory-side', type=integer(1), help='pixels of the short side, at most, of --memory resize')
     add('--replay-share', type=recipe.SHARE, default=0.5, help='part of each batch that comes from memory')
+    add('--eval-stored', action='store_true', help='evaluate the validation images as the memory would give them back, '
+        'too: for --new pixels, what the shift between stored and new images costs')
 
     add = parser.add_argument_group('data').add_argument
     add('--train-path', default='', metavar='PATH', help='images: class folders, a list, tar shards or parquet files')
@@ -68,10 +70,13 @@ def check_task_flags(flags: dict[str, Any]) -> None:
          'together'),
         ((memory == 'resize') != (flags['memory_side'] is not None), '--memory resize and --memory-side belong '
          'together'),
+        (flags['eval_stored'] and (new == 'tokens' or memory in ('none', 'pixels')),
+         '--eval-stored is for --new pixels with --memory jpeg, resize or tokens: others store images as new ones are'),
         (not tokens and (given or made), 'a tokenizer or tokens are given, but --new and --memory have no tokens'),
         (given and (not flags['train_label_file'] or not flags['codebook_path']),
          '--train-token-file needs --train-label-file and --codebook-path'),
-        (given and new == 'tokens' and not (flags['val_token_file'] and flags['val_label_file']),
+        (given and (new == 'tokens' or flags['eval_stored']) and not (flags['val_token_file'] and
+                                                                      flags['val_label_file']),
          '--train-token-file needs --val-token-file and --val-label-file'),
         (given and flags['tokenizer_from_task'] is not None,
          '--tokenizer-from-task makes tokens, but --train-token-file gives them: choose one'),

@@ -14,7 +14,7 @@ import argparse
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,8 +43,8 @@ from image_tokenizer import load_tokenizer
 from loss_meter import NotFinite
 from preemption import REQUEUE
 from pretrained import freeze_all_but_attention, load_pretrained
-from replay_forms import (TaskImages, codes_of, decode_to_files, image_file, join_images, join_tokens,
-                          read_image, store_codes, store_image)
+from replay_forms import (StoredImages, TaskImages, codes_of, decode_to_files, image_file, join_images, join_tokens,
+                          store_codes, store_from, store_image)
 from replay_memory import MAX_CLASSES, ReplayMemory, Sample, check_room, fill, save_memory
 from run_folder import FILES, RunFolder, RunLog, find_checkpoint
 from run_info import print_batch, print_model, run_record
@@ -86,6 +86,7 @@ class Kind(NamedTuple):
         store: number of a training image -> the Sample that memory holds of it.
         join: indices of training images, memory -> a data set of these and then of what memory holds.
         batches: such a set, indices (steps, B), (seed, first step) -> their batches.
+        val_stored: the images of `val` as the memory would give them back, for --eval-stored.
     """
     path: str
     train: TokenDataset | ImageDataset
@@ -97,6 +98,7 @@ class Kind(NamedTuple):
     store: Callable
     join: Callable
     batches: Callable
+    val_stored: StoredImages | None = None
 
 
 def make_tasks_of(args: argparse.Namespace, labels: dict[str, np.ndarray]) -> Tasks:
@@ -153,12 +155,8 @@ def pixel_kind(args: argparse.Namespace, device: torch.device) -> tuple[Kind, Ta
     train_data, val_data = (main_pixels.load_split(args, split) for split in ('train', 'val'))
     check_class_names(train_data.classes, val_data.classes, args.train_path, args.val_path)
     tasks = make_tasks_of(args, {args.train_path: train_data.labels, args.val_path: val_data.labels})
-    if args.memory == 'tokens':
-        codebook = load_codebook(args.codebook_path).to(device)
-        tokens = TokenDataset(args.train_token_file, args.train_label_file, len(codebook), device=device)
-        check_same_images(tokens, train_data, args.train_token_file, args.train_path)
-        tokenizer = load_tokenizer(args.tokenizer_path).to(device)
-        codec = codec_for(len(codebook))
+    stored = {'train': train_data} | ({'val': val_data} if args.eval_stored else {})
+    store, restore = pixel_memory(args, stored, device)
     for data in (train_data, val_data):
         data.labels = tasks.places(data.labels)
     normalize = Normalize(device)
@@ -172,28 +170,58 @@ def pixel_kind(args: argparse.Namespace, device: torch.device) -> tuple[Kind, Ta
             return mixup(x, labels) if mixup else (x, labels)
         return augment
 
-    def store(number: int) -> Sample:
-        label = int(train_data.labels[number])
-        if args.memory == 'tokens':
-            return store_codes(label, tokens.codes[number], codec)
-        image = read_image(train_data.source, number, args.max_image_pixels)
-        return store_image(label, image, args.memory, args.memory_quality, args.memory_side)
-
     def join(indices: np.ndarray, memory: ReplayMemory) -> ImageDataset:
-        if args.memory == 'tokens':
-            codes = codes_of(memory.samples, codec, tokens.codes.shape[1])
-            files = decode_to_files(codes, tokenizer, codebook, args.tokenizer_path)
-        else:
-            files = [image_file(sample, args.memory) for sample in memory.samples]
-        return join_images(train_data, indices, files, memory.labels())
+        return join_images(train_data, indices, restore(memory.samples), memory.labels())
 
     def batches(data: ImageDataset, indices: np.ndarray, start: tuple[int, int]) -> Iterator:
         draws = step_draws(indices.shape, *start)
         return data.batches(indices.ravel(), args.batch_size, device, args.pin_mem, draws)
 
+    val_stored = StoredImages(val_data, lambda part: restore([store('val', number) for number in part.tolist()]))
     return Kind(args.train_path, train_data, val_data, (3, args.input_size, args.input_size),
-                lambda: main_pixels.create_model(args, len(tasks.order)), make_augment, normalize, store, join,
-                batches), tasks
+                lambda: main_pixels.create_model(args, len(tasks.order)), make_augment, normalize,
+                lambda number: store('train', number), join, batches, val_stored if args.eval_stored else None), tasks
+
+
+def pixel_memory(args: argparse.Namespace, data: dict[str, ImageDataset],
+                 device: torch.device) -> tuple[Callable, Callable]:
+    """How images are stored in a memory of --memory, beside training on pixels. Raises InputError.
+
+    Args:
+        args: the flags.
+        data: sets by 'train' and 'val', still with the labels of their files.
+        device: of the tokenizer.
+
+    Returns:
+        store, split and number of an image -> its Sample, with the label that the set has then; and restore, samples ->
+        images as files that PIL reads.
+    """
+    if args.memory != 'tokens':
+        def store_pixels(split: str, number: int) -> Sample:
+            images = data[split]
+            return store_from(images.source, number, lambda image: store_image(
+                int(images.labels[number]), image, args.memory, args.memory_quality, args.memory_side),
+                args.max_image_pixels)
+        return store_pixels, lambda samples: [image_file(sample, args.memory) for sample in samples]
+
+    codebook = load_codebook(args.codebook_path).to(device)
+    tokenizer = load_tokenizer(args.tokenizer_path).to(device)
+    codec = codec_for(len(codebook))
+    codes = {}
+    for split, images in data.items():
+        token_file, label_file, path = (getattr(args, f'{split}_{name}') for name in ('token_file', 'label_file',
+                                                                                      'path'))
+        tokens = TokenDataset(token_file, label_file, len(codebook), device=device)
+        check_same_images(tokens, images, token_file, path)
+        codes[split] = tokens.codes
+
+    def store(split: str, number: int) -> Sample:
+        return store_codes(int(data[split].labels[number]), codes[split][number], codec)
+
+    def restore(samples: Sequence[Sample]) -> list[bytes]:
+        held = codes_of(samples, codec, codes['train'].shape[1])
+        return decode_to_files(held, tokenizer, codebook, args.tokenizer_path)
+    return store, restore
 
 
 def make_tokens(args: argparse.Namespace) -> tuple[argparse.Namespace, TokenFiles, str]:
@@ -207,7 +235,7 @@ def make_tokens(args: argparse.Namespace) -> tuple[argparse.Namespace, TokenFile
         tasks = make_tasks_of(args, {args.train_path: source.labels})
         first = tasks.images(tasks.places(source.labels), 0)
         files = fit_tokenizer(TaskImages(source, first, source.labels[first]), folder, args.image_size)
-    splits = {'train': args.train_path} | ({'val': args.val_path} if args.new == 'tokens' else {})
+    splits = {'train': args.train_path} | ({'val': args.val_path} if args.new == 'tokens' or args.eval_stored else {})
     files = tokenize(files, folder, splits, args.image_size, args.device)
     paths = {'tokenizer_path': files.tokenizer, 'codebook_path': files.codebook, 'token_synonym_dict': files.synonyms,
              'train_token_file': files.train, 'train_label_file': files.train_labels,
@@ -303,14 +331,19 @@ def train_task(args: argparse.Namespace, kind: Kind, tasks: Tasks, task: int, de
 
 def make_evaluate(args: argparse.Namespace, kind: Kind, tasks: Tasks, task: int, device: torch.device,
                   amp: str) -> Callable:
-    """The engine's evaluate_of after a task: on the validation images of all classes seen."""
+    """The engine's evaluate_of after a task: on the validation images of all classes seen, and on them as stored."""
     seen = np.flatnonzero(kind.val.labels < tasks.ends[task])
     indices = seen[rank_indices(len(seen), args.dist_eval)]
+    sets = {'': kind.val} | ({'stored': kind.val_stored} if kind.val_stored else {})
 
     def evaluate_of(model: nn.Module, name: str) -> dict[str, Any]:
-        batches = kind.val.batches(indices, int(1.5 * args.batch_size), device, args.pin_mem)
-        return evaluate_seen(model, tasks, task, kind.val.labels[indices], batches, prepare=kind.prepare, amp=amp,
-                             distributed=args.dist_eval, name=name)
+        stats = {}
+        for form, data in sets.items():
+            batches = data.batches(indices, int(1.5 * args.batch_size), device, args.pin_mem)
+            found = evaluate_seen(model, tasks, task, kind.val.labels[indices], batches, prepare=kind.prepare, amp=amp,
+                                  distributed=args.dist_eval, name=' '.join(filter(None, (name, form))))
+            stats |= {f'{form}_{key}' if form else key: value for key, value in found.items()}
+        return stats
     return evaluate_of
 
 

@@ -9,7 +9,8 @@ The compact format needs a model of the whole set and saves less for a few image
 and go one by one, so each is stored alone.
 """
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +30,7 @@ from utils import InputError
 RAW = ('pixels', 'resize')
 FORMS = (*RAW, 'jpeg', 'tokens')
 DECODED_BATCH = 256  # images: bounds memory
+RESTORED = 2048  # images: 400 MB of 256 x 256 pixels
 
 
 # ---------------------------------------------------------------- to bytes
@@ -135,12 +137,13 @@ class TaskImages(Source):
         return self.files[i - len(self.chosen)]
 
 
-def read_image(source: Source, i: int, max_pixels: int | None = None) -> Image.Image:
-    """Image i of a source in RGB. Raises InputError."""
+def store_from(source: Source, i: int, store: Callable[[Image.Image], Sample],
+               max_pixels: int | None = None) -> Sample:
+    """The sample that `store` makes of image i of a source, in RGB. Raises InputError."""
     try:
-        return decode_rgb(source.read(i), max_pixels)
+        return store(decode_rgb(source.read(i), max_pixels))
     except (OSError, BadImage) as error:
-        raise InputError(f'{source.data_path}: {source.names[i]} is no readable image ({error}): replace or remove '
+        raise InputError(f'{source.data_path}: {source.names[i]} cannot be read or stored ({error}): replace or remove '
                          'it') from None
 
 
@@ -161,3 +164,23 @@ def join_images(data: ImageDataset, indices: np.ndarray, files: Sequence[bytes],
     joined.source = TaskImages(data.source, indices, data.labels[indices], files, labels)
     joined.labels = joined.source.labels
     return joined
+
+
+class StoredImages:
+    """The images of a set as a memory gives them back: what a model that replays them has seen of old classes.
+
+    Args:
+        data: the set.
+        restore: indices (n,) -> these images, stored and restored, as encoded files.
+    """
+
+    def __init__(self, data: ImageDataset, restore: Callable[[np.ndarray], list[bytes]]):
+        self.data = data
+        self.restore = restore
+
+    def batches(self, indices: np.ndarray, *options: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """As those of ImageDataset; RESTORED images at a time are held in working memory."""
+        for start in range(0, len(indices), RESTORED):
+            part = indices[start:start + RESTORED]
+            restored = join_images(self.data, part[:0], self.restore(part), self.data.labels[part])
+            yield from restored.batches(np.arange(len(part)), *options)

@@ -161,6 +161,8 @@ class TasksPlan(Plan):
             after = (*after, row)
         if flags:
             words += ('--memory', *flags, '--memory-bytes', memory, *self.policy)
+            if flags[0] not in (kind, 'pixels'):  # stored images differ from new ones
+                words += ('--eval-stored',)
         elif arm.endswith('joint'):
             words += ('--joint',)
         protocol = f'B{self.protocol.base}-Inc{self.protocol.increment}'

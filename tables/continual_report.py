@@ -14,6 +14,8 @@ from utils import InputError
 
 TASKS_FIGURE = 'tasks.png'
 BYTES_FIGURE = 'bytes.png'
+MEASURES = {'average': 'average incremental (seeds)', 'last': 'last', 'old': 'last, old classes',
+            'old_stored': 'the same as stored', 'forgetting': 'forgetting'}  # columns, in percent
 STYLES = {'joint': ':', 'fine-tuning': '--'}  # of lines without a memory; others are solid
 
 
@@ -23,6 +25,14 @@ def measured(values: Sequence[float]) -> dict[str, Any]:
     """Mean and standard deviation of a measure over seeds."""
     return {'seeds': list(values), 'mean': round(statistics.mean(values), 3) if values else None,
             'sd': round(statistics.stdev(values), 3) if len(values) > 1 else None}
+
+
+def measures_of(end: dict[str, Any]) -> dict[str, float]:
+    """The MEASURES in the last line of a run. Old classes are those of all tasks but the last."""
+    measures = {'average': end['average_acc1'], 'last': end['test_acc1'], 'forgetting': end['forgetting'],
+                'old': statistics.mean(end['test_task_acc1'][:-1])}
+    stored = end.get('test_stored_task_acc1')
+    return measures | ({'old_stored': statistics.mean(stored[:-1])} if stored else {})
 
 
 def line_result(line: Any, outcomes: dict[str, str]) -> dict[str, Any] | None:
@@ -39,8 +49,8 @@ def line_result(line: Any, outcomes: dict[str, str]) -> dict[str, Any] | None:
         return None
     ends = [tasks[-1] for tasks in runs.values()]
     result = {'arm': line.arm, 'kind': line.kind, 'memory': line.memory, 'seeds': list(runs)}
-    result |= {name: measured([end[key] for end in ends]) for name, key in (
-        ('average', 'average_acc1'), ('last', 'test_acc1'), ('forgetting', 'forgetting'))}
+    found = [measures_of(end) for end in ends]
+    result |= {name: measured([values[name] for values in found if name in values]) for name in MEASURES}
     if ends:
         result['classes'] = [task['classes'] for task in next(iter(runs.values()))]
         result['accuracy'] = [[task['test_acc1'] for task in tasks] for tasks in runs.values()]
@@ -68,22 +78,21 @@ def write(lines: Sequence[Any], outcomes: dict[str, str], facts: dict[str, Any],
 
 def markdown(results: dict[str, Any]) -> str:
     """The table with its title and notes."""
-    head = ['new task, memory', 'bytes of memory', 'images held', 'average incremental (seeds)', 'last', 'forgetting',
-            'tokenizer and codebook, bytes']
+    head = ['new task, memory', 'bytes of memory', 'images held', *MEASURES.values(), 'tokenizer and codebook, bytes']
     lines = []
     for name, result in results['rows'].items():
         cells = [name]
         held = 'accuracy' in result
         cells += [f'{result[key]:,}' if held and result['memory'] else DASH for key in ('memory_bytes',
                                                                                         'memory_images')]
-        cells += [spread({**result[key], 'failed': ''} if 'failed' in result else result[key])
-                  for key in ('average', 'last', 'forgetting')]
+        cells += [spread({**result[key], 'failed': ''} if 'failed' in result else result[key]) for key in MEASURES]
         extra = (result['tokenizer_bytes'] or 0) + (result['codebook_bytes'] or 0) if held else 0
         lines.append([*cells, f'{extra:,}' if extra else DASH])
     text = [f'## {results["title"]} ({results["preset"]})', '', row_of(head),
             row_of(['---', *['---:'] * (len(head) - 1)]), *map(row_of, lines), '',
             f'{results["epochs"]} epochs of the new task\'s images a task, in all rows. Memory: {results["policy"]}; '
-            'its bytes are data, labels and index at the end, of the first seed. Learning rates: '
+            'its bytes are data, labels and index at the end, of the first seed. As stored: validation images as the '
+            'memory would give them back. Learning rates: '
             + '; '.join(f'{kind} {rate:g}' for kind, rate in results['lrs'].items()) + '.']
     text += [f'\n{name}: {" ".join(result["failed"].split())}' for name, result in results['rows'].items()
              if 'failed' in result]

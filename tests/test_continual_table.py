@@ -44,6 +44,8 @@ def done(line, seed, accuracy):
     tokens = 'tokens' in line.arm
     (row.folder / 'results.jsonl').write_text(''.join(json.dumps({
         'task': task, 'classes': 4 * task + 4, 'test_acc1': value, 'average_acc1': value + 10, 'steps': 60,
+        'test_task_acc1': [value / 2] * task + [90.], **({'test_stored_task_acc1': [value] * (task + 1)} if 'JPEG' in
+                                                        line.arm else {}),
         'forgetting': None if task == 0 else 50 - value, 'memory_images': line.memory // 300,
         'memory_bytes': line.memory - 7 if line.memory else 0, 'tokenizer': 'none', 'tokenizer_bytes': 77_000 if tokens
         else None, 'codebook_bytes': 51_000 if tokens else None}) + '\n' for task, value in enumerate(accuracy)))
@@ -60,6 +62,7 @@ def test_results_and_figures(tmp_path, monkeypatch):
     for seed in (0, 1):
         done(lines['tokens, replay of tokens, 0.25 MB'], seed, [40., 20. + seed])
     done(lines['tokens, replay of tokens, 1 MB'], 0, [40., 30.])
+    done(lines['pixels, replay of JPEG q8, 1 MB'], 0, [40., 30.])
     started = []
     monkeypatch.setattr('tables.table.run_rows', lambda rows, *_: started.append([row.name for row in rows]) or {
         row.name: 'done' if 'tokens-replay' in row.name else 'main_continual.py ended with code 2 (a | b)'
@@ -68,9 +71,11 @@ def test_results_and_figures(tmp_path, monkeypatch):
     assert call(continual, *words, 'tokens, replay of tokens*', 'pixels, joint') == 1
     assert started[0][0] == 'chosen' and started[0][-1].endswith('seed-0')
     text = Path('out', 'continual', 'table.md').read_text()
-    assert ('| tokens, replay of tokens, 0.25 MB | 249,993 | 833 | 30.50 ± 0.71 (2) | 20.50 ± 0.71 (2) | 29.50 ± 0.71 '
-            '(2) | 128,000 |') in text
-    assert f'| tokens, fine-tuning | {DASH} | {DASH} | 20.00 (1) | 10.00 (1) | 40.00 (1) | 128,000 |' in text
+    assert ('| tokens, replay of tokens, 0.25 MB | 249,993 | 833 | 30.50 ± 0.71 (2) | 20.50 ± 0.71 (2) | 10.25 ± 0.35 '
+            f'(2) | {DASH} | 29.50 ± 0.71 (2) | 128,000 |') in text
+    assert (f'| tokens, fine-tuning | {DASH} | {DASH} | 20.00 (1) | 10.00 (1) | 5.00 (1) | {DASH} | 40.00 (1) | '
+            '128,000 |') in text
+    assert '| 30.00 (1) | 15.00 (1) | 30.00 (1) | 20.00 (1) |' in text  # of the JPEGs, as they are and as stored
     assert '| pixels, joint | ' in text and '\npixels, joint: main_continual.py ended' in text
     results = json.loads(Path('out', 'continual', 'results.json').read_text())
     assert results['rows']['tokens, replay of tokens, 0.25 MB']['accuracy'] == [[40., 20.], [40., 21.]]

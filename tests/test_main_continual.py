@@ -15,8 +15,8 @@ import engine
 import fit_patch_tokenizer
 import main_continual
 from continual_tasks import make_tasks
-from helpers import (ROOT, assert_same, call, clean_environment, fails, make_data, read_log, states, two_processes,
-                     without_times)
+from helpers import (ROOT, accuracy_lines, assert_same, call, clean_environment, fails, make_data, read_log, states,
+                     two_processes, without_times)
 from replay_forms import length_of
 from replay_memory import load_memory
 from token_files import read_labels, write_labels
@@ -102,6 +102,29 @@ def test_arms_of_pixels_take_equal_steps(paths, made, tmp_path, memory):
             assert most - least <= 1
     assert lines[-1]['tokenizer'] == ('fitted on task 0' if more else 'none')
     assert (lines[-1]['tokenizer_bytes'] or 0) > (10_000 if more else -1)
+
+
+def test_validation_images_as_stored(paths, made, tmp_path, capsys):
+    """Those that a form keeps whole are judged as they are; others differ, and nothing else of the run does."""
+    lines, printed = {}, {}
+    for name, flags in (('whole', ['--memory', 'resize', '--memory-bytes', '1e5', '--memory-side', 64]),
+                        ('jpeg', JPEG), ('tokens', [*MEMORY, *made])):
+        flags = [*PIXELS, *paths, *flags, '--output-dir']
+        assert call(main_continual, *flags, tmp_path / name, '--eval-stored') == 0
+        lines[name] = results(tmp_path / name)
+        found = accuracy_lines(capsys.readouterr().out)
+        printed[name] = [line.removesuffix(' (stored)') for line in found]
+        assert [line.endswith(' (stored)') for line in found] == [False, True] * 3
+    for line in lines['whole']:
+        assert [line[f'test_stored_{key}'] for key in ('acc1', 'task_acc1')] == [
+            line[f'test_{key}'] for key in ('acc1', 'task_acc1')]
+    assert printed['whole'][::2] == printed['whole'][1::2]
+    for name in ('jpeg', 'tokens'):
+        assert all(one != other for one, other in zip(printed[name][::2], printed[name][1::2]))
+        assert [len(line['test_stored_task_acc1']) for line in lines[name]] == [1, 2, 3]
+    call(main_continual, *flags, tmp_path / 'plain')  # of tokens
+    stripped = [{key: value for key, value in line.items() if 'stored' not in key} for line in lines['tokens']]
+    assert without_times(stripped) == without_times(results(tmp_path / 'plain'))
 
 
 def test_the_tokenizer_sees_the_first_task_only(images, made, tmp_path):
@@ -247,6 +270,9 @@ MISTAKES = {
     'eval': ([*TOKENS, '--eval', '--resume', 'auto'], 'sets', '--eval is no flag of main_continual.py'),
     'file': ([*TOKENS, '--resume', 'x.pth'], 'sets', 'resumes by --resume auto'),
     'paths': ([*PIXELS, *JPEG], 'none', '--train-path and --val-path: name the images'),
+    'stored': ([*TOKENS, *MEMORY, '--eval-stored'], 'sets', '--eval-stored is for --new pixels with --memory jpeg, re'),
+    'stored files': ([*PIXELS, *MEMORY, '--eval-stored', '--tokenizer-path', 'x'], 'train only',
+                     '--train-token-file needs --val-token-file'),
     'only': ([*TOKENS, '--tokenize-only'], 'sets', '--tokenize-only needs'),
 }
 
@@ -255,7 +281,8 @@ MISTAKES = {
 def test_mistakes_are_one_line(paths, sets, tmp_path, name):
     flags, data, pattern = MISTAKES[name]
     words = {'sets': sets, 'paths': paths, 'none': [],
-             'both': [*paths, *(word for word in sets if word not in sets[2:4])]}[data]
+             'both': [*paths, *(word for word in sets if word not in sets[2:4])],
+             'train only': [*paths, *sets[:2], *sets[4:8]]}[data]
     fails(lambda: call(main_continual, *flags, *words, '--output-dir', tmp_path / 'out'), pattern)
     assert not list(tmp_path.rglob('*.pth'))
 

@@ -1,17 +1,20 @@
 """The replay memory: bytes at every step, policies, files; and the forms in which images are stored."""
 import io
+import itertools
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import replay_forms
 import replay_memory
 from helpers import fails, noise
+from image_dataset import ImageDataset, eval_transform
 from image_files import decode_rgb, pixels_of
 from image_tokenizer import PatchTokenizer
-from replay_forms import (TaskImages, codes_of, decode_to_files, image_file, length_of, read_image, store_codes,
-                          store_image)
+from replay_forms import (StoredImages, TaskImages, codes_of, decode_to_files, image_file, length_of, store_codes,
+                          store_from, store_image)
 from replay_memory import (POLICIES, ReplayMemory, Sample, check_room, fill, fill_reservoir, load_memory,
                            save_memory)
 from token_codecs import CODECS
@@ -210,8 +213,39 @@ def test_a_task_reads_its_images_and_then_the_memory():
     images = TaskImages(Source(), np.array([2, 0]), np.array([5, 6]), [b'm', b'n'], [1, 2])
     assert [images.read(i) for i in range(len(images))] == [b'c', b'a', b'm', b'n']
     assert images.labels.tolist() == [5, 6, 1, 2] and images.names[2:] == ['memory/0', 'memory/1']
-    fails(lambda: read_image(Source(), 1), 'x: b is no readable image')
-    fails(lambda: read_image(Source(), 0), 'x: a is no readable image')
+    fails(lambda: store_from(Source(), 1, None), 'x: b cannot be read or stored .gone')
+    fails(lambda: store_from(Source(), 0, None), 'x: a cannot be read or stored')
+
+
+def test_an_image_that_no_index_can_describe_is_one_line():
+    class Source:
+        data_path, names = 'x', ['wide']
+
+        def read(self, i):
+            return b'P6 65536 1 255\n' + bytes(3 * 65536)
+    fails(lambda: store_from(Source(), 0, lambda image: store_image(0, image, 'pixels', None, None)),
+          'x: wide cannot be read or stored .65536 x 1 pixels are more')
+
+
+def test_stored_images_come_in_parts_and_in_order(tmp_path, monkeypatch):
+    for label, number in itertools.product(range(2), range(4)):
+        (tmp_path / f'{label}').mkdir(exist_ok=True)
+        Image.new('RGB', (8, 8), (30 * number, 100 * label, 0)).save(tmp_path / f'{label}' / f'{number}.png')
+    data = ImageDataset(str(tmp_path), 8, eval_transform(8, 1))
+    asked = []
+
+    def restore(part):
+        asked.append(part.tolist())
+        return [image_file(store_from(data.source, i, lambda image: store_image(0, image, 'pixels', None, None)),
+                           'pixels') for i in asked[-1]]
+    monkeypatch.setattr(replay_forms, 'RESTORED', 3)
+    indices = np.array([7, 1, 2, 5, 0])
+    cpu = torch.device('cpu')
+    stored, whole = (tuple(map(torch.cat, zip(*images.batches(indices, 2, cpu, False))))
+                     for images in (StoredImages(data, restore), data))
+    assert asked == [[7, 1, 2], [5, 0]]
+    for one, other in zip(stored, whole):
+        assert torch.equal(one, other)
 
 
 def test_labels_fit_their_bytes():
