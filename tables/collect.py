@@ -4,14 +4,19 @@
 """
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from files import check_writable, write_text
+from files import check_writable, read_json, write_text
 from flags import Parser
-from tables import report
+from tables import continual_report, report
 from utils import InputError, print0, run
+
+# by the name of a table, which is that of its folder: results -> Markdown
+MARKDOWN: dict[str, Callable] = {**dict.fromkeys(report.MARKDOWN, report.markdown),
+                                 continual_report.NAME: continual_report.markdown}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -28,15 +33,27 @@ def results_in(path: Path) -> list[Path]:
     """The results that a path stands for, in the order of the tables. Raises InputError where there are none."""
     if not path.is_dir():
         return [path]
-    found = [path / name / report.RESULTS for name in report.MARKDOWN if (path / name / report.RESULTS).exists()]
+    found = [path / name / report.RESULTS for name in MARKDOWN if (path / name / report.RESULTS).exists()]
     if not found:
-        raise InputError(f'{path}: no {"/, ".join(report.MARKDOWN)}/ with a {report.RESULTS} in it: run a table first')
+        raise InputError(f'{path}: no {"/, ".join(MARKDOWN)}/ with a {report.RESULTS} in it: run a table first')
     return found
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The results of a table. Raises InputError."""
+    try:
+        results = read_json(path)
+    except ValueError as error:
+        raise InputError(f'{path}: no JSON ({error})') from None
+    keys = {'table', 'title', 'preset', 'lrs', 'rows'}
+    if not isinstance(results, dict) or not keys <= results.keys() or results['table'] not in MARKDOWN:
+        raise InputError(f'{path}: no results of a table; give a {report.RESULTS} that the scripts of tables/ wrote')
+    return results
 
 
 def main(args: argparse.Namespace) -> None:
     paths = [found for path in args.results for found in results_in(Path(path))]
-    tables = [report.read(path) for path in paths]
+    tables = [read(path) for path in paths]
     for output in filter(None, (args.output, args.curve)):
         check_writable(output, inputs=[str(path) for path in paths])
     if args.curve:
@@ -45,7 +62,7 @@ def main(args: argparse.Namespace) -> None:
             raise InputError(f'--curve: none of {", ".join(map(str, paths))} is a table 1 with results')
         report.draw_curve(storage, Path(args.curve))
         print0(args.curve)
-    write_text(args.output, '\n'.join(map(report.markdown, tables)))
+    write_text(args.output, '\n'.join(MARKDOWN[table['table']](table) for table in tables))
     print0(args.output)
 
 

@@ -26,7 +26,7 @@ from tables.table import (add_run_flags, check_data, chosen_lines, exit_code, pr
 from utils import run
 
 PROGRAM = 'main_continual.py'
-RUNS = 'continual/*/*/seed-*'  # their folders in --output-dir
+RUNS = f'{continual_report.NAME}/*/*/seed-*'  # their folders in --output-dir
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class TasksPlan(Plan):
         name = re.sub('[, ]+', '-', arm) + (f'-{memory}-{self.policy[1]}' if flags else '')
         runs = {}
         for seed in seeds:
-            folder = f'continual/{protocol}/{name}/seed-{seed}'
+            folder = f'{continual_report.NAME}/{protocol}/{name}/seed-{seed}'
             end = ('--seed', seed, *self.device, '--output-dir', self.output / folder, '--resume', 'auto')
             runs[seed] = self.row(folder, [(*words, *end)], after)
         return Line(arm, kind, memory if flags else 0, runs)
@@ -200,7 +200,7 @@ def main(args: argparse.Namespace) -> int:
         lines = lines_of(plan, memories, sorted(seeds_on_disk(plan.output, [RUNS]) | set(args.seeds)))
         facts = {'preset': args.preset, 'protocol': f'B{protocol.base}-Inc{protocol.increment}',
                  'policy': args.memory_policy, 'epochs': protocol.preset.epochs, 'lrs': protocol.lrs}
-        continual_report.write(lines, outcomes, facts, plan.output / 'continual')
+        continual_report.write(lines, outcomes, facts, plan.output / continual_report.NAME)
     return exit_code(outcomes, stop)
 
 

@@ -8,10 +8,11 @@ from typing import Any
 from continual_run import read_results
 from files import write_text
 from plotting import pyplot, save_figure
-from tables.report import DASH, RESULTS, TABLE, row_of, spread
-from tables.rows import is_done
+from tables.report import DASH, RESULTS, TABLE, mean_and_sd, row_of, spread
+from tables.rows import failures, is_done
 from utils import InputError
 
+NAME = 'continual'  # of the table, and of its folder
 TASKS_FIGURE = 'tasks.png'
 BYTES_FIGURE = 'bytes.png'
 MEASURES = {'average': 'average incremental (seeds)', 'last': 'last', 'old': 'last, old classes',
@@ -20,12 +21,6 @@ STYLES = {'joint': ':', 'fine-tuning': '--'}  # of lines without a memory; other
 
 
 # ---------------------------------------------------------------- results
-
-def measured(values: Sequence[float]) -> dict[str, Any]:
-    """Mean and standard deviation of a measure over seeds."""
-    return {'seeds': list(values), 'mean': round(statistics.mean(values), 3) if values else None,
-            'sd': round(statistics.stdev(values), 3) if len(values) > 1 else None}
-
 
 def measures_of(end: dict[str, Any]) -> dict[str, float]:
     """The MEASURES in the last line of a run. Old classes are those of all tasks but the last."""
@@ -43,14 +38,15 @@ def line_result(line: Any, outcomes: dict[str, str]) -> dict[str, Any] | None:
         outcomes: what became of rows, by name.
     """
     runs = {seed: read_results(str(row.folder)) for seed, row in line.runs.items() if is_done(row)}
-    failed = [outcome for row in line.runs.values()
-              if (outcome := outcomes.get(row.name, 'done')) not in ('done', 'stopped')]
+    failed = [why for name, why in failures(outcomes).items() if name in {row.name for row in line.runs.values()}]
     if not runs and not failed:
         return None
     ends = [tasks[-1] for tasks in runs.values()]
     result = {'arm': line.arm, 'kind': line.kind, 'memory': line.memory, 'seeds': list(runs)}
     found = [measures_of(end) for end in ends]
-    result |= {name: measured([values[name] for values in found if name in values]) for name in MEASURES}
+    for name in MEASURES:
+        values = [measures[name] for measures in found if name in measures]
+        result[name] = {'seeds': values, **mean_and_sd(values)}
     if ends:
         result['classes'] = [task['classes'] for task in next(iter(runs.values()))]
         result['accuracy'] = [[task['test_acc1'] for task in tasks] for tasks in runs.values()]
@@ -62,7 +58,7 @@ def line_result(line: Any, outcomes: dict[str, str]) -> dict[str, Any] | None:
 def write(lines: Sequence[Any], outcomes: dict[str, str], facts: dict[str, Any], folder: Path) -> None:
     """Write RESULTS, TABLE and the figures into a folder. Prints the table. Raises InputError."""
     rows = {line.name: result for line in lines if (result := line_result(line, outcomes))}
-    results = {'table': 'continual', 'title': f'Class-incremental learning, {facts["protocol"]}', **facts, 'rows': rows}
+    results = {'table': NAME, 'title': f'Class-incremental learning, {facts["protocol"]}', **facts, 'rows': rows}
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / RESULTS, json.dumps(results, indent=1) + '\n')
     text = markdown(results)

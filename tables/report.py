@@ -1,10 +1,11 @@
 """Results of tables as JSON and Markdown, and the curve of storage against accuracy."""
 import json
+import statistics
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from files import read_json, write_text
+from files import write_text
 from plotting import pyplot, save_figure
 from tables.presets import PAPER_CORRUPTIONS
 from utils import InputError
@@ -17,7 +18,13 @@ COMPACT = ', compact'  # ends the names of lines whose tokens are stored so
 COUNTS = {'files': 'as files', 'without_headers': 'without headers'}
 
 
-# ---------------------------------------------------------------- reading and writing
+# ---------------------------------------------------------------- writing
+
+def mean_and_sd(values: Sequence[float]) -> dict[str, float | None]:
+    """'mean' and 'sd' of a measure over seeds; None of too few."""
+    return {'mean': round(statistics.mean(values), 3) if values else None,
+            'sd': round(statistics.stdev(values), 3) if len(values) > 1 else None}
+
 
 def write(results: dict[str, Any], folder: Path) -> None:
     """Write RESULTS and TABLE, and CURVE for table 1, into a folder. Prints the table. Raises InputError."""
@@ -31,18 +38,6 @@ def write(results: dict[str, Any], folder: Path) -> None:
             draw_curve(results, folder / CURVE)
         except InputError as error:  # the numbers are there; tables/collect.py draws them later
             print(f'note: {CURVE} is left out: {error}')
-
-
-def read(path: Path) -> dict[str, Any]:
-    """The results of a table. Raises InputError."""
-    try:
-        results = read_json(path)
-    except ValueError as error:
-        raise InputError(f'{path}: no JSON ({error})') from None
-    keys = {'table', 'title', 'preset', 'lrs', 'full_bytes', 'rows'}
-    if not isinstance(results, dict) or not keys <= results.keys() or results['table'] not in MARKDOWN:
-        raise InputError(f'{path}: no results of a table; give a {RESULTS} that the scripts of tables/ wrote')
-    return results
 
 
 # ---------------------------------------------------------------- Markdown

@@ -235,9 +235,14 @@ def run_rows(rows: Sequence[Row], jobs: int, threads: int, before: dict[str, str
     run_programs(programs, jobs, threads, ended, stopping)
     for row in rows:  # what was not started
         if outcomes[row.name] == 'done' and not is_done(row):
-            failed = next((name for name in row.after if outcomes[name] not in ('done', 'stopped')), None)
+            failed = next((name for name in row.after if name in failures(outcomes)), None)
             outcomes[row.name] = f'needs {failed}, which failed' if failed else 'stopped'
     return outcomes
+
+
+def failures(outcomes: dict[str, str]) -> dict[str, str]:
+    """Of what became of rows, by name, why the failed ones did."""
+    return {name: outcome for name, outcome in outcomes.items() if outcome not in ('done', 'stopped')}
 
 
 # ---------------------------------------------------------------- results

@@ -2,7 +2,6 @@
 import fnmatch
 import re
 import shlex
-import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from preemption import REQUEUE, StopSignal
 from tables import report
 from tables.plan import BYTES, MANIFEST, PROBE, Line, Plan, needed
 from tables.presets import PRESETS
-from tables.rows import OUTPUT, Row, final_line, is_done, printed_accuracy, run_rows, shell_line, take
+from tables.rows import OUTPUT, Row, failures, final_line, is_done, printed_accuracy, run_rows, shell_line, take
 from utils import InputError, cores
 
 TRAININGS = ('train/*/lr-*-seed-*', '*/train/*/lr-*-seed-*')  # their folders in an output folder
@@ -119,7 +118,7 @@ def run_taken(rows: Sequence[Row], jobs: int, threads: int, stop: StopSignal,
 
 def exit_code(outcomes: dict[str, str], stop: StopSignal) -> int:
     """Print what failed, or that a signal stopped it; returns 1, 75, or 0."""
-    failed = {row: outcome for row, outcome in outcomes.items() if outcome not in ('done', 'stopped')}
+    failed = failures(outcomes)
     for row, outcome in failed.items():
         print(f'error: {row}: {outcome}', file=sys.stderr, flush=True)
     if stop.received or 'stopped' in outcomes.values():
@@ -249,14 +248,11 @@ def line_result(line: Line, outcomes: dict[str, str]) -> dict[str, Any] | None:
     """The result of a line over the seeds that are done; None where nothing is known of it."""
     values = {seed: value_of(line, row) for seed, row in line.runs.items()}
     done = {seed: value for seed, value in values.items() if value[0] is not None}
-    became = [outcomes.get(row.name, 'done') for row in line.runs.values()]
-    failed = [outcome for outcome in became if outcome not in ('done', 'stopped')]
+    failed = [why for name, why in failures(outcomes).items() if name in {row.name for row in line.runs.values()}]
     if not done and not failed:
         return None
     numbers = [value for value, _ in done.values()]
-    result = {'kind': line.kind, 'seeds': list(done), line.measure.split()[-1]: numbers,
-              'mean': round(statistics.mean(numbers), 3) if numbers else None,
-              'sd': round(statistics.stdev(numbers), 3) if len(numbers) > 1 else None,
+    result = {'kind': line.kind, 'seeds': list(done), line.measure.split()[-1]: numbers, **report.mean_and_sd(numbers),
               'epochs': f'{line.pretraining} + {line.epochs}' if line.pretraining else str(line.epochs),
               'paper': line.paper, 'paper_size': line.paper_size}
     averaged = [log.get('ema_test_acc1') for _, log in done.values()]

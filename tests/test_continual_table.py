@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from helpers import call, fails
-from tables import continual, rows
+from tables import collect, continual, rows
 from tables.continual import PROTOCOLS, TasksPlan, lines_of
 from tables.report import DASH
 
@@ -79,6 +79,8 @@ def test_results_and_figures(tmp_path, monkeypatch):
     assert '| pixels, joint | ' in text and '\npixels, joint: main_continual.py ended' in text
     results = json.loads(Path('out', 'continual', 'results.json').read_text())
     assert results['rows']['tokens, replay of tokens, 0.25 MB']['accuracy'] == [[40., 20.], [40., 21.]]
+    call(collect, 'out', '--output', 'all.md')
+    assert Path('all.md').read_text() == text
     for name in ('tasks.png', 'bytes.png'):
         assert Path('out', 'continual', name).read_bytes().startswith(b'\x89PNG')
 
