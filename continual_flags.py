@@ -1,6 +1,7 @@
 """The flags of class-incremental training: tasks, replay memory, tokens."""
 from typing import Any
 
+import main_seit
 import recipe
 from continual_tasks import ORDER_SEED
 from flags import Parser, byte_count, integer
@@ -16,6 +17,8 @@ NOT_HERE = {
     'nb_classes': 'the tasks must divide the classes of the labels',
     'repeated_aug': 'steps draw from two places, each without repeats; beside --aug deit give --no-repeated-aug',
 }
+
+SYNONYMS = main_seit.get_args_parser().get_default('token_synonym_dict')
 
 
 def add_task_flags(parser: Parser) -> None:
@@ -49,6 +52,8 @@ def add_task_flags(parser: Parser) -> None:
     add('--tokenizer-path', default='', metavar='FILE', help='tokenize the images with it, or decode the memory')
     add('--tokenizer-from-task', type=int, choices=[0], help="fit a patch tokenizer on the first task's images")
     add('--image-size', type=integer(1), default=256, help='images are resized to this to be tokenized')
+    add('--max-image-pixels', type=integer(1), metavar='N',
+        help="larger images count as unreadable (default: PIL's limit, 178,956,970)")
     add('--tokens-dir', default='', metavar='DIR', help='for tokens that are made here; default: DIR/tokens of '
         '--output-dir. Runs with the same first task may share it')
     add('--tokenize-only', action='store_true', help='make the tokens, and stop')
@@ -78,6 +83,8 @@ def check_task_flags(flags: dict[str, Any]) -> None:
         (given and (new == 'tokens' or flags['eval_stored']) and not (flags['val_token_file'] and
                                                                       flags['val_label_file']),
          '--train-token-file needs --val-token-file and --val-label-file'),
+        (not given and flags['tokenizer_from_task'] is not None and flags['codebook_path'],
+         '--tokenizer-from-task makes a codebook of its own: it takes no --codebook-path'),
         (given and flags['tokenizer_from_task'] is not None,
          '--tokenizer-from-task makes tokens, but --train-token-file gives them: choose one'),
         (given and new == 'pixels' and not flags['tokenizer_path'],
@@ -99,6 +106,8 @@ def check_program_flags(flags: dict[str, Any]) -> None:
     for name, why in NOT_HERE.items():
         if flags[name]:
             raise InputError(f'--{name.replace("_", "-")} is no flag of main_continual.py: {why}')
+    if not flags['train_token_file'] and flags.get('token_synonym_dict') not in (None, SYNONYMS):
+        raise InputError('--token-synonym-dict: synonyms are made with the tokens; give it beside --train-token-file')
     if not flags['output_dir']:
         raise InputError('--output-dir: give one; tasks pass weights and memory on in files')
     if flags['resume'] not in ('', 'auto'):

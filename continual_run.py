@@ -5,6 +5,7 @@
     task-0, task-1, ...  each a run folder (run_folder.py), with memory.npz: what the next task replays
     tokens               tokenizer and token files, where they are made here and have no other --tokens-dir
 """
+import hashlib
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -21,11 +22,21 @@ from engine import device_of, evaluate
 from files import MAX_JSON_BYTES, parse_json, read_bytes, write_text
 from replay_forms import length_of
 from replay_memory import ReplayMemory, load_memory
+from run_folder import FILES
 from utils import InputError
 
 RUN = 'run.json'
 RESULTS = 'results.jsonl'
 MEMORY = 'memory.npz'
+DIGESTED = 4096  # images at a time: bounds working memory
+
+
+def digest_of(codes: np.ndarray, labels: np.ndarray) -> str:
+    """SHA-256 of the codes (N, n) and labels (N,) of a token set."""
+    digest = hashlib.sha256(labels.tobytes())
+    for start in range(0, len(codes), DIGESTED):
+        digest.update(np.ascontiguousarray(codes[start:start + DIGESTED]))
+    return digest.hexdigest()
 
 
 def task_folder(folder: str, task: int) -> Path:
@@ -34,11 +45,15 @@ def task_folder(folder: str, task: int) -> Path:
 
 
 def check_new(folder: str, resumed: bool) -> None:
-    """InputError where a run is in the folder and is not resumed."""
-    path = Path(folder, RUN)
-    if path.exists() and not resumed:
-        raise InputError(f'{path}: an earlier run is here; add --resume auto to resume it, or choose another '
+    """InputError where a run is in the folder and is not resumed, or cannot be."""
+    earlier = [path for path in (Path(folder, RUN), Path(folder, RESULTS), task_folder(folder, 0) / FILES.newest[0])
+               if path.exists()]
+    if earlier and not resumed:
+        raise InputError(f'{earlier[0]}: an earlier run is here; add --resume auto to resume it, or choose another '
                          '--output-dir')
+    if earlier and earlier[0].name != RUN:
+        raise InputError(f'{earlier[0]}: is of an earlier run, but its {RUN}, which says what it was, is gone; choose '
+                         'another --output-dir')
 
 
 def open_memory(folder: str, task: int, form: str, limit: int | None) -> ReplayMemory:
@@ -53,11 +68,25 @@ def read_results(folder: str) -> list[dict[str, Any]]:
     path = Path(folder, RESULTS)
     if not path.exists():
         return []
-    try:
-        return [parse_json(line) for line in read_bytes(path, MAX_JSON_BYTES).splitlines()]
-    except ValueError as error:
-        raise InputError(f'{path}: damaged ({error}); remove the lines from there on, and their tasks are evaluated '
-                         'again') from None
+    lines = []
+    for number, text in enumerate(read_bytes(path, MAX_JSON_BYTES).splitlines()):
+        try:
+            lines.append(parse_json(text))
+            _check_line(lines[-1], number)
+        except ValueError as error:
+            raise InputError(f'{path}: line {number + 1} is damaged ({error}); remove the lines from there on, and '
+                             'their tasks are evaluated again') from None
+    return lines
+
+
+def _check_line(line: Any, task: int) -> None:
+    """ValueError for a line that is not that of a task."""
+    if not isinstance(line, dict) or line.get('task') != task:
+        raise ValueError(f'is not of task {task}')
+    of_tasks = line.get('test_task_acc1')
+    numbers = [line.get('test_acc1'), *(of_tasks if isinstance(of_tasks, list) else ())]
+    if len(numbers) != task + 2 or not all(isinstance(value, int | float) for value in numbers):
+        raise ValueError('its accuracies are not numbers, one for each task')
 
 
 def add_result(lines: list[dict[str, Any]], line: dict[str, Any]) -> list[dict[str, Any]]:
@@ -87,7 +116,7 @@ def evaluate_seen(model: nn.Module, tasks: Tasks, task: int, places: np.ndarray,
     Returns:
         'acc1', of all images; 'task_acc1', for each task of its images.
     """
-    predictions = []
+    predictions = [torch.empty(0, dtype=torch.int64, device=device_of(model))]  # a rank may have no image
     scored = OnlyClasses(model, list(range(tasks.ends[task])), len(tasks.order)).to(device_of(model))
     stats = evaluate(scored, batches, record=lambda logits: predictions.append(logits.argmax(1)), **options)
     right = torch.cat(predictions) == torch.from_numpy(places).to(device_of(model))

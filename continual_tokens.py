@@ -3,22 +3,59 @@
 A tokenizer fitted on all classes knows what the later tasks' images look like: a leak, small or not. So it is fitted on
 the first task alone, or it is one that the user gives, and every result says which.
 """
+import contextlib
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 
 import tokenize_images
 from class_names import check_class_names
 from codebook import load_codebook
-from files import check_same, sha256
+from files import check_same, lock_file, sha256
 from image_dataset import ImageDataset
 from image_sources import Source, open_source
+from image_tokenizer import check_codebook, load_tokenizer
+from replay_forms import TokenStore
 from scripts import build_synonyms, fit_patch_tokenizer
 from token_dataset import TokenDataset
 from utils import InputError, on_main
 
+LOCK = '.lock'
+PATIENCE = 60  # seconds, for another run that looks whether all tokens are there
 FITTED = 'fitted.json'  # in the folder of tokens: the images that the tokenizer was fitted on
+
+
+@contextlib.contextmanager
+def hold_folder(folder: Path) -> Iterator[None]:
+    """Hold a folder of tokens for this process: another waits, a minute at most. Collective. Raises InputError."""
+    held = []
+    on_main(_hold, folder, held)
+    try:
+        yield
+    finally:
+        for file in held:
+            file.close()
+
+
+def _hold(folder: Path, held: list[Any]) -> None:
+    until = time.monotonic() + PATIENCE
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        while not held:
+            try:
+                held.append(lock_file(folder / LOCK) or contextlib.ExitStack())  # a file system without locks
+            except BlockingIOError:
+                if time.monotonic() > until:
+                    raise InputError(f'{folder}: another run is making tokens there; wait for it, or give another '
+                                     '--tokens-dir') from None
+                time.sleep(0.2)
+    except OSError as error:
+        raise InputError(f'{folder}: --tokens-dir cannot be written ({error.strerror}); choose another '
+                         'folder') from None
 
 
 class TokenFiles(NamedTuple):
@@ -65,12 +102,14 @@ def _fit(first: Source, folder: Path, image_size: int) -> None:
     check_same(folder / FITTED, {'images of the first task': first.digest(), 'image size': image_size}, '--tokens-dir')
     if all(path.exists() for path in files):
         return
-    files[0].unlink(missing_ok=True)  # of a run killed before the codebook was written
+    for path in files:
+        path.unlink(missing_ok=True)  # of a run killed between the two
     words = ['--data-path', first.data_path, '--output-dir', str(folder), '--image-size', str(image_size)]
     fit_patch_tokenizer.fit(first, fit_patch_tokenizer.parse_args(words))
 
 
-def tokenize(files: TokenFiles, folder: Path, splits: dict[str, str], image_size: int, device: str) -> TokenFiles:
+def tokenize(files: TokenFiles, folder: Path, splits: dict[str, str], image_size: int, device: str,
+             max_pixels: int | None = None) -> TokenFiles:
     """Tokenize images into a folder, or find that it was done; returns where all is. Collective. Raises InputError.
 
     Killed at any moment, it resumes.
@@ -81,6 +120,7 @@ def tokenize(files: TokenFiles, folder: Path, splits: dict[str, str], image_size
         splits: paths of images by 'train' and 'val'.
         image_size: images are resized to this, both sides.
         device: --device.
+        max_pixels: larger images are an InputError; None for PIL's limit.
     """
     for name, path in splits.items():
         made_of = {f'images of {name}': open_source(path).digest(), 'tokenizer': sha256(files.tokenizer),
@@ -90,6 +130,8 @@ def tokenize(files: TokenFiles, folder: Path, splits: dict[str, str], image_size
                  '--tokenizer-path', files.tokenizer, '--device', device]
         if files.codebook:
             words += ['--codebook-path', files.codebook]
+        if max_pixels:
+            words += ['--max-image-pixels', str(max_pixels)]
         tokenize_images.main(tokenize_images.parse_args(words))
         files = files._replace(**{name: str(folder / f'{name}-token.data.bin.gz'),
                                   f'{name}_labels': str(folder / f'{name}-label.txt')})
@@ -103,6 +145,45 @@ def _write_synonyms(files: TokenFiles) -> None:
     words = ['--codebook-path', files.codebook, '--output', files.synonyms]
     build_synonyms.main(build_synonyms.parse_args([*words, '--top-k', str(min(5, len(load_codebook(files.codebook)) -
                                                                               1))]))
+
+
+def open_token_store(images: dict[str, ImageDataset], files: dict[str, tuple[str, str]], tokenizer_path: str,
+                     codebook_path: str, device: torch.device) -> TokenStore:
+    """Token sets, as a memory beside training on pixels stores their images.
+
+    Args:
+        images: sets by 'train' and 'val', with the labels of their files.
+        files: token file and label file of each.
+        tokenizer_path, codebook_path: decode them.
+        device: of the tokenizer.
+
+    Raises:
+        InputError: for tokens of other images, or another tokenizer or codebook.
+    """
+    tokenizer = load_tokenizer(tokenizer_path)
+    codebook = load_codebook(codebook_path)
+    check_codebook(tokenizer, codebook, codebook_path)
+    codes = {}
+    for split, (token_file, label_file) in files.items():
+        tokens = TokenDataset(token_file, label_file, len(codebook), device=device)
+        check_same_images(tokens, images[split], token_file, images[split].source.data_path)
+        check_made_by(tokens, token_file, {'tokenizer': tokenizer_path, 'codebook': codebook_path})
+        codes[split] = tokens.codes
+        if tokens.codes.shape[1] != codes['train'].shape[1]:
+            raise InputError(f'{token_file}: grids of {tokens.codes.shape[1]} codes, but {files["train"][0]} has '
+                             f'{codes["train"].shape[1]}: give tokens of one tokenizer and image size')
+    return TokenStore(images, codes, tokenizer.to(device), codebook.to(device), tokenizer_path)
+
+
+def check_made_by(tokens: TokenDataset, token_file: str, paths: dict[str, str]) -> None:
+    """InputError where a manifest of a token set states another 'tokenizer' or 'codebook' than the files of `paths`."""
+    for name, path in paths.items():
+        for file in tokens.files:
+            stated = file.manifest.get(name)
+            made_by = stated.get('sha256') if isinstance(stated, dict) else None
+            if made_by and made_by != sha256(path):
+                raise InputError(f'{token_file}: was made with another {name} than {path}: give that one to '
+                                 f'--{name}-path')
 
 
 def check_same_images(tokens: TokenDataset, images: ImageDataset, token_file: str, path: str) -> None:

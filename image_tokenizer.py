@@ -52,6 +52,13 @@ def check_sizes(image_size: int, patch_size: int) -> None:
                          f'{near} or {near + patch_size}')
 
 
+def check_codebook(tokenizer: nn.Module, codebook: torch.Tensor, path: str) -> None:
+    """InputError unless a codebook (K, d), of a file `path`, has as many elements as a tokenizer's features."""
+    if codebook.shape[1] != tokenizer.embed_dim:
+        raise InputError(f'{path}: rows of {codebook.shape[1]} elements, but the tokenizer gives '
+                         f'{tokenizer.embed_dim}: give the codebook that belongs to it')
+
+
 def unit_range(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 pixels -> float32 in [0, 1], rounded as torchvision's ToTensor does, on any device."""
     # by a tensor: CUDA would multiply by the reciprocal of a number, and round otherwise

@@ -12,9 +12,8 @@ main_pixels.py for --new pixels. docs/continual.md has the protocol, and how byt
 """
 import argparse
 import dataclasses
-import hashlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,27 +29,26 @@ from checkpoints import compare_flags, flags_to_save, load_checkpoint, load_weig
 from class_names import check_class_names, count_classes
 from codebook import load_codebook
 from continual_flags import add_task_flags, check_program_flags, check_task_flags
-from continual_run import (MEMORY, RUN, add_result, check_new, evaluate_seen, open_memory, read_results, task_folder,
-                           write_results)
+from continual_run import (MEMORY, RUN, add_result, check_new, digest_of, evaluate_seen, open_memory, read_results,
+                           task_folder, write_results)
 from continual_tasks import Tasks, make_tasks, step_batches, step_draws, task_seed
-from continual_tokens import TokenFiles, check_same_images, fit_tokenizer, tokenize
+from continual_tokens import TokenFiles, fit_tokenizer, hold_folder, open_token_store, tokenize
 from engine import evaluate_models, rank_indices, train
 from files import check_same, sha256
 from flags import Parser
 from image_dataset import ImageDataset, Normalize, random_erasing
 from image_sources import open_source
-from image_tokenizer import load_tokenizer
 from loss_meter import NotFinite
-from preemption import REQUEUE
+from preemption import REQUEUE, StopSignal
 from pretrained import freeze_all_but_attention, load_pretrained
-from replay_forms import (StoredImages, TaskImages, codes_of, decode_to_files, image_file, join_images, join_tokens,
-                          store_codes, store_from, store_image)
+from replay_forms import PixelStore, StoredImages, TaskImages, join_images, join_tokens, store_codes
 from replay_memory import MAX_CLASSES, ReplayMemory, Sample, check_room, fill, save_memory
 from run_folder import FILES, RunFolder, RunLog, find_checkpoint
 from run_info import print_batch, print_model, run_record
 from token_augment import EvalTransform
 from token_codecs import codec_for
 from token_dataset import TokenDataset, choose_data_device
+from tokenize_images import check_folder
 from utils import (InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, on_main, print0, rank,
                    run, world_size)
 
@@ -154,9 +152,16 @@ def pixel_kind(args: argparse.Namespace, device: torch.device) -> tuple[Kind, Ta
     """Training on images, as in main_pixels.py."""
     train_data, val_data = (main_pixels.load_split(args, split) for split in ('train', 'val'))
     check_class_names(train_data.classes, val_data.classes, args.train_path, args.val_path)
+    for path in (args.train_path, args.val_path):
+        check_folder(path, args.output_dir, train_data.classes)
     tasks = make_tasks_of(args, {args.train_path: train_data.labels, args.val_path: val_data.labels})
-    stored = {'train': train_data} | ({'val': val_data} if args.eval_stored else {})
-    store, restore = pixel_memory(args, stored, device)
+    images = {'train': train_data} | ({'val': val_data} if args.eval_stored else {})
+    if args.memory == 'tokens':
+        files = {split: (getattr(args, f'{split}_token_file'), getattr(args, f'{split}_label_file'))
+                 for split in images}
+        store = open_token_store(images, files, args.tokenizer_path, args.codebook_path, device)
+    else:
+        store = PixelStore(images, args.memory, args.memory_quality, args.memory_side)
     for data in (train_data, val_data):
         data.labels = tasks.places(data.labels)
     normalize = Normalize(device)
@@ -171,57 +176,16 @@ def pixel_kind(args: argparse.Namespace, device: torch.device) -> tuple[Kind, Ta
         return augment
 
     def join(indices: np.ndarray, memory: ReplayMemory) -> ImageDataset:
-        return join_images(train_data, indices, restore(memory.samples), memory.labels())
+        return join_images(train_data, indices, store.restore(memory.samples), memory.labels())
 
     def batches(data: ImageDataset, indices: np.ndarray, start: tuple[int, int]) -> Iterator:
         draws = step_draws(indices.shape, *start)
         return data.batches(indices.ravel(), args.batch_size, device, args.pin_mem, draws)
 
-    val_stored = StoredImages(val_data, lambda part: restore([store('val', number) for number in part.tolist()]))
+    val_stored = StoredImages(val_data, 'val', store) if args.eval_stored else None
     return Kind(args.train_path, train_data, val_data, (3, args.input_size, args.input_size),
                 lambda: main_pixels.create_model(args, len(tasks.order)), make_augment, normalize,
-                lambda number: store('train', number), join, batches, val_stored if args.eval_stored else None), tasks
-
-
-def pixel_memory(args: argparse.Namespace, data: dict[str, ImageDataset],
-                 device: torch.device) -> tuple[Callable, Callable]:
-    """How images are stored in a memory of --memory, beside training on pixels. Raises InputError.
-
-    Args:
-        args: the flags.
-        data: sets by 'train' and 'val', still with the labels of their files.
-        device: of the tokenizer.
-
-    Returns:
-        store, split and number of an image -> its Sample, with the label that the set has then; and restore, samples ->
-        images as files that PIL reads.
-    """
-    if args.memory != 'tokens':
-        def store_pixels(split: str, number: int) -> Sample:
-            images = data[split]
-            return store_from(images.source, number, lambda image: store_image(
-                int(images.labels[number]), image, args.memory, args.memory_quality, args.memory_side),
-                args.max_image_pixels)
-        return store_pixels, lambda samples: [image_file(sample, args.memory) for sample in samples]
-
-    codebook = load_codebook(args.codebook_path).to(device)
-    tokenizer = load_tokenizer(args.tokenizer_path).to(device)
-    codec = codec_for(len(codebook))
-    codes = {}
-    for split, images in data.items():
-        token_file, label_file, path = (getattr(args, f'{split}_{name}') for name in ('token_file', 'label_file',
-                                                                                      'path'))
-        tokens = TokenDataset(token_file, label_file, len(codebook), device=device)
-        check_same_images(tokens, images, token_file, path)
-        codes[split] = tokens.codes
-
-    def store(split: str, number: int) -> Sample:
-        return store_codes(int(data[split].labels[number]), codes[split][number], codec)
-
-    def restore(samples: Sequence[Sample]) -> list[bytes]:
-        held = codes_of(samples, codec, codes['train'].shape[1])
-        return decode_to_files(held, tokenizer, codebook, args.tokenizer_path)
-    return store, restore
+                lambda number: store.store('train', number), join, batches, val_stored), tasks
 
 
 def make_tokens(args: argparse.Namespace) -> tuple[argparse.Namespace, TokenFiles, str]:
@@ -230,13 +194,15 @@ def make_tokens(args: argparse.Namespace) -> tuple[argparse.Namespace, TokenFile
     if 'tokens' not in (args.new, args.memory) or files.train:
         return args, files, files.describe(False)
     folder = Path(args.tokens_dir or Path(args.output_dir, 'tokens'))
-    if args.tokenizer_from_task is not None:
-        source = open_source(args.train_path)
-        tasks = make_tasks_of(args, {args.train_path: source.labels})
-        first = tasks.images(tasks.places(source.labels), 0)
-        files = fit_tokenizer(TaskImages(source, first, source.labels[first]), folder, args.image_size)
+    source = open_source(args.train_path)
+    check_folder(args.train_path, str(folder), source.classes)
+    tasks = make_tasks_of(args, {args.train_path: source.labels})
     splits = {'train': args.train_path} | ({'val': args.val_path} if args.new == 'tokens' or args.eval_stored else {})
-    files = tokenize(files, folder, splits, args.image_size, args.device)
+    with hold_folder(folder):
+        if args.tokenizer_from_task is not None:
+            first = tasks.images(tasks.places(source.labels), 0)
+            files = fit_tokenizer(TaskImages(source, first, source.labels[first]), folder, args.image_size)
+        files = tokenize(files, folder, splits, args.image_size, args.device, args.max_image_pixels)
     paths = {'tokenizer_path': files.tokenizer, 'codebook_path': files.codebook, 'token_synonym_dict': files.synonyms,
              'train_token_file': files.train, 'train_label_file': files.train_labels,
              'val_token_file': files.val, 'val_label_file': files.val_labels}
@@ -245,8 +211,8 @@ def make_tokens(args: argparse.Namespace) -> tuple[argparse.Namespace, TokenFile
 
 # ---------------------------------------------------------------- one task
 
-def start_model(args: argparse.Namespace, kind: Kind, task: int, names: list[str] | None) -> nn.Module:
-    """The model that a task begins with: the last task's, or a new one for classes of these names."""
+def start_model(args: argparse.Namespace, kind: Kind, task: int) -> nn.Module:
+    """The model that a task begins with: the last task's, or a new one."""
     model = kind.make_model()
     if task:
         path = str(task_folder(args.output_dir, task - 1) / FILES.newest[0])
@@ -255,10 +221,28 @@ def start_model(args: argparse.Namespace, kind: Kind, task: int, names: list[str
         compare_flags(before, {**flags_to_save(vars(args)), 'world_size': world_size()}, path)
         load_weights(model, checkpoint['model'], path)
     elif args.finetune:
-        load_pretrained(model, args.finetune, names)
+        load_pretrained(model, args.finetune, new_head=True)  # classes come in another order, and one by one
     if args.attn_only:
         freeze_all_but_attention(model)
     return model
+
+
+def steps_of(args: argparse.Namespace, kind: Kind, tasks: Tasks, task: int) -> int:
+    """Batches in an epoch of a task: as many as its own images make, in all arms. Raises InputError."""
+    images = tasks.images(kind.train.labels, task)
+    return recipe.count_steps(args, -(-len(images) // world_size()), kind.path)
+
+
+def check_tasks(args: argparse.Namespace, kind: Kind, tasks: Tasks, device: torch.device) -> None:
+    """InputError for what would end the run later: in its last task, or in the first one after its folder is made."""
+    for task in range(len(tasks)):
+        steps_of(args, kind, tasks, task)
+    begun = Path(args.output_dir, RUN).exists()
+    model = (kind.make_model() if begun else start_model(args, kind, 0)).to(device)
+    print_model(args.model, model, device, args.amp or recipe.default_amp(device))
+    recipe.make_optimizer(args, model)
+    if args.memory != 'none':
+        check_room(args.memory_bytes, kind.train.labels, kind.store, args.memory)
 
 
 def train_task(args: argparse.Namespace, kind: Kind, tasks: Tasks, task: int, device: torch.device) -> dict | None:
@@ -275,14 +259,13 @@ def train_task(args: argparse.Namespace, kind: Kind, tasks: Tasks, task: int, de
     images = tasks.images(kind.train.labels, task)
     chosen = tasks.images(kind.train.labels, task, args.joint)
     data = kind.join(chosen, memory)
-    steps = recipe.count_steps(args, -(-len(images) // world_size()), kind.path)
+    steps = steps_of(args, kind, tasks, task)
     seen = tasks.ends[task]
     print0(f'task {task + 1} of {len(tasks)}: {len(tasks.classes(task))} new classes, {seen} in all, '
            f'{len(chosen):,} images, and {len(memory):,} in {memory.size:,} bytes of memory')
 
     # model and optimizer
-    names = kind.train.classes and [kind.train.classes[label] for label in tasks.order.tolist()]
-    state = recipe.make_state(args, start_model(args, kind, task, names).to(device), device, kind.input_shape)
+    state = recipe.make_state(args, start_model(args, kind, task).to(device), device, kind.input_shape)
     if checkpoint:
         resume(state, checkpoint, checkpoint_path, vars(args), steps)
         print0(f'{checkpoint_path}: resumed at epoch {state.epoch}, step {state.step}')
@@ -308,6 +291,7 @@ def train_task(args: argparse.Namespace, kind: Kind, tasks: Tasks, task: int, de
         return kind.batches(data, indices_of(epoch, start, steps), (seed, epoch * steps + start))
 
     # train, evaluate, remember
+    names = kind.train.classes and [kind.train.classes[label] for label in tasks.order.tolist()]
     folder.begin(run_record(vars(args), device), {'args': flags_to_save(vars(args)), 'classes': names})
     log = RunLog(str(path), state.epoch, args.tensorboard)
     try:
@@ -320,7 +304,10 @@ def train_task(args: argparse.Namespace, kind: Kind, tasks: Tasks, task: int, de
         return None
     stats = evaluate_models(state, make_evaluate(args, kind, tasks, task, device, state.amp))
     if args.memory != 'none':
-        fill(memory, args.memory_policy, images, kind.train.labels, kind.store, (args.seed, task))
+        large = fill(memory, args.memory_policy, images, kind.train.labels, kind.store, (args.seed, task))
+        if large:
+            print0(f'note: {large} images are not stored, for each takes more than an equal share of the memory for a '
+                   'class')
         on_main(save_memory, memory, path / MEMORY)
     counts = np.bincount(memory.labels(), minlength=seen)
     return {'task': task, 'classes': seen, 'new_images': len(images),
@@ -352,11 +339,11 @@ def make_evaluate(args: argparse.Namespace, kind: Kind, tasks: Tasks, task: int,
 def identity_of(args: argparse.Namespace, kind: Kind, tasks: Tasks, tokenizer: str) -> dict[str, Any]:
     """What a run keeps when it resumes."""
     flags = ('new', 'joint', 'memory', 'memory_bytes', 'memory_policy', 'memory_quality', 'memory_side',
-             'replay_share', 'base_classes', 'inc_classes', 'order_seed')
-    labels = hashlib.sha256(tasks.order[kind.train.labels].tobytes()).hexdigest()
+             'replay_share', 'base_classes', 'inc_classes', 'order_seed', 'epochs', 'eval_stored')
+    sets = {name: data.source.digest() if args.new == 'pixels' else digest_of(data.codes, tasks.order[data.labels])
+            for name, data in (('training images', kind.train), ('validation images', kind.val))}
     return {**{f'--{name.replace("_", "-")}': getattr(args, name) for name in flags}, 'classes': len(tasks.order),
-            'training labels': labels, 'tokenizer': tokenizer,
-            'codebook': sha256(args.codebook_path) if args.codebook_path else None}
+            **sets, 'tokenizer': tokenizer, 'codebook': sha256(args.codebook_path) if args.codebook_path else None}
 
 
 def main(args: argparse.Namespace) -> int:
@@ -370,26 +357,28 @@ def main(args: argparse.Namespace) -> int:
     recipe.set_up_torch(args)
     kind, tasks = (token_kind if args.new == 'tokens' else pixel_kind)(args, device)
     keep_freed_memory(device)
-    if args.memory != 'none':
-        first = np.unique(kind.train.labels, return_index=True)[1]
-        check_room(args.memory_bytes, map(kind.store, first.tolist()), args.memory)
-    on_main(check_same, Path(args.output_dir, RUN), identity_of(args, kind, tasks, tokenizer))
-    print_model(args.model, kind.make_model(), device, args.amp or recipe.default_amp(device))
+    check_tasks(args, kind, tasks, device)
     print0(f'tokenizer: {tokenizer}')
+    folder = RunFolder(args.output_dir)  # no other run writes there while this one lasts
+    on_main(lambda: check_same(folder.path / RUN, identity_of(args, kind, tasks, tokenizer)))
 
     lines = on_main(read_results, args.output_dir)
-    for task in range(len(lines), len(tasks)):
-        torch.manual_seed(args.seed)
-        began = time.monotonic()
-        line = train_task(args, kind, tasks, task, device)
-        if line is None:
-            return REQUEUE
-        lines = add_result(lines, line | {'tokenizer': tokenizer, **files.sizes(),
-                                          'task_time': round(time.monotonic() - began, 1)})
-        on_main(write_results, args.output_dir, lines)
-        line = lines[-1]
-        print0(f'task {task + 1}: top-1 {line["test_acc1"]:.2f} on {line["classes"]} classes, average '
-               f'{line["average_acc1"]:.2f}, memory {line["memory_images"]:,} images in {line["memory_bytes"]:,} bytes')
+    with StopSignal() as stop:  # between trainings, which have their own
+        for task in range(len(lines), len(tasks)):
+            torch.manual_seed(args.seed)
+            began = time.monotonic()
+            line = train_task(args, kind, tasks, task, device)
+            if line is None:
+                return REQUEUE
+            lines = add_result(lines, line | {'tokenizer': tokenizer, **files.sizes(),
+                                              'task_time': round(time.monotonic() - began, 1)})
+            on_main(write_results, args.output_dir, lines)
+            line = lines[-1]
+            print0(f'task {task + 1}: top-1 {line["test_acc1"]:.2f} on {line["classes"]} classes, average '
+                   f'{line["average_acc1"]:.2f}, memory {line["memory_images"]:,} images in {line["memory_bytes"]:,} '
+                   'bytes')
+            if task + 1 < len(tasks) and on_main(lambda: stop.received):
+                return REQUEUE
     return 0
 
 

@@ -18,7 +18,7 @@ OPTIONAL = ('cls_token', 'dist_token', 'head_dist.')  # what a model may lack, a
 OTHER_CLASSES = 'other classes'
 
 
-def load_pretrained(model: nn.Module, path: str, classes: list[str] | None = None) -> None:
+def load_pretrained(model: nn.Module, path: str, classes: list[str] | None = None, new_head: bool = False) -> None:
     """--finetune: start from other weights, of tokens or of pixels, and print what became of them.
 
     * Stem and head: kept as a whole where all shapes are the model's, otherwise from scratch. A head of as many classes
@@ -32,6 +32,7 @@ def load_pretrained(model: nn.Module, path: str, classes: list[str] | None = Non
         model: changed in place.
         path: of a checkpoint; its 'model' is taken, not its average.
         classes: names of the model's classes, where they are known.
+        new_head: start the head from scratch, whatever the classes are.
 
     Raises:
         InputError: for another architecture.
@@ -42,7 +43,7 @@ def load_pretrained(model: nn.Module, path: str, classes: list[str] | None = Non
     left_out = [key for key in weights if str(key).startswith(OPTIONAL) and key not in wanted]
     weights = {key: value for key, value in weights.items() if key not in left_out}
     heads = prefixes(model, 'classifier')
-    renew = not same_class_names(checkpoint.get('classes'), classes)
+    renew = new_head or not same_class_names(checkpoint.get('classes'), classes)
     scratch = {}
     for prefix in dict.fromkeys((*prefixes(model, 'first_conv'), *heads, *OPTIONAL)):
         part = {key: value for key, value in wanted.items() if key.startswith(prefix)}

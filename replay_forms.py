@@ -23,7 +23,7 @@ from image_sources import Source
 from image_tokenizer import decode_codes
 from replay_memory import Sample
 from shrinking import shrink
-from token_codecs import Codec, encode
+from token_codecs import Codec, codec_for, encode
 from token_dataset import TokenDataset
 from utils import InputError
 
@@ -147,6 +147,62 @@ def store_from(source: Source, i: int, store: Callable[[Image.Image], Sample],
                          'it') from None
 
 
+class PixelStore:
+    """Images of sets as they are stored in a memory of pixels, fewer pixels or JPEGs, and back.
+
+    Args:
+        images: by 'train' and 'val'; a sample has the label that its set has when it is stored.
+        form: of `store_image`.
+        quality, side: see there.
+    """
+
+    def __init__(self, images: dict[str, ImageDataset], form: str, quality: int | None, side: int | None):
+        self.images = images
+        self.form = form
+        self.quality = quality
+        self.side = side
+
+    def store(self, split: str, number: int) -> Sample:
+        """The sample of an image of a set. Raises InputError."""
+        data = self.images[split]
+        label = int(data.labels[number])
+        return store_from(data.source, number,
+                          lambda image: store_image(label, image, self.form, self.quality, self.side), data.max_pixels)
+
+    def restore(self, samples: Sequence[Sample]) -> list[bytes]:
+        """The images of samples, as files that PIL reads."""
+        return [image_file(sample, self.form) for sample in samples]
+
+
+class TokenStore:
+    """Images of sets as their codes in a memory of tokens, and back to pixels.
+
+    Args:
+        images: by 'train' and 'val'; a sample has the label that its set has when it is stored.
+        codes: (N, n) of each set.
+        tokenizer, codebook: on one device.
+        path: of the tokenizer, for errors.
+    """
+
+    def __init__(self, images: dict[str, ImageDataset], codes: dict[str, np.ndarray], tokenizer: nn.Module,
+                 codebook: torch.Tensor, path: str):
+        self.images = images
+        self.codes = codes
+        self.tokenizer = tokenizer
+        self.codebook = codebook
+        self.path = path
+        self.codec = codec_for(len(codebook))
+
+    def store(self, split: str, number: int) -> Sample:
+        """The sample of an image of a set."""
+        return store_codes(int(self.images[split].labels[number]), self.codes[split][number], self.codec)
+
+    def restore(self, samples: Sequence[Sample]) -> list[bytes]:
+        """The images that the decoder makes of samples, as files that PIL reads. Raises InputError."""
+        codes = codes_of(samples, self.codec, self.codes['train'].shape[1])
+        return decode_to_files(codes, self.tokenizer, self.codebook, self.path)
+
+
 # ---------------------------------------------------------------- with the new task's images
 
 def join_tokens(data: TokenDataset, indices: np.ndarray, samples: Sequence[Sample], codec: Codec) -> TokenDataset:
@@ -171,16 +227,19 @@ class StoredImages:
 
     Args:
         data: the set.
-        restore: indices (n,) -> these images, stored and restored, as encoded files.
+        split: what the store calls it.
+        store: of the memory.
     """
 
-    def __init__(self, data: ImageDataset, restore: Callable[[np.ndarray], list[bytes]]):
+    def __init__(self, data: ImageDataset, split: str, store: PixelStore | TokenStore):
         self.data = data
-        self.restore = restore
+        self.split = split
+        self.store = store
 
     def batches(self, indices: np.ndarray, *options: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """As those of ImageDataset; RESTORED images at a time are held in working memory."""
         for start in range(0, len(indices), RESTORED):
             part = indices[start:start + RESTORED]
-            restored = join_images(self.data, part[:0], self.restore(part), self.data.labels[part])
+            files = self.store.restore([self.store.store(self.split, number) for number in part.tolist()])
+            restored = join_images(self.data, part[:0], files, self.data.labels[part])
             yield from restored.batches(np.arange(len(part)), *options)

@@ -2,7 +2,7 @@
 
 What counts are the bytes that the samples take, each on its own: its data (replay_forms.py), LABEL_BYTES for the label
 and INDEX_BYTES by which the next sample is found. The file of a memory is as long, but for headers of a thousand bytes
-or so. Neither policy holds more than the limit at any moment.
+or so. Neither policy holds more than the limit at any moment, beside the one sample that is looked at.
 
     reservoir   a uniform sample of all images that came by, whatever their class. Each image of the stream has a random
                 key, and those with the smallest keys are kept, as many as fit: for samples of one size this is
@@ -11,9 +11,13 @@ or so. Neither policy holds more than the limit at any moment.
     balanced    of each class as many samples as of any other, to within one, or all that there are. Which of a class
                 are held is chosen at random once; when classes come, the last of each are dropped. Once an image did
                 not fit, no class gets more than its class had then and one, though smaller ones would fit.
+
+An image that takes more than an equal share of the limit for a class is never held: it would cost whole classes their
+place, in a memory of images of different sizes.
 """
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -85,10 +89,8 @@ class ReplayMemory:
         self.size += sample.size
 
     def remove(self, place: int) -> None:
-        """Drop the sample at a place, which the last one takes."""
-        self.size -= self.samples[place].size
-        self.samples[place] = self.samples[-1]
-        self.samples.pop()
+        """Drop the sample at a place."""
+        self.size -= self.samples.pop(place).size
 
     def labels(self) -> np.ndarray:
         """(n,) int64."""
@@ -98,32 +100,44 @@ class ReplayMemory:
 # ---------------------------------------------------------------- policies
 
 def fill(memory: ReplayMemory, policy: str, images: np.ndarray, labels: np.ndarray, encode: Encode,
-         seed: Sequence[int]) -> None:
+         seed: Sequence[int]) -> int:
     """Let a task's images pass by the memory, in place, in an order of the seed.
 
     Args:
         memory: of the tasks before.
         policy: of POLICIES.
         images: (n,) of the task.
-        labels: (N,) of all images.
+        labels: (N,) of all images, of this task's and of those to come.
         encode: see Encode.
         seed: of this task.
+
+    Returns:
+        How many images were passed over, because they take more than an equal share of the memory for a class.
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(images)
+    share = memory.limit // (int(labels.max()) + 1)
     if policy == 'reservoir':
-        fill_reservoir(memory, order.tolist(), encode, rng)
-    else:
-        fill_balanced(memory, {label: order[labels[order] == label].tolist()
-                               for label in np.unique(labels[order]).tolist()}, encode)
+        return fill_reservoir(memory, order.tolist(), encode, share, rng)
+    return fill_balanced(memory, {label: order[labels[order] == label].tolist()
+                                  for label in np.unique(labels[order]).tolist()}, encode, share)
 
 
-def fill_reservoir(memory: ReplayMemory, stream: Iterable[int], encode: Encode, rng: np.random.Generator) -> None:
-    """Let a stream of images pass by the reservoir, in place; only those that are taken are encoded."""
+def fill_reservoir(memory: ReplayMemory, stream: Iterable[int], encode: Encode, share: int,
+                   rng: np.random.Generator) -> int:
+    """Let a stream of images pass by the reservoir, in place; only those that are taken are encoded.
+
+    Returns:
+        How many images would have been taken, but are of more than `share` bytes.
+    """
+    large = 0
     for number in stream:
         if rng.random() >= memory.largest_key:
             continue
         sample = encode(number)
+        if sample.size > share:
+            large += 1
+            continue
         while not memory.fits(sample):
             together = len(memory) + 1
             memory.largest_key *= rng.random() ** (1 / together)  # the largest of so many uniform keys ...
@@ -133,45 +147,90 @@ def fill_reservoir(memory: ReplayMemory, stream: Iterable[int], encode: Encode, 
             memory.remove(place)
         else:
             memory.add(sample)
+    return large
 
 
-def fill_balanced(memory: ReplayMemory, new: dict[int, Sequence[int]], encode: Encode) -> None:
+def fill_balanced(memory: ReplayMemory, new: dict[int, Sequence[int]], encode: Encode, share: int) -> int:
     """Make room for new classes, in place, and take as many of them as of the others.
+
+    Samples are ranked by their place within their class, and then by class; those that come first are held, as many as
+    fit. New ones come in this order, and the last of the old ones go until each fits.
 
     Args:
         memory: filled by this function.
         new: by label, images in the order in which they are taken.
         encode: see Encode.
+        share: images of more bytes are passed over.
+
+    Returns:
+        How many images were passed over.
     """
-    held = {}
-    for sample in memory.samples:
-        held.setdefault(sample.label, []).append(sample)
-    kept = []
-    fresh = []
-    room = memory.limit
+    ranks = rank_samples(memory)
+    end = memory.most, 0  # samples from this rank on do not fit
+    large = []
+    waiting = {label: small_samples(images, encode, share, large) for label, images in sorted(new.items())}
     for place in range(memory.most):
-        labels = [label for label in sorted(held | new) if place < len(held[label] if label in held else new[label])]
-        for label in labels:
-            sample = held[label][place] if label in held else encode(new[label][place])
-            if sample.size > room:
-                memory.most = place + 1
-                break
-            room -= sample.size
-            (kept if label in held else fresh).append(sample)
-        if not labels or memory.most <= place + 1:
+        for label in list(waiting):
+            sample = next(waiting[label], None) if (place, label) < end else None
+            if sample is None:
+                del waiting[label]
+                continue
+            while not memory.fits(sample) and ranks and ranks[-1] > (place, label):
+                end = ranks.pop()
+                memory.remove(len(ranks))
+            if memory.fits(sample):
+                memory.add(sample)
+            else:
+                end = place, label
+        if not waiting:
             break
-    memory.samples = kept
-    memory.size = sum(sample.size for sample in kept)
-    for sample in fresh:
-        memory.add(sample)
+    memory.most = min(memory.most, end[0] + 1)
+    return len(large)
 
 
-def check_room(limit: int, first: Iterable[Sample], form: str) -> None:
-    """InputError unless a sample of each class, the `first` of each, fits in `limit` bytes together."""
-    sizes = [sample.size for sample in first]
-    if sum(sizes) > limit:
-        raise InputError(f'--memory-bytes {limit}: less than an image of each of the {len(sizes)} classes takes as '
-                         f'{form} ({sum(sizes)} bytes): give more')
+def rank_samples(memory: ReplayMemory) -> list[tuple[int, int]]:
+    """Sort a memory's samples by (place within their class, label), and return these."""
+    counts = Counter()
+    ranks = []
+    for sample in memory.samples:
+        ranks.append((counts[sample.label], sample.label))
+        counts[sample.label] += 1
+    order = sorted(range(len(ranks)), key=ranks.__getitem__)
+    memory.samples = [memory.samples[number] for number in order]
+    return sorted(ranks)
+
+
+def small_samples(images: Iterable[int], encode: Encode, share: int, large: list[int]) -> Iterator[Sample]:
+    """The samples of images that take `share` bytes at most; the others are noted in `large`."""
+    for number in images:
+        sample = encode(number)
+        if sample.size <= share:
+            yield sample
+        else:
+            large.append(number)
+
+
+def check_room(limit: int, labels: np.ndarray, encode: Encode, form: str) -> None:
+    """InputError unless an equal share of `limit` bytes holds an image of each class.
+
+    Args:
+        limit: of the memory.
+        labels: (N,) of all images.
+        encode: see Encode.
+        form: in words.
+    """
+    classes = np.unique(labels)
+    share = limit // len(classes)
+    for label in classes.tolist():
+        sizes = []
+        for number in np.flatnonzero(labels == label).tolist():
+            sizes.append(encode(number).size)
+            if sizes[-1] <= share:
+                break
+        else:
+            raise InputError(f'--memory-bytes {limit}: less than an image of each of the {len(classes)} classes takes '
+                             f'as {form} (a class has none below {min(sizes)} bytes): give {len(classes) * min(sizes)} '
+                             'or more')
 
 
 # ---------------------------------------------------------------- files

@@ -43,7 +43,7 @@ from codebook import load_codebook
 from files import atomic_path, download, is_address, sha256
 from flags import Parser, integer
 from image_sources import ImageBatch, Source, load_images, open_source
-from image_tokenizer import encode_images, load_tokenizer
+from image_tokenizer import check_codebook, encode_images, load_tokenizer
 from token_codecs import MAX_CODES, codec_for
 from token_parts import FinishedParts, Output, Parts, plan, write_sets
 from utils import (InputError, check_same_on_all_ranks, cores, init_distributed, is_main, on_main, print0, rank, run,
@@ -98,9 +98,7 @@ def load_models(tokenizer_path: str, code_path: str | None, codebook_path: str |
     codebook = load_codebook(codebook_path) if codebook_path else getattr(tokenizer, 'codebook', None)
     if codebook is None:
         raise InputError(f'{tokenizer_path}: has no codebook of its own: give one to --codebook-path')
-    if codebook.shape[1] != tokenizer.embed_dim:
-        raise InputError(f'{source}: rows of {codebook.shape[1]} elements, but the tokenizer gives '
-                         f'{tokenizer.embed_dim}: give the codebook that belongs to it')
+    check_codebook(tokenizer, codebook, source)
     if len(codebook) > MAX_CODES and not limit_codes:
         raise InputError(f'{source}: {len(codebook)} codes, but token files hold {MAX_CODES}: add --limit-codes, which '
                          'keeps those in use')

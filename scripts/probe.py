@@ -221,6 +221,9 @@ def main(args: argparse.Namespace) -> None:
 
     print_model(f'{program} {args.model or saved_flags(checkpoint)["model"]}', model.to(device), device, 'off')
     splits = {split: features_of(model, data[split], prepare, args.batch_size, device) for split in data}
+    if not all(features.isfinite().all() for features, _ in splits.values()):
+        raise InputError(f'{args.checkpoint}: gives features that are not finite: its weights are damaged, or '
+                         'its training went wrong')
     facts = {split: len(labels) for split, (_, labels) in splits.items()}
     facts |= {'classes': classes, 'dim': splits['train'][0].shape[1]}
     print0(f'features: {facts["train"]:,} for training and {facts["val"]:,} for validation, {facts["dim"]} numbers '

@@ -83,7 +83,7 @@ class Line:
     @property
     def name(self) -> str:
         """As it stands in the table."""
-        return f'{self.arm}, {self.memory / 1e6:g} MB' if self.memory else self.arm
+        return f'{self.arm}, {self.memory / 1e6:.10g} MB' if self.memory else self.arm
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -1,5 +1,6 @@
 """Results of class-incremental runs as JSON and Markdown, and two figures."""
 import json
+import operator
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,19 +16,26 @@ from utils import InputError
 NAME = 'continual'  # of the table, and of its folder
 TASKS_FIGURE = 'tasks.png'
 BYTES_FIGURE = 'bytes.png'
-MEASURES = {'average': 'average incremental (seeds)', 'last': 'last', 'old': 'last, old classes',
-            'old_stored': 'the same as stored', 'forgetting': 'forgetting'}  # columns, in percent
+# columns, in percent
+MEASURES = {'average': 'average incremental (seeds)', 'last': 'last', 'old': 'old classes', 'old_stored': 'as stored',
+            'new': 'new classes', 'new_stored': 'as stored', 'forgetting': 'forgetting'}
 STYLES = {'joint': ':', 'fine-tuning': '--'}  # of lines without a memory; others are solid
 
 
 # ---------------------------------------------------------------- results
 
-def measures_of(end: dict[str, Any]) -> dict[str, float]:
-    """The MEASURES in the last line of a run. Old classes are those of all tasks but the last."""
-    measures = {'average': end['average_acc1'], 'last': end['test_acc1'], 'forgetting': end['forgetting'],
-                'old': statistics.mean(end['test_task_acc1'][:-1])}
-    stored = end.get('test_stored_task_acc1')
-    return measures | ({'old_stored': statistics.mean(stored[:-1])} if stored else {})
+def measures_of(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The MEASURES at the end of a run, from a line for each task. New classes are those of the last one."""
+    end = lines[-1]
+    measures = {'average': end['average_acc1'], 'last': end['test_acc1']}
+    seen = [0, *(line['classes'] for line in lines)]
+    sizes = [after - before for before, after in zip(seen, seen[1:])]
+    for form, key in (('', 'test_task_acc1'), ('_stored', 'test_stored_task_acc1')):
+        if key in end:
+            *old, measures[f'new{form}'] = end[key]
+            if old:
+                measures[f'old{form}'] = sum(map(operator.mul, old, sizes)) / seen[-2]
+    return measures | ({'forgetting': end['forgetting']} if len(lines) > 1 else {})
 
 
 def line_result(line: Any, outcomes: dict[str, str]) -> dict[str, Any] | None:
@@ -43,7 +51,7 @@ def line_result(line: Any, outcomes: dict[str, str]) -> dict[str, Any] | None:
         return None
     ends = [tasks[-1] for tasks in runs.values()]
     result = {'arm': line.arm, 'kind': line.kind, 'memory': line.memory, 'seeds': list(runs)}
-    found = [measures_of(end) for end in ends]
+    found = [measures_of(lines) for lines in runs.values()]
     for name in MEASURES:
         values = [measures[name] for measures in found if name in measures]
         result[name] = {'seeds': values, **mean_and_sd(values)}
@@ -81,14 +89,14 @@ def markdown(results: dict[str, Any]) -> str:
         held = 'accuracy' in result
         cells += [f'{result[key]:,}' if held and result['memory'] else DASH for key in ('memory_bytes',
                                                                                         'memory_images')]
-        cells += [spread({**result[key], 'failed': ''} if 'failed' in result else result[key]) for key in MEASURES]
+        cells += [spread({**result[key], 'failed': ''} if 'failed' in result else result[key], 1) for key in MEASURES]
         extra = (result['tokenizer_bytes'] or 0) + (result['codebook_bytes'] or 0) if held else 0
         lines.append([*cells, f'{extra:,}' if extra else DASH])
     text = [f'## {results["title"]} ({results["preset"]})', '', row_of(head),
             row_of(['---', *['---:'] * (len(head) - 1)]), *map(row_of, lines), '',
             f'{results["epochs"]} epochs of the new task\'s images a task, in all rows. Memory: {results["policy"]}; '
-            'its bytes are data, labels and index at the end, of the first seed. As stored: validation images as the '
-            'memory would give them back. Learning rates: '
+            'its bytes are data, labels and index at the end, of the first seed. Old classes, new classes: after the '
+            'last task; as stored: their validation images as the memory would give them back. Learning rates: '
             + '; '.join(f'{kind} {rate:g}' for kind, rate in results['lrs'].items()) + '.']
     text += [f'\n{name}: {" ".join(result["failed"].split())}' for name, result in results['rows'].items()
              if 'failed' in result]

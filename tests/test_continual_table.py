@@ -8,6 +8,7 @@ import pytest
 from helpers import call, fails
 from tables import collect, continual, rows
 from tables.continual import PROTOCOLS, TasksPlan, lines_of
+from tables.continual_report import measures_of
 from tables.report import DASH
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,11 +72,11 @@ def test_results_and_figures(tmp_path, monkeypatch):
     assert call(continual, *words, 'tokens, replay of tokens*', 'pixels, joint') == 1
     assert started[0][0] == 'chosen' and started[0][-1].endswith('seed-0')
     text = Path('out', 'continual', 'table.md').read_text()
-    assert ('| tokens, replay of tokens, 0.25 MB | 249,993 | 833 | 30.50 ± 0.71 (2) | 20.50 ± 0.71 (2) | 10.25 ± 0.35 '
-            f'(2) | {DASH} | 29.50 ± 0.71 (2) | 128,000 |') in text
-    assert (f'| tokens, fine-tuning | {DASH} | {DASH} | 20.00 (1) | 10.00 (1) | 5.00 (1) | {DASH} | 40.00 (1) | '
-            '128,000 |') in text
-    assert '| 30.00 (1) | 15.00 (1) | 30.00 (1) | 20.00 (1) |' in text  # of the JPEGs, as they are and as stored
+    assert ('| tokens, replay of tokens, 0.25 MB | 249,993 | 833 | 30.5 ± 0.7 (2) | 20.5 ± 0.7 (2) | 10.2 ± 0.4 (2) | '
+            f'{DASH} | 90.0 ± 0.0 (2) | {DASH} | 29.5 ± 0.7 (2) | 128,000 |') in text
+    assert (f'| tokens, fine-tuning | {DASH} | {DASH} | 20.0 (1) | 10.0 (1) | 5.0 (1) | {DASH} | 90.0 (1) | {DASH} | '
+            '40.0 (1) | 128,000 |') in text
+    assert '| 30.0 (1) | 15.0 (1) | 30.0 (1) | 90.0 (1) | 30.0 (1) | 20.0 (1) |' in text  # JPEGs, also as stored
     assert '| pixels, joint | ' in text and '\npixels, joint: main_continual.py ended' in text
     results = json.loads(Path('out', 'continual', 'results.json').read_text())
     assert results['rows']['tokens, replay of tokens, 0.25 MB']['accuracy'] == [[40., 20.], [40., 21.]]
@@ -83,6 +84,17 @@ def test_results_and_figures(tmp_path, monkeypatch):
     assert Path('all.md').read_text() == text
     for name in ('tasks.png', 'bytes.png'):
         assert Path('out', 'continual', name).read_bytes().startswith(b'\x89PNG')
+
+
+def test_old_and_new_classes():
+    """Old ones are weighed by how many of them a task has; a single task has none."""
+    lines = [{'classes': 6, 'test_acc1': 50., 'test_task_acc1': [50.], 'average_acc1': 50., 'forgetting': None},
+             {'classes': 8, 'test_acc1': 40., 'test_task_acc1': [30., 70.], 'average_acc1': 45., 'forgetting': 20.},
+             {'classes': 10, 'test_acc1': 30., 'test_task_acc1': [10., 50., 80.], 'average_acc1': 40.,
+              'forgetting': 20., 'test_stored_task_acc1': [30., 70., 60.]}]
+    assert measures_of(lines) == {'average': 40., 'last': 30., 'forgetting': 20., 'old': 20., 'new': 80.,
+                                  'old_stored': 40., 'new_stored': 60.}
+    assert measures_of(lines[:1]) == {'average': 50., 'last': 50., 'new': 50.}
 
 
 def test_a_dry_run_and_mistakes(tmp_path, capsys):

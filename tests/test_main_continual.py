@@ -6,14 +6,20 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+import continual_run
+import continual_tokens
 import engine
 import fit_patch_tokenizer
 import main_continual
+import tokenize_images
+from continual_run import evaluate_seen
 from continual_tasks import make_tasks
 from helpers import (ROOT, accuracy_lines, assert_same, call, clean_environment, fails, make_data, read_log, states,
                      two_processes, without_times)
@@ -230,7 +236,72 @@ def test_another_run_is_not_resumed(sets, tmp_path):
     shutil.rmtree(tmp_path / 'task-1')  # so that it would begin with another seed than the task before it
     fails(lambda: call(main_continual, *flags, '--seed', 3), 'task-0/checkpoint.pth: .* differs in seed 0 -> 3')
     (tmp_path / 'results.jsonl').write_text(lines[0] + '{')
-    fails(lambda: call(main_continual, *flags), 'results.jsonl: damaged')
+    fails(lambda: call(main_continual, *flags), 'results.jsonl: line 2 is damaged')
+
+
+def test_what_is_damaged_or_gone_is_one_line(sets, tmp_path):
+    flags = [*TOKENS, *sets, '--base-classes', 4, '--epochs', 1, '--output-dir', tmp_path]
+    call(main_continual, *flags)
+    flags += ['--resume', 'auto']
+    whole = (tmp_path / 'results.jsonl').read_text()
+    first = json.loads(whole.splitlines()[0])
+    for line in (1, {}, None, [], {**first, 'task': 1}, {**first, 'test_acc1': 'x'}, {**first, 'test_task_acc1': []}):
+        (tmp_path / 'results.jsonl').write_text(json.dumps(line) + '\n')
+        fails(lambda: call(main_continual, *flags), 'results.jsonl: line 1 is damaged')
+    (tmp_path / 'results.jsonl').write_text(whole)
+    fails(lambda: call(main_continual, *flags, '--epochs', 2), 'holds results of another --epochs')
+    codes, labels = (sets[sets.index(f'--train-{name}-file') + 1] for name in ('token', 'label'))
+    write_labels(tmp_path / 'label.txt', np.roll(read_labels(labels), 1))
+    other = [word if word != labels else tmp_path / 'label.txt' for word in flags]
+    fails(lambda: call(main_continual, *other), 'holds results of another training images')
+    (tmp_path / 'run.json').unlink()
+    fails(lambda: call(main_continual, *flags), 'results.jsonl: is of an earlier run, but its run.json')
+    fails(lambda: call(main_continual, *flags[:-2]), 'results.jsonl: an earlier run is here')
+
+
+@pytest.mark.parametrize(('words', 'pattern'), [
+    (['--batch-size', 98], 'make no step of --batch-size 98'), (['--opt', 'x'], '--opt x'),
+    (['--finetune', 'none.pth'], 'none.pth')])
+def test_a_mistake_begins_no_run(sets, tmp_path, words, pattern):
+    flags = [*TOKENS, *sets, '--epochs', 1, '--base-classes', 4, '--output-dir', tmp_path]
+    fails(lambda: call(main_continual, *flags, *words), pattern)
+    assert not (tmp_path / 'run.json').exists()
+    assert call(main_continual, *flags) == 0
+
+
+def test_a_later_task_too_small_is_found_at_once(sets, tmp_path):
+    flags = [*TOKENS, *sets, '--base-classes', 5, '--inc-classes', 1, '--batch-size', 40, '--output-dir', tmp_path]
+    fails(lambda: call(main_continual, *flags), 'make no step of --batch-size 40')
+    assert not list(tmp_path.rglob('*.pth'))
+
+
+def test_a_signal_between_trainings(sets, tmp_path, monkeypatch):
+    flags = [*TOKENS, *sets, *MEMORY, '--epochs', 1, '--output-dir', tmp_path]
+    evaluate = main_continual.evaluate_models
+
+    def signaled(*words):
+        signal.raise_signal(signal.SIGTERM)
+        return evaluate(*words)
+    with monkeypatch.context() as patch:
+        patch.setattr(main_continual, 'evaluate_models', signaled)
+        assert call(main_continual, *flags) == 75
+    assert len(results(tmp_path)) == 1
+    assert call(main_continual, *flags, '--resume', 'auto') == 0
+    assert len(results(tmp_path)) == 3
+
+
+def test_a_head_starts_from_scratch(sets, tmp_path, capsys):
+    """Outputs are in the order of the tasks, which is not that of the labels."""
+    flags = [*TOKENS, *sets, '--epochs', 1, '--base-classes', 6, '--output-dir']
+    call(main_continual, *flags, tmp_path / 'a')
+    call(main_continual, *flags, tmp_path / 'b', '--finetune', tmp_path / 'a' / 'task-0' / 'checkpoint.pth')
+    assert 'started from scratch: head.* (other classes)' in capsys.readouterr().out
+
+
+def test_a_rank_without_images_evaluates(monkeypatch):
+    monkeypatch.setattr(continual_run, 'evaluate', lambda *_, **__: {'acc1': 50.})  # of other ranks' images
+    found = evaluate_seen(torch.nn.Linear(1, 2), make_tasks(2, 1, 1), 0, np.empty(0, np.int64), iter(()), prepare=None)
+    assert found['acc1'] == 50 and len(found['task_acc1']) == 1
 
 
 def test_two_processes(paths, made, tmp_path):
@@ -256,7 +327,8 @@ MISTAKES = {
     'divide': ([*TOKENS, *MEMORY, '--inc-classes', 3], 'sets', '--inc-classes 3 at a time do not divide the 6 classes'),
     'more': ([*TOKENS, *MEMORY, '--base-classes', 7], 'sets', '--base-classes 7 are more than the 6 classes'),
     'small': ([*TOKENS, '--memory', 'tokens', '--memory-bytes', 500], 'sets',
-              'less than an image of each of the 6 classes takes as tokens .636 bytes.: give more'),
+              'less than an image of each of the 6 classes takes as tokens .a class has none below 106 bytes.: give '
+              '636 or more'),
     'bytes': ([*TOKENS, '--memory', 'tokens', '--memory-bytes', '1.5'], 'sets', '1.5: give a whole number of bytes'),
     'no bytes': ([*TOKENS, '--memory', 'tokens'], 'sets', '--memory and --memory-bytes belong together'),
     'form': ([*TOKENS, *JPEG], 'sets', '--new tokens with --memory jpeg'),
@@ -267,6 +339,8 @@ MISTAKES = {
     'decoder': ([*PIXELS, *MEMORY], 'both', 'needs the --tokenizer-path that decodes them'),
     'two': ([*TOKENS, *MEMORY, '--tokenizer-from-task', 0], 'both', 'choose one'),
     'pixels': ([*PIXELS, *JPEG, '--tokenizer-path', 'x'], 'paths', 'have no tokens'),
+    'codebook': ([*TOKENS, '--tokenizer-from-task', 0, '--codebook-path', 'x'], 'paths', 'takes no --codebook-path'),
+    'synonyms': ([*TOKENS, '--tokenizer-from-task', 0, '--token-synonym-dict', 'x'], 'paths', 'synonyms are made with'),
     'eval': ([*TOKENS, '--eval', '--resume', 'auto'], 'sets', '--eval is no flag of main_continual.py'),
     'file': ([*TOKENS, '--resume', 'x.pth'], 'sets', 'resumes by --resume auto'),
     'paths': ([*PIXELS, *JPEG], 'none', '--train-path and --val-path: name the images'),
@@ -285,6 +359,58 @@ def test_mistakes_are_one_line(paths, sets, tmp_path, name):
              'train only': [*paths, *sets[:2], *sets[4:8]]}[data]
     fails(lambda: call(main_continual, *flags, *words, '--output-dir', tmp_path / 'out'), pattern)
     assert not list(tmp_path.rglob('*.pth'))
+
+
+def test_runs_that_share_tokens_wait(paths, tmp_path, monkeypatch):
+    """For what another makes there, but not for ever; and what a killed fit left is made again."""
+    folder = tmp_path / 'tokens'
+    flags = [*TOKENS, *paths, '--tokenizer-from-task', 0, '--image-size', 64, '--tokens-dir', folder, '--output-dir',
+             tmp_path / 'out', '--tokenize-only']
+    folder.mkdir()
+    holder = subprocess.Popen([sys.executable, '-c', 'import sys, time\nfrom files import lock_file\n'
+                               'lock = lock_file(sys.argv[1])\nprint(1, flush=True)\ntime.sleep(600)',
+                               str(folder / '.lock')], cwd=ROOT, stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    with monkeypatch.context() as patch:
+        patch.setattr(continual_tokens, 'PATIENCE', 0.3)
+        fails(lambda: call(main_continual, *flags), 'tokens: another run is making tokens there')
+    threading.Timer(1, holder.kill).start()
+    assert call(main_continual, *flags) == 0
+    holder.wait()
+    holder.stdout.close()
+    (folder / 'tokenizer.pt').unlink()
+    for path in folder.glob('*-*'):
+        path.unlink()
+    assert call(main_continual, *flags) == 0
+    assert (folder / 'tokenizer.pt').exists()
+
+
+def test_tokens_of_another_tokenizer_are_refused(images, paths, made, tmp_path):
+    folder = made[-1]
+    other = tmp_path / 'other'
+    call(fit_patch_tokenizer, '--data-path', images / 'val', '--image-size', 64, '--output-dir', other, '--dim', 8)
+    for split, size in (('train', 64), ('val', 128)):
+        call(tokenize_images, '--data-path', images / split, '--name', split, '--output-dir', tmp_path, '--image-size',
+             size, '--tokenizer-path', folder / 'tokenizer.pt', '--codebook-path', folder / 'codebook.ckpt', '--device',
+             'cpu')
+    flags = [*PIXELS, *MEMORY, *paths, '--output-dir', tmp_path / 'out', '--train-token-file',
+             tmp_path / 'train-token.data.bin.gz', '--train-label-file', tmp_path / 'train-label.txt']
+    ours, theirs = (['--tokenizer-path', path / 'tokenizer.pt', '--codebook-path', path / 'codebook.ckpt']
+                    for path in (folder, other))
+    fails(lambda: call(main_continual, *flags, *theirs[:2], *ours[2:]), 'rows of .* elements, but the tokenizer gives')
+    fails(lambda: call(main_continual, *flags, *theirs), 'was made with another tokenizer than .*other/tokenizer.pt|'
+                                                         'holds code')
+    val = ['--val-token-file', tmp_path / 'val-token.data.bin.gz', '--val-label-file', tmp_path / 'val-label.txt']
+    fails(lambda: call(main_continual, *flags, *ours, *val, '--eval-stored'), 'grids of 256 codes, but .* has 64')
+
+
+def test_folders_among_the_classes_are_refused(images, paths, tmp_path):
+    shutil.copytree(images, tmp_path / 'images')
+    paths = ['--train-path', tmp_path / 'images' / 'train', '--val-path', tmp_path / 'images' / 'val']
+    out = ['--output-dir', tmp_path / 'images' / 'train' / 'run']
+    fails(lambda: call(main_continual, *PIXELS, *JPEG, *paths, *out), 'lies among the class folders')
+    fails(lambda: call(main_continual, *TOKENS, *paths, '--tokenizer-from-task', 0, *out), 'lies among the class fol')
+    assert len(list((tmp_path / 'images' / 'train').iterdir())) == 6
 
 
 def test_tokens_of_other_images_are_refused(paths, images, made, tmp_path):

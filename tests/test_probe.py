@@ -1,5 +1,6 @@
 """scripts/probe.py on checkpoints of each program: features, their accuracies, mistakes."""
 import json
+import math
 import re
 
 import numpy as np
@@ -135,4 +136,8 @@ def test_mistakes_are_one_line(tokens, images, tmp_path):
     (tmp_path / 'val' / 'cat').rename(tmp_path / 'val' / 'dog')
     fails(lambda: probed([*paths[:2], '--val-path', tmp_path / 'val'], pixels, '--output', output),
           "val: class 2 is 'dog', but in .* it is 'cat'")
+    broken = torch.load(checkpoint)
+    broken['model'] = {name: value * math.nan for name, value in broken['model'].items()}
+    torch.save(broken, tmp_path / 'broken.pth')
+    fails(lambda: probed(words, tmp_path / 'broken.pth', '--output', output), 'gives features that are not finite')
     assert not output.exists()

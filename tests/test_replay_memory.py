@@ -13,8 +13,8 @@ from helpers import fails, noise
 from image_dataset import ImageDataset, eval_transform
 from image_files import decode_rgb, pixels_of
 from image_tokenizer import PatchTokenizer
-from replay_forms import (StoredImages, TaskImages, codes_of, decode_to_files, image_file, length_of, store_codes,
-                          store_from, store_image)
+from replay_forms import (PixelStore, StoredImages, TaskImages, codes_of, decode_to_files, image_file, length_of,
+                          store_codes, store_from, store_image)
 from replay_memory import (POLICIES, ReplayMemory, Sample, check_room, fill, fill_reservoir, load_memory,
                            save_memory)
 from token_codecs import CODECS
@@ -52,16 +52,58 @@ def test_never_above_its_bytes_and_balanced_to_within_one(policy):
         labels = rng.integers(0, classes * tasks, int(rng.integers(1, 200)))
         sizes = rng.integers(1, rng.integers(2, 400), len(labels))
         memory = Watched(int(rng.integers(1, 8000)))
+        small = sizes + 6 <= memory.limit // (labels.max() + 1)
+        passed = 0
         for task in range(tasks):
             images = np.flatnonzero(labels // classes == task)
-            fill(memory, policy, images, labels, sized(labels, sizes), (run, task))
+            passed += fill(memory, policy, images, labels, sized(labels, sizes), (run, task))
             memory.check()
             assert set(memory.labels().tolist()) <= set(range(classes * (task + 1)))
             if policy == 'balanced':
                 seen = np.unique(labels[labels < classes * (task + 1)])
                 held = np.bincount(memory.labels(), minlength=classes * tasks)[seen]
-                there = np.bincount(labels, minlength=classes * tasks)[seen]
-                assert all(count == all_of or count >= held.max() - 1 for count, all_of in zip(held, there))
+                there = np.bincount(labels[small], minlength=classes * tasks)[seen]
+                assert all(count == all_of or count >= max(1, held.max() - 1) for count, all_of in zip(held, there))
+        assert passed <= (~small).sum()
+
+
+def test_balanced_holds_the_first_that_fit():
+    """Of samples ranked by their place within their class, then by class: found another way, all of them at once."""
+    rng = np.random.default_rng(1)
+    for run in range(60):
+        labels = rng.integers(0, 6, 150)
+        sizes = rng.integers(1, 90, len(labels))
+        memory = Watched(int(rng.integers(1, 2500)))
+        share = memory.limit // 6
+        most, held = 1000, {}
+        for task in range(3):
+            images = np.flatnonzero(labels // 2 == task)
+            order = np.random.default_rng((run, task)).permutation(images)
+            for label in (2 * task, 2 * task + 1):
+                held[label] = [i for i in order[labels[order] == label] if sizes[i] + 6 <= share]
+            fill(memory, 'balanced', images, labels, sized(labels, sizes), (run, task))
+            ranked = sorted((place, label, i) for label in held for place, i in enumerate(held[label][:most]))
+            fit = int((np.cumsum([sizes[i] + 6 for *_, i in ranked]) <= memory.limit).sum())
+            if fit < len(ranked):
+                most = ranked[fit][0] + 1
+            held = {label: [i for _, owner, i in ranked[:fit] if owner == label] for label in held}
+            expected = sorted((label, int(sizes[i]), i % 256) for label in held for i in held[label])
+            assert sorted((sample.label, sample.index, sample.data[0]) for sample in memory.samples) == expected
+            assert min(memory.most, 1000) == most
+
+
+@pytest.mark.parametrize('policy', POLICIES)
+def test_one_large_image_costs_no_class_its_place(policy):
+    labels = np.repeat(np.arange(10), 20)
+    for run in range(20):
+        sizes = np.full(200, 100)
+        sizes[run] = 2000  # of the first class
+        memory = Watched(10 * 400)
+        passed = [fill(memory, policy, np.flatnonzero(labels // 2 == task), labels, sized(labels, sizes), (run, task))
+                  for task in range(5)]
+        assert len(memory) == 4000 // 106 and sum(passed) <= 1
+        if policy == 'balanced':
+            assert set(np.bincount(memory.labels())) == {3, 4}
 
 
 def test_balanced_takes_as_much_as_fits():
@@ -88,7 +130,7 @@ def test_the_reservoir_is_a_uniform_sample():
         memory = ReplayMemory(400)
         rng = np.random.default_rng(run)
         for part in np.split(np.arange(60), 3):  # tasks: the state between them is the file's
-            fill_reservoir(memory, part.tolist(), lambda i: Sample(i, int(sizes[i]), bytes(int(sizes[i]))), rng)
+            fill_reservoir(memory, part.tolist(), lambda i: Sample(i, int(sizes[i]), bytes(int(sizes[i]))), 400, rng)
         held[memory.labels()] += 1
     share = held / times
     deviation = np.sqrt(share.mean() * (1 - share.mean()) / times)
@@ -104,17 +146,19 @@ def test_the_reservoir_encodes_few():
     def encode(i):
         encoded.append(i)
         return Sample(0, 4, bytes(4))
-    fill_reservoir(ReplayMemory(100), range(5000), encode, np.random.default_rng(0))
+    fill_reservoir(ReplayMemory(100), range(5000), encode, 100, np.random.default_rng(0))
     assert 10 < len(encoded) < 200
 
 
 def test_too_small_a_memory_is_one_line():
-    samples = [Sample(label, 10, bytes(10)) for label in range(3)]
-    check_room(48, samples, 'jpeg')
-    fails(lambda: check_room(47, samples, 'jpeg'), '--memory-bytes 47: less than an image of each of the 3 classes '
-                                                   r'takes as jpeg \(48 bytes\)')
+    labels = np.array([0, 1, 2, 2])
+    encode = sized(labels, np.array([10, 10, 40, 11]))
+    check_room(51, labels, encode, 'jpeg')  # a class has one that is small enough
+    fails(lambda: check_room(50, labels, encode, 'jpeg'),
+          r'--memory-bytes 50: less than an image of each of the 3 classes takes as jpeg \(a class has none below 17 '
+          r'bytes\): give 51 or more')
     with pytest.raises(ValueError):
-        ReplayMemory(15).add(samples[0])
+        ReplayMemory(15).add(encode(0))
 
 
 # ---------------------------------------------------------------- files
@@ -227,6 +271,16 @@ def test_an_image_that_no_index_can_describe_is_one_line():
           'x: wide cannot be read or stored .65536 x 1 pixels are more')
 
 
+def test_a_store_gives_samples_the_labels_of_now(tmp_path):
+    Image.new('RGB', (8, 6)).save(tmp_path / 'a.png')
+    (tmp_path / 'list.txt').write_text('a.png 3\n')
+    data = ImageDataset(str(tmp_path / 'list.txt'), 8, eval_transform(8, 1))
+    store = PixelStore({'train': data}, 'pixels', None, None)
+    data.labels = np.array([1])
+    sample = store.store('train', 0)
+    assert sample.label == 1 and decode_rgb(store.restore([sample])[0]).size == (8, 6)
+
+
 def test_stored_images_come_in_parts_and_in_order(tmp_path, monkeypatch):
     for label, number in itertools.product(range(2), range(4)):
         (tmp_path / f'{label}').mkdir(exist_ok=True)
@@ -234,16 +288,17 @@ def test_stored_images_come_in_parts_and_in_order(tmp_path, monkeypatch):
     data = ImageDataset(str(tmp_path), 8, eval_transform(8, 1))
     asked = []
 
-    def restore(part):
-        asked.append(part.tolist())
-        return [image_file(store_from(data.source, i, lambda image: store_image(0, image, 'pixels', None, None)),
-                           'pixels') for i in asked[-1]]
+    class Store(PixelStore):
+        def restore(self, samples):
+            asked.append(len(samples))
+            return super().restore(samples)
+    store = Store({'val': data}, 'pixels', None, None)
     monkeypatch.setattr(replay_forms, 'RESTORED', 3)
     indices = np.array([7, 1, 2, 5, 0])
     cpu = torch.device('cpu')
     stored, whole = (tuple(map(torch.cat, zip(*images.batches(indices, 2, cpu, False))))
-                     for images in (StoredImages(data, restore), data))
-    assert asked == [[7, 1, 2], [5, 0]]
+                     for images in (StoredImages(data, 'val', store), data))
+    assert asked == [3, 2]
     for one, other in zip(stored, whole):
         assert torch.equal(one, other)
 
