@@ -111,8 +111,10 @@ def style_of(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def colors_of(rows: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """A color for each arm, the same in all panels and figures."""
-    return {arm: f'C{number % 10}' for number, arm in enumerate(dict.fromkeys(row['arm'] for row in rows.values()))}
+    """A color for each arm, the same in all panels and figures; gray for tokens without a memory, black for pixels."""
+    held = dict.fromkeys(row['arm'] for row in rows.values() if row['memory'])
+    bounds = {row['arm']: 'gray' if row['kind'] == 'tokens' else 'black' for row in rows.values() if not row['memory']}
+    return bounds | {arm: f'C{number % 10}' for number, arm in enumerate(held)}
 
 
 def draw_tasks(results: dict[str, Any], path: Path) -> None:
@@ -133,7 +135,8 @@ def draw_tasks(results: dict[str, Any], path: Path) -> None:
         panel.set(title=f'{memory / 1e6:g} MB of memory', xlabel='classes seen')
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel('top-1 on all classes seen (%)')
-    panels[0][-1].legend(fontsize=8)
+    handles = {label: handle for panel in panels[0] for handle, label in zip(*panel.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), fontsize=8, ncols=4, loc='outside lower center')
     figure.suptitle(f'{results["title"]} ({results["preset"]})')
     save_figure(figure, path)
 
@@ -159,8 +162,11 @@ def draw_bytes(results: dict[str, Any], path: Path) -> None:
         for row in points:
             panel.annotate(f'{row["memory_images"]:,}', (row['memory_bytes'], row['average']['mean']), xytext=(4, 4),
                            textcoords='offset points', fontsize=7)
-    panel.set(xscale='log', xlabel='bytes of memory: data, labels and index (without the tokenizer)',
+    panel.set(xscale='log', xlabel='memory: data, labels and index (without the tokenizer)',
               ylabel='average incremental top-1 (%)', title=f'{results["title"]} ({results["preset"]}); labels: images')
-    panel.grid(alpha=0.3, which='both')
-    panel.legend(fontsize=8)
+    memories = sorted({row['memory'] for row in rows.values() if row['memory']})
+    panel.set_xticks(memories, [f'{memory / 1e6:g} MB' for memory in memories])
+    panel.minorticks_off()
+    panel.grid(alpha=0.3)
+    figure.legend(fontsize=8, ncols=3, loc='outside lower center')
     save_figure(figure, path)
