@@ -4,7 +4,7 @@ from typing import Any
 import main_seit
 import recipe
 from continual_tasks import ORDER_SEED
-from flags import Parser, byte_count, integer
+from flags import Parser, add_max_pixels, byte_count, integer
 from replay_forms import FORMS
 from replay_memory import POLICIES
 from utils import InputError
@@ -17,8 +17,6 @@ NOT_HERE = {
     'nb_classes': 'the tasks must divide the classes of the labels',
     'repeated_aug': 'steps draw from two places, each without repeats; beside --aug deit give --no-repeated-aug',
 }
-
-SYNONYMS = main_seit.get_args_parser().get_default('token_synonym_dict')
 
 
 def add_task_flags(parser: Parser) -> None:
@@ -52,8 +50,7 @@ def add_task_flags(parser: Parser) -> None:
     add('--tokenizer-path', default='', metavar='FILE', help='tokenize the images with it, or decode the memory')
     add('--tokenizer-from-task', type=int, choices=[0], help="fit a patch tokenizer on the first task's images")
     add('--image-size', type=integer(1), default=256, help='images are resized to this to be tokenized')
-    add('--max-image-pixels', type=integer(1), metavar='N',
-        help="larger images count as unreadable (default: PIL's limit, 178,956,970)")
+    add_max_pixels(add)
     add('--tokens-dir', default='', metavar='DIR', help='for tokens that are made here; default: DIR/tokens of '
         '--output-dir. Runs with the same first task may share it')
     add('--tokenize-only', action='store_true', help='make the tokens, and stop')
@@ -106,7 +103,8 @@ def check_program_flags(flags: dict[str, Any]) -> None:
     for name, why in NOT_HERE.items():
         if flags[name]:
             raise InputError(f'--{name.replace("_", "-")} is no flag of main_continual.py: {why}')
-    if not flags['train_token_file'] and flags.get('token_synonym_dict') not in (None, SYNONYMS):
+    if (flags['new'] == 'tokens' and not flags['train_token_file'] and
+            flags['token_synonym_dict'] != main_seit.get_args_parser().get_default('token_synonym_dict')):
         raise InputError('--token-synonym-dict: synonyms are made with the tokens; give it beside --train-token-file')
     if not flags['output_dir']:
         raise InputError('--output-dir: give one; tasks pass weights and memory on in files')

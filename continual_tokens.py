@@ -7,7 +7,7 @@ import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,14 +17,14 @@ from class_names import check_class_names
 from codebook import load_codebook
 from files import check_same, lock_file, sha256
 from image_dataset import ImageDataset
-from image_sources import Source, open_source
+from image_sources import Source
 from image_tokenizer import check_codebook, load_tokenizer
 from replay_forms import TokenStore
+from run_folder import LOCK
 from scripts import build_synonyms, fit_patch_tokenizer
 from token_dataset import TokenDataset
 from utils import InputError, on_main
 
-LOCK = '.lock'
 PATIENCE = 60  # seconds, for another run that looks whether all tokens are there
 FITTED = 'fitted.json'  # in the folder of tokens: the images that the tokenizer was fitted on
 
@@ -32,22 +32,19 @@ FITTED = 'fitted.json'  # in the folder of tokens: the images that the tokenizer
 @contextlib.contextmanager
 def hold_folder(folder: Path) -> Iterator[None]:
     """Hold a folder of tokens for this process: another waits, a minute at most. Collective. Raises InputError."""
-    held = []
-    on_main(_hold, folder, held)
-    try:
+    with contextlib.ExitStack() as held:
+        on_main(_hold, folder, held)
         yield
-    finally:
-        for file in held:
-            file.close()
 
 
-def _hold(folder: Path, held: list[Any]) -> None:
+def _hold(folder: Path, held: contextlib.ExitStack) -> None:
     until = time.monotonic() + PATIENCE
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        while not held:
+        while True:
             try:
-                held.append(lock_file(folder / LOCK) or contextlib.ExitStack())  # a file system without locks
+                held.enter_context(lock_file(folder / LOCK) or contextlib.nullcontext())
+                return
             except BlockingIOError:
                 if time.monotonic() > until:
                     raise InputError(f'{folder}: another run is making tokens there; wait for it, or give another '
@@ -108,7 +105,7 @@ def _fit(first: Source, folder: Path, image_size: int) -> None:
     fit_patch_tokenizer.fit(first, fit_patch_tokenizer.parse_args(words))
 
 
-def tokenize(files: TokenFiles, folder: Path, splits: dict[str, str], image_size: int, device: str,
+def tokenize(files: TokenFiles, folder: Path, splits: dict[str, Source], image_size: int, device: str,
              max_pixels: int | None = None) -> TokenFiles:
     """Tokenize images into a folder, or find that it was done; returns where all is. Collective. Raises InputError.
 
@@ -117,17 +114,17 @@ def tokenize(files: TokenFiles, folder: Path, splits: dict[str, str], image_size
     Args:
         files: tokenizer, and its codebook or '' for the tokenizer's own.
         folder: of the token files.
-        splits: paths of images by 'train' and 'val'.
+        splits: images by 'train' and 'val'.
         image_size: images are resized to this, both sides.
         device: --device.
         max_pixels: larger images are an InputError; None for PIL's limit.
     """
-    for name, path in splits.items():
-        made_of = {f'images of {name}': open_source(path).digest(), 'tokenizer': sha256(files.tokenizer),
-                   'image size': image_size}
+    tokenizer = sha256(files.tokenizer)
+    for name, source in splits.items():
+        made_of = {f'images of {name}': source.digest(), 'tokenizer': tokenizer, 'image size': image_size}
         on_main(check_same, folder / f'{name}-images.json', made_of, '--tokens-dir')
-        words = ['--data-path', path, '--name', name, '--output-dir', str(folder), '--image-size', str(image_size),
-                 '--tokenizer-path', files.tokenizer, '--device', device]
+        words = ['--data-path', source.data_path, '--name', name, '--output-dir', str(folder),
+                 '--image-size', str(image_size), '--tokenizer-path', files.tokenizer, '--device', device]
         if files.codebook:
             words += ['--codebook-path', files.codebook]
         if max_pixels:
@@ -163,11 +160,13 @@ def open_token_store(images: dict[str, ImageDataset], files: dict[str, tuple[str
     tokenizer = load_tokenizer(tokenizer_path)
     codebook = load_codebook(codebook_path)
     check_codebook(tokenizer, codebook, codebook_path)
+    paths = {'tokenizer': tokenizer_path, 'codebook': codebook_path}
+    made_by = {name: (path, sha256(path)) for name, path in paths.items()}
     codes = {}
     for split, (token_file, label_file) in files.items():
         tokens = TokenDataset(token_file, label_file, len(codebook), device=device)
         check_same_images(tokens, images[split], token_file, images[split].source.data_path)
-        check_made_by(tokens, token_file, {'tokenizer': tokenizer_path, 'codebook': codebook_path})
+        check_made_by(tokens, token_file, made_by)
         codes[split] = tokens.codes
         if tokens.codes.shape[1] != codes['train'].shape[1]:
             raise InputError(f'{token_file}: grids of {tokens.codes.shape[1]} codes, but {files["train"][0]} has '
@@ -175,13 +174,17 @@ def open_token_store(images: dict[str, ImageDataset], files: dict[str, tuple[str
     return TokenStore(images, codes, tokenizer.to(device), codebook.to(device), tokenizer_path)
 
 
-def check_made_by(tokens: TokenDataset, token_file: str, paths: dict[str, str]) -> None:
-    """InputError where a manifest of a token set states another 'tokenizer' or 'codebook' than the files of `paths`."""
-    for name, path in paths.items():
+def check_made_by(tokens: TokenDataset, token_file: str, made_by: dict[str, tuple[str, str]]) -> None:
+    """InputError where a manifest of a token set states another 'tokenizer' or 'codebook'.
+
+    Args:
+        tokens, token_file: the set.
+        made_by: path and SHA-256 of each.
+    """
+    for name, (path, digest) in made_by.items():
         for file in tokens.files:
             stated = file.manifest.get(name)
-            made_by = stated.get('sha256') if isinstance(stated, dict) else None
-            if made_by and made_by != sha256(path):
+            if isinstance(stated, dict) and stated.get('sha256') not in (None, '', digest):
                 raise InputError(f'{token_file}: was made with another {name} than {path}: give that one to '
                                  f'--{name}-path')
 

@@ -27,7 +27,7 @@ from codebook import load_codebook
 from corruptions import add_robustness_flags, make_corruption
 from engine import evaluate, rank_indices
 from files import check_writable, write_text
-from flags import SEED, Parser, integer, print_no_effect
+from flags import SEED, Parser, add_max_pixels, integer, print_no_effect
 from image_sources import ImageBatch, Source, load_images, open_source
 from image_tokenizer import encode_images, load_tokenizer
 from models_seit import MODELS, KeyValues, create_model
@@ -70,8 +70,7 @@ def make_parser() -> Parser:
     add('--dist-eval', action='store_true', help='share the images over the ranks, each on exactly one')
     add('--save-predictions', metavar='FILE.csv', help='a line an image: file, label, prediction, probability, top 5')
     add('--skip-bad-images', action='store_true', help='leave unreadable images out and count them')
-    add('--max-image-pixels', type=integer(1), metavar='N',
-        help="larger images count as unreadable (default: PIL's limit, 178,956,970)")
+    add_max_pixels(add)
     add('--seed', type=SEED, default=0, help='of the noise of --corruption; nothing else is random')
     add('--device', default='auto', help='auto (CUDA where there is one), cuda or cpu')
     add('--dist-url', default='env://', help="torch.distributed's init method")

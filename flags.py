@@ -41,6 +41,12 @@ class Parser(argparse.ArgumentParser):
         raise InputError(f'{message}; see {self.prog} --help')
 
 
+def add_max_pixels(add: Callable) -> None:
+    """--max-image-pixels, by a parser's add_argument."""
+    add('--max-image-pixels', type=integer(1), metavar='N',
+        help="larger images count as unreadable (default: PIL's limit, 178,956,970)")
+
+
 def _with_dashes(word: str) -> str:
     flag, equals, value = word.partition('=')
     return flag.replace('_', '-') + equals + value if flag.startswith('--') else word

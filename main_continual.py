@@ -194,10 +194,12 @@ def make_tokens(args: argparse.Namespace) -> tuple[argparse.Namespace, TokenFile
     if 'tokens' not in (args.new, args.memory) or files.train:
         return args, files, files.describe(False)
     folder = Path(args.tokens_dir or Path(args.output_dir, 'tokens'))
-    source = open_source(args.train_path)
+    splits = {'train': open_source(args.train_path)}
+    source = splits['train']
     check_folder(args.train_path, str(folder), source.classes)
     tasks = make_tasks_of(args, {args.train_path: source.labels})
-    splits = {'train': args.train_path} | ({'val': args.val_path} if args.new == 'tokens' or args.eval_stored else {})
+    if args.new == 'tokens' or args.eval_stored:
+        splits['val'] = open_source(args.val_path)
     with hold_folder(folder):
         if args.tokenizer_from_task is not None:
             first = tasks.images(tasks.places(source.labels), 0)

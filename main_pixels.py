@@ -25,7 +25,7 @@ from class_names import check_class_names, count_classes, head_size
 from class_subsets import OnlyClasses, match_classes
 from corruptions import add_robustness_flags, make_corruption
 from engine import evaluate, evaluate_checkpoint, rank_indices, train
-from flags import Parser, integer, number
+from flags import Parser, add_max_pixels, integer, number
 from image_dataset import ImageDataset, Normalize, eval_transform, random_erasing, train_transform
 from loss_meter import NotFinite
 from models_seit import MODELS
@@ -58,8 +58,7 @@ def get_args_parser() -> Parser:
         help='validation images are resized to --input-size divided by it, and cropped')
     add('--num-workers', type=integer(), default=10, help='processes that decode images; as many as the cores at most')
     add('--pin-mem', action=recipe.ON_OFF, default=True, help='copy batches to a GPU from page-locked memory')
-    add('--max-image-pixels', type=integer(1), metavar='N',
-        help="larger images count as unreadable (default: PIL's limit, 178,956,970)")
+    add_max_pixels(add)
     recipe.add_model_flags(parser, 'deit_base_patch16_224', 'any model of timm')
     recipe.add_optimization_flags(parser)
 

@@ -116,11 +116,16 @@ def fill(memory: ReplayMemory, policy: str, images: np.ndarray, labels: np.ndarr
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(images)
-    share = memory.limit // (int(labels.max()) + 1)
+    share = equal_share(memory.limit, labels)
     if policy == 'reservoir':
         return fill_reservoir(memory, order.tolist(), encode, share, rng)
     return fill_balanced(memory, {label: order[labels[order] == label].tolist()
                                   for label in np.unique(labels[order]).tolist()}, encode, share)
+
+
+def equal_share(limit: int, labels: np.ndarray) -> int:
+    """Bytes of a class where all classes of `labels`, each there from 0 on, have as many of `limit`."""
+    return limit // (int(labels.max()) + 1)
 
 
 def fill_reservoir(memory: ReplayMemory, stream: Iterable[int], encode: Encode, share: int,
@@ -191,23 +196,23 @@ def fill_balanced(memory: ReplayMemory, new: dict[int, Sequence[int]], encode: E
 def rank_samples(memory: ReplayMemory) -> list[tuple[int, int]]:
     """Sort a memory's samples by (place within their class, label), and return these."""
     counts = Counter()
-    ranks = []
+    ranked = []
     for sample in memory.samples:
-        ranks.append((counts[sample.label], sample.label))
+        ranked.append(((counts[sample.label], sample.label), sample))
         counts[sample.label] += 1
-    order = sorted(range(len(ranks)), key=ranks.__getitem__)
-    memory.samples = [memory.samples[number] for number in order]
-    return sorted(ranks)
+    ranked.sort()
+    memory.samples = [sample for _, sample in ranked]
+    return [rank for rank, _ in ranked]
 
 
 def small_samples(images: Iterable[int], encode: Encode, share: int, large: list[int]) -> Iterator[Sample]:
-    """The samples of images that take `share` bytes at most; the others are noted in `large`."""
+    """The samples of images that take `share` bytes at most; sizes of the others are noted in `large`."""
     for number in images:
         sample = encode(number)
         if sample.size <= share:
             yield sample
         else:
-            large.append(number)
+            large.append(sample.size)
 
 
 def check_room(limit: int, labels: np.ndarray, encode: Encode, form: str) -> None:
@@ -220,16 +225,12 @@ def check_room(limit: int, labels: np.ndarray, encode: Encode, form: str) -> Non
         form: in words.
     """
     classes = np.unique(labels)
-    share = limit // len(classes)
+    share = equal_share(limit, labels)
     for label in classes.tolist():
-        sizes = []
-        for number in np.flatnonzero(labels == label).tolist():
-            sizes.append(encode(number).size)
-            if sizes[-1] <= share:
-                break
-        else:
+        large = []
+        if next(small_samples(np.flatnonzero(labels == label).tolist(), encode, share, large), None) is None:
             raise InputError(f'--memory-bytes {limit}: less than an image of each of the {len(classes)} classes takes '
-                             f'as {form} (a class has none below {min(sizes)} bytes): give {len(classes) * min(sizes)} '
+                             f'as {form} (a class has none below {min(large)} bytes): give {len(classes) * min(large)} '
                              'or more')
 
 

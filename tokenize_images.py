@@ -41,7 +41,7 @@ import compact_files
 import token_parts
 from codebook import load_codebook
 from files import atomic_path, download, is_address, sha256
-from flags import Parser, integer
+from flags import Parser, add_max_pixels, integer
 from image_sources import ImageBatch, Source, load_images, open_source
 from image_tokenizer import check_codebook, encode_images, load_tokenizer
 from token_codecs import MAX_CODES, codec_for
@@ -70,8 +70,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="published: the paper's files, which other programs read; compact: a third smaller (docs/token_format.md)")
     add('--shard-size', type=integer(), default=0, metavar='N', help='images to a numbered shard; 0: one set of files')
     add('--skip-bad-images', action='store_true', help='leave out unreadable images, instead of stopping at one')
-    add('--max-image-pixels', type=integer(1), metavar='N',
-        help="larger images count as unreadable (default: PIL's limit, 178,956,970)")
+    add_max_pixels(add)
 
     group = parser.add_argument_group('computation')
     add = group.add_argument

@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from files import check_writable, read_json, write_text
@@ -14,9 +14,16 @@ from flags import Parser
 from tables import continual_report, report
 from utils import InputError, print0, run
 
-# by the name of a table, which is that of its folder: results -> Markdown
-MARKDOWN: dict[str, Callable] = {**dict.fromkeys(report.MARKDOWN, report.markdown),
-                                 continual_report.NAME: continual_report.markdown}
+
+class Form(NamedTuple):
+    """Results of a table: what makes Markdown of them, and which keys they have."""
+    markdown: Callable
+    keys: set[str]
+
+
+# by the name of a table, which is that of its folder
+FORMS = {**dict.fromkeys(report.MARKDOWN, Form(report.markdown, report.KEYS)),
+         continual_report.NAME: Form(continual_report.markdown, continual_report.KEYS)}
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -33,20 +40,17 @@ def results_in(path: Path) -> list[Path]:
     """The results that a path stands for, in the order of the tables. Raises InputError where there are none."""
     if not path.is_dir():
         return [path]
-    found = [path / name / report.RESULTS for name in MARKDOWN if (path / name / report.RESULTS).exists()]
+    found = [path / name / report.RESULTS for name in FORMS if (path / name / report.RESULTS).exists()]
     if not found:
-        raise InputError(f'{path}: no {"/, ".join(MARKDOWN)}/ with a {report.RESULTS} in it: run a table first')
+        raise InputError(f'{path}: no {"/, ".join(FORMS)}/ with a {report.RESULTS} in it: run a table first')
     return found
 
 
 def read(path: Path) -> dict[str, Any]:
     """The results of a table. Raises InputError."""
-    try:
-        results = read_json(path)
-    except ValueError as error:
-        raise InputError(f'{path}: no JSON ({error})') from None
-    keys = {'table', 'title', 'preset', 'lrs', 'rows'}
-    if not isinstance(results, dict) or not keys <= results.keys() or results['table'] not in MARKDOWN:
+    results = read_json(path)
+    table = results.get('table') if isinstance(results, dict) else None
+    if table not in FORMS or not FORMS[table].keys <= results.keys():
         raise InputError(f'{path}: no results of a table; give a {report.RESULTS} that the scripts of tables/ wrote')
     return results
 
@@ -62,7 +66,7 @@ def main(args: argparse.Namespace) -> None:
             raise InputError(f'--curve: none of {", ".join(map(str, paths))} is a table 1 with results')
         report.draw_curve(storage, Path(args.curve))
         print0(args.curve)
-    write_text(args.output, '\n'.join(MARKDOWN[table['table']](table) for table in tables))
+    write_text(args.output, '\n'.join(FORMS[table['table']].markdown(table) for table in tables))
     print0(args.output)
 
 

@@ -10,10 +10,11 @@ from continual_run import read_results
 from files import write_text
 from plotting import pyplot, save_figure
 from tables.report import DASH, RESULTS, TABLE, mean_and_sd, row_of, spread
-from tables.rows import failures, is_done
+from tables.rows import failures_of, is_done
 from utils import InputError
 
 NAME = 'continual'  # of the table, and of its folder
+KEYS = {'table', 'title', 'preset', 'policy', 'epochs', 'lrs', 'rows'}  # of results
 TASKS_FIGURE = 'tasks.png'
 BYTES_FIGURE = 'bytes.png'
 # columns, in percent
@@ -46,7 +47,7 @@ def line_result(line: Any, outcomes: dict[str, str]) -> dict[str, Any] | None:
         outcomes: what became of rows, by name.
     """
     runs = {seed: read_results(str(row.folder)) for seed, row in line.runs.items() if is_done(row)}
-    failed = [why for name, why in failures(outcomes).items() if name in {row.name for row in line.runs.values()}]
+    failed = list(failures_of([row.name for row in line.runs.values()], outcomes).values())
     if not runs and not failed:
         return None
     ends = [tasks[-1] for tasks in runs.values()]
@@ -117,12 +118,17 @@ def colors_of(rows: dict[str, dict[str, Any]]) -> dict[str, str]:
     return bounds | {arm: f'C{number % 10}' for number, arm in enumerate(held)}
 
 
+def memories_of(rows: dict[str, dict[str, Any]]) -> list[int]:
+    """The memories of lines, in bytes, rising."""
+    return sorted({row['memory'] for row in rows.values() if row['memory']})
+
+
 def draw_tasks(results: dict[str, Any], path: Path) -> None:
     """Draw accuracy on all classes seen against their number, a panel a memory. Raises InputError."""
     plt = pyplot()
     rows = {name: row for name, row in results['rows'].items() if 'accuracy' in row}
     colors = colors_of(rows)
-    memories = sorted({row['memory'] for row in rows.values() if row['memory']}) or [0]
+    memories = memories_of(rows) or [0]
     figure, panels = plt.subplots(1, len(memories), figsize=(1 + 5 * len(memories), 5), sharey=True, squeeze=False,
                                   layout='constrained')
     for panel, memory in zip(panels[0], memories):
@@ -164,7 +170,7 @@ def draw_bytes(results: dict[str, Any], path: Path) -> None:
                            textcoords='offset points', fontsize=7)
     panel.set(xscale='log', xlabel='memory: data, labels and index (without the tokenizer)',
               ylabel='average incremental top-1 (%)', title=f'{results["title"]} ({results["preset"]}); labels: images')
-    memories = sorted({row['memory'] for row in rows.values() if row['memory']})
+    memories = memories_of(rows)
     panel.set_xticks(memories, [f'{memory / 1e6:g} MB' for memory in memories])
     panel.minorticks_off()
     panel.grid(alpha=0.3)

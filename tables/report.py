@@ -15,6 +15,7 @@ TABLE = 'table.md'
 CURVE = 'curve.png'
 DASH = '\N{EM DASH}'
 COMPACT = ', compact'  # ends the names of lines whose tokens are stored so
+KEYS = {'table', 'title', 'preset', 'lrs', 'full_bytes', 'rows'}  # of results
 COUNTS = {'files': 'as files', 'without_headers': 'without headers'}
 
 

@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -235,14 +235,20 @@ def run_rows(rows: Sequence[Row], jobs: int, threads: int, before: dict[str, str
     run_programs(programs, jobs, threads, ended, stopping)
     for row in rows:  # what was not started
         if outcomes[row.name] == 'done' and not is_done(row):
-            failed = next((name for name in row.after if name in failures(outcomes)), None)
+            failed = next(iter(failures_of(row.after, outcomes)), None)
             outcomes[row.name] = f'needs {failed}, which failed' if failed else 'stopped'
     return outcomes
 
 
-def failures(outcomes: dict[str, str]) -> dict[str, str]:
-    """Of what became of rows, by name, why the failed ones did."""
-    return {name: outcome for name, outcome in outcomes.items() if outcome not in ('done', 'stopped')}
+def failures_of(names: Iterable[str], outcomes: dict[str, str]) -> dict[str, str]:
+    """Of rows of these names, in their order, why those that failed did.
+
+    Args:
+        names: of rows.
+        outcomes: what became of rows; one that is not there was done before.
+    """
+    became = {name: outcomes.get(name, 'done') for name in names}
+    return {name: outcome for name, outcome in became.items() if outcome not in ('done', 'stopped')}
 
 
 # ---------------------------------------------------------------- results

@@ -14,7 +14,7 @@ from preemption import REQUEUE, StopSignal
 from tables import report
 from tables.plan import BYTES, MANIFEST, PROBE, Line, Plan, needed
 from tables.presets import PRESETS
-from tables.rows import OUTPUT, Row, failures, final_line, is_done, printed_accuracy, run_rows, shell_line, take
+from tables.rows import OUTPUT, Row, failures_of, final_line, is_done, printed_accuracy, run_rows, shell_line, take
 from utils import InputError, cores
 
 TRAININGS = ('train/*/lr-*-seed-*', '*/train/*/lr-*-seed-*')  # their folders in an output folder
@@ -118,7 +118,7 @@ def run_taken(rows: Sequence[Row], jobs: int, threads: int, stop: StopSignal,
 
 def exit_code(outcomes: dict[str, str], stop: StopSignal) -> int:
     """Print what failed, or that a signal stopped it; returns 1, 75, or 0."""
-    failed = failures(outcomes)
+    failed = failures_of(outcomes, outcomes)
     for row, outcome in failed.items():
         print(f'error: {row}: {outcome}', file=sys.stderr, flush=True)
     if stop.received or 'stopped' in outcomes.values():
@@ -248,7 +248,7 @@ def line_result(line: Line, outcomes: dict[str, str]) -> dict[str, Any] | None:
     """The result of a line over the seeds that are done; None where nothing is known of it."""
     values = {seed: value_of(line, row) for seed, row in line.runs.items()}
     done = {seed: value for seed, value in values.items() if value[0] is not None}
-    failed = [why for name, why in failures(outcomes).items() if name in {row.name for row in line.runs.values()}]
+    failed = list(failures_of([row.name for row in line.runs.values()], outcomes).values())
     if not done and not failed:
         return None
     numbers = [value for value, _ in done.values()]

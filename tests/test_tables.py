@@ -367,6 +367,9 @@ def test_the_curve_and_the_table_of_storage(tmp_path):
     assert (tmp_path / 'curve.png').read_bytes() == (folder / 'curve.png').read_bytes()
     (tmp_path / 'x.json').write_text('{"table": "x"}')
     fails(lambda: call(collect, tmp_path / 'x.json', '--output', tmp_path / 'all.md'), 'no results of a table')
+    results = json.loads((folder / 'results.json').read_text())
+    (tmp_path / 'x.json').write_text(json.dumps({key: results[key] for key in results if key != 'full_bytes'}))
+    fails(lambda: call(collect, tmp_path / 'x.json', '--output', tmp_path / 'all.md'), 'no results of a table')
     fails(lambda: call(collect, tmp_path, '--output', tmp_path / 'b.md', '--curve', tmp_path / 'b.txt.png') or call(
         collect, tmp_path / 'empty', '--output', tmp_path / 'b.md'), 'empty')
 
