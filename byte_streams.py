@@ -17,7 +17,7 @@ from typing import BinaryIO
 import numpy as np
 import torch
 
-from files import MAX_GZIP_RATIO, MAX_IMAGE_BYTES, MAX_IMAGES, MAX_INDEX_RATIO, SMALL, atomic_path
+from fileio.files import MAX_GZIP_RATIO, MAX_IMAGES, MAX_IMAGE_BYTES, MAX_INDEX_RATIO, SMALL, atomic_path
 from prefetching import prefetch
 from token_codecs import PUBLISHED, Codec, encode
 from utils import InputError, first_line

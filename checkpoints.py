@@ -8,7 +8,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 
 from origins import origin_note
-from safe_load import MAX_STRING, check_fields, load_torch
+from fileio.torch_files import MAX_STRING, check_fields, load_torch
 from utils import InputError, print0, world_size
 
 # With another value of any of these, a resumed run has other batches or other augmentation.

@@ -15,8 +15,8 @@ import torch
 from timm.data import ImageNetInfo
 from torch import nn
 
-from class_names import check_class_names
-from files import read_bytes
+from fileio.files import read_bytes
+from fileio.labels import check_class_names
 from image_sources import Source
 from utils import InputError, print0
 

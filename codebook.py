@@ -4,8 +4,8 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from files import read_json
-from safe_load import load_torch
+from fileio.files import read_json
+from fileio.torch_files import load_torch
 from utils import InputError
 
 

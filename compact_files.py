@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from context_model import ContextModel
-from files import MAX_IMAGES, atomic_path, read_bytes
+from fileio.files import MAX_IMAGES, atomic_path, read_bytes
 from prefetching import prefetch
 from rans import decode_blocks, decode_blocks_on, encode_blocks
 from utils import InputError, cores

@@ -19,7 +19,7 @@ from torch import nn
 from class_subsets import OnlyClasses
 from continual_tasks import Tasks, average_incremental, forgetting
 from engine import device_of, evaluate
-from files import MAX_JSON_BYTES, parse_json, read_bytes, write_text
+from fileio.files import MAX_JSON_BYTES, parse_json, read_bytes, write_text
 from replay_forms import length_of
 from replay_memory import ReplayMemory, load_memory
 from run_folder import FILES

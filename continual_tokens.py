@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 import tokenize_images
-from class_names import check_class_names
+from fileio.labels import check_class_names
 from codebook import load_codebook
-from files import check_same, lock_file, sha256
+from fileio.files import check_same, lock_file, sha256
 from image_dataset import ImageDataset
 from image_sources import Source
 from image_tokenizer import check_codebook, load_tokenizer

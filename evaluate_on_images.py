@@ -26,7 +26,7 @@ from class_subsets import OnlyClasses, match_classes
 from codebook import load_codebook
 from corruptions import add_robustness_flags, make_corruption
 from engine import evaluate, rank_indices
-from files import check_writable, write_text
+from fileio.files import check_writable, write_text
 from flags import SEED, Parser, add_max_pixels, integer, print_no_effect
 from image_sources import ImageBatch, Source, load_images, open_source
 from image_tokenizer import encode_images, load_tokenizer

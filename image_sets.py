@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from files import atomic_path, check_writable, lock_file, read_json, remove_leftovers, write_text
+from fileio.files import atomic_path, check_writable, lock_file, read_json, remove_leftovers, write_text
 from image_files import is_hidden
 from image_sources import Source
 from shrinking import Shrunk

@@ -28,8 +28,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from class_names import check_class_names
-from files import expand_files
+from fileio.files import expand_files
+from fileio.labels import check_class_names
 from folder_images import holds_class_folders, read_folder, read_regular_file
 from image_files import BadImage, LeftOut, decode_rgb, image_formats, is_hidden, resize_square
 from loader_workers import plan_workers

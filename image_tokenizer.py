@@ -30,7 +30,7 @@ from torch import nn
 
 from codebook import quantize
 from kmeans import nearest_rows
-from safe_load import load_torch
+from fileio.torch_files import load_torch
 from utils import InputError, first_line
 from vitvqgan import ViTVQGAN, prefixes
 

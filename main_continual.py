@@ -26,7 +26,7 @@ import main_seit
 import models_seit
 import recipe
 from checkpoints import compare_flags, flags_to_save, load_checkpoint, load_weights, resume, saved_flags
-from class_names import check_class_names, count_classes
+from fileio.labels import check_class_names, count_classes
 from codebook import load_codebook
 from continual_flags import add_task_flags, check_program_flags, check_task_flags
 from continual_run import (MEMORY, RUN, add_result, check_new, digest_of, evaluate_seen, open_memory, read_results,
@@ -34,7 +34,7 @@ from continual_run import (MEMORY, RUN, add_result, check_new, digest_of, evalua
 from continual_tasks import Tasks, make_tasks, step_batches, step_draws, task_seed
 from continual_tokens import TokenFiles, fit_tokenizer, hold_folder, open_token_store, tokenize
 from engine import evaluate_models, rank_indices, train
-from files import check_same, sha256
+from fileio.files import check_same, sha256
 from flags import Parser
 from image_dataset import ImageDataset, Normalize, random_erasing
 from image_sources import open_source
@@ -49,8 +49,8 @@ from token_augment import EvalTransform
 from token_codecs import codec_for
 from token_dataset import TokenDataset, choose_data_device
 from tokenize_images import check_folder
-from utils import (InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, on_main, print0, rank,
-                   run, world_size)
+from utils import (InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, on_main, print0, rank, run,
+                   world_size)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -18,7 +18,7 @@ from torch import nn
 
 import recipe
 from checkpoints import flags_to_save, progress_of
-from class_names import check_class_names, count_classes, head_size
+from fileio.labels import check_class_names, count_classes, head_size
 from codebook import load_codebook
 from engine import evaluate, evaluate_checkpoint, rank_indices, train
 from flags import Parser, integer, number, print_no_effect

@@ -23,7 +23,7 @@ from checkpoints import TrainState, flags_to_save, progress_of, resume
 from codebook import load_codebook, load_synonyms, look_up, nearest_codes_of
 from color_adapt import ColorChange
 from engine import train
-from files import is_address
+from fileio.files import is_address
 from flags import Parser, integer, number, print_no_effect
 from loss_meter import NotFinite
 from models_mtm import MODELS, PATCH, MaskRatio, create_model, draw_masks, keep_token_adapt, masked_token_loss

@@ -21,7 +21,7 @@ from torch import nn
 
 import recipe
 from checkpoints import flags_to_save, progress_of, resume
-from class_names import check_class_names, count_classes, head_size
+from fileio.labels import check_class_names, count_classes, head_size
 from class_subsets import OnlyClasses, match_classes
 from corruptions import add_robustness_flags, make_corruption
 from engine import evaluate, evaluate_checkpoint, rank_indices, train

@@ -9,7 +9,7 @@ from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 
 from checkpoints import load_weights
-from safe_load import load_torch
+from fileio.torch_files import load_torch
 from utils import InputError
 
 STAGES = 3, 8, 15, 22  # relu1_2, relu2_2, relu3_3 and relu4_3 among VGG16's features, as LPIPS takes them

@@ -10,7 +10,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from checkpoints import load_checkpoint, load_weights
-from class_names import same_class_names
+from fileio.labels import same_class_names
 from utils import InputError, print0
 
 POSITIONS = 'pos_embed'

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from files import atomic_path
+from fileio.files import atomic_path
 from utils import InputError
 
 LABEL_BYTES = 2

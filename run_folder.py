@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints import TrainState, load_checkpoint
-from files import MAX_JSON_BYTES, lock_file, parse_json, read_bytes, remove_leftovers, save_torch, write_text
+from fileio.files import MAX_JSON_BYTES, lock_file, parse_json, read_bytes, remove_leftovers, save_torch, write_text
 from save_periods import SUMMARY, CheckpointFiles
 from utils import InputError, is_main, on_main, print0
 

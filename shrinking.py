@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 from torch.utils.data import Dataset
 
-from files import read_bytes
+from fileio.files import read_bytes
 from image_files import BadImage, bare_bytes, decode_rgb, image_extensions, image_formats, is_image, pixels_of
 from image_quality import psnr
 from image_sources import Source

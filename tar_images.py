@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from files import parse_json
+from fileio.files import parse_json
 from image_files import LeftOut, image_extensions, is_hidden
 from token_files import MAX_CLASS
 from utils import InputError

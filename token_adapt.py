@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from safe_load import load_torch
+from fileio.torch_files import load_torch
 from token_augment import resized_crop
 from utils import InputError
 from vitvqgan import HEAD_DIM, Decoder, Encoder, Size, read_size, shape_of

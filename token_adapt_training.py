@@ -16,7 +16,7 @@ from torch import nn
 
 from codebook import look_up, quantize
 from engine import autocast
-from files import save_torch
+from fileio.files import save_torch
 from image_tokenizer import unit_range
 from token_adapt import ANGLE, FINER, SHEAR, SHIFT, Geometry, RandomGeometry, TokenAdapt, apply_geometry
 from utils import InputError, print0, rank, seed_step

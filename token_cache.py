@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from compact_files import CPU
-from files import atomic_path, remove_leftovers
+from fileio.files import atomic_path, remove_leftovers
 from token_files import TokenFile, decode
 from utils import InputError, local_rank, one_first, print0
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from class_names import check_class_names
+from fileio.labels import check_class_names
 from compact_files import CPU
-from files import expand_files
+from fileio.files import expand_files
 from prefetching import prefetch
 from token_cache import open_codes
 from token_files import TokenFile, bytes_on_disk, labels_of, open_token_file

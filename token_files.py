@@ -27,7 +27,7 @@ import torch
 import compact_files
 from byte_streams import ByteStream, index_path, read_index, write_stream
 from compact_files import CPU, CompactStream, open_compact
-from files import MAX_LABEL_BYTES, read_bytes, read_json, sha256, write_text
+from fileio.files import MAX_LABEL_BYTES, read_bytes, read_json, sha256, write_text
 from token_codecs import CODECS, PUBLISHED, Codec
 from utils import InputError
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from files import atomic_path, check_writable, lock_file, read_json, remove_leftovers, sha256, write_text
+from fileio.files import atomic_path, check_writable, lock_file, read_json, remove_leftovers, sha256, write_text
 from byte_streams import index_path
 from compact_files import write_compact, write_model
 from context_model import fit

@@ -40,7 +40,7 @@ from tqdm import tqdm
 import compact_files
 import token_parts
 from codebook import load_codebook
-from files import atomic_path, download, is_address, sha256
+from fileio.files import atomic_path, download, is_address, sha256
 from flags import Parser, add_max_pixels, integer
 from image_sources import ImageBatch, Source, load_images, open_source
 from image_tokenizer import check_codebook, encode_images, load_tokenizer

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 
 from engine import autocast
-from files import atomic_path
+from fileio.files import atomic_path
 from image_quality import WINDOW, psnr, ssim
 from image_tokenizer import FORMAT, VERSION, unit_range
 from tokenizer_start import start_weights

@@ -16,8 +16,8 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 from benchmarks.common import spread
-from class_names import check_class_names
-from files import atomic_path, write_text
+from fileio.files import atomic_path, write_text
+from fileio.labels import check_class_names
 from image_quality import psnr, ssim
 from image_sources import FolderImages, Source, load_images, open_source
 from image_tokenizer import encode_images, unit_range

@@ -23,7 +23,7 @@ from compact_files import write_compact, write_model
 from context_model import ContextModel, fit
 from flags import Parser, integer
 from run_info import VERSIONS
-from files import save_torch, write_text
+from fileio.files import save_torch, write_text
 from image_tokenizer import PatchTokenizer, lift_rows
 from recipe import default_amp
 from token_files import files_of_manifest, manifest_path, manifest_text, write_labels

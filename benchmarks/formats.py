@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
 from byte_streams import CHUNK_BYTES, index_path, parse_npy, write_stream
 from context_model import ContextModel, bits, fit
-from files import atomic_path, expand_files
+from fileio.files import atomic_path, expand_files
 from flags import integer
 from image_sources import open_source
 from scripts.inspect_tokens import count_codes, entropy_bits, source_bytes

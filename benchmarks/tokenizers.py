@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main_seit
 from benchmarks import arms, common
 from codebook import load_codebook
-from files import lock_file, write_text
+from fileio.files import lock_file, write_text
 from flags import SEED, integer, number
 from image_sources import open_source
 from image_tokenizer import decode_codes

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from codebook import load_codebook, nearest_codes
-from files import check_writable, write_text
+from fileio.files import check_writable, write_text
 from flags import Parser, integer
 from utils import InputError, print0, run
 

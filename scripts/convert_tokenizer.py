@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from files import atomic_path, check_writable, save_torch
+from fileio.files import atomic_path, check_writable, save_torch
 from flags import Parser
 from image_tokenizer import CodeNeeded, features_of, load_running_code, read_file, same_features
 from utils import InputError, print0, run

@@ -27,20 +27,11 @@ import compact_files
 from byte_streams import index_path, write_stream
 from compact_files import write_compact, write_model
 from context_model import fit
-from files import check_writable, expand_files, lock_file, write_text
+from fileio.files import check_writable, expand_files, lock_file, write_text
 from flags import Parser
 from token_codecs import MAX_CODES, codec_for
-from token_files import (
-    TokenFile,
-    bytes_on_disk,
-    decode,
-    files_of_manifest,
-    labels_of,
-    manifest_path,
-    manifest_text,
-    open_token_file,
-    write_labels,
-)
+from token_files import (TokenFile, bytes_on_disk, decode, files_of_manifest, labels_of, manifest_path, manifest_text,
+                         open_token_file, write_labels)
 from utils import InputError, print0, run
 
 

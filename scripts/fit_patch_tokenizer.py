@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from files import check_writable, save_torch
+from fileio.files import check_writable, save_torch
 from flags import SEED, Parser, integer
 from image_sources import Source, load_images, open_source
 from image_tokenizer import PatchTokenizer, check_sizes, lift_rows, unit_range

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import build_synonyms  # noqa: E402
 import fit_patch_tokenizer  # noqa: E402
 import tokenize_images  # noqa: E402
-from files import check_writable  # noqa: E402
+from fileio.files import check_writable  # noqa: E402
 from flags import Parser, integer  # noqa: E402
 from byte_streams import open_gzip  # noqa: E402
 from utils import InputError, run  # noqa: E402

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from files import MAX_JSON_BYTES, check_writable, parse_json, read_bytes
+from fileio.figures import pyplot, save_figure
+from fileio.files import MAX_JSON_BYTES, check_writable, parse_json, read_bytes
 from flags import Parser
-from plotting import pyplot, save_figure
 from utils import InputError, print0, run
 
 

@@ -24,10 +24,10 @@ import main_pixels
 import models_mtm_finetune
 import models_seit
 from checkpoints import load_checkpoint, load_weights, saved_flags
-from class_names import check_class_names, count_classes, head_size
+from fileio.labels import check_class_names, count_classes, head_size
 from codebook import load_codebook
 from feature_probes import TEMPERATURE, accuracies, linear_probe, neighbor_votes
-from files import check_writable, write_text
+from fileio.files import check_writable, write_text
 from flags import Parser, integer, number
 from image_dataset import ImageDataset, Normalize, eval_transform
 from main_mtm_pretrain import canonical_codes

@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from files import expand_files, read_json, sha256
+from fileio.files import expand_files, read_json, sha256
 from flags import SEED, Parser, integer, number
 from image_files import image_formats
 from image_sets import PART, SetFolder, class_folders, image_names

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import recipe
 from checkpoints import flags_to_save, progress_of, resume
 from engine import rank_indices, train
-from files import atomic_path, save_torch
+from fileio.files import atomic_path, save_torch
 from flags import Parser, integer, number
 from image_sources import Source, load_images, open_source
 from image_tokenizer import check_sizes, unit_range

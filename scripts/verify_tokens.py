@@ -19,9 +19,9 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from class_names import check_class_names
+from fileio.labels import check_class_names
 from codebook import load_codebook, load_synonyms
-from files import expand_files, sha256
+from fileio.files import expand_files, sha256
 from flags import Parser
 from token_codecs import MAX_CODES
 from token_files import TokenFile, check_checksums, decode, manifest_path, open_token_file, read_labels, read_manifest

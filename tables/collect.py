@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from files import check_writable, read_json, write_text
+from fileio.files import check_writable, read_json, write_text
 from flags import Parser
 from tables import continual_report, report
 from utils import InputError, print0, run

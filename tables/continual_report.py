@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from continual_run import read_results
-from files import write_text
-from plotting import pyplot, save_figure
+from fileio.figures import pyplot, save_figure
+from fileio.files import write_text
 from tables.report import DASH, RESULTS, TABLE, mean_and_sd, row_of, spread
 from tables.rows import failures_of, is_done
 from utils import InputError

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from image_files import BadImage, bare_bytes
 from codebook import load_codebook
-from files import check_writable, expand_files, write_text
+from fileio.files import check_writable, expand_files, write_text
 from flags import Parser
 from image_sources import open_source
 from scripts.inspect_tokens import bytes_per_image, count_codes

@@ -17,7 +17,7 @@ from torchvision.utils import make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from codebook import load_codebook
-from files import atomic_path, check_writable, expand_files
+from fileio.files import atomic_path, check_writable, expand_files
 from flags import Parser, integer
 from image_sources import load_images, open_source
 from image_tokenizer import decode_codes, load_tokenizer, unit_range

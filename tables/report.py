@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from files import write_text
-from plotting import pyplot, save_figure
+from fileio.figures import pyplot, save_figure
+from fileio.files import write_text
 from tables.presets import PAPER_CORRUPTIONS
 from utils import InputError
 

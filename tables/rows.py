@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from files import check_same, read_bytes, read_json, write_text
+from fileio.files import check_same, read_bytes, read_json, write_text
 from preemption import REQUEUE
 from run_folder import LOG
 from utils import InputError

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from files import lock_file, read_json
+from fileio.files import lock_file, read_json
 from flags import SEED, Parser, integer, number
 from preemption import REQUEUE, StopSignal
 from tables import report

@@ -27,7 +27,7 @@ import main_seit
 import token_cache
 import tokenize_images
 from benchmarks.common import free_port
-from files import expand_files, sha256
+from fileio.files import expand_files, sha256
 from token_codecs import CODECS
 from byte_streams import gzip_bytes, index_path
 from compact_files import write_compact, write_model

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import files
+from fileio import files
 from codebook import load_codebook
 from helpers import fails, forked, no_space, refused, torch_bytes
 from utils import InputError

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 
+from fileio.torch_files import load_torch
 from helpers import Evil, fails, hostile_parameters, refused, repacked, torch_bytes
-from safe_load import load_torch
 from utils import InputError
 
 

@@ -10,21 +10,9 @@ import pytest
 
 import byte_streams as bs
 import token_files as tf
-from files import sha256
-from helpers import (
-    failing_open,
-    fails,
-    make_checked_set,
-    make_set,
-    make_wide_set,
-    npy,
-    open_codes,
-    refused,
-    rewrite,
-    unpack,
-    write_manifest,
-    write_raw_set,
-)
+from fileio.files import sha256
+from helpers import (failing_open, fails, make_checked_set, make_set, make_wide_set, npy, open_codes, refused, rewrite,
+                     unpack, write_manifest, write_raw_set)
 from prefetching import prefetch
 from token_codecs import CODECS, PUBLISHED, encode
 

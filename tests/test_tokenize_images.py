@@ -12,13 +12,13 @@ import pytest
 import torch
 from torchvision.datasets import ImageFolder
 
-import files
 import main_seit
+from fileio import files
 import token_parts
 import tokenize_images
 from codebook import load_codebook, quantize
 from conftest import ROOT
-from files import sha256
+from fileio.files import sha256
 from helpers import (DIM, PATCH, SIZE, as_list, as_parquet, as_tars, assert_same, call, contents, fails, make_images,
                      published_transform, samples, start, tokenize, tokenize_words, two_processes)
 from image_tokenizer import load_tokenizer

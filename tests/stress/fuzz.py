@@ -38,7 +38,7 @@ from image_files import image_extensions, is_hidden  # noqa: E402
 
 from checkpoints import load_checkpoint, load_weights  # noqa: E402
 from codebook import load_codebook, load_synonyms  # noqa: E402
-from files import sha256  # noqa: E402
+from fileio.files import sha256  # noqa: E402
 from flags import Parser, integer  # noqa: E402
 from helpers import (CODE_KINDS, codes_of_kind, limits, make_compact_set, npy, open_codes, rewrite,  # noqa: E402
                      torch_bytes)

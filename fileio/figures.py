@@ -2,7 +2,7 @@
 from pathlib import Path
 from typing import Any
 
-from files import atomic_path
+from fileio.files import atomic_path
 from utils import InputError
 
 

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from files import MAX_TENSOR_RATIO, SMALL, download, is_address
+from fileio.files import MAX_TENSOR_RATIO, SMALL, download, is_address
 from utils import InputError, first_line
 
 MAX_NAME = 1000  # characters of a class name in a torch file
