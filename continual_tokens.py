@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 import tokenize_images
-from fileio.labels import check_class_names
-from codebook import load_codebook
 from fileio.files import check_same, lock_file, sha256
+from fileio.labels import check_class_names
+from token_files.codebook import load_codebook
 from image_dataset import ImageDataset
 from image_sources import Source
 from image_tokenizer import check_codebook, load_tokenizer

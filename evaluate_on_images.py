@@ -23,7 +23,7 @@ from torch import nn
 
 from checkpoints import load_checkpoint, load_weights
 from class_subsets import OnlyClasses, match_classes
-from codebook import load_codebook
+from token_files.codebook import load_codebook
 from corruptions import add_robustness_flags, make_corruption
 from engine import evaluate, rank_indices
 from fileio.files import check_writable, write_text

@@ -35,7 +35,7 @@ from image_files import BadImage, LeftOut, decode_rgb, image_formats, is_hidden,
 from loader_workers import plan_workers
 from parquet_images import check_one_split, class_names, image_bytes, open_parquet, read_column, read_labels_of
 from tar_images import read_tar
-from token_files import MAX_CLASS
+from token_files.token_file import MAX_CLASS
 from utils import InputError, print0
 
 

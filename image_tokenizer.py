@@ -28,7 +28,7 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from codebook import quantize
+from token_files.codebook import quantize
 from kmeans import nearest_rows
 from fileio.torch_files import load_torch
 from utils import InputError, first_line

@@ -27,7 +27,7 @@ import models_seit
 import recipe
 from checkpoints import compare_flags, flags_to_save, load_checkpoint, load_weights, resume, saved_flags
 from fileio.labels import check_class_names, count_classes
-from codebook import load_codebook
+from token_files.codebook import load_codebook
 from continual_flags import add_task_flags, check_program_flags, check_task_flags
 from continual_run import (MEMORY, RUN, add_result, check_new, digest_of, evaluate_seen, open_memory, read_results,
                            task_folder, write_results)
@@ -46,8 +46,8 @@ from replay_memory import MAX_CLASSES, ReplayMemory, Sample, check_room, fill, s
 from run_folder import FILES, RunFolder, RunLog, find_checkpoint
 from run_info import print_batch, print_model, run_record
 from token_augment import EvalTransform
-from token_codecs import codec_for
 from token_dataset import TokenDataset, choose_data_device
+from token_files.token_codecs import codec_for
 from tokenize_images import check_folder
 from utils import (InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, on_main, print0, rank, run,
                    world_size)

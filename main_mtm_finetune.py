@@ -18,10 +18,10 @@ from torch import nn
 
 import recipe
 from checkpoints import flags_to_save, progress_of
-from fileio.labels import check_class_names, count_classes, head_size
-from codebook import load_codebook
 from engine import evaluate, evaluate_checkpoint, rank_indices, train
+from fileio.labels import check_class_names, count_classes, head_size
 from flags import Parser, integer, number, print_no_effect
+from token_files.codebook import load_codebook
 from loss_meter import NotFinite
 from main_mtm_pretrain import (NO_EFFECT_ON_MTM, add_augmentation_flags, add_periods_flag, add_step_flags,
                                add_token_flags, canonical_codes, check_sizes, make_input, make_state, open_token_adapt,

@@ -20,7 +20,7 @@ from torch import nn
 
 import recipe
 from checkpoints import TrainState, flags_to_save, progress_of, resume
-from codebook import load_codebook, load_synonyms, look_up, nearest_codes_of
+from token_files.codebook import load_codebook, load_synonyms, look_up, nearest_codes_of
 from color_adapt import ColorChange
 from engine import train
 from fileio.files import is_address

@@ -18,7 +18,7 @@ from torch import nn
 import recipe
 from checkpoints import flags_to_save, progress_of, resume
 from fileio.labels import check_class_names, count_classes, head_size
-from codebook import load_codebook, load_synonyms, look_up
+from token_files.codebook import load_codebook, load_synonyms, look_up
 from color_adapt import color_recipe
 from flags import Parser, integer, number, print_no_effect
 from run_info import print_batch, print_model, print_recipe_batch, run_record

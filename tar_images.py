@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from fileio.files import parse_json
 from image_files import LeftOut, image_extensions, is_hidden
-from token_files import MAX_CLASS
+from token_files.token_file import MAX_CLASS
 from utils import InputError
 
 LABEL_BYTES = 1 << 20  # more is no label

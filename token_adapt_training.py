@@ -14,10 +14,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from codebook import look_up, quantize
 from engine import autocast
 from fileio.files import save_torch
 from image_tokenizer import unit_range
+from token_files.codebook import look_up, quantize
 from token_adapt import ANGLE, FINER, SHEAR, SHIFT, Geometry, RandomGeometry, TokenAdapt, apply_geometry
 from utils import InputError, print0, rank, seed_step
 

@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from fileio.labels import check_class_names
-from compact_files import CPU
 from fileio.files import expand_files
-from prefetching import prefetch
-from token_cache import open_codes
-from token_files import TokenFile, bytes_on_disk, labels_of, open_token_file
+from fileio.labels import check_class_names
+from token_files.cache import open_codes
+from token_files.compact import CPU
+from token_files.prefetching import prefetch
+from token_files.token_file import TokenFile, bytes_on_disk, labels_of, open_token_file
 from utils import InputError, print0
 
 

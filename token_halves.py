@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from timm.data import Mixup
 
-from codebook import look_up, nearest_codes_of
+from token_files.codebook import look_up, nearest_codes_of
 from token_adapt import FINER, RandomGeometry, TokenAdapt, crop_embeddings, load_token_adapt
 from token_augment import RandomResizedCrop
 from utils import InputError

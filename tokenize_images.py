@@ -6,11 +6,11 @@
 
 Writes NAME-token.data.bin.gz, NAME-token.index.npy.gz, NAME-label.txt and NAME-token.json; with --shard-size each shard
 is such a set, of NAME-token-00000 and so on; with --format compact the first two are NAME-token.data.bin and
-NAME-token.model.bin, a third smaller (compact_files.py). For --data-path and where labels come from see
+NAME-token.model.bin, a third smaller (token_files/compact.py). For --data-path and where labels come from see
 image_sources.py: class folders (label: the folder's number in alphabetical order), a list file of 'path label' lines,
 tar shards (.cls, or .json's 'label', beside the image), parquet files (column 'label').
 
-Killed at any moment, the same command resumes where it stopped (token_parts.py). On one machine the files are the same,
+Killed at any moment, the same command resumes where it stopped (token_files/parts.py). On one machine the files are the same,
 byte for byte, for any number of processes and interruptions (on CPUs: for the same OMP_NUM_THREADS, which torchrun
 sets to 1). An image that stopped the run may be mended or replaced under its name before the command is given again.
 
@@ -37,15 +37,14 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-import compact_files
-import token_parts
-from codebook import load_codebook
 from fileio.files import atomic_path, download, is_address, sha256
 from flags import Parser, add_max_pixels, integer
+from token_files import compact, parts
+from token_files.codebook import load_codebook
 from image_sources import ImageBatch, Source, load_images, open_source
 from image_tokenizer import check_codebook, encode_images, load_tokenizer
-from token_codecs import MAX_CODES, codec_for
-from token_parts import FinishedParts, Output, Parts, plan, write_sets
+from token_files.parts import FinishedParts, Output, Parts, plan, write_sets
+from token_files.token_codecs import MAX_CODES, codec_for
 from utils import (InputError, check_same_on_all_ranks, cores, init_distributed, is_main, on_main, print0, rank, run,
                    world_size)
 
@@ -111,7 +110,7 @@ def load_models(tokenizer_path: str, code_path: str | None, codebook_path: str |
 
 def check_grid(format_name: str, grid: int) -> None:
     """InputError for a token grid that the format does not hold."""
-    if format_name == 'compact' and grid > compact_files.MAX_GRID:
+    if format_name == 'compact' and grid > compact.MAX_GRID:
         raise InputError(f'--format compact holds grids of up to {compact_files.MAX_GRID} codes on a side, not {grid}: '
                          'choose --format published, or a smaller --image-size')
 
@@ -142,7 +141,7 @@ def identify_run(args: argparse.Namespace, source: Source, codebook: torch.Tenso
     if args.compile:
         precision += ' compiled'
     run_id = {'source': source.digest(), 'tokenizer': identity(args.tokenizer_path), 'codebook': codebook_id,
-              'image_size': args.image_size, 'batch_size': args.batch_size, 'part_batches': token_parts.PART_BATCHES,
+              'image_size': args.image_size, 'batch_size': args.batch_size, 'part_batches': parts.PART_BATCHES,
               'precision': precision, 'device': device.type, 'limit_codes': args.limit_codes,
               'shard_size': args.shard_size}
     if args.format != 'published':  # whose manifests stay as they were before there was another
@@ -294,7 +293,7 @@ def finish(args: argparse.Namespace, source: Source, finished: FinishedParts, co
         codebook, new_codes = limited_codebook(codebook, finished.used, args.data_path)
     if args.limit_codes or not args.codebook_path:
         codebook_id = write_codebook(codebook, output.codebook)
-    name = compact_files.NAME if output.compact else codec_for(len(codebook)).name
+    name = compact.NAME if output.compact else codec_for(len(codebook)).name
     grid = finished.grid_size()
     skipped = int((~finished.good).sum())
     manifest = {'format': name, 'grid': grid, 'codes': len(codebook), 'image_size': args.image_size,

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from codebook import quantize
 from image_tokenizer import unit_range
+from token_files.codebook import quantize
 from kmeans import kmeans
 from utils import InputError
 from vector_quantizer import VectorQuantizer

@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from codebook import quantize
+from token_files.codebook import quantize
 from utils import is_main
 
 ESTIMATORS = ('straight-through', 'rotation')

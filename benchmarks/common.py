@@ -16,17 +16,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-import compact_files
 import main_seit
-from byte_streams import write_stream
-from compact_files import write_compact, write_model
-from context_model import ContextModel, fit
 from flags import Parser, integer
+from token_files import compact
+from token_files.compact import write_compact, write_model
+from token_files.context_model import ContextModel, fit
+from token_files.published import write_stream
 from run_info import VERSIONS
 from fileio.files import save_torch, write_text
 from image_tokenizer import PatchTokenizer, lift_rows
 from recipe import default_amp
-from token_files import files_of_manifest, manifest_path, manifest_text, write_labels
+from token_files.token_file import files_of_manifest, manifest_path, manifest_text, write_labels
 from utils import device_of_rank
 from vitvqgan import ViTVQGAN
 
@@ -224,7 +224,7 @@ def write_compact_set(tokens: Path, runs: Iterable[np.ndarray], model: ContextMo
     """
     model_path = tokens.with_name(tokens.name.replace('data.bin', 'model.bin'))
     write_compact(tokens, runs, manifest['images'], model, write_model(model, model_path))
-    write_manifest(tokens, manifest | {'format': compact_files.NAME, 'model': model_path.name}, (tokens, model_path))
+    write_manifest(tokens, manifest | {'format': compact.NAME, 'model': model_path.name}, (tokens, model_path))
 
 
 def write_manifest(tokens: Path, manifest: dict[str, Any], files: Sequence[Path]) -> None:

@@ -16,11 +16,11 @@ import main_seit
 import recipe
 from benchmarks import common
 from benchmarks.one_hot import OneHot
-from codebook import load_codebook, load_synonyms
 from flags import integer
 from samplers import shuffled
 from token_augment import RandomResizedCrop
 from token_dataset import choose_data_device
+from token_files.codebook import load_codebook, load_synonyms
 from utils import keep_freed_memory, run
 
 

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
 from flags import integer
 from image_sources import Source, load_images, open_source
-from token_parts import Parts
+from token_files.parts import Parts
 from tokenize_images import Encoder, encode_part
 from utils import cores, keep_freed_memory, run
 

@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main_seit
 import recipe
 from benchmarks import common
-from codebook import load_codebook
 from engine import evaluate, rank_indices
 from evaluate_on_images import CodeBatches
 from flags import integer
+from token_files.codebook import load_codebook
 from image_sources import load_images, open_source
 from models_seit import create_model
 from token_augment import EvalTransform

@@ -19,12 +19,11 @@ import main_seit
 import recipe
 from benchmarks import common
 from checkpoints import TrainState
-from codebook import load_codebook
 from engine import device_of, train_one_epoch
 from flags import integer
+from token_files.codebook import load_codebook
 from models_mtm import PATCH, create_model, draw_masks, masked_token_loss
-from models_seit import KeyValues
-from models_seit import create_model as create_seit
+from models_seit import KeyValues, create_model as create_seit
 from samplers import shuffled
 from token_adapt import SIZE, TokenAdapt, size_of_width
 from token_adapt_training import save_token_adapt

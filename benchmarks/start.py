@@ -24,8 +24,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
 from flags import integer
-from token_cache import cache_path, open_codes
-from token_files import open_token_file
+from token_files.cache import cache_path, open_codes
+from token_files.token_file import open_token_file
 from utils import InputError, cores, run
 
 PROBE = Path(__file__).with_name('start_probe.py')

@@ -15,8 +15,8 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main_seit
-from codebook import load_codebook
 from samplers import shuffled
+from token_files.codebook import load_codebook
 from utils import barrier, init_distributed, print0, rank, run, world_size
 
 IMPORTED = time.time()

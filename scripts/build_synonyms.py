@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from codebook import load_codebook, nearest_codes
 from fileio.files import check_writable, write_text
 from flags import Parser, integer
+from token_files.codebook import load_codebook, nearest_codes
 from utils import InputError, print0, run
 
 

@@ -23,15 +23,15 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import compact_files
-from byte_streams import index_path, write_stream
-from compact_files import write_compact, write_model
-from context_model import fit
 from fileio.files import check_writable, expand_files, lock_file, write_text
 from flags import Parser
-from token_codecs import MAX_CODES, codec_for
-from token_files import (TokenFile, bytes_on_disk, decode, files_of_manifest, labels_of, manifest_path, manifest_text,
-                         open_token_file, write_labels)
+from token_files import compact
+from token_files.compact import write_compact, write_model
+from token_files.context_model import fit
+from token_files.published import index_path, write_stream
+from token_files.token_codecs import MAX_CODES, codec_for
+from token_files.token_file import (TokenFile, bytes_on_disk, decode, files_of_manifest, labels_of, manifest_path,
+                                    manifest_text, open_token_file, write_labels)
 from utils import InputError, print0, run
 
 
@@ -126,7 +126,7 @@ def write_shards(shards: Sequence[Shard], folder: Path, format_name: str) -> lis
         stream = folder / shard.stream
         if format_name == 'compact':
             write_compact(stream, shard.codes(), len(shard.file), model, identity)
-            second, more = model_file, {'format': compact_files.NAME, 'model': model_file.name}
+            second, more = model_file, {'format': compact.NAME, 'model': model_file.name}
         else:
             write_stream(stream, shard.codes(), codec)
             second, more = index_path(stream), {'format': codec.name}
@@ -167,7 +167,7 @@ def new_manifest(shard: Shard, more: dict[str, Any]) -> dict[str, Any]:
     counted = {'images': len(shard.file), 'grid': math.isqrt(shard.n), 'codes': int(shard.used.nonzero()[0][-1]) + 1,
                'codes_used': int(shard.used.sum())}
     if isinstance(old.get('run'), dict):  # which tokenize_images.py knows its sets by
-        named = {'format': compact_files.NAME} if more['format'] == compact_files.NAME else {}
+        named = {'format': compact.NAME} if more['format'] == compact.NAME else {}
         old['run'] = {key: value for key, value in old['run'].items() if key != 'format'} | named
     return counted | old | more
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from codebook import load_codebook, quantize  # noqa: E402
+from token_files.codebook import load_codebook, quantize  # noqa: E402
 from fileio.files import atomic_path  # noqa: E402
 from flags import Parser  # noqa: E402
 from image_tokenizer import load_tokenizer  # noqa: E402

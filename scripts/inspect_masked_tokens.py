@@ -22,9 +22,9 @@ from torchvision.utils import make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoints import load_checkpoint, load_weights, saved_flags
-from codebook import load_codebook
 from fileio.files import atomic_path, check_writable, expand_files
 from flags import SEED, Parser, integer, number
+from token_files.codebook import load_codebook
 from image_sources import open_source
 from image_tokenizer import decode_codes, load_tokenizer
 from inspect_tokens import source_images
@@ -32,8 +32,8 @@ from models_mtm import MODELS, PATCH, MaskedTokenModel, create_model, masked_tok
 from models_seit import KeyValues
 from origins import PRETRAIN, check_codes, check_origin, without_token_adapt
 from token_augment import center_crop, check_crop
-from token_cache import open_codes
-from token_files import open_token_file
+from token_files.cache import open_codes
+from token_files.token_file import open_token_file
 from utils import InputError, print0, run
 
 GRAY = 0.5

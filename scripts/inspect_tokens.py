@@ -22,14 +22,14 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from codebook import load_codebook
 from fileio.files import atomic_path, check_writable, expand_files
 from flags import Parser, integer
+from token_files.codebook import load_codebook
 from image_sources import Source, load_images, open_source
 from image_tokenizer import decode_codes, load_tokenizer, unit_range
-from token_cache import open_codes
-from token_codecs import ESCAPE, codec_for
-from token_files import TokenFile, bytes_on_disk, open_token_file, read_labels
+from token_files.cache import open_codes
+from token_files.token_codecs import ESCAPE, codec_for
+from token_files.token_file import TokenFile, bytes_on_disk, open_token_file, read_labels
 from utils import InputError, print0, run
 
 IMAGES_AT_ONCE = 4096  # counted at a time: bounds memory
@@ -79,7 +79,7 @@ def source_bytes(files: Sequence[TokenFile], source: Source | None) -> int | Non
 
 
 def raw_bytes(counts: np.ndarray) -> int:
-    """Bytes of the codes with `counts` (K,) uses as a stream of bytes, see token_codecs.py."""
+    """Bytes of the codes with `counts` (K,) uses as a stream of bytes, see token_files/token_codecs.py."""
     if codec_for(len(counts)).name == 'uint16-le':
         return 2 * int(counts.sum())
     return int(counts.sum() + counts[ESCAPE:].sum())

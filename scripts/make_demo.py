@@ -24,7 +24,7 @@ import fit_patch_tokenizer  # noqa: E402
 import tokenize_images  # noqa: E402
 from fileio.files import check_writable  # noqa: E402
 from flags import Parser, integer  # noqa: E402
-from byte_streams import open_gzip  # noqa: E402
+from token_files.published import open_gzip  # noqa: E402
 from utils import InputError, run  # noqa: E402
 
 CLASSES = ['tshirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag', 'boot']

@@ -25,7 +25,7 @@ import models_mtm_finetune
 import models_seit
 from checkpoints import load_checkpoint, load_weights, saved_flags
 from fileio.labels import check_class_names, count_classes, head_size
-from codebook import load_codebook
+from token_files.codebook import load_codebook
 from feature_probes import TEMPERATURE, accuracies, linear_probe, neighbor_votes
 from fileio.files import check_writable, write_text
 from flags import Parser, integer, number

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from fileio.labels import check_class_names
-from codebook import load_codebook, load_synonyms
 from fileio.files import expand_files, sha256
+from fileio.labels import check_class_names
 from flags import Parser
-from token_codecs import MAX_CODES
-from token_files import TokenFile, check_checksums, decode, manifest_path, open_token_file, read_labels, read_manifest
+from token_files.codebook import load_codebook, load_synonyms
+from token_files.token_codecs import MAX_CODES
+from token_files.token_file import (TokenFile, check_checksums, decode, manifest_path, open_token_file, read_labels,
+                                    read_manifest)
 from utils import InputError, print0, run
 
 MAX_SYNONYMS = 5  # of each code, which training reads

@@ -15,14 +15,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from image_files import BadImage, bare_bytes
-from codebook import load_codebook
 from fileio.files import check_writable, expand_files, write_text
 from flags import Parser
+from token_files.codebook import load_codebook
 from image_sources import open_source
 from scripts.inspect_tokens import bytes_per_image, count_codes
-from token_cache import open_codes
-from compact_files import CompactStream
-from token_files import bytes_on_disk, open_token_file
+from token_files.cache import open_codes
+from token_files.compact import CompactStream
+from token_files.token_file import bytes_on_disk, open_token_file
 from utils import InputError, print0, run
 
 

@@ -24,15 +24,15 @@ from torchvision import transforms
 
 import engine
 import main_seit
-import token_cache
 import tokenize_images
 from benchmarks.common import free_port
 from fileio.files import expand_files, sha256
-from token_codecs import CODECS
-from byte_streams import gzip_bytes, index_path
-from compact_files import write_compact, write_model
-from context_model import fit
-from token_files import files_of_manifest, manifest_path, open_token_file, write_labels, write_tokens
+from token_files import cache
+from token_files.compact import write_compact, write_model
+from token_files.context_model import fit
+from token_files.published import gzip_bytes, index_path
+from token_files.token_codecs import CODECS
+from token_files.token_file import files_of_manifest, manifest_path, open_token_file, write_labels, write_tokens
 from utils import InputError
 from vitvqgan import Size, position_table
 
@@ -430,7 +430,7 @@ def tokenize(data, output, source='train', **options):
 
 def open_codes(token_file, cache=''):
     """The codes of the token files that a path, glob or list names."""
-    return token_cache.open_codes([open_token_file(path) for path in expand_files(token_file)], cache)
+    return cache.open_codes([open_token_file(path) for path in expand_files(token_file)], cache)
 
 
 def make_set(folder, n=12, grid=4, codes=391, name='a', seed=0):

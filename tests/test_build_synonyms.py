@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import build_synonyms
-from codebook import load_synonyms, nearest_codes
 from helpers import call, contents, fails
+from token_files.codebook import load_synonyms, nearest_codes
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-import codebook as cb
 from helpers import fails, refused
+from token_files import codebook as cb
 from twins import slow_nearest_codes
 
 # ---------------------------------------------------------------- codes

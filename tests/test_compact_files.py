@@ -12,12 +12,12 @@ pytest.importorskip('hypothesis')
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import compact_files
-from compact_files import HEADER, LEAST_WORDS, write_compact, write_model
-from context_model import fit
 from helpers import CODE_KINDS, codes_of_kind, failing_open, fails, make_compact_set, no_space, open_codes, refused
+from token_files import compact
+from token_files.compact import HEADER, LEAST_WORDS, write_compact, write_model
+from token_files.context_model import fit
 from test_context_model import packed, structured
-from token_files import manifest_path, open_token_file, read_labels
+from token_files.token_file import manifest_path, open_token_file, read_labels
 from twins import slow_decode_compact
 from utils import InputError
 
@@ -40,7 +40,7 @@ def model_of(token_file):
 
 
 def slow(token_file):
-    return slow_decode_compact(token_file.read_bytes(), model_of(token_file).read_bytes(), compact_files.BLOCK_CODES)
+    return slow_decode_compact(token_file.read_bytes(), model_of(token_file).read_bytes(), compact.BLOCK_CODES)
 
 
 def words_begin(content):
@@ -69,7 +69,7 @@ def bad(token_file, *patterns, says=None):
 @pytest.fixture
 def short_blocks(monkeypatch):
     """Blocks of 256 codes: decoding takes a step for each."""
-    monkeypatch.setattr(compact_files, 'BLOCK_CODES', 256)
+    monkeypatch.setattr(compact, 'BLOCK_CODES', 256)
 
 
 # ---------------------------------------------------------------- there and back
@@ -115,8 +115,8 @@ def test_the_same_bytes_however_codes_come(tmp_path, monkeypatch, kind, images, 
     path, _ = make_compact_set(tmp_path, codes)
     runs = np.split(codes, sorted(cut for cut in cuts if cut <= images))
     with monkeypatch.context() as patch:
-        patch.setattr(compact_files, 'ENCODE_CODES', at_a_time)
-        patch.setattr(compact_files, 'BLOCK_CODES', 100)
+        patch.setattr(compact, 'ENCODE_CODES', at_a_time)
+        patch.setattr(compact, 'BLOCK_CODES', 100)
         again = [tmp_path / f'{i}.data.bin' for i in range(3)]
         model = fit([codes], images)
         for name, part in zip(again, ([codes], runs, (one.astype(np.uint16) for one in runs))):
@@ -132,8 +132,8 @@ def test_the_same_bytes_however_codes_come(tmp_path, monkeypatch, kind, images, 
 def test_threads_and_runs_change_nothing(short_blocks, tmp_path, monkeypatch, threads, at_a_time):
     codes = codes_of_kind('copied', 75, 4)
     path, _ = make_compact_set(tmp_path, codes)
-    monkeypatch.setattr(compact_files, 'cores', lambda: threads)
-    monkeypatch.setattr(compact_files, 'DECODE_CODES', at_a_time)
+    monkeypatch.setattr(compact, 'cores', lambda: threads)
+    monkeypatch.setattr(compact, 'DECODE_CODES', at_a_time)
     assert np.array_equal(decoded(path), codes)
 
 
@@ -175,7 +175,7 @@ def test_a_block_is_decoded_from_its_own_bytes(short_blocks, tmp_path, monkeypat
         def read(self, size):
             touched.append((self.file.tell(), size))
             return self.file.read(size)
-    monkeypatch.setattr(compact_files, 'open', Noted, raising=False)
+    monkeypatch.setattr(compact, 'open', Noted, raising=False)
     assert np.array_equal(content.decode_blocks(3, 4), codes[48:64])
     assert touched == [(begin, end - begin)]
 
@@ -240,7 +240,7 @@ def test_the_block_is_numbered_in_later_runs_too(whole, monkeypatch):
     path, _ = whole
     data = path.read_bytes()
     path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    monkeypatch.setattr(compact_files, 'DECODE_CODES', 1)
+    monkeypatch.setattr(compact, 'DECODE_CODES', 1)
     bad(path, 'block 2, of image 32')
 
 
@@ -305,7 +305,7 @@ def test_an_index_that_disagrees(whole):
 
 
 def test_blocks_that_changed_places_are_found_by_the_checksum_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr(compact_files, 'BLOCK_CODES', 16)
+    monkeypatch.setattr(compact, 'BLOCK_CODES', 16)
     codes = np.array([[0] * 8 + [1] * 8, [1] * 8 + [0] * 8])
     path, _ = make_compact_set(tmp_path, codes, checked=True)
     assert open_token_file(path).content.lengths.tolist() == [2, 2]
@@ -382,7 +382,7 @@ def test_a_model_that_is_none_though_the_stream_names_it(whole):
 
 def test_a_model_that_is_too_long(whole, monkeypatch):
     path, _ = whole
-    monkeypatch.setattr(compact_files, 'MAX_MODEL_BYTES', 100)
+    monkeypatch.setattr(compact, 'MAX_MODEL_BYTES', 100)
     fails(lambda: open_codes(path, 'none'), str(model_of(path)), 'more than 100 bytes')
 
 
@@ -441,7 +441,7 @@ def test_files_that_claim_much_are_refused_for_their_size(whole):
 
 def test_decoding_takes_memory_for_a_part_at_a_time(tmp_path, monkeypatch):
     """1.6 GB of codes in 2.4 MB, of which the first damaged block ends the work."""
-    monkeypatch.setattr(compact_files, 'DECODE_CODES', 1 << 20)
+    monkeypatch.setattr(compact, 'DECODE_CODES', 1 << 20)
     path, _ = make_compact_set(tmp_path, np.full((1, 4096), 7))
     model, block = path.read_bytes()[16:32], path.read_bytes()[-8:]
     header = np.array([(b'SeiTcmp1', 200_000, 64, 1, model)], HEADER).tobytes()

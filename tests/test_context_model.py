@@ -8,9 +8,10 @@ pytest.importorskip('hypothesis')
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import context_model
-from context_model import BITS, HEADER, MAGIC, TOTAL, ContextModel, bits, cluster, fit, fit_proportions, neighbors
 from helpers import CODE_KINDS, codes_of_kind, limits
+from token_files import context_model
+from token_files.context_model import (BITS, HEADER, MAGIC, TOTAL, ContextModel, bits, cluster, fit, fit_proportions,
+                                       neighbors)
 from twins import slow_context_model, slow_ends
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True, database=None)

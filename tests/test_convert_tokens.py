@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import convert_tokens
-from compact_files import CompactStream
 from helpers import ROOT, call, contents, fails, make_checked_set, make_set, make_shards, make_wide_set, open_codes
-from token_files import open_token_file
+from token_files.compact import CompactStream
+from token_files.token_file import open_token_file
 
 DEMO = ROOT / 'demo'
 

@@ -14,8 +14,8 @@ import evaluate_on_images
 import main_seit
 import tokenize_images
 import utils
-from codebook import load_codebook
 from helpers import DEMO, accuracy_lines, call, fails, start, two_processes
+from token_files.codebook import load_codebook
 from image_sources import load_images, open_source
 from image_tokenizer import load_tokenizer
 from token_augment import EvalTransform

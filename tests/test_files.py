@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from fileio import files
-from codebook import load_codebook
 from helpers import fails, forked, no_space, refused, torch_bytes
+from token_files.codebook import load_codebook
 from utils import InputError
 
 # ---------------------------------------------------------------- names

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 import fit_patch_tokenizer
-from codebook import load_codebook, quantize
+from token_files.codebook import load_codebook, quantize
 from conftest import ROOT
 from fit_patch_tokenizer import draw, parse_args, sample_patches
 from helpers import call, fails, published_transform, smooth_images, write_parquet, write_tar

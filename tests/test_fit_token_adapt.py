@@ -12,8 +12,8 @@ import fit_token_adapt
 import main_seit
 import processes
 import tokenize_images
-from codebook import load_codebook
 from helpers import call, contents, fails, read_log, smooth_images, states
+from token_files.codebook import load_codebook
 from preemption import REQUEUE
 from processes import Job
 from token_adapt import load_token_adapt

@@ -11,7 +11,7 @@ import image_sources
 from helpers import (as_list, as_parquet, as_tars, encoded, fails, noise, published_transform, samples, save_image,
                      tar_samples, write_parquet, write_tar)
 from image_sources import load_images, open_source
-from token_files import MAX_CLASS
+from token_files.token_file import MAX_CLASS
 
 SIZE = 16
 

@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-from codebook import load_codebook, quantize
+from token_files.codebook import load_codebook, quantize
 from conftest import ROOT
 from helpers import GOLDEN_SIZE, Bomb, encoded, noise, published_transform, same_weights
 from image_files import decode_image

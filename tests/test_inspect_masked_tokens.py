@@ -12,9 +12,9 @@ import inspect_masked_tokens
 import main_mtm_pretrain
 import main_seit
 import tokenize_images
-from codebook import load_codebook
 from helpers import call, contents, fails, smooth_images
 from image_tokenizer import decode_codes, load_tokenizer
+from token_files.codebook import load_codebook
 
 SIDE = 32  # pixels of an image, 8x8 codes
 SIZES = ['depth=1', 'embed_dim=32', 'num_heads=2', 'decoder_embed_dim=16', 'decoder_depth=1', 'decoder_num_heads=2']

@@ -13,13 +13,13 @@ from PIL import Image
 
 import fit_patch_tokenizer
 import inspect_tokens
-from codebook import load_codebook, quantize
+from token_files.codebook import load_codebook, quantize
 from conftest import ROOT
 from helpers import call, fails, make_compact_set, published_transform, smooth_images, write_parquet, write_tar
 from image_tokenizer import load_tokenizer
-from token_cache import open_codes
-from byte_streams import index_path
-from token_files import open_token_file, read_labels, write_tokens
+from token_files.cache import open_codes
+from token_files.published import index_path
+from token_files.token_file import open_token_file, read_labels, write_tokens
 from utils import InputError
 from vitvqgan import Size, ViTVQGAN
 

@@ -25,7 +25,7 @@ from helpers import (ROOT, accuracy_lines, assert_same, call, clean_environment,
                      two_processes, without_times)
 from replay_forms import length_of
 from replay_memory import load_memory
-from token_files import read_labels, write_labels
+from token_files.token_file import read_labels, write_labels
 
 SMALL = ['--device', 'cpu', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2', '--batch-size', 8, '--epochs',
          2, '--warmup-epochs', 0, '--base-classes', 2, '--inc-classes', 2]

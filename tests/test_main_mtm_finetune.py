@@ -8,10 +8,9 @@ import torch
 import engine
 import main_mtm_finetune
 import main_mtm_pretrain
-from codebook import load_codebook
-from helpers import SMALL as SEIT_SMALL
-from helpers import (accuracy_lines, assert_same, call, fails, make_data, mistake, read_log, run_here,
-                     signal_in_second_epoch, states, without_times)
+from helpers import (SMALL as SEIT_SMALL, accuracy_lines, assert_same, call, fails, make_data, mistake, read_log,
+                     run_here, signal_in_second_epoch, states, without_times)
+from token_files.codebook import load_codebook
 from test_engine import CountWaits
 from test_main_mtm_pretrain import DECODER, PUBLISHED_FINETUNE, PUBLISHED_PRETRAIN, SIZES, launched, split_flags
 from test_main_mtm_pretrain import SMALL as PRETRAIN_SMALL

@@ -11,9 +11,9 @@ import engine
 import main_mtm_finetune
 import main_mtm_pretrain
 from benchmarks.common import free_port
-from codebook import load_codebook
 from helpers import (ROOT, assert_same, call, clean_environment, fails, make_data, read_log, signal_in_second_epoch,
                      states, without_times)
+from token_files.codebook import load_codebook
 from models_mtm import MODELS, draw_masks, masked_token_loss
 from processes import Job, until
 from test_engine import CountWaits

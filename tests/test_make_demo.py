@@ -10,10 +10,10 @@ import torch
 from PIL import Image
 
 import make_demo
-from codebook import load_codebook, load_synonyms, quantize
 from helpers import DEMO, call, contents, fails, published_transform
 from image_tokenizer import load_tokenizer
 from token_dataset import TokenDataset
+from token_files.codebook import load_codebook, load_synonyms, quantize
 
 
 def demo_tokens(split, folder=DEMO):

@@ -6,7 +6,7 @@ import pytest
 from helpers import encoded, fails, noise, write_parquet
 from image_sources import open_source
 from parquet_images import split_of
-from token_files import MAX_CLASS
+from token_files.token_file import MAX_CLASS
 
 pa = pytest.importorskip('pyarrow')
 IMAGE = [{'bytes': b'x', 'path': 'a'}]

@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from helpers import SMALL as SEIT_SMALL
-from helpers import call, make_data, mistake, read_log, run_here, smooth_images, states
+from helpers import SMALL as SEIT_SMALL, call, make_data, mistake, read_log, run_here, smooth_images, states
 from tables import collect, presets, pretraining, report, rows
 from tables.table import planned
 from test_tables import TOY, Forked
-from token_files import write_tokens
+from token_files.token_file import write_tokens
 
 SIZES = ('deit_tiny_patch16_224', '--model-kwargs', 'img_size=64', 'patch_size=16', 'global_pool=avg', 'depth=1',
          'embed_dim=32', 'num_heads=2')

@@ -12,8 +12,8 @@ from sklearn.neighbors import KNeighborsClassifier
 import main_mtm_pretrain
 import main_pixels
 import probe
-from codebook import load_codebook
 from helpers import SMALL, call, fails, make_data, run_here, smooth_images, states
+from token_files.codebook import load_codebook
 from models_mtm import create_model as create_masked
 from test_main_mtm_pretrain import DECODER, SIZES
 from token_augment import EvalTransform

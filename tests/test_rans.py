@@ -6,9 +6,9 @@ pytest.importorskip('hypothesis')
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from context_model import ContextModel, bits, fit
 from helpers import CODE_KINDS, codes_of_kind
-from rans import decode_blocks, encode_blocks
+from token_files.context_model import ContextModel, bits, fit
+from token_files.rans import decode_blocks, encode_blocks
 from twins import slow_context_model, slow_decode_block
 
 SETTINGS = settings(max_examples=80, deadline=None, derandomize=True, database=None)

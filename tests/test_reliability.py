@@ -19,7 +19,7 @@ from loss_meter import NotFinite
 from preemption import REQUEUE
 from processes import Job
 from samplers import shuffled
-from token_files import write_tokens
+from token_files.token_file import write_tokens
 from utils import InputError
 
 pytestmark = pytest.mark.usefixtures('one_thread')

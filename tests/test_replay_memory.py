@@ -17,7 +17,7 @@ from replay_forms import (PixelStore, StoredImages, TaskImages, codes_of, decode
                           store_codes, store_from, store_image)
 from replay_memory import (POLICIES, ReplayMemory, Sample, check_room, fill, fill_reservoir, load_memory,
                            save_memory)
-from token_codecs import CODECS
+from token_files.token_codecs import CODECS
 
 
 class Watched(ReplayMemory):

@@ -8,7 +8,7 @@ import pytest
 from helpers import encoded, fails, noise, tar_samples, write_tar
 from image_files import LeftOut
 from tar_images import BLOCK, MAX_END, read_tar
-from token_files import MAX_CLASS
+from token_files.token_file import MAX_CLASS
 
 
 def read(path):

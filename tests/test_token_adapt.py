@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import token_adapt as ta
-from codebook import nearest_codes_of
 from helpers import fails, token_adapt_state
 from token_augment import RandomResizedCrop
+from token_files.codebook import nearest_codes_of
 from vitvqgan import Size
 
 CODES = torch.randn(391, 32, generator=torch.Generator().manual_seed(5))

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from codebook import look_up
 from helpers import fails
 from image_tokenizer import PatchTokenizer, unit_range
+from token_files.codebook import look_up
 from test_engine import CountWaits
 from token_adapt import Geometry, RandomGeometry, TokenAdapt, load_token_adapt
 from token_adapt_training import MEASURED, Change, CodePairs, evaluate_token_adapt, save_token_adapt

@@ -6,23 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from codebook import load_codebook
-from helpers import (
-    codes_of_kind,
-    fails,
-    make_checked_set,
-    make_compact_set,
-    make_set,
-    make_shards,
-    make_wide_set,
-    npy,
-    refused,
-    write_manifest,
-    write_raw_set,
-)
+from helpers import (codes_of_kind, fails, make_checked_set, make_compact_set, make_set, make_shards, make_wide_set,
+                     npy, refused, write_manifest, write_raw_set)
 from token_dataset import TokenDataset, check_class_names
-from byte_streams import index_path
-from token_files import manifest_path
+from token_files.codebook import load_codebook
+from token_files.published import index_path
+from token_files.token_file import manifest_path
 
 CPU = torch.device('cpu')
 

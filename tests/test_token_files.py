@@ -8,13 +8,12 @@ import os
 import numpy as np
 import pytest
 
-import byte_streams as bs
-import token_files as tf
 from fileio.files import sha256
 from helpers import (failing_open, fails, make_checked_set, make_set, make_wide_set, npy, open_codes, refused, rewrite,
                      unpack, write_manifest, write_raw_set)
-from prefetching import prefetch
-from token_codecs import CODECS, PUBLISHED, encode
+from token_files import published as bs, token_file as tf
+from token_files.prefetching import prefetch
+from token_files.token_codecs import CODECS, PUBLISHED, encode
 
 # ---------------------------------------------------------------- reading and writing
 

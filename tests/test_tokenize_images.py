@@ -13,19 +13,19 @@ import torch
 from torchvision.datasets import ImageFolder
 
 import main_seit
-from fileio import files
-import token_parts
 import tokenize_images
-from codebook import load_codebook, quantize
+from fileio import files
+from token_files import parts
+from token_files.codebook import load_codebook, quantize
 from conftest import ROOT
 from fileio.files import sha256
 from helpers import (DIM, PATCH, SIZE, as_list, as_parquet, as_tars, assert_same, call, contents, fails, make_images,
                      published_transform, samples, start, tokenize, tokenize_words, two_processes)
 from image_tokenizer import load_tokenizer
-from token_codecs import PUBLISHED
-from token_cache import open_codes
 from token_dataset import TokenDataset
-from token_files import open_token_file, read_labels
+from token_files.cache import open_codes
+from token_files.token_codecs import PUBLISHED
+from token_files.token_file import open_token_file, read_labels
 from vitvqgan import Size, ViTVQGAN
 
 
@@ -100,7 +100,7 @@ def bad_data(data, tmp_path):
 
 def test_bad_images_stop_or_are_skipped(data, plain, bad_data, tmp_path, capfd, monkeypatch):
     listed, bad = bad_data
-    monkeypatch.setattr(token_parts, 'PART_BATCHES', 4)
+    monkeypatch.setattr(parts, 'PART_BATCHES', 4)
     out = tmp_path / 'out'
     fails(lambda: tokenize(data, out, data_path=listed), f'{bad[0]} is no readable image', 'skip-bad-images')
     tokenize(data, out, data_path=listed, skip_bad_images=True)  # resumes from there
@@ -145,7 +145,7 @@ def test_large_images_are_bad_unless_allowed(data, plain, tmp_path):
 
 def test_a_part_without_any_good_image(data, plain, tmp_path, monkeypatch):
     """The first part gives no codes, and nothing to compare precisions on."""
-    monkeypatch.setattr(token_parts, 'PART_BATCHES', 2)
+    monkeypatch.setattr(parts, 'PART_BATCHES', 2)
     lines = [f'{path} {label}' for path, label in samples(data / 'train')[:9]]
     (tmp_path / 'list.txt').write_text('\n'.join(['no.png 0'] * 4 + lines))
     out = tokenize(data, tmp_path / 'out', data_path=tmp_path / 'list.txt', skip_bad_images=True, amp='bf16')
@@ -206,7 +206,7 @@ def test_the_longest_name_that_is_accepted_can_be_written(data, tmp_path):
 
 def refused(data, folder, name):
     try:
-        token_parts.Output(folder, name).check_writable(9, codebook=False)
+        parts.Output(folder, name).check_writable(9, codebook=False)
     except tokenize_images.InputError:
         return True
     return False
@@ -311,7 +311,7 @@ def test_leftovers_of_killed_runs_go_and_those_of_living_ones_stay(data, plain, 
         (tmp_path / name).write_text('x')
     with files.atomic_path(tmp_path / 'my-label.txt') as alive:  # as another process would write it
         tokenize(data, tmp_path / 'elsewhere')
-        token_parts.Output(tmp_path, 'my').remove_leftovers()
+        parts.Output(tmp_path, 'my').remove_leftovers()
         assert os.path.exists(alive)
     (tmp_path / 'my-label.txt').unlink()
     assert not any((tmp_path / name).exists() for name in left) and all((tmp_path / name).exists() for name in kept)
@@ -400,7 +400,7 @@ def stops_until_it_ends(data, tmp_path, monkeypatch, **options):
 
     Files change by renaming only, so a kill at any moment is one between two renames.
     """
-    monkeypatch.setattr(token_parts, 'PART_BATCHES', 2)
+    monkeypatch.setattr(parts, 'PART_BATCHES', 2)
     whole = contents(tokenize(data, tmp_path / 'whole', **options))
     replace, unlink = os.replace, os.unlink
     for stop in range(40):
@@ -578,7 +578,7 @@ def test_a_killed_compact_run_resumes_to_the_same_files(data, compact, tmp_path)
 @pytest.mark.parametrize('kind', ['published', 'compact'])
 def test_a_part_whose_images_are_all_bad_at_any_place(data, tmp_path, monkeypatch, lost, kind):
     """Its codes have no grid."""
-    monkeypatch.setattr(token_parts, 'PART_BATCHES', 2)
+    monkeypatch.setattr(parts, 'PART_BATCHES', 2)
     lines = [f'{path} {label}' for path, label in samples(data / 'train')[:16]]
     lines[4 * lost:4 * lost] = ['no.png 0'] * 4
     (tmp_path / 'list.txt').write_text('\n'.join(lines))
@@ -602,7 +602,7 @@ def test_leftovers_of_a_killed_compact_run_go(data, tmp_path):
     for name in left:
         (tmp_path / name).write_text('x')
     for size in (0, 5):
-        token_parts.Output(tmp_path, 'my', size, True).remove_leftovers()
+        parts.Output(tmp_path, 'my', size, True).remove_leftovers()
     assert not [*tmp_path.iterdir()]
 
 

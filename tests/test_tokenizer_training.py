@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torchvision.models import vgg16
 
-from codebook import quantize
 from helpers import fails
 from image_tokenizer import load_tokenizer, unit_range
+from token_files.codebook import quantize
 from perceptual_loss import PerceptualLoss
 from test_tokenizer_start import new_training, smooth
 from tokenizer_training import Collapsed, LossWeights, check_usage, evaluate_tokenizer, perplexity, save_tokenizer

@@ -15,9 +15,9 @@ import main_seit
 import processes
 import tokenize_images
 import train_tokenizer
-from codebook import load_codebook
 from helpers import accuracy_lines, call, contents, fails, read_log, smooth_images, states
 from image_tokenizer import load_tokenizer
+from token_files.codebook import load_codebook
 from preemption import REQUEUE
 from processes import Job
 from tokenizer_training import Collapsed

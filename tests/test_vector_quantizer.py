@@ -3,7 +3,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from codebook import quantize
+from token_files.codebook import quantize
 from vector_quantizer import VectorQuantizer, pass_through, rotate
 
 

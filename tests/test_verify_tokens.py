@@ -8,7 +8,7 @@ import torch
 
 import verify_tokens
 from helpers import DIM, call, fails, make_images, tokenize
-from token_files import write_tokens
+from token_files.token_file import write_tokens
 
 
 @pytest.fixture(scope='module')

@@ -37,7 +37,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).res
 from image_files import image_extensions, is_hidden  # noqa: E402
 
 from checkpoints import load_checkpoint, load_weights  # noqa: E402
-from codebook import load_codebook, load_synonyms  # noqa: E402
+from token_files.codebook import load_codebook, load_synonyms  # noqa: E402
 from fileio.files import sha256  # noqa: E402
 from flags import Parser, integer  # noqa: E402
 from helpers import (CODE_KINDS, codes_of_kind, limits, make_compact_set, npy, open_codes, rewrite,  # noqa: E402
@@ -45,10 +45,10 @@ from helpers import (CODE_KINDS, codes_of_kind, limits, make_compact_set, npy, o
 from image_sources import open_source  # noqa: E402
 from image_tokenizer import PatchTokenizer, load_tokenizer  # noqa: E402
 from run_folder import RunLog  # noqa: E402
-from token_cache import map_cache  # noqa: E402
-from token_codecs import CODECS, encode  # noqa: E402
-from byte_streams import gzip_bytes, index_path, read_index  # noqa: E402
-from token_files import manifest_path, read_labels, write_tokens  # noqa: E402
+from token_files.cache import map_cache  # noqa: E402
+from token_files.token_codecs import CODECS, encode  # noqa: E402
+from token_files.published import gzip_bytes, index_path, read_index  # noqa: E402
+from token_files.token_file import manifest_path, read_labels, write_tokens  # noqa: E402
 from twins import SLOW_DECODERS, slow_decode_compact  # noqa: E402
 from utils import InputError, run  # noqa: E402
 from vitvqgan import Size, ViTVQGAN  # noqa: E402

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from compact_files import CPU
 from fileio.files import atomic_path, remove_leftovers
-from token_files import TokenFile, decode
+from token_files.compact import CPU
+from token_files.token_file import TokenFile, decode
 from utils import InputError, local_rank, one_first, print0
 
 

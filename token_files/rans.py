@@ -12,7 +12,7 @@ import math
 import numpy as np
 import torch
 
-from context_model import BITS, TOTAL, ContextModel
+from token_files.context_model import BITS, TOTAL, ContextModel
 
 LOWEST = 1 << 31  # of a state between two codes, and the state that encoding begins with
 WORD_BITS = 32

@@ -1,4 +1,4 @@
-"""Compact token files: a stream of rANS blocks with its index, and the context model of the set; see rans.py.
+"""Compact token files: a stream of rANS blocks with its index, and the context model of the set; see token_files/rans.py.
 
     NAME.data.bin    header, words of each block, blocks; an image set, or one shard of it
     NAME.model.bin   the context model, one for all shards of a set
@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from context_model import ContextModel
 from fileio.files import MAX_IMAGES, atomic_path, read_bytes
-from prefetching import prefetch
-from rans import decode_blocks, decode_blocks_on, encode_blocks
+from token_files.context_model import ContextModel
+from token_files.prefetching import prefetch
+from token_files.rans import decode_blocks, decode_blocks_on, encode_blocks
 from utils import InputError, cores
 
 NAME = 'compact'  # as a manifest's "format" states it

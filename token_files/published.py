@@ -1,6 +1,6 @@
 """The published token stream on disk, a gzip of codes as bytes, and its index (SeiT, arXiv 2303.11114, sec. 3).
 
-    NAME.data.bin.gz    gzip of a stream of codes, see token_codecs.py
+    NAME.data.bin.gz    gzip of a stream of codes, see token_files/token_codecs.py
     NAME.index.npy.gz   gzip of a .npy with N + 1 integer offsets into the decompressed stream
 """
 import contextlib
@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from fileio.files import MAX_GZIP_RATIO, MAX_IMAGES, MAX_IMAGE_BYTES, MAX_INDEX_RATIO, SMALL, atomic_path
-from prefetching import prefetch
-from token_codecs import PUBLISHED, Codec, encode
+from token_files.prefetching import prefetch
+from token_files.token_codecs import PUBLISHED, Codec, encode
 from utils import InputError, first_line
 
 CHUNK_BYTES = 1 << 24  # of stream decoded at a time: bounds memory, long enough for numpy to be fast

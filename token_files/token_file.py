@@ -2,13 +2,13 @@
 
 The published files (SeiT, arXiv 2303.11114, sec. 3):
 
-    NAME.data.bin.gz    gzip of a stream of codes, see token_codecs.py
+    NAME.data.bin.gz    gzip of a stream of codes, see token_files/token_codecs.py
     NAME.index.npy.gz   gzip of a .npy with N + 1 integer offsets into the decompressed stream
     labels              text, one integer class a line
 
 What is ours is said in a manifest beside the stream, NAME.json, as tokenize_images.py writes it: format, grid, class
 names, checksums. A set without one is a published one. A set may also come as shards, each a whole set. The files of
-the format 'compact', which has a model in place of an index, are in compact_files.py.
+the format 'compact', which has a model in place of an index, are in token_files/compact.py.
 """
 import hashlib
 import json
@@ -24,14 +24,14 @@ from typing import Any
 import numpy as np
 import torch
 
-import compact_files
-from byte_streams import ByteStream, index_path, read_index, write_stream
-from compact_files import CPU, CompactStream, open_compact
 from fileio.files import MAX_LABEL_BYTES, read_bytes, read_json, sha256, write_text
-from token_codecs import CODECS, PUBLISHED, Codec
+from token_files import compact
+from token_files.compact import CPU, CompactStream, open_compact
+from token_files.published import ByteStream, index_path, read_index, write_stream
+from token_files.token_codecs import CODECS, PUBLISHED, Codec
 from utils import InputError
 
-FORMATS = (*CODECS, compact_files.NAME)
+FORMATS = (*CODECS, compact.NAME)
 MAX_CLASS = 10 ** 6  # a larger label is no class number
 
 
@@ -127,9 +127,9 @@ def open_token_file(path: str | Path) -> TokenFile:
     except OSError as error:
         raise InputError(f'{path}: {error.strerror}') from None
     name = format_of(manifest)
-    if name == compact_files.NAME:
+    if name == compact.NAME:
         return TokenFile(path, manifest, open_compact(path, manifest, manifest_path(path)))
-    if not manifest and compact_files.is_compact(path):
+    if not manifest and compact.is_compact(path):
         raise InputError(f'{path}: is compact, and its manifest {manifest_path(path).name}, which names its model, is '
                          'not there; fetch it too')
     return TokenFile(path, manifest, ByteStream(path, read_index(index_path(path)), CODECS[name]))

@@ -1,11 +1,11 @@
-"""Token codecs: codes <-> the bytes of a token stream. Pure functions on arrays; files are in token_files.py.
+"""Token codecs: codes <-> the bytes of a token stream. Pure functions on arrays; files are in token_files/token_file.py.
 
     escaped-bytes   the published format (SeiT, arXiv 2303.11114, sec. 3): code c < 255 is byte c; c >= 255 is byte 255,
                     then byte c - 255. The largest code is therefore 509.
     uint16-le       ours, for larger codebooks: each code is two bytes, little-endian.
 
 Nothing separates the images in a stream; an index beside it holds where each begins. The third format, 'compact', is a
-stream of words by a model, see compact_files.py.
+stream of words by a model, see token_files/compact.py.
 """
 from collections.abc import Callable
 from typing import NamedTuple
