@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from class_subsets import OnlyClasses
+from image_data.class_subsets import OnlyClasses
 from continual_tasks import Tasks, average_incremental, forgetting
 from engine import device_of, evaluate
 from fileio.files import MAX_JSON_BYTES, parse_json, read_bytes, write_text

@@ -15,10 +15,10 @@ import torch
 import tokenize_images
 from fileio.files import check_same, lock_file, sha256
 from fileio.labels import check_class_names
-from token_files.codebook import load_codebook
-from image_dataset import ImageDataset
-from image_sources import Source
+from image_data.dataset import ImageDataset
+from image_data.sources import Source
 from image_tokenizer import check_codebook, load_tokenizer
+from token_files.codebook import load_codebook
 from replay_forms import TokenStore
 from run_folder import LOCK
 from scripts import build_synonyms, fit_patch_tokenizer

@@ -4,9 +4,9 @@ One process:   python evaluate_on_images.py --data-path IMAGES --model-path trai
 One node:      torchrun --nproc_per_node=8 evaluate_on_images.py --dist-eval ...
 
 IMAGES holds a folder for each class, labels are the folders in alphabetical order, from 0; or it is a list, tar shards
-or parquet files, see image_sources.py. Images are resized to --tokenizer-input-size on both sides, and the middle
+or parquet files, see image_data/sources.py. Images are resized to --tokenizer-input-size on both sides, and the middle
 --vit-input-size codes of the grid are read. --corruption and --classes are for ImageNet-C, -R, -A and -Sketch, see
-corruptions.py and class_subsets.py.
+image_data/corruptions.py and image_data/class_subsets.py.
 """
 import argparse
 import csv
@@ -22,17 +22,17 @@ import torch.distributed as dist
 from torch import nn
 
 from checkpoints import load_checkpoint, load_weights
-from class_subsets import OnlyClasses, match_classes
-from token_files.codebook import load_codebook
-from corruptions import add_robustness_flags, make_corruption
 from engine import evaluate, rank_indices
 from fileio.files import check_writable, write_text
 from flags import SEED, Parser, add_max_pixels, integer, print_no_effect
-from image_sources import ImageBatch, Source, load_images, open_source
+from image_data.class_subsets import OnlyClasses, match_classes
+from image_data.corruptions import add_robustness_flags, make_corruption
+from image_data.sources import ImageBatch, Source, load_images, open_source
 from image_tokenizer import encode_images, load_tokenizer
 from models_seit import MODELS, KeyValues, create_model
 from recipe import default_amp
 from token_augment import EvalTransform
+from token_files.codebook import load_codebook
 from utils import InputError, check_same_on_all_ranks, init_distributed, is_main, on_main, print0, run, world_size
 
 NO_EFFECT = {
@@ -46,7 +46,7 @@ def make_parser() -> Parser:
     parser = Parser('Evaluate a token-trained ViT on images.')
     add = parser.add_argument
     add('--data-path', required=True, metavar='PATH',
-        help='class folders of images, a list file .txt, tar shards or parquet files: see image_sources.py')
+        help='class folders of images, a list file .txt, tar shards or parquet files: see image_data/sources.py')
     add('--model', default='deit_base_token_32', help=', '.join(MODELS))
     add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
         help='as given in training')

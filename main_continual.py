@@ -36,8 +36,8 @@ from continual_tokens import TokenFiles, fit_tokenizer, hold_folder, open_token_
 from engine import evaluate_models, rank_indices, train
 from fileio.files import check_same, sha256
 from flags import Parser
-from image_dataset import ImageDataset, Normalize, random_erasing
-from image_sources import open_source
+from image_data.dataset import ImageDataset, Normalize, random_erasing
+from image_data.sources import open_source
 from loss_meter import NotFinite
 from preemption import REQUEUE, StopSignal
 from pretrained import freeze_all_but_attention, load_pretrained

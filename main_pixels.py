@@ -4,7 +4,7 @@ One process:   python main_pixels.py --train-path IMAGES/train --val-path IMAGES
 One node:      torchrun --nproc_per_node=8 main_pixels.py --batch-size 128 --dist-eval --train-path ...
 Evaluate:      python main_pixels.py --eval --resume output/pixels/best_checkpoint.pth --val-path IMAGES/val
 
-IMAGES may be class folders, a list, tar shards or parquet files, see image_sources.py. All that is not said here is as
+IMAGES may be class folders, a list, tar shards or parquet files, see image_data/sources.py. All that is not said here is as
 in main_seit.py: many nodes, resuming, checkpoints, logs. `--aug tokens` augments as tokens can be (random-resized crop
 and CutMix), `--aug deit` as DeiT does.
 """
@@ -21,12 +21,12 @@ from torch import nn
 
 import recipe
 from checkpoints import flags_to_save, progress_of, resume
-from fileio.labels import check_class_names, count_classes, head_size
-from class_subsets import OnlyClasses, match_classes
-from corruptions import add_robustness_flags, make_corruption
 from engine import evaluate, evaluate_checkpoint, rank_indices, train
+from fileio.labels import check_class_names, count_classes, head_size
 from flags import Parser, add_max_pixels, integer, number
-from image_dataset import ImageDataset, Normalize, eval_transform, random_erasing, train_transform
+from image_data.class_subsets import OnlyClasses, match_classes
+from image_data.corruptions import add_robustness_flags, make_corruption
+from image_data.dataset import ImageDataset, Normalize, eval_transform, random_erasing, train_transform
 from loss_meter import NotFinite
 from models_seit import MODELS
 from preemption import REQUEUE

@@ -7,7 +7,7 @@
 Writes NAME-token.data.bin.gz, NAME-token.index.npy.gz, NAME-label.txt and NAME-token.json; with --shard-size each shard
 is such a set, of NAME-token-00000 and so on; with --format compact the first two are NAME-token.data.bin and
 NAME-token.model.bin, a third smaller (token_files/compact.py). For --data-path and where labels come from see
-image_sources.py: class folders (label: the folder's number in alphabetical order), a list file of 'path label' lines,
+image_data/sources.py: class folders (label: the folder's number in alphabetical order), a list file of 'path label' lines,
 tar shards (.cls, or .json's 'label', beside the image), parquet files (column 'label').
 
 Killed at any moment, the same command resumes where it stopped (token_files/parts.py). On one machine the files are the same,
@@ -39,10 +39,10 @@ from tqdm import tqdm
 
 from fileio.files import atomic_path, download, is_address, sha256
 from flags import Parser, add_max_pixels, integer
+from image_data.sources import ImageBatch, Source, load_images, open_source
+from image_tokenizer import check_codebook, encode_images, load_tokenizer
 from token_files import compact, parts
 from token_files.codebook import load_codebook
-from image_sources import ImageBatch, Source, load_images, open_source
-from image_tokenizer import check_codebook, encode_images, load_tokenizer
 from token_files.parts import FinishedParts, Output, Parts, plan, write_sets
 from token_files.token_codecs import MAX_CODES, codec_for
 from utils import (InputError, check_same_on_all_ranks, cores, init_distributed, is_main, on_main, print0, rank, run,

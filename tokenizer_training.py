@@ -14,7 +14,7 @@ from torch import nn
 
 from engine import autocast
 from fileio.files import atomic_path
-from image_quality import WINDOW, psnr, ssim
+from image_data.quality import WINDOW, psnr, ssim
 from image_tokenizer import FORMAT, VERSION, unit_range
 from tokenizer_start import start_weights
 from utils import InputError, print0

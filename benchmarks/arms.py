@@ -18,8 +18,8 @@ from torchvision.utils import make_grid
 from benchmarks.common import spread
 from fileio.files import atomic_path, write_text
 from fileio.labels import check_class_names
-from image_quality import psnr, ssim
-from image_sources import FolderImages, Source, load_images, open_source
+from image_data.quality import psnr, ssim
+from image_data.sources import FolderImages, Source, load_images, open_source
 from image_tokenizer import encode_images, unit_range
 from run_folder import LOG
 from tables import rows

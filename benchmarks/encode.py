@@ -16,7 +16,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
 from flags import integer
-from image_sources import Source, load_images, open_source
+from image_data.sources import Source, load_images, open_source
 from token_files.parts import Parts
 from tokenize_images import Encoder, encode_part
 from utils import cores, keep_freed_memory, run

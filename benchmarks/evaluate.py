@@ -18,11 +18,11 @@ from benchmarks import common
 from engine import evaluate, rank_indices
 from evaluate_on_images import CodeBatches
 from flags import integer
-from token_files.codebook import load_codebook
-from image_sources import load_images, open_source
+from image_data.sources import load_images, open_source
 from models_seit import create_model
 from token_augment import EvalTransform
 from token_dataset import choose_data_device
+from token_files.codebook import load_codebook
 from utils import cores, keep_freed_memory, run
 
 

@@ -33,11 +33,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
 from fileio.files import atomic_path, expand_files
 from flags import integer
-from token_files.context_model import ContextModel, bits, fit
-from token_files.published import CHUNK_BYTES, index_path, parse_npy, write_stream
-from image_sources import open_source
+from image_data.sources import open_source
 from scripts.inspect_tokens import count_codes, entropy_bits, source_bytes
 from token_files.cache import open_codes
+from token_files.context_model import ContextModel, bits, fit
+from token_files.published import CHUNK_BYTES, index_path, parse_npy, write_stream
 from token_files.token_codecs import MAX_CODES, PUBLISHED, Codec, codec_for, encode
 from token_files.token_file import decode, manifest_path, open_token_file
 from utils import InputError, run

@@ -34,12 +34,12 @@ import main_seit
 from benchmarks import arms, common
 from fileio.files import lock_file, write_text
 from flags import SEED, integer, number
-from token_files.codebook import load_codebook
-from image_sources import open_source
+from image_data.sources import open_source
 from image_tokenizer import decode_codes
 from scripts.inspect_tokens import count_codes, describe, summarize
 from tables.rows import check_same
 from token_files.cache import open_codes
+from token_files.codebook import load_codebook
 from token_files.token_file import open_token_file
 from tokenize_images import identity, load_models
 from utils import InputError, cores, run

@@ -22,7 +22,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import check_writable, save_torch
 from flags import SEED, Parser, integer
-from image_sources import Source, load_images, open_source
+from image_data.sources import Source, load_images, open_source
 from image_tokenizer import PatchTokenizer, check_sizes, lift_rows, unit_range
 from kmeans import kmeans, nearest_rows
 from utils import InputError, cores, print0, run
@@ -37,7 +37,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add('--data-path', required=True, metavar='PATH',
-        help='class folders of images, a list file .txt, tar shards or parquet files: see image_sources.py')
+        help='class folders of images, a list file .txt, tar shards or parquet files: see image_data/sources.py')
     add('--output-dir', required=True, metavar='DIR')
     add('--image-size', type=integer(1), default=256, help='images are resized to this, both sides')
     add('--patch-size', type=integer(1), default=8)

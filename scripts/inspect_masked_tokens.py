@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from checkpoints import load_checkpoint, load_weights, saved_flags
 from fileio.files import atomic_path, check_writable, expand_files
 from flags import SEED, Parser, integer, number
-from token_files.codebook import load_codebook
-from image_sources import open_source
+from image_data.sources import open_source
 from image_tokenizer import decode_codes, load_tokenizer
+from token_files.codebook import load_codebook
 from inspect_tokens import source_images
 from models_mtm import MODELS, PATCH, MaskedTokenModel, create_model, masked_token_loss, masks_of
 from models_seit import KeyValues

@@ -24,10 +24,10 @@ from torchvision.utils import make_grid
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import atomic_path, check_writable, expand_files
 from flags import Parser, integer
-from token_files.codebook import load_codebook
-from image_sources import Source, load_images, open_source
+from image_data.sources import Source, load_images, open_source
 from image_tokenizer import decode_codes, load_tokenizer, unit_range
 from token_files.cache import open_codes
+from token_files.codebook import load_codebook
 from token_files.token_codecs import ESCAPE, codec_for
 from token_files.token_file import TokenFile, bytes_on_disk, open_token_file, read_labels
 from utils import InputError, print0, run
@@ -44,7 +44,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--codebook-path', required=True, metavar='FILE')
     add('--label-file', metavar='FILE', help='adds images a class')
     add('--data-path', metavar='PATH', help='the images that the tokens were made from (class folders, a list file '
-        '.txt, tar shards or parquet files: see image_sources.py): adds their bytes')
+        '.txt, tar shards or parquet files: see image_data/sources.py): adds their bytes')
     add('--tokenizer-path', metavar='FILE', help='reconstructs the images of --output, where it has a decoder')
     add('--output', metavar='FILE.png', help='contact sheet: source images and reconstructions, whichever there are')
     add('--images', type=integer(1), default=16, help='on the contact sheet, from the first on')

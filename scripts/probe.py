@@ -29,7 +29,7 @@ from token_files.codebook import load_codebook
 from feature_probes import TEMPERATURE, accuracies, linear_probe, neighbor_votes
 from fileio.files import check_writable, write_text
 from flags import Parser, integer, number
-from image_dataset import ImageDataset, Normalize, eval_transform
+from image_data.dataset import ImageDataset, Normalize, eval_transform
 from main_mtm_pretrain import canonical_codes
 from models_seit import KeyValues
 from origins import PRETRAIN, SEIT, check_codes, origin
@@ -60,7 +60,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             help='a glob or a comma-separated list of shards, too' if flag != 'codebook_path' else 'of the tokens')
     add('--token-cache', default='', metavar='DIR', help='see main_seit.py')
     for flag in IMAGE_FLAGS:
-        add(f'--{flag.replace("_", "-")}', default='', metavar='PATH', help='images: see image_sources.py')
+        add(f'--{flag.replace("_", "-")}', default='', metavar='PATH', help='images: see image_data/sources.py')
     add('--input-size', type=integer(1), help='of images, pixels on a side; default: as the checkpoint says')
     add('--eval-crop-ratio', type=number(0.01, 1), help='of images; default: as the checkpoint says')
     add('--num-workers', type=integer(), default=10, help='processes that decode images; as many as the cores at most')

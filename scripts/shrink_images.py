@@ -7,7 +7,7 @@
 
 Methods and their parameters: sample, the share of the images that are kept, the same of each class, one at least, drawn
 by --seed, or the --keep best or worst by --scores (a high score is good); resize, the factor of both sides, of each
-image's own size (then a JPEG of quality 95); jpeg, PIL's quality 1 to 95; webp, PIL's quality 0 to 100 (shrinking.py).
+image's own size (then a JPEG of quality 95); jpeg, PIL's quality 1 to 95; webp, PIL's quality 0 to 100 (image_data/shrinking.py).
 
 Instead of --parameter a budget: --total-bytes of all files together, or --bytes-per-image, which is the total divided
 by the images of the *source*, so that a budget is the same storage for every method. The largest parameter within it is
@@ -44,12 +44,12 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import expand_files, read_json, sha256
 from flags import SEED, Parser, integer, number
-from image_files import image_formats
-from image_sets import PART, SetFolder, class_folders, image_names
-from image_sources import Source, TarImages, next_batch, open_source
-from loader_workers import plan_workers
-from shrinking import (METHODS, Ranking, Shrunk, ShrunkImages, Unreachable, check_parameter, largest_within,
-                       read_scores)
+from image_data.decoding import image_formats
+from image_data.shrinking import (METHODS, Ranking, Shrunk, ShrunkImages, Unreachable, check_parameter, largest_within,
+                                  read_scores)
+from image_data.shrunk_sets import PART, SetFolder, class_folders, image_names
+from image_data.sources import Source, TarImages, next_batch, open_source
+from image_data.workers import plan_workers
 from utils import InputError, cores, print0, run
 
 SEARCHED = 2000  # images on which a budget's parameter is searched, at most
@@ -61,7 +61,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
     add('--data-path', required=True, metavar='PATH',
-        help='class folders of images, a list file .txt, tar shards or parquet files: see image_sources.py')
+        help='class folders of images, a list file .txt, tar shards or parquet files: see image_data/sources.py')
     add('--output-dir', required=True, metavar='DIR')
     add('--method', required=True, choices=list(METHODS))
     size = parser.add_mutually_exclusive_group(required=True)

@@ -27,7 +27,7 @@ from checkpoints import flags_to_save, progress_of, resume
 from engine import rank_indices, train
 from fileio.files import atomic_path, save_torch
 from flags import Parser, integer, number
-from image_sources import Source, load_images, open_source
+from image_data.sources import Source, load_images, open_source
 from image_tokenizer import check_sizes, unit_range
 from loss_meter import NotFinite
 from perceptual_loss import PerceptualLoss
@@ -56,7 +56,7 @@ def add_image_flags(parser: Parser) -> Callable:
     """The images, those held out, and how they are read. Returns the group's add_argument."""
     add = parser.add_argument_group('data').add_argument
     add('--data-path', required=True, metavar='PATH',
-        help='class folders of images, a list file .txt, tar shards or parquet files: see image_sources.py')
+        help='class folders of images, a list file .txt, tar shards or parquet files: see image_data/sources.py')
     add('--val-path', default='', metavar='PATH', help='held-out images; default: some of --data-path')
     add('--val-images', type=integer(1), metavar='N',
         help='images held out, drawn at random; default: a tenth of them, 1,000 at most')

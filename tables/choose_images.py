@@ -15,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from flags import Parser, integer
-from image_sources import FolderImages, open_source
+from image_data.sources import FolderImages, open_source
 from utils import InputError, print0, run
 
 

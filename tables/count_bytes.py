@@ -14,13 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from image_files import BadImage, bare_bytes
 from fileio.files import check_writable, expand_files, write_text
 from flags import Parser
-from token_files.codebook import load_codebook
-from image_sources import open_source
+from image_data.decoding import BadImage, bare_bytes
+from image_data.sources import open_source
 from scripts.inspect_tokens import bytes_per_image, count_codes
 from token_files.cache import open_codes
+from token_files.codebook import load_codebook
 from token_files.compact import CompactStream
 from token_files.token_file import bytes_on_disk, open_token_file
 from utils import InputError, print0, run
@@ -30,7 +30,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
     parser = Parser(__doc__.splitlines()[0])
     add = parser.add_argument
-    add('--data-path', metavar='PATH', help='images: see image_sources.py')
+    add('--data-path', metavar='PATH', help='images: see image_data/sources.py')
     add('--token-file', metavar='FILE', help='NAME.data.bin.gz, or a glob of shards')
     add('--codebook-path', metavar='FILE', help='of the tokens')
     add('--output', required=True, metavar='FILE.json')

@@ -18,10 +18,10 @@ from torchvision.utils import make_grid
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import atomic_path, check_writable, expand_files
 from flags import Parser, integer
-from token_files.codebook import load_codebook
-from image_sources import load_images, open_source
+from image_data.sources import load_images, open_source
 from image_tokenizer import decode_codes, load_tokenizer, unit_range
 from token_files.cache import open_codes
+from token_files.codebook import load_codebook
 from token_files.token_file import open_token_file
 from utils import InputError, print0, run
 

@@ -4,10 +4,10 @@ import pytest
 import torch
 from timm.data import ImageNetInfo
 
-import class_subsets
-from class_subsets import OnlyClasses, check_classes, map_labels, match_classes, read_classes
 from helpers import fails
-from image_sources import Source
+from image_data import class_subsets
+from image_data.class_subsets import OnlyClasses, check_classes, map_labels, match_classes, read_classes
+from image_data.sources import Source
 
 SYNSETS = ImageNetInfo('imagenet-1k').label_names()
 

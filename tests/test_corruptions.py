@@ -8,11 +8,11 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import gaussian_blur
 
-import corruptions
-from corruptions import CORRUPTIONS, Corruption, corrupt, make_corruption
 from helpers import encoded, fails, save_image
-from image_quality import psnr
-from image_sources import load_images, open_source
+from image_data import corruptions
+from image_data.corruptions import CORRUPTIONS, Corruption, corrupt, make_corruption
+from image_data.quality import psnr
+from image_data.sources import load_images, open_source
 
 NOISES = 'gaussian_noise', 'shot_noise', 'impulse_noise', 'speckle_noise'
 

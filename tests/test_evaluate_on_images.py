@@ -15,11 +15,11 @@ import main_seit
 import tokenize_images
 import utils
 from helpers import DEMO, accuracy_lines, call, fails, start, two_processes
-from token_files.codebook import load_codebook
-from image_sources import load_images, open_source
+from image_data.sources import load_images, open_source
 from image_tokenizer import load_tokenizer
 from token_augment import EvalTransform
 from token_dataset import TokenDataset
+from token_files.codebook import load_codebook
 from utils import InputError
 
 MODEL = ['--model', 'deit_tiny_token_32', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2', '--device', 'cpu']

@@ -13,7 +13,7 @@ from token_files.codebook import load_codebook, quantize
 from conftest import ROOT
 from fit_patch_tokenizer import draw, parse_args, sample_patches
 from helpers import call, fails, published_transform, smooth_images, write_parquet, write_tar
-from image_sources import open_source
+from image_data.sources import open_source
 from image_tokenizer import PatchTokenizer, load_tokenizer
 from utils import InputError
 

@@ -5,9 +5,9 @@ import socket
 import pytest
 from torchvision.datasets import ImageFolder
 
-from folder_images import holds_class_folders, read_folder, read_regular_file
 from helpers import fails, save_image
-from image_files import LeftOut
+from image_data.decoding import LeftOut
+from image_data.folders import holds_class_folders, read_folder, read_regular_file
 
 
 def read(root):

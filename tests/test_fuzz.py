@@ -12,7 +12,7 @@ pytest.importorskip('hypothesis')
 import fuzz
 from checkpoints import load_checkpoint, load_weights
 from helpers import hostile_parameters, refused
-from image_sources import open_source
+from image_data.sources import open_source
 from image_tokenizer import load_tokenizer
 from run_folder import RunLog
 from vitvqgan import Size, ViTVQGAN

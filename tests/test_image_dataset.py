@@ -5,7 +5,7 @@ from PIL import Image
 from timm.data import auto_augment
 
 from helpers import fails, smooth_images
-from image_dataset import ImageDataset, Normalize, eval_transform, posterize, random_erasing, train_transform
+from image_data.dataset import ImageDataset, Normalize, eval_transform, posterize, random_erasing, train_transform
 
 CPU = torch.device('cpu')
 

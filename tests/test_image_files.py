@@ -8,8 +8,8 @@ from PIL import Image
 from torchvision.datasets.folder import default_loader
 
 from helpers import encoded, noise, published_transform
-from image_files import (BadImage, LeftOut, bare_bytes, decode_image, image_extensions, is_hidden, is_image, scan_bytes,
-                         webp_bytes)
+from image_data.decoding import (BadImage, LeftOut, bare_bytes, decode_image, image_extensions, is_hidden, is_image,
+                                 scan_bytes, webp_bytes)
 
 SIZE = 16
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from helpers import fails
-from image_quality import psnr, ssim
+from image_data.quality import psnr, ssim
 
 
 @pytest.fixture

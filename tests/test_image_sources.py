@@ -7,10 +7,10 @@ import pytest
 import torch
 from torchvision.datasets import ImageFolder
 
-import image_sources
 from helpers import (as_list, as_parquet, as_tars, encoded, fails, noise, published_transform, samples, save_image,
                      tar_samples, write_parquet, write_tar)
-from image_sources import load_images, open_source
+from image_data import sources
+from image_data.sources import load_images, open_source
 from token_files.token_file import MAX_CLASS
 
 SIZE = 16
@@ -196,7 +196,7 @@ def test_a_tar_or_parquet_file_that_changes_under_the_run_gives_bad_images(tmp_p
     assert re.search('a.parquet: no readable parquet file', batch.skipped[0][1])
 
 
-class DyingSource(image_sources.Source):
+class DyingSource(sources.Source):
     """Its image 1 ends the process that reads it; image 2 is a mistake of the program."""
     data_path = 'in'
     names = ['a', 'b', 'c']

@@ -11,7 +11,7 @@ from PIL import Image
 from token_files.codebook import load_codebook, quantize
 from conftest import ROOT
 from helpers import GOLDEN_SIZE, Bomb, encoded, noise, published_transform, same_weights
-from image_files import decode_image
+from image_data.decoding import decode_image
 from image_tokenizer import (ModuleTokenizer, PatchTokenizer, decode_codes, encode_images, lift_rows, load_tokenizer,
                              unit_range)
 from utils import InputError

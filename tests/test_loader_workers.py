@@ -6,10 +6,10 @@ from multiprocessing import current_process
 
 import pytest
 
-import loader_workers
 from helpers import save_image
-from image_sources import load_images, open_source
-from loader_workers import PREFETCH, choose_socket_folder, plan_workers
+from image_data import workers
+from image_data.sources import load_images, open_source
+from image_data.workers import PREFETCH, choose_socket_folder, plan_workers
 
 MIB = 1 << 20
 Usage = collections.namedtuple('Usage', 'total used free')
@@ -17,11 +17,11 @@ Usage = collections.namedtuple('Usage', 'total used free')
 
 @pytest.fixture
 def many_cores(monkeypatch):
-    monkeypatch.setattr(loader_workers, 'cores', lambda: 8)
+    monkeypatch.setattr(workers, 'cores', lambda: 8)
 
 
 def room(monkeypatch, bytes_free):
-    monkeypatch.setattr(loader_workers.shutil, 'disk_usage', lambda path: Usage(0, 0, bytes_free))
+    monkeypatch.setattr(workers.shutil, 'disk_usage', lambda path: Usage(0, 0, bytes_free))
 
 
 @pytest.mark.parametrize('free, workers, expected', [
@@ -39,11 +39,11 @@ def test_batches_in_flight_fit_into_shared_memory(free, workers, expected, many_
 def test_ranks_of_a_node_divide_its_shared_memory(many_cores, monkeypatch):
     room(monkeypatch, 1000)
     monkeypatch.setenv('LOCAL_WORLD_SIZE', '4')
-    assert loader_workers.shared_memory() == 225
+    assert workers.shared_memory() == 225
 
 
 def test_without_shared_memory_no_processes(many_cores, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(loader_workers, 'SHARED_MEMORY', str(tmp_path / 'none'))
+    monkeypatch.setattr(workers, 'SHARED_MEMORY', str(tmp_path / 'none'))
     assert plan_workers(4, 100) == (0, 0)
     assert 'none has little room: 0 instead of 4' in capsys.readouterr().out
 
@@ -71,14 +71,14 @@ def test_temporary_folders_of_every_length(length, tmp_path, fresh_process, many
 
 
 def test_where_no_folder_takes_sockets_there_are_no_processes(many_cores, monkeypatch, capsys):
-    monkeypatch.setattr(loader_workers, '_binds', lambda folder: False)
+    monkeypatch.setattr(workers, '_binds', lambda folder: False)
     assert not choose_socket_folder()
     assert plan_workers(4, 100) == (0, 0)
     assert 'note: no temporary folder takes the sockets' in capsys.readouterr().out
 
 
 def test_what_was_tried_is_removed(tmp_path, fresh_process, monkeypatch):
-    monkeypatch.setattr(loader_workers.multiprocessing.util, 'get_temp_dir', lambda: os.fspath(tmp_path))
+    monkeypatch.setattr(workers.multiprocessing.util, 'get_temp_dir', lambda: os.fspath(tmp_path))
     monkeypatch.setenv('TMPDIR', str(tmp_path))
-    assert loader_workers._takes_sockets(str(tmp_path)) == (len(str(tmp_path)) < 76)
+    assert workers._takes_sockets(str(tmp_path)) == (len(str(tmp_path)) < 76)
     assert not list(tmp_path.iterdir())

@@ -4,8 +4,8 @@ import sys
 import pytest
 
 from helpers import encoded, fails, noise, write_parquet
-from image_sources import open_source
-from parquet_images import split_of
+from image_data.parquet_files import split_of
+from image_data.sources import open_source
 from token_files.token_file import MAX_CLASS
 
 pa = pytest.importorskip('pyarrow')

@@ -10,8 +10,8 @@ from PIL import Image
 import replay_forms
 import replay_memory
 from helpers import fails, noise
-from image_dataset import ImageDataset, eval_transform
-from image_files import decode_rgb, pixels_of
+from image_data.dataset import ImageDataset, eval_transform
+from image_data.decoding import decode_rgb, pixels_of
 from image_tokenizer import PatchTokenizer
 from replay_forms import (PixelStore, StoredImages, TaskImages, codes_of, decode_to_files, image_file, length_of,
                           store_codes, store_from, store_image)

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import image_sets
+from image_data import shrunk_sets
 import shrink_images
 from helpers import (call, contents, encoded, fails, forked, limits, no_space, noise, save_image, smooth_images,
                      tar_samples, write_parquet, write_tar)
-from image_files import scan_bytes
-from image_sources import open_source
-from shrinking import Ranking, Unreachable, largest_within
+from image_data.decoding import scan_bytes
+from image_data.shrinking import Ranking, Unreachable, largest_within
+from image_data.sources import open_source
 from test_image_files import odd_images
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -220,7 +220,7 @@ def test_a_large_set_is_searched_on_some_of_its_images(images, tmp_path, monkeyp
 # ---------------------------------------------------------------- sources and outputs
 
 def test_tars_keep_order_and_labels(images, tmp_path, monkeypatch):
-    monkeypatch.setitem(image_sets.PART, 'tar', 8)
+    monkeypatch.setitem(shrunk_sets.PART, 'tar', 8)
     make(images, tmp_path / 'out', '--format', 'tar')
     assert visible(tmp_path / 'out') == ['.lock', *(f'images-{i:06d}.tar' for i in range(3)), 'manifest.json']
     source = open_source(images)
@@ -282,8 +282,8 @@ FORMATS = pytest.mark.parametrize('file_format', ['folder', 'tar'])
 @FORMATS
 def test_any_number_of_processes_gives_the_same_bytes(images, tmp_path, monkeypatch, file_format):
     monkeypatch.setattr(shrink_images, 'CHUNK', 3)
-    for part in image_sets.PART:
-        monkeypatch.setitem(image_sets.PART, part, 4)
+    for part in shrunk_sets.PART:
+        monkeypatch.setitem(shrunk_sets.PART, part, 4)
     for workers in (0, 2):
         make(images, tmp_path / str(workers), '--format', file_format, method='resize', parameter=0.7, workers=workers)
     assert contents(tmp_path / '0') == contents(tmp_path / '2')
@@ -293,12 +293,12 @@ def test_any_number_of_processes_gives_the_same_bytes(images, tmp_path, monkeypa
 @pytest.mark.parametrize('moment', ['write_bytes', 'addfile', 'write_text', 'replace', 'rmtree'])
 def test_a_run_killed_at_any_moment_resumes(images, tmp_path, monkeypatch, file_format, moment):
     """Killed at each call of a kind in turn; each time the same command goes on, until it is through."""
-    for part in image_sets.PART:
-        monkeypatch.setitem(image_sets.PART, part, 6)
+    for part in shrunk_sets.PART:
+        monkeypatch.setitem(shrunk_sets.PART, part, 6)
     flags = ['--format', file_format, '--total-bytes', 15_000]
     make(images, tmp_path / 'whole', *flags, parameter=None)
-    owner = {'write_bytes': image_sets.Path, 'addfile': image_sets.tarfile.TarFile, 'write_text': image_sets,
-             'replace': image_sets.os, 'rmtree': image_sets.shutil}[moment]
+    owner = {'write_bytes': shrunk_sets.Path, 'addfile': shrunk_sets.tarfile.TarFile, 'write_text': shrunk_sets,
+             'replace': shrunk_sets.os, 'rmtree': shrunk_sets.shutil}[moment]
     real = getattr(owner, moment)
     for kill_at in range(1, 60, 4 if moment in ('write_bytes', 'addfile') else 1):
         calls = []
@@ -339,9 +339,9 @@ def test_a_finished_set_is_left_alone(images, tmp_path, capsys, monkeypatch):
 
 def test_an_unfinished_set_takes_only_its_own_flags(images, tmp_path, monkeypatch):
     out = tmp_path / 'out'
-    monkeypatch.setitem(image_sets.PART, 'folder', 6)
+    monkeypatch.setitem(shrunk_sets.PART, 'folder', 6)
     with monkeypatch.context() as patch:
-        patch.setattr(image_sets.SetFolder, 'write_manifest', lambda *_: 1 / 0)
+        patch.setattr(shrunk_sets.SetFolder, 'write_manifest', lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             make(images, out)
     assert visible(out) == ['.lock', '.unfinished']
@@ -359,9 +359,9 @@ def test_an_unfinished_set_takes_only_its_own_flags(images, tmp_path, monkeypatc
 
 def test_one_writer_at_a_time(images, tmp_path):
     def hold(ready):
-        folder = image_sets.SetFolder(str(tmp_path / 'out'), 'folder', {})
+        folder = shrunk_sets.SetFolder(str(tmp_path / 'out'), 'folder', {})
         (tmp_path / 'out').mkdir()
-        folder.lock = image_sets.lock_file(tmp_path / 'out' / '.lock')
+        folder.lock = shrunk_sets.lock_file(tmp_path / 'out' / '.lock')
         ready()
         time.sleep(60)
     with forked(hold):

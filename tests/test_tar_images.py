@@ -6,8 +6,8 @@ import tarfile
 import pytest
 
 from helpers import encoded, fails, noise, tar_samples, write_tar
-from image_files import LeftOut
-from tar_images import BLOCK, MAX_END, read_tar
+from image_data.decoding import LeftOut
+from image_data.tar_shards import BLOCK, MAX_END, read_tar
 from token_files.token_file import MAX_CLASS
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from helpers import fails
-from image_quality import psnr
+from image_data.quality import psnr
 from image_tokenizer import unit_range
 from kmeans import kmeans, nearest_rows
 from tokenizer_start import RIDGE, cut, fit_start, least_squares

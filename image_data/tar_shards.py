@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from fileio.files import parse_json
-from image_files import LeftOut, image_extensions, is_hidden
+from image_data.decoding import LeftOut, image_extensions, is_hidden
 from token_files.token_file import MAX_CLASS
 from utils import InputError
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from fileio.files import read_bytes
 from fileio.labels import check_class_names
-from image_sources import Source
+from image_data.sources import Source
 from utils import InputError, print0
 
 IMAGENET_CLASSES = 1000

@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from fileio.files import atomic_path, check_writable, lock_file, read_json, remove_leftovers, write_text
-from image_files import is_hidden
-from image_sources import Source
-from shrinking import Shrunk
+from image_data.decoding import is_hidden
+from image_data.shrinking import Shrunk
+from image_data.sources import Source
 from utils import InputError
 
 PART = {'folder': 512, 'tar': 10_000}  # images lost if killed, at most, by format; those of a tar are a shard

@@ -30,11 +30,12 @@ from tqdm import tqdm
 
 from fileio.files import expand_files
 from fileio.labels import check_class_names
-from folder_images import holds_class_folders, read_folder, read_regular_file
-from image_files import BadImage, LeftOut, decode_rgb, image_formats, is_hidden, resize_square
-from loader_workers import plan_workers
-from parquet_images import check_one_split, class_names, image_bytes, open_parquet, read_column, read_labels_of
-from tar_images import read_tar
+from image_data.decoding import BadImage, LeftOut, decode_rgb, image_formats, is_hidden, resize_square
+from image_data.folders import holds_class_folders, read_folder, read_regular_file
+from image_data.parquet_files import (check_one_split, class_names, image_bytes, open_parquet, read_column,
+                                      read_labels_of)
+from image_data.tar_shards import read_tar
+from image_data.workers import plan_workers
 from token_files.token_file import MAX_CLASS
 from utils import InputError, print0
 

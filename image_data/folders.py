@@ -4,7 +4,7 @@ import stat
 from collections import Counter
 from pathlib import Path, PurePath
 
-from image_files import LeftOut, is_hidden, is_image
+from image_data.decoding import LeftOut, is_hidden, is_image
 from utils import InputError
 
 

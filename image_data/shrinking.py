@@ -21,9 +21,9 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from fileio.files import read_bytes
-from image_files import BadImage, bare_bytes, decode_rgb, image_extensions, image_formats, is_image, pixels_of
-from image_quality import psnr
-from image_sources import Source
+from image_data.decoding import BadImage, bare_bytes, decode_rgb, image_extensions, image_formats, is_image, pixels_of
+from image_data.quality import psnr
+from image_data.sources import Source
 from utils import InputError
 
 RESIZED_QUALITY = 95  # of the JPEGs that resized images become

@@ -14,7 +14,7 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
 
-from image_sources import load_images, open_source
+from image_data.sources import load_images, open_source
 from utils import InputError
 
 
@@ -22,7 +22,7 @@ class ImageDataset:
     """Images and their classes, fetched whole batches at a time.
 
     Args:
-        data_path: images, as in image_sources.py.
+        data_path: images, as in image_data/sources.py.
         size: S, side of the pixels that are yielded.
         transform: RGB image -> (3, S, S) uint8, of `train_transform` or `eval_transform`.
         workers: processes that decode.
