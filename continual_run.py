@@ -2,7 +2,7 @@
 
     run.json             what cannot change when it resumes: tasks, memory, images, tokenizer
     results.jsonl        a JSON line a task that is done
-    task-0, task-1, ...  each a run folder (run_folder.py), with memory.npz: what the next task replays
+    task-0, task-1, ...  each a run folder (training/run_folder.py), with memory.npz: what the next task replays
     tokens               tokenizer and token files, where they are made here and have no other --tokens-dir
 """
 import hashlib
@@ -22,7 +22,7 @@ from engine import device_of, evaluate
 from fileio.files import MAX_JSON_BYTES, parse_json, read_bytes, write_text
 from replay_forms import length_of
 from replay_memory import ReplayMemory, load_memory
-from run_folder import FILES
+from training.run_folder import FILES
 from utils import InputError
 
 RUN = 'run.json'

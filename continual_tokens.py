@@ -20,9 +20,9 @@ from image_data.sources import Source
 from image_tokenizer import check_codebook, load_tokenizer
 from token_files.codebook import load_codebook
 from replay_forms import TokenStore
-from run_folder import LOCK
 from scripts import build_synonyms, fit_patch_tokenizer
 from token_dataset import TokenDataset
+from training.run_folder import LOCK
 from utils import InputError, on_main
 
 PATIENCE = 60  # seconds, for another run that looks whether all tokens are there

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from timm.utils import distribute_bn
 from torch import nn
 
-from checkpoints import TrainState, load_weights
-from loss_meter import LossMeter, Progress, check_finite
-from preemption import AnyRank, StopSignal
-from run_folder import RunFolder, RunLog
 from samplers import in_order
+from training.checkpoints import TrainState, load_weights
+from training.loss_meter import LossMeter, Progress, check_finite
+from training.preemption import AnyRank, StopSignal
+from training.run_folder import RunFolder, RunLog
 from utils import InputError, barrier, print0, rank, seed_step, world_size
 
 AMP_DTYPE = {'bf16': torch.bfloat16, 'fp16': torch.float16}

@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from checkpoints import load_checkpoint, load_weights
 from engine import evaluate, rank_indices
 from fileio.files import check_writable, write_text
 from flags import SEED, Parser, add_max_pixels, integer, print_no_effect
@@ -33,6 +32,7 @@ from models_seit import MODELS, KeyValues, create_model
 from recipe import default_amp
 from token_augment import EvalTransform
 from token_files.codebook import load_codebook
+from training.checkpoints import load_checkpoint, load_weights
 from utils import InputError, check_same_on_all_ranks, init_distributed, is_main, on_main, print0, run, world_size
 
 NO_EFFECT = {

@@ -17,26 +17,26 @@ from timm.optim import param_groups_layer_decay
 from torch import nn
 
 import recipe
-from checkpoints import flags_to_save, progress_of
 from engine import evaluate, evaluate_checkpoint, rank_indices, train
 from fileio.labels import check_class_names, count_classes, head_size
 from flags import Parser, integer, number, print_no_effect
-from token_files.codebook import load_codebook
-from loss_meter import NotFinite
 from main_mtm_pretrain import (NO_EFFECT_ON_MTM, add_augmentation_flags, add_periods_flag, add_step_flags,
                                add_token_flags, canonical_codes, check_sizes, make_input, make_state, open_token_adapt,
                                resume_checked)
 from main_seit import load_data
+from token_files.codebook import load_codebook
+from training.checkpoints import flags_to_save, progress_of
+from training.loss_meter import NotFinite
 from models_mtm import keep_token_adapt
 from models_mtm_finetune import MODELS, CodeVisionTransformer, create_model, load_encoder
-from origins import FINETUNE, check_codes, check_origin, without_token_adapt
-from preemption import REQUEUE
-from run_folder import RunFolder, RunLog, find_checkpoint
-from run_info import print_batch, print_model, run_record
 from samplers import shuffled
-from save_periods import checkpoint_files
 from token_augment import center_crop
 from token_dataset import TokenDataset, choose_data_device
+from training.origins import FINETUNE, check_codes, check_origin, without_token_adapt
+from training.preemption import REQUEUE
+from training.run_folder import RunFolder, RunLog, find_checkpoint
+from training.run_info import print_batch, print_model, run_record
+from training.save_periods import checkpoint_files
 from token_halves import check_halves
 from utils import check_same_on_all_ranks, init_distributed, keep_freed_memory, rank, run, world_size
 

@@ -20,20 +20,20 @@ from timm.layers import to_2tuple
 from torch import nn
 
 import recipe
-from checkpoints import flags_to_save, progress_of, resume
 from engine import evaluate, evaluate_checkpoint, rank_indices, train
 from fileio.labels import check_class_names, count_classes, head_size
 from flags import Parser, add_max_pixels, integer, number
 from image_data.class_subsets import OnlyClasses, match_classes
 from image_data.corruptions import add_robustness_flags, make_corruption
 from image_data.dataset import ImageDataset, Normalize, eval_transform, random_erasing, train_transform
-from loss_meter import NotFinite
 from models_seit import MODELS
-from preemption import REQUEUE
-from pretrained import freeze_all_but_attention, load_pretrained
-from run_folder import RunFolder, RunLog, find_checkpoint
-from run_info import print_batch, print_model, run_record
 from samplers import REPEATS, repeated_augmentation, shuffled
+from training.checkpoints import flags_to_save, progress_of, resume
+from training.loss_meter import NotFinite
+from training.preemption import REQUEUE
+from training.pretrained import freeze_all_but_attention, load_pretrained
+from training.run_folder import RunFolder, RunLog, find_checkpoint
+from training.run_info import print_batch, print_model, run_record
 from utils import (InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, print0, rank, run,
                    world_size)
 

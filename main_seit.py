@@ -16,22 +16,22 @@ import torch
 from torch import nn
 
 import recipe
-from checkpoints import flags_to_save, progress_of, resume
 from fileio.labels import check_class_names, count_classes, head_size
 from token_files.codebook import load_codebook, load_synonyms, look_up
+from training.checkpoints import flags_to_save, progress_of, resume
 from color_adapt import color_recipe
-from flags import Parser, integer, number, print_no_effect
-from run_info import print_batch, print_model, print_recipe_batch, run_record
 from engine import evaluate, evaluate_checkpoint, rank_indices, train
-from loss_meter import NotFinite
+from flags import Parser, integer, number, print_no_effect
 from models_seit import create_model
-from preemption import REQUEUE
-from pretrained import freeze_all_but_attention, load_pretrained
-from run_folder import RunFolder, RunLog, find_checkpoint
 from samplers import repeated_augmentation, shuffled
 from token_augment import (EraseRectangle, EvalTransform, RandomCrop, RandomResizedCrop, ReplaceSynonyms, SwapPatches,
                            TokenEDA, check_crop)
 from token_dataset import TokenDataset, choose_data_device
+from training.loss_meter import NotFinite
+from training.preemption import REQUEUE
+from training.pretrained import freeze_all_but_attention, load_pretrained
+from training.run_folder import RunFolder, RunLog, find_checkpoint
+from training.run_info import print_batch, print_model, print_recipe_batch, run_record
 from token_halves import open_halves
 from utils import (InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, print0, rank, run,
                    world_size)

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from torchvision.models.vgg import cfgs, make_layers
 
-from checkpoints import load_weights
 from fileio.torch_files import load_torch
+from training.checkpoints import load_weights
 from utils import InputError
 
 STAGES = 3, 8, 15, 22  # relu1_2, relu2_2, relu3_3 and relu4_3 among VGG16's features, as LPIPS takes them

@@ -15,12 +15,12 @@ from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from checkpoints import TrainState
 from engine import StepOptions
 from flags import SEED, Parser, integer, number
 from models_patch_stem import MODELS
 from models_seit import KeyValues
 from parallel import parallel
+from training.checkpoints import TrainState
 from utils import InputError, world_size
 
 ON_OFF = argparse.BooleanOptionalAction

@@ -21,9 +21,9 @@ from fileio.labels import check_class_names
 from image_data.quality import psnr, ssim
 from image_data.sources import FolderImages, Source, load_images, open_source
 from image_tokenizer import encode_images, unit_range
-from run_folder import LOG
 from tables import rows
 from tables.rows import Program, final_line, why_failed
+from training.run_folder import LOG
 from utils import InputError
 
 BATCH = 64  # images decoded or encoded at a time

@@ -17,16 +17,16 @@ from PIL import Image
 from torch import nn
 
 import main_seit
+from fileio.files import save_torch, write_text
 from flags import Parser, integer
+from image_tokenizer import PatchTokenizer, lift_rows
+from recipe import default_amp
 from token_files import compact
 from token_files.compact import write_compact, write_model
 from token_files.context_model import ContextModel, fit
 from token_files.published import write_stream
-from run_info import VERSIONS
-from fileio.files import save_torch, write_text
-from image_tokenizer import PatchTokenizer, lift_rows
-from recipe import default_amp
 from token_files.token_file import files_of_manifest, manifest_path, manifest_text, write_labels
+from training.run_info import VERSIONS
 from utils import device_of_rank
 from vitvqgan import ViTVQGAN
 

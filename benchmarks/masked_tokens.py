@@ -18,10 +18,10 @@ import main_mtm_pretrain
 import main_seit
 import recipe
 from benchmarks import common
-from checkpoints import TrainState
 from engine import device_of, train_one_epoch
 from flags import integer
 from token_files.codebook import load_codebook
+from training.checkpoints import TrainState
 from models_mtm import PATCH, create_model, draw_masks, masked_token_loss
 from models_seit import KeyValues, create_model as create_seit
 from samplers import shuffled

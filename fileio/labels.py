@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from origins import origin_note
+from training.origins import origin_note
 from utils import InputError
 
 

@@ -21,20 +21,20 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import recipe
-from checkpoints import flags_to_save, progress_of, resume
 from engine import rank_indices, train
 from flags import Parser, integer
-from loss_meter import NotFinite
-from preemption import REQUEUE
-from run_folder import RunFolder, RunLog, find_checkpoint
-from run_info import print_batch, print_model, run_record
+from training.checkpoints import flags_to_save, progress_of, resume
+from training.loss_meter import NotFinite
+from training.preemption import REQUEUE
+from training.run_folder import RunFolder, RunLog, find_checkpoint
+from training.run_info import print_batch, print_model, run_record
 from token_adapt import FINER, SIZE, RandomGeometry, TokenAdapt, size_of_width
 from token_adapt_training import Change, CodePairs, evaluate_token_adapt, save_token_adapt
 from token_augment import RandomResizedCrop
 from token_halves import ADAPTED_MIXUP
 from tokenize_images import load_models
 from train_tokenizer import add_image_flags, hold_out
-from utils import (InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, on_main, print0, rank, run)
+from utils import InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, on_main, print0, rank, run
 from vitvqgan import HEAD_DIM
 
 FILE = 'tokenadapt.ckpt'

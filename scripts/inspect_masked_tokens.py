@@ -21,19 +21,19 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from checkpoints import load_checkpoint, load_weights, saved_flags
 from fileio.files import atomic_path, check_writable, expand_files
 from flags import SEED, Parser, integer, number
 from image_data.sources import open_source
 from image_tokenizer import decode_codes, load_tokenizer
 from token_files.codebook import load_codebook
+from training.checkpoints import load_checkpoint, load_weights, saved_flags
 from inspect_tokens import source_images
 from models_mtm import MODELS, PATCH, MaskedTokenModel, create_model, masked_token_loss, masks_of
 from models_seit import KeyValues
-from origins import PRETRAIN, check_codes, check_origin, without_token_adapt
 from token_augment import center_crop, check_crop
 from token_files.cache import open_codes
 from token_files.token_file import open_token_file
+from training.origins import PRETRAIN, check_codes, check_origin, without_token_adapt
 from utils import InputError, print0, run
 
 GRAY = 0.5

@@ -15,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main_seit
 from flags import Parser, integer, number
-from preemption import REQUEUE
+from training.preemption import REQUEUE
 from utils import InputError, print0, run
 
 ROOT = Path(__file__).resolve().parent.parent

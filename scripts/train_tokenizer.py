@@ -23,18 +23,18 @@ from torchvision.utils import make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import recipe
-from checkpoints import flags_to_save, progress_of, resume
 from engine import rank_indices, train
 from fileio.files import atomic_path, save_torch
 from flags import Parser, integer, number
 from image_data.sources import Source, load_images, open_source
 from image_tokenizer import check_sizes, unit_range
-from loss_meter import NotFinite
+from training.checkpoints import flags_to_save, progress_of, resume
+from training.loss_meter import NotFinite
 from perceptual_loss import PerceptualLoss
-from preemption import REQUEUE
-from run_folder import RunFolder, RunLog, find_checkpoint
-from run_info import print_model, run_record
 from samplers import shuffled
+from training.preemption import REQUEUE
+from training.run_folder import RunFolder, RunLog, find_checkpoint
+from training.run_info import print_model, run_record
 from tokenizer_start import fit_start
 from tokenizer_training import LossWeights, TokenizerTraining, evaluate_tokenizer, save_tokenizer
 from utils import (InputError, check_same_on_all_ranks, cores, init_distributed, keep_freed_memory, on_main, print0,

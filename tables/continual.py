@@ -16,13 +16,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from flags import SEED, Parser, byte_count
-from preemption import StopSignal
 from tables import continual_report
 from tables.plan import Plan, needed
 from tables.presets import IMAGENET, TINY, Preset
 from tables.rows import Row
-from tables.table import (add_run_flags, check_data, chosen_lines, exit_code, print_commands, run_taken,
-                          seeds_on_disk, take_folder)
+from tables.table import (add_run_flags, check_data, chosen_lines, exit_code, print_commands, run_taken, seeds_on_disk,
+                          take_folder)
+from training.preemption import StopSignal
 from utils import run
 
 PROGRAM = 'main_continual.py'

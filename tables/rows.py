@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from fileio.files import check_same, read_bytes, read_json, write_text
-from preemption import REQUEUE
-from run_folder import LOG
+from training.preemption import REQUEUE
+from training.run_folder import LOG
 from utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,11 +10,11 @@ from typing import Any
 
 from fileio.files import lock_file, read_json
 from flags import SEED, Parser, integer, number
-from preemption import REQUEUE, StopSignal
 from tables import report
 from tables.plan import BYTES, MANIFEST, PROBE, Line, Plan, needed
 from tables.presets import PRESETS
 from tables.rows import OUTPUT, Row, failures_of, final_line, is_done, printed_accuracy, run_rows, shell_line, take
+from training.preemption import REQUEUE, StopSignal
 from utils import InputError, cores
 
 TRAININGS = ('train/*/lr-*-seed-*', '*/train/*/lr-*-seed-*')  # their folders in an output folder

@@ -5,11 +5,11 @@ import pytest
 import timm
 import torch
 
-import checkpoints
 import main_seit
 import recipe
 from helpers import SMALL, accuracy_lines, make_data, mistake, run_here, states
-from pretrained import load_pretrained
+from training import checkpoints
+from training.pretrained import load_pretrained
 from utils import InputError
 
 

@@ -8,11 +8,11 @@ from timm.utils import ModelEmaV3
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine
-import loss_meter
 import main_seit
 import recipe
 from engine import StepOptions
-from run_folder import RunFolder, RunLog
+from training import loss_meter
+from training.run_folder import RunFolder, RunLog
 from test_models_seit import fill_golden
 from token_augment import EmbeddingNoise, EraseRectangle, RandomResizedCrop, ReplaceSynonyms, SwapPatches, TokenEDA
 from utils import seed_step

@@ -13,9 +13,9 @@ import main_seit
 import processes
 import tokenize_images
 from helpers import call, contents, fails, read_log, smooth_images, states
-from token_files.codebook import load_codebook
-from preemption import REQUEUE
 from processes import Job
+from token_files.codebook import load_codebook
+from training.preemption import REQUEUE
 from token_adapt import load_token_adapt
 from token_adapt_training import MEASURED
 

@@ -10,11 +10,11 @@ import torch
 
 pytest.importorskip('hypothesis')
 import fuzz
-from checkpoints import load_checkpoint, load_weights
 from helpers import hostile_parameters, refused
 from image_data.sources import open_source
 from image_tokenizer import load_tokenizer
-from run_folder import RunLog
+from training.checkpoints import load_checkpoint, load_weights
+from training.run_folder import RunLog
 from vitvqgan import Size, ViTVQGAN
 
 INPUTS = {'index': 100, 'labels': 100, 'synonyms': 80, 'log': 80, 'cache': 80, 'tar': 80, 'list': 100}

@@ -11,7 +11,7 @@ import pytest
 import main_seit
 import run_with_submitit
 from conftest import ROOT
-from preemption import REQUEUE
+from training.preemption import REQUEUE
 from utils import InputError
 
 SCRIPT = ROOT / 'scripts' / 'slurm_train.sbatch'

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-TRAINING = ('main_seit.py', 'recipe.py', 'engine.py', 'checkpoints.py', 'samplers.py', 'token_dataset.py',
+TRAINING = ('main_seit.py', 'recipe.py', 'engine.py', 'training/checkpoints.py', 'samplers.py', 'token_dataset.py',
             'token_augment.py', 'models_seit.py')
 FLAG_LIST = re.compile(r'add_\w*flags|get_args_parser|make_parser|parse_args')  # functions that list flags
 # Words that came back once too often, and what to write instead; as parts of words, in any case.

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from loss_meter import LossMeter, NotFinite
+from training.loss_meter import LossMeter, NotFinite
 from test_engine import CPU, synthetic_batches, tiny_model, train
 
 

@@ -10,9 +10,9 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 
 import engine
-from checkpoints import TrainState
 from engine import StepOptions
 from helpers import fails, seitpp_state
+from training.checkpoints import TrainState
 from models_mtm import (MaskedTokenModel, MaskRatio, create_model, draw_masks, keep_token_adapt, masked_token_loss,
                         masks_of)
 from step_schedule import StepCosine

@@ -10,12 +10,12 @@ from timm.optim import param_groups_layer_decay
 
 import engine
 import models_mtm
-from checkpoints import TrainState
 from engine import StepOptions
 from helpers import fails, seitpp_state
+from training.checkpoints import TrainState
 from models_mtm import keep_token_adapt
 from models_mtm_finetune import MODELS, CodeVisionTransformer, create_model, encoder_weights, load_encoder
-from origins import without_token_adapt
+from training.origins import without_token_adapt
 from step_schedule import StepCosine
 from test_models_mtm import NAME, codes_of, rng
 from token_adapt import TokenAdapt

@@ -6,7 +6,7 @@ import torch
 import models_mtm_finetune  # noqa: F401 - its models are timm's then
 from helpers import fails
 from models_mtm import MODELS
-from origins import check_codes, check_origin, origin, origin_note, without_token_adapt
+from training.origins import check_codes, check_origin, origin, origin_note, without_token_adapt
 
 TINY = {'depth': 1, 'embed_dim': 32, 'num_heads': 2}
 KINDS = {'main_mtm_pretrain.py': (MODELS[0], {'decoder_embed_dim': 16, 'decoder_depth': 1, 'decoder_num_heads': 2}),

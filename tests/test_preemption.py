@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from preemption import AnyRank, StopSignal
+from training.preemption import AnyRank, StopSignal
 
 
 def test_the_second_signal_stops_at_once(monkeypatch):

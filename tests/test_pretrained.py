@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import models_seit  # noqa: F401 - its models are timm's then
-from pretrained import load_pretrained
+from training.pretrained import load_pretrained
 from utils import InputError
 
 

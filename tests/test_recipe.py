@@ -9,9 +9,9 @@ import timm
 import torch
 
 import main_seit
-import pretrained
 import recipe
-from run_info import run_record
+from training import pretrained
+from training.run_info import run_record
 from utils import InputError
 
 

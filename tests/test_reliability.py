@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoints
 import engine
 import processes
 import recipe
 import tokenize_images
 from helpers import SMALL, call, free_port, make_data, open_codes, read_log, run_here, states
-from loss_meter import NotFinite
-from preemption import REQUEUE
 from processes import Job
 from samplers import shuffled
 from token_files.token_file import write_tokens
+from training import checkpoints
+from training.loss_meter import NotFinite
+from training.preemption import REQUEUE
 from utils import InputError
 
 pytestmark = pytest.mark.usefixtures('one_thread')

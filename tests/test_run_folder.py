@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 
-import run_folder
 from helpers import ROOT, SMALL, clean_environment, make_data, mistake, read_log, run_here, states
-from run_folder import RunFolder, RunLog, find_checkpoint
+from training import run_folder
+from training.run_folder import RunFolder, RunLog, find_checkpoint
 from utils import InputError
 
 

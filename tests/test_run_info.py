@@ -3,7 +3,7 @@ import pytest
 import timm
 import torch
 
-from run_info import print_batch, print_model, print_recipe_batch
+from training.run_info import print_batch, print_model, print_recipe_batch
 
 
 @pytest.mark.parametrize('batch_size, accum_iter, unscaled, words', [

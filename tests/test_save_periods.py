@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from helpers import fails
-from run_folder import RunFolder, find_checkpoint
-from save_periods import CheckpointFiles, checkpoint_files
+from training.run_folder import RunFolder, find_checkpoint
+from training.save_periods import CheckpointFiles, checkpoint_files
 
 
 class State(SimpleNamespace):
@@ -60,7 +60,7 @@ def test_within_an_epoch_there_are_no_copies(tmp_path):
 @pytest.mark.parametrize('renames', range(6))
 def test_a_kill_between_renames_loses_nothing(tmp_path, monkeypatch, renames):
     """Saves move three files and their summaries; whenever that is cut off, the next start ends it the same way."""
-    import run_folder
+    from training import run_folder
     files = checkpoint_files(['last2'], 9)
     folder = RunFolder(str(tmp_path), files=files)
     for epoch in range(3):

@@ -17,9 +17,9 @@ import tokenize_images
 import train_tokenizer
 from helpers import accuracy_lines, call, contents, fails, read_log, smooth_images, states
 from image_tokenizer import load_tokenizer
-from token_files.codebook import load_codebook
-from preemption import REQUEUE
 from processes import Job
+from token_files.codebook import load_codebook
+from training.preemption import REQUEUE
 from tokenizer_training import Collapsed
 
 pytestmark = pytest.mark.usefixtures('one_thread')

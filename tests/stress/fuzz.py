@@ -36,7 +36,7 @@ from hypothesis import strategies as st
 sys.path[:0] = [str(Path(__file__).resolve().parents[2]), str(Path(__file__).resolve().parents[1])]
 from image_data.decoding import image_extensions, is_hidden  # noqa: E402
 
-from checkpoints import load_checkpoint, load_weights  # noqa: E402
+from training.checkpoints import load_checkpoint, load_weights  # noqa: E402
 from token_files.codebook import load_codebook, load_synonyms  # noqa: E402
 from fileio.files import sha256  # noqa: E402
 from flags import Parser, integer  # noqa: E402
@@ -44,7 +44,7 @@ from helpers import (CODE_KINDS, codes_of_kind, limits, make_compact_set, npy, o
                      torch_bytes)
 from image_data.sources import open_source  # noqa: E402
 from image_tokenizer import PatchTokenizer, load_tokenizer  # noqa: E402
-from run_folder import RunLog  # noqa: E402
+from training.run_folder import RunLog  # noqa: E402
 from token_files.cache import map_cache  # noqa: E402
 from token_files.token_codecs import CODECS, encode  # noqa: E402
 from token_files.published import gzip_bytes, index_path, read_index  # noqa: E402

@@ -9,8 +9,8 @@ import torch
 from timm.layers import resample_abs_pos_embed
 from torch import nn
 
-from checkpoints import load_checkpoint, load_weights
 from fileio.labels import same_class_names
+from training.checkpoints import load_checkpoint, load_weights
 from utils import InputError, print0
 
 POSITIONS = 'pos_embed'

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from checkpoints import TrainState
+from training.checkpoints import TrainState
 from utils import InputError, is_main, print0, rank, world_size
 
 

@@ -7,8 +7,8 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from origins import origin_note
 from fileio.torch_files import MAX_STRING, check_fields, load_torch
+from training.origins import origin_note
 from utils import InputError, print0, world_size
 
 # With another value of any of these, a resumed run has other batches or other augmentation.

@@ -7,7 +7,7 @@
     .lock                                        locked by the process that writes here
     .unsaved                                     there until the first checkpoint is whole
 
-Programs may name checkpoints otherwise, see save_periods.py. A run killed at any moment leaves a folder from which
+Programs may name checkpoints otherwise, see training/save_periods.py. A run killed at any moment leaves a folder from which
 `find_checkpoint` resumes it exactly.
 """
 import contextlib
@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoints import TrainState, load_checkpoint
 from fileio.files import MAX_JSON_BYTES, lock_file, parse_json, read_bytes, remove_leftovers, save_torch, write_text
-from save_periods import SUMMARY, CheckpointFiles
+from training.checkpoints import TrainState, load_checkpoint
+from training.save_periods import SUMMARY, CheckpointFiles
 from utils import InputError, is_main, on_main, print0
 
 COMPLETE = '.checkpoint.pth.new'  # the next newest, whole, about to be renamed
