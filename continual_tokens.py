@@ -17,7 +17,7 @@ from fileio.files import check_same, lock_file, sha256
 from fileio.labels import check_class_names
 from image_data.dataset import ImageDataset
 from image_data.sources import Source
-from image_tokenizer import check_codebook, load_tokenizer
+from image_tokenizer.tokenizers import check_codebook, load_tokenizer
 from token_files.codebook import load_codebook
 from replay_forms import TokenStore
 from scripts import build_synonyms, fit_patch_tokenizer

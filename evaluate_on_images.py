@@ -27,7 +27,7 @@ from flags import SEED, Parser, add_max_pixels, integer, print_no_effect
 from image_data.class_subsets import OnlyClasses, match_classes
 from image_data.corruptions import add_robustness_flags, make_corruption
 from image_data.sources import ImageBatch, Source, load_images, open_source
-from image_tokenizer import encode_images, load_tokenizer
+from image_tokenizer.tokenizers import encode_images, load_tokenizer
 from models_seit import MODELS, KeyValues, create_model
 from recipe import default_amp
 from token_augment import EvalTransform

@@ -18,8 +18,8 @@ from timm.models import register_model
 from timm.models.vision_transformer import Block
 from torch import nn
 
+from image_tokenizer.vitvqgan import position_table
 from utils import InputError
-from vitvqgan import position_table
 
 PATCH = 2  # codes on a side
 CODE_DIM = 32  # elements of a learned code embedding

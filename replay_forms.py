@@ -20,7 +20,7 @@ from torch import nn
 from image_data.dataset import ImageDataset
 from image_data.decoding import BadImage, decode_rgb
 from image_data.sources import Source
-from image_tokenizer import decode_codes
+from image_tokenizer.tokenizers import decode_codes
 from replay_memory import Sample
 from image_data.shrinking import shrink
 from token_dataset import TokenDataset

@@ -21,9 +21,9 @@ from einops import rearrange
 from torch import nn
 
 from fileio.torch_files import load_torch
+from image_tokenizer.vitvqgan import HEAD_DIM, Decoder, Encoder, Size, read_size, shape_of
 from token_augment import resized_crop
 from utils import InputError
-from vitvqgan import HEAD_DIM, Decoder, Encoder, Size, read_size, shape_of
 
 SIZE = Size(384, 1, 6, 1536)  # published
 FINER = 2  # a code is FINER x FINER in the converted image

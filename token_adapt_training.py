@@ -16,7 +16,7 @@ from torch import nn
 
 from engine import autocast
 from fileio.files import save_torch
-from image_tokenizer import unit_range
+from image_tokenizer.tokenizers import unit_range
 from token_files.codebook import look_up, quantize
 from token_adapt import ANGLE, FINER, SHEAR, SHIFT, Geometry, RandomGeometry, TokenAdapt, apply_geometry
 from utils import InputError, print0, rank, seed_step
@@ -46,7 +46,7 @@ class CodePairs:
     """Codes of images, and of what is made of them.
 
     Args:
-        tokenizer: frozen, on the device, see image_tokenizer.py.
+        tokenizer: frozen, on the device, see image_tokenizer/tokenizers.py.
         codebook: (K, d) float32, on the device.
         grid_size: g, codes on a side of an image.
         size: s, codes on a side of what is made of it.

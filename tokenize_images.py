@@ -40,7 +40,7 @@ from tqdm import tqdm
 from fileio.files import atomic_path, download, is_address, sha256
 from flags import Parser, add_max_pixels, integer
 from image_data.sources import ImageBatch, Source, load_images, open_source
-from image_tokenizer import check_codebook, encode_images, load_tokenizer
+from image_tokenizer.tokenizers import check_codebook, encode_images, load_tokenizer
 from token_files import compact, parts
 from token_files.codebook import load_codebook
 from token_files.parts import FinishedParts, Output, Parts, plan, write_sets

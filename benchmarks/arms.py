@@ -20,7 +20,7 @@ from fileio.files import atomic_path, write_text
 from fileio.labels import check_class_names
 from image_data.quality import psnr, ssim
 from image_data.sources import FolderImages, Source, load_images, open_source
-from image_tokenizer import encode_images, unit_range
+from image_tokenizer.tokenizers import encode_images, unit_range
 from tables import rows
 from tables.rows import Program, final_line, why_failed
 from training.run_folder import LOG

@@ -19,7 +19,8 @@ from torch import nn
 import main_seit
 from fileio.files import save_torch, write_text
 from flags import Parser, integer
-from image_tokenizer import PatchTokenizer, lift_rows
+from image_tokenizer.tokenizers import PatchTokenizer, lift_rows
+from image_tokenizer.vitvqgan import ViTVQGAN
 from recipe import default_amp
 from token_files import compact
 from token_files.compact import write_compact, write_model
@@ -28,7 +29,6 @@ from token_files.published import write_stream
 from token_files.token_file import files_of_manifest, manifest_path, manifest_text, write_labels
 from training.run_info import VERSIONS
 from utils import device_of_rank
-from vitvqgan import ViTVQGAN
 
 CODES = 391  # of the published codebook
 CODE_DIM = 32

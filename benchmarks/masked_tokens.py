@@ -27,9 +27,9 @@ from models_seit import KeyValues, create_model as create_seit
 from samplers import shuffled
 from token_adapt import SIZE, TokenAdapt, size_of_width
 from token_adapt_training import save_token_adapt
+from image_tokenizer.vitvqgan import HEAD_DIM
 from token_dataset import TokenDataset
 from utils import run
-from vitvqgan import HEAD_DIM
 
 CLASSES = 1000
 

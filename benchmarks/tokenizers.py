@@ -35,7 +35,7 @@ from benchmarks import arms, common
 from fileio.files import lock_file, write_text
 from flags import SEED, integer, number
 from image_data.sources import open_source
-from image_tokenizer import decode_codes
+from image_tokenizer.tokenizers import decode_codes
 from scripts.inspect_tokens import count_codes, describe, summarize
 from tables.rows import check_same
 from token_files.cache import open_codes

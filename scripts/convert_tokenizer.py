@@ -3,7 +3,7 @@
     python scripts/convert_tokenizer.py --input weights/tokenizer.ckpt --output weights/tokenizer.safetensors
 
 Reads a pickled ViT-VQGAN module (SeiT's tokenizer.ckpt) or a Lightning checkpoint; writes the tensors under the names
-of vitvqgan.py. No code of the file is run: each class it asks for is replaced by an empty container, and the tensors
+of image_tokenizer/vitvqgan.py. No code of the file is run: each class it asks for is replaced by an empty container, and the tensors
 are found by the ends of their names and by their shapes. So names and shapes are all that is checked. With
 --tokenizer-code-path the file is loaded by running its code instead, and the features of the module it holds are
 compared with those of the converted tokenizer.
@@ -22,9 +22,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import atomic_path, check_writable, save_torch
 from flags import Parser
-from image_tokenizer import CodeNeeded, features_of, load_running_code, read_file, same_features
+from image_tokenizer.tokenizers import CodeNeeded, features_of, load_running_code, read_file, same_features
+from image_tokenizer.vitvqgan import ViTVQGAN
 from utils import InputError, print0, run
-from vitvqgan import ViTVQGAN
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 from token_files.codebook import load_codebook, quantize  # noqa: E402
 from fileio.files import atomic_path  # noqa: E402
 from flags import Parser  # noqa: E402
-from image_tokenizer import load_tokenizer  # noqa: E402
+from image_tokenizer.tokenizers import load_tokenizer  # noqa: E402
 from utils import InputError, print0, run  # noqa: E402
 
 SIZE = 256  # pixels of the picture, each side

@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import check_writable, save_torch
 from flags import SEED, Parser, integer
 from image_data.sources import Source, load_images, open_source
-from image_tokenizer import PatchTokenizer, check_sizes, lift_rows, unit_range
-from kmeans import kmeans, nearest_rows
+from image_tokenizer.kmeans import kmeans, nearest_rows
+from image_tokenizer.tokenizers import PatchTokenizer, check_sizes, lift_rows, unit_range
 from utils import InputError, cores, print0, run
 
 BATCH_SIZE = 64  # images decoded at a time

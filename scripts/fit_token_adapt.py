@@ -34,8 +34,8 @@ from token_augment import RandomResizedCrop
 from token_halves import ADAPTED_MIXUP
 from tokenize_images import load_models
 from train_tokenizer import add_image_flags, hold_out
+from image_tokenizer.vitvqgan import HEAD_DIM
 from utils import InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, on_main, print0, rank, run
-from vitvqgan import HEAD_DIM
 
 FILE = 'tokenadapt.ckpt'
 
@@ -46,7 +46,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_image_flags(parser)
 
     add = parser.add_argument_group('TokenAdapt').add_argument
-    add('--tokenizer-path', required=True, metavar='FILE', help='see image_tokenizer.py')
+    add('--tokenizer-path', required=True, metavar='FILE', help='see image_tokenizer/tokenizers.py')
     add('--codebook-path', metavar='FILE', help="default: the tokenizer's own")
     add('--width', type=integer(HEAD_DIM), default=SIZE.dim, help=f'a multiple of {HEAD_DIM}, the width of a head; the '
         'published program reads only the default')

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import atomic_path, check_writable, expand_files
 from flags import SEED, Parser, integer, number
 from image_data.sources import open_source
-from image_tokenizer import decode_codes, load_tokenizer
+from image_tokenizer.tokenizers import decode_codes, load_tokenizer
 from token_files.codebook import load_codebook
 from training.checkpoints import load_checkpoint, load_weights, saved_flags
 from inspect_tokens import source_images

@@ -27,20 +27,20 @@ from engine import rank_indices, train
 from fileio.files import atomic_path, save_torch
 from flags import Parser, integer, number
 from image_data.sources import Source, load_images, open_source
-from image_tokenizer import check_sizes, unit_range
+from image_tokenizer.perceptual_loss import PerceptualLoss
+from image_tokenizer.tokenizers import check_sizes, unit_range
+from image_tokenizer.vector_quantizer import ESTIMATORS, VectorQuantizer
+from image_tokenizer.vitvqgan import HEAD_DIM, SIZES, Size, ViTVQGAN
+from image_tokenizer.vq_start import fit_start
+from image_tokenizer.vq_training import LossWeights, TokenizerTraining, evaluate_tokenizer, save_tokenizer
+from samplers import shuffled
 from training.checkpoints import flags_to_save, progress_of, resume
 from training.loss_meter import NotFinite
-from perceptual_loss import PerceptualLoss
-from samplers import shuffled
 from training.preemption import REQUEUE
 from training.run_folder import RunFolder, RunLog, find_checkpoint
 from training.run_info import print_model, run_record
-from tokenizer_start import fit_start
-from tokenizer_training import LossWeights, TokenizerTraining, evaluate_tokenizer, save_tokenizer
 from utils import (InputError, check_same_on_all_ranks, cores, init_distributed, keep_freed_memory, on_main, print0,
                    rank, run, world_size)
-from vector_quantizer import ESTIMATORS, VectorQuantizer
-from vitvqgan import HEAD_DIM, SIZES, Size, ViTVQGAN
 
 TOKENIZER = 'tokenizer.safetensors'
 CODEBOOK = 'codebook.ckpt'

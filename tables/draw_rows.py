@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import atomic_path, check_writable, expand_files
 from flags import Parser, integer
 from image_data.sources import load_images, open_source
-from image_tokenizer import decode_codes, load_tokenizer, unit_range
+from image_tokenizer.tokenizers import decode_codes, load_tokenizer, unit_range
 from token_files.cache import open_codes
 from token_files.codebook import load_codebook
 from token_files.token_file import open_token_file

@@ -47,7 +47,7 @@ def shapes(golden):
 def state(shapes):
     """A whole ViT-VQGAN checkpoint: the golden weights, position tables and a codebook of 50 rows."""
     from helpers import golden_state
-    from vitvqgan import position_table
+    from image_tokenizer.vitvqgan import position_table
     codebook = torch.randn(50, 32, generator=torch.Generator().manual_seed(1))
     tables = {name: position_table(8, 8, 64) for name in shapes['golden_shapes'] if name.endswith('_pos_embedding')}
     return golden_state(shapes['golden_shapes']) | tables | {'quantizer.embedding.weight': codebook}

@@ -27,6 +27,7 @@ import main_seit
 import tokenize_images
 from benchmarks.common import free_port
 from fileio.files import expand_files, sha256
+from image_tokenizer.vitvqgan import Size, position_table
 from token_files import cache
 from token_files.compact import write_compact, write_model
 from token_files.context_model import fit
@@ -34,7 +35,6 @@ from token_files.published import gzip_bytes, index_path
 from token_files.token_codecs import CODECS
 from token_files.token_file import files_of_manifest, manifest_path, open_token_file, write_labels, write_tokens
 from utils import InputError
-from vitvqgan import Size, position_table
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ['--device', 'cpu', '--model', 'deit_tiny_token_32', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2',

@@ -8,9 +8,9 @@ import torch
 import convert_tokenizer
 from conftest import ROOT
 from helpers import GOLDEN_SIZE, Bomb, call, fails, same_weights
-from image_tokenizer import load_running_code, load_tokenizer
+from image_tokenizer.tokenizers import load_running_code, load_tokenizer
+from image_tokenizer.vitvqgan import ViTVQGAN
 from utils import InputError
-from vitvqgan import ViTVQGAN
 
 
 @pytest.mark.parametrize('wrap', [lambda bomb: bomb, lambda bomb: {'state_dict': bomb}, lambda bomb: [bomb]])

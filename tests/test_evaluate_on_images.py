@@ -16,7 +16,7 @@ import tokenize_images
 import utils
 from helpers import DEMO, accuracy_lines, call, fails, start, two_processes
 from image_data.sources import load_images, open_source
-from image_tokenizer import load_tokenizer
+from image_tokenizer.tokenizers import load_tokenizer
 from token_augment import EvalTransform
 from token_dataset import TokenDataset
 from token_files.codebook import load_codebook

@@ -14,7 +14,7 @@ from conftest import ROOT
 from fit_patch_tokenizer import draw, parse_args, sample_patches
 from helpers import call, fails, published_transform, smooth_images, write_parquet, write_tar
 from image_data.sources import open_source
-from image_tokenizer import PatchTokenizer, load_tokenizer
+from image_tokenizer.tokenizers import PatchTokenizer, load_tokenizer
 from utils import InputError
 
 FIT = ['--image-size', '32', '--patch-size', '4', '--dim', '12', '--codes', '20', '--iterations', '5']

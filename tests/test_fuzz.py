@@ -12,10 +12,10 @@ pytest.importorskip('hypothesis')
 import fuzz
 from helpers import hostile_parameters, refused
 from image_data.sources import open_source
-from image_tokenizer import load_tokenizer
+from image_tokenizer.tokenizers import load_tokenizer
+from image_tokenizer.vitvqgan import Size, ViTVQGAN
 from training.checkpoints import load_checkpoint, load_weights
 from training.run_folder import RunLog
-from vitvqgan import Size, ViTVQGAN
 
 INPUTS = {'index': 100, 'labels': 100, 'synonyms': 80, 'log': 80, 'cache': 80, 'tar': 80, 'list': 100}
 

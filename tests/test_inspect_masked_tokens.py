@@ -13,7 +13,7 @@ import main_mtm_pretrain
 import main_seit
 import tokenize_images
 from helpers import call, contents, fails, smooth_images
-from image_tokenizer import decode_codes, load_tokenizer
+from image_tokenizer.tokenizers import decode_codes, load_tokenizer
 from token_files.codebook import load_codebook
 
 SIDE = 32  # pixels of an image, 8x8 codes

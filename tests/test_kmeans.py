@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 import torch
 
-import kmeans as module
-from kmeans import kmeans, nearest_rows, seed_rows
+from image_tokenizer import kmeans as module
+from image_tokenizer.kmeans import kmeans, nearest_rows, seed_rows
 
 
 def generator(seed=0):

@@ -18,8 +18,8 @@ from models_mtm import MODELS, draw_masks, masked_token_loss
 from processes import Job, until
 from test_engine import CountWaits
 from token_adapt import TokenAdapt, load_token_adapt
+from image_tokenizer.vitvqgan import Size
 from utils import InputError
-from vitvqgan import Size
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 SIZES = ['--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2']

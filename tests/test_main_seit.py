@@ -14,7 +14,7 @@ from helpers import (ROOT, SMALL, accuracy_lines, assert_same, clean_environment
 from processes import Job, training_differs
 from samplers import shuffled
 from token_adapt import TokenAdapt
-from vitvqgan import Size
+from image_tokenizer.vitvqgan import Size
 
 
 @pytest.fixture(scope='module')

@@ -11,7 +11,7 @@ from PIL import Image
 
 import make_demo
 from helpers import DEMO, call, contents, fails, published_transform
-from image_tokenizer import load_tokenizer
+from image_tokenizer.tokenizers import load_tokenizer
 from token_dataset import TokenDataset
 from token_files.codebook import load_codebook, load_synonyms, quantize
 

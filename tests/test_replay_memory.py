@@ -12,7 +12,7 @@ import replay_memory
 from helpers import fails, noise
 from image_data.dataset import ImageDataset, eval_transform
 from image_data.decoding import decode_rgb, pixels_of
-from image_tokenizer import PatchTokenizer
+from image_tokenizer.tokenizers import PatchTokenizer
 from replay_forms import (PixelStore, StoredImages, TaskImages, codes_of, decode_to_files, image_file, length_of,
                           store_codes, store_from, store_image)
 from replay_memory import (POLICIES, ReplayMemory, Sample, check_room, fill, fill_reservoir, load_memory,

@@ -7,9 +7,9 @@ import torch
 
 import token_adapt as ta
 from helpers import fails, token_adapt_state
+from image_tokenizer.vitvqgan import Size
 from token_augment import RandomResizedCrop
 from token_files.codebook import nearest_codes_of
-from vitvqgan import Size
 
 CODES = torch.randn(391, 32, generator=torch.Generator().manual_seed(5))
 NAMES = 'tokenadapt.ckpt (what load_state_dict(strict=False) can match)'

@@ -5,13 +5,13 @@ import torch
 from torch import nn
 
 from helpers import fails
-from image_tokenizer import PatchTokenizer, unit_range
+from image_tokenizer.tokenizers import PatchTokenizer, unit_range
 from token_files.codebook import look_up
 from test_engine import CountWaits
 from token_adapt import Geometry, RandomGeometry, TokenAdapt, load_token_adapt
 from token_adapt_training import MEASURED, Change, CodePairs, evaluate_token_adapt, save_token_adapt
+from image_tokenizer.vitvqgan import Size
 from token_augment import RandomResizedCrop
-from vitvqgan import Size
 
 GRID = 6
 CROP = 4

@@ -12,7 +12,7 @@ from test_token_adapt import NAMES, geometry_of
 from token_adapt import TokenAdapt
 from token_augment import RandomResizedCrop
 from token_halves import TokenHalves, adapted_mixup, check_halves
-from vitvqgan import Size
+from image_tokenizer.vitvqgan import Size
 
 CPU = torch.device('cpu')
 

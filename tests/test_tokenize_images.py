@@ -21,12 +21,12 @@ from conftest import ROOT
 from fileio.files import sha256
 from helpers import (DIM, PATCH, SIZE, as_list, as_parquet, as_tars, assert_same, call, contents, fails, make_images,
                      published_transform, samples, start, tokenize, tokenize_words, two_processes)
-from image_tokenizer import load_tokenizer
+from image_tokenizer.tokenizers import load_tokenizer
+from image_tokenizer.vitvqgan import Size, ViTVQGAN
 from token_dataset import TokenDataset
 from token_files.cache import open_codes
 from token_files.token_codecs import PUBLISHED
 from token_files.token_file import open_token_file, read_labels
-from vitvqgan import Size, ViTVQGAN
 
 
 @pytest.fixture(scope='module')

@@ -14,7 +14,7 @@ import tokenize_images
 from benchmarks import arms
 from helpers import call, fails, smooth_images, without_times
 from image_data.sources import load_images, open_source
-from image_tokenizer import unit_range
+from image_tokenizer.tokenizers import unit_range
 
 TRAINING = ['--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2', '--batch-size', '8', '--epochs', '2',
             '--device', 'cpu']

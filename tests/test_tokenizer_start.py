@@ -4,12 +4,12 @@ import torch
 
 from helpers import fails
 from image_data.quality import psnr
-from image_tokenizer import unit_range
-from kmeans import kmeans, nearest_rows
-from tokenizer_start import RIDGE, cut, fit_start, least_squares
-from tokenizer_training import LossWeights, TokenizerTraining
-from vector_quantizer import VectorQuantizer
-from vitvqgan import Size, ViTVQGAN
+from image_tokenizer.kmeans import kmeans, nearest_rows
+from image_tokenizer.tokenizers import unit_range
+from image_tokenizer.vector_quantizer import VectorQuantizer
+from image_tokenizer.vitvqgan import Size, ViTVQGAN
+from image_tokenizer.vq_start import RIDGE, cut, fit_start, least_squares
+from image_tokenizer.vq_training import LossWeights, TokenizerTraining
 
 SIZE = Size(64, 2, 1, 128)
 

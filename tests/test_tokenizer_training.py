@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torchvision.models import vgg16
 
 from helpers import fails
-from image_tokenizer import load_tokenizer, unit_range
+from image_tokenizer.perceptual_loss import PerceptualLoss
+from image_tokenizer.tokenizers import load_tokenizer, unit_range
 from token_files.codebook import quantize
-from perceptual_loss import PerceptualLoss
 from test_tokenizer_start import new_training, smooth
-from tokenizer_training import Collapsed, LossWeights, check_usage, evaluate_tokenizer, perplexity, save_tokenizer
+from image_tokenizer.vq_training import (Collapsed, LossWeights, check_usage, evaluate_tokenizer, perplexity,
+                                         save_tokenizer)
 
 
 @pytest.fixture

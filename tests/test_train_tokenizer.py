@@ -16,11 +16,11 @@ import processes
 import tokenize_images
 import train_tokenizer
 from helpers import accuracy_lines, call, contents, fails, read_log, smooth_images, states
-from image_tokenizer import load_tokenizer
+from image_tokenizer.tokenizers import load_tokenizer
+from image_tokenizer.vq_training import Collapsed
 from processes import Job
 from token_files.codebook import load_codebook
 from training.preemption import REQUEUE
-from tokenizer_training import Collapsed
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -3,8 +3,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from image_tokenizer.vector_quantizer import VectorQuantizer, pass_through, rotate
 from token_files.codebook import quantize
-from vector_quantizer import VectorQuantizer, pass_through, rotate
 
 
 def unit(*shape, seed=0):

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from helpers import GOLDEN_SIZE, golden_state, same_weights
+from image_tokenizer.vitvqgan import SIZES, Size, ViTVQGAN, position_table
 from utils import InputError
-from vitvqgan import SIZES, Size, ViTVQGAN, position_table
 
 
 @pytest.fixture(scope='session')

@@ -43,7 +43,7 @@ from flags import Parser, integer  # noqa: E402
 from helpers import (CODE_KINDS, codes_of_kind, limits, make_compact_set, npy, open_codes, rewrite,  # noqa: E402
                      torch_bytes)
 from image_data.sources import open_source  # noqa: E402
-from image_tokenizer import PatchTokenizer, load_tokenizer  # noqa: E402
+from image_tokenizer.tokenizers import PatchTokenizer, load_tokenizer  # noqa: E402
 from training.run_folder import RunLog  # noqa: E402
 from token_files.cache import map_cache  # noqa: E402
 from token_files.token_codecs import CODECS, encode  # noqa: E402
@@ -51,7 +51,7 @@ from token_files.published import gzip_bytes, index_path, read_index  # noqa: E4
 from token_files.token_file import manifest_path, read_labels, write_tokens  # noqa: E402
 from twins import SLOW_DECODERS, slow_decode_compact  # noqa: E402
 from utils import InputError, run  # noqa: E402
-from vitvqgan import Size, ViTVQGAN  # noqa: E402
+from image_tokenizer.vitvqgan import Size, ViTVQGAN  # noqa: E402
 
 REFUSED = object()
 

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from image_tokenizer import unit_range
+from image_tokenizer.kmeans import kmeans
+from image_tokenizer.tokenizers import unit_range
+from image_tokenizer.vector_quantizer import VectorQuantizer
+from image_tokenizer.vitvqgan import ViTVQGAN, add_position
 from token_files.codebook import quantize
-from kmeans import kmeans
 from utils import InputError
-from vector_quantizer import VectorQuantizer
-from vitvqgan import ViTVQGAN, add_position
 
 CONSTANT = 2.  # beside components whose mean square length is 1
 RIDGE = 1e-2  # of the mean square of an input: less fits better, but by large weights that the first steps wreck

@@ -157,7 +157,7 @@ class Decoder(nn.Module):
 
 
 class ViTVQGAN(nn.Module):
-    """An image tokenizer (see image_tokenizer.py for the interface).
+    """An image tokenizer (see image_tokenizer/tokenizers.py for the interface).
 
     Args:
         encoder: Size of the encoder.

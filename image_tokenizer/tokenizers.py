@@ -10,7 +10,7 @@ A tokenizer is any nn.Module with this interface; plug in your own VQ model by g
 The codebook is a (K, embed_dim) tensor of its own. A feature's code is the row of largest cosine
 (`codebook.quantize`); the row as stored, not normalized, is what SeiT trains on.
 
-`load_tokenizer` reads every kind of tokenizer file: the patch tokenizer below; ViT-VQGAN (vitvqgan.py) as a plain state
+`load_tokenizer` reads every kind of tokenizer file: the patch tokenizer below; ViT-VQGAN (image_tokenizer/vitvqgan.py) as a plain state
 dict, as .safetensors or as a public Lightning checkpoint; and SeiT's published module, which runs code when loaded.
 """
 import contextlib
@@ -28,11 +28,11 @@ import torch
 from einops import rearrange
 from torch import nn
 
-from token_files.codebook import quantize
-from kmeans import nearest_rows
 from fileio.torch_files import load_torch
+from image_tokenizer.kmeans import nearest_rows
+from image_tokenizer.vitvqgan import ViTVQGAN, prefixes
+from token_files.codebook import quantize
 from utils import InputError, first_line
-from vitvqgan import ViTVQGAN, prefixes
 
 DECODED_AT_ONCE = 8  # images: bounds memory
 LIFT = 2.  # of the last element of a patch tokenizer's rows, where the others have standard deviation 1

@@ -15,11 +15,11 @@ from torch import nn
 from engine import autocast
 from fileio.files import atomic_path
 from image_data.quality import WINDOW, psnr, ssim
-from image_tokenizer import FORMAT, VERSION, unit_range
-from tokenizer_start import start_weights
+from image_tokenizer.tokenizers import FORMAT, VERSION, unit_range
+from image_tokenizer.vector_quantizer import VectorQuantizer
+from image_tokenizer.vitvqgan import ViTVQGAN
+from image_tokenizer.vq_start import start_weights
 from utils import InputError, print0
-from vector_quantizer import VectorQuantizer
-from vitvqgan import ViTVQGAN
 
 COLLAPSED = 0.1  # of the codes in use: below, a run stops
 SPARSE = 0.5  # below, it warns
@@ -38,7 +38,7 @@ class LossWeights:
     Attributes:
         l1, l2: mean absolute and squared error of pixels.
         gradient: mean absolute error of the differences between neighboring pixels.
-        perceptual: see perceptual_loss.py.
+        perceptual: see image_tokenizer/perceptual_loss.py.
         commitment: of features to their rows.
     """
     l1: float = 0.
