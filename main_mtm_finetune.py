@@ -24,20 +24,20 @@ from main_mtm_pretrain import (NO_EFFECT_ON_MTM, add_augmentation_flags, add_per
                                add_token_flags, canonical_codes, check_sizes, make_input, make_state, open_token_adapt,
                                resume_checked)
 from main_seit import load_data
+from samplers import shuffled
+from seitpp.halves import check_halves
+from seitpp.models_mtm import keep_token_adapt
+from seitpp.models_mtm_finetune import MODELS, CodeVisionTransformer, create_model, load_encoder
+from token_augment import center_crop
+from token_dataset import TokenDataset, choose_data_device
 from token_files.codebook import load_codebook
 from training.checkpoints import flags_to_save, progress_of
 from training.loss_meter import NotFinite
-from models_mtm import keep_token_adapt
-from models_mtm_finetune import MODELS, CodeVisionTransformer, create_model, load_encoder
-from samplers import shuffled
-from token_augment import center_crop
-from token_dataset import TokenDataset, choose_data_device
 from training.origins import FINETUNE, check_codes, check_origin, without_token_adapt
 from training.preemption import REQUEUE
 from training.run_folder import RunFolder, RunLog, find_checkpoint
 from training.run_info import print_batch, print_model, run_record
 from training.save_periods import checkpoint_files
-from token_halves import check_halves
 from utils import check_same_on_all_ranks, init_distributed, keep_freed_memory, rank, run, world_size
 
 NO_EFFECT = {

@@ -19,27 +19,27 @@ from timm.optim import param_groups_weight_decay
 from torch import nn
 
 import recipe
-from token_files.codebook import load_codebook, load_synonyms, look_up, nearest_codes_of
-from training.checkpoints import TrainState, flags_to_save, progress_of, resume
-from color_adapt import ColorChange
 from engine import train
 from fileio.files import is_address
 from flags import Parser, integer, number, print_no_effect
-from training.loss_meter import NotFinite
-from models_mtm import MODELS, PATCH, MaskRatio, create_model, draw_masks, keep_token_adapt, masked_token_loss
 from models_seit import KeyValues
 from parallel import parallel
 from samplers import shuffled
+from seitpp.color_adapt import ColorChange
+from seitpp.halves import TokenHalves, check_halves
+from seitpp.models_mtm import MODELS, PATCH, MaskRatio, create_model, draw_masks, keep_token_adapt, masked_token_loss
+from seitpp.step_schedule import StepCosine
+from seitpp.token_adapt import FINER, TokenAdapt, crop_embeddings, load_token_adapt
+from token_augment import RandomCrop, RandomResizedCrop, ReplaceSynonyms, SwapPatches, TokenEDA, check_crop
+from token_dataset import TokenDataset, choose_data_device
+from token_files.codebook import load_codebook, load_synonyms, look_up, nearest_codes_of
+from training.checkpoints import TrainState, flags_to_save, progress_of, resume
+from training.loss_meter import NotFinite
 from training.origins import PRETRAIN, check_codes, check_origin, without_token_adapt
 from training.preemption import REQUEUE
 from training.run_folder import RunFolder, RunLog, find_checkpoint
 from training.run_info import print_batch, print_model, run_record
 from training.save_periods import checkpoint_files
-from step_schedule import StepCosine
-from token_adapt import FINER, TokenAdapt, crop_embeddings, load_token_adapt
-from token_augment import RandomCrop, RandomResizedCrop, ReplaceSynonyms, SwapPatches, TokenEDA, check_crop
-from token_dataset import TokenDataset, choose_data_device
-from token_halves import TokenHalves, check_halves
 from utils import (InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, print0, rank, run,
                    world_size)
 

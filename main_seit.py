@@ -16,23 +16,23 @@ import torch
 from torch import nn
 
 import recipe
-from fileio.labels import check_class_names, count_classes, head_size
-from token_files.codebook import load_codebook, load_synonyms, look_up
-from training.checkpoints import flags_to_save, progress_of, resume
-from color_adapt import color_recipe
 from engine import evaluate, evaluate_checkpoint, rank_indices, train
+from fileio.labels import check_class_names, count_classes, head_size
 from flags import Parser, integer, number, print_no_effect
 from models_seit import create_model
 from samplers import repeated_augmentation, shuffled
+from seitpp.color_adapt import color_recipe
+from seitpp.halves import open_halves
 from token_augment import (EraseRectangle, EvalTransform, RandomCrop, RandomResizedCrop, ReplaceSynonyms, SwapPatches,
                            TokenEDA, check_crop)
 from token_dataset import TokenDataset, choose_data_device
+from token_files.codebook import load_codebook, load_synonyms, look_up
+from training.checkpoints import flags_to_save, progress_of, resume
 from training.loss_meter import NotFinite
 from training.preemption import REQUEUE
 from training.pretrained import freeze_all_but_attention, load_pretrained
 from training.run_folder import RunFolder, RunLog, find_checkpoint
 from training.run_info import print_batch, print_model, print_recipe_batch, run_record
-from token_halves import open_halves
 from utils import (InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, print0, rank, run,
                    world_size)
 

@@ -20,15 +20,15 @@ import recipe
 from benchmarks import common
 from engine import device_of, train_one_epoch
 from flags import integer
-from token_files.codebook import load_codebook
-from training.checkpoints import TrainState
-from models_mtm import PATCH, create_model, draw_masks, masked_token_loss
+from image_tokenizer.vitvqgan import HEAD_DIM
 from models_seit import KeyValues, create_model as create_seit
 from samplers import shuffled
-from token_adapt import SIZE, TokenAdapt, size_of_width
-from token_adapt_training import save_token_adapt
-from image_tokenizer.vitvqgan import HEAD_DIM
+from seitpp.models_mtm import PATCH, create_model, draw_masks, masked_token_loss
+from seitpp.token_adapt import SIZE, TokenAdapt, size_of_width
+from seitpp.token_adapt_training import save_token_adapt
 from token_dataset import TokenDataset
+from token_files.codebook import load_codebook
+from training.checkpoints import TrainState
 from utils import run
 
 CLASSES = 1000

@@ -5,7 +5,7 @@
     torchrun --nproc_per_node=8 scripts/fit_token_adapt.py --data-path IMAGES/train \\
         --tokenizer-path tokens/tokenizer.safetensors --codebook-path tokens/codebook.ckpt --output-dir output/adapt
 
-How the published one was trained is not known; token_adapt_training.py says what is done here. Images come as in
+How the published one was trained is not known; seitpp/token_adapt_training.py says what is done here. Images come as in
 tokenize_images.py, some are held out. After each epoch --output-dir has tokenadapt.ckpt, for --tokenadapt-path of the
 programs that train, and a checkpoint, from which --resume auto continues exactly. A line tells how many codes of
 changed held-out images come out right, and in brackets how many if codes were only flipped or moved.
@@ -23,16 +23,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import recipe
 from engine import rank_indices, train
 from flags import Parser, integer
+from seitpp.halves import ADAPTED_MIXUP
+from seitpp.token_adapt import FINER, SIZE, RandomGeometry, TokenAdapt, size_of_width
+from seitpp.token_adapt_training import Change, CodePairs, evaluate_token_adapt, save_token_adapt
+from token_augment import RandomResizedCrop
+from tokenize_images import load_models
 from training.checkpoints import flags_to_save, progress_of, resume
 from training.loss_meter import NotFinite
 from training.preemption import REQUEUE
 from training.run_folder import RunFolder, RunLog, find_checkpoint
 from training.run_info import print_batch, print_model, run_record
-from token_adapt import FINER, SIZE, RandomGeometry, TokenAdapt, size_of_width
-from token_adapt_training import Change, CodePairs, evaluate_token_adapt, save_token_adapt
-from token_augment import RandomResizedCrop
-from token_halves import ADAPTED_MIXUP
-from tokenize_images import load_models
 from train_tokenizer import add_image_flags, hold_out
 from image_tokenizer.vitvqgan import HEAD_DIM
 from utils import InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, on_main, print0, rank, run

@@ -21,9 +21,9 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main_pixels
-import models_mtm_finetune
 import models_seit
 from fileio.labels import check_class_names, count_classes, head_size
+from seitpp import models_mtm_finetune
 from token_files.codebook import load_codebook
 from training.checkpoints import load_checkpoint, load_weights, saved_flags
 from feature_probes import TEMPERATURE, accuracies, linear_probe, neighbor_votes

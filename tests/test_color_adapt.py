@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from color_adapt import ColorAdapt, ColorChange, color_adapt
 from helpers import fails
+from seitpp.color_adapt import ColorAdapt, ColorChange, color_adapt
 from test_engine import CountWaits
 from token_augment import EmbeddingNoise
 

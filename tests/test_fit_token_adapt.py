@@ -14,10 +14,10 @@ import processes
 import tokenize_images
 from helpers import call, contents, fails, read_log, smooth_images, states
 from processes import Job
+from seitpp.token_adapt import load_token_adapt
+from seitpp.token_adapt_training import MEASURED
 from token_files.codebook import load_codebook
 from training.preemption import REQUEUE
-from token_adapt import load_token_adapt
-from token_adapt_training import MEASURED
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -15,7 +15,7 @@ from test_engine import CountWaits
 from test_main_mtm_pretrain import DECODER, PUBLISHED_FINETUNE, PUBLISHED_PRETRAIN, SIZES, launched, split_flags
 from test_main_mtm_pretrain import SMALL as PRETRAIN_SMALL
 from test_main_mtm_pretrain import token_adapt_flags
-from token_adapt import load_token_adapt
+from seitpp.token_adapt import load_token_adapt
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 SMALL = ['--device', 'cpu', '--model', 'deit_tiny_token_32', *SIZES, '--batch-size', 4, '--input-size', 64,

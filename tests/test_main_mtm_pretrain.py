@@ -13,12 +13,12 @@ import main_mtm_pretrain
 from benchmarks.common import free_port
 from helpers import (ROOT, assert_same, call, clean_environment, fails, make_data, read_log, signal_in_second_epoch,
                      states, without_times)
-from token_files.codebook import load_codebook
-from models_mtm import MODELS, draw_masks, masked_token_loss
 from processes import Job, until
+from seitpp.models_mtm import MODELS, draw_masks, masked_token_loss
+from token_files.codebook import load_codebook
 from test_engine import CountWaits
-from token_adapt import TokenAdapt, load_token_adapt
 from image_tokenizer.vitvqgan import Size
+from seitpp.token_adapt import TokenAdapt, load_token_adapt
 from utils import InputError
 
 pytestmark = pytest.mark.usefixtures('one_thread')

@@ -11,10 +11,10 @@ import main_seit
 from benchmarks.common import free_port
 from helpers import (ROOT, SMALL, accuracy_lines, assert_same, clean_environment, make_data, mistake, read_log,
                      run_here, seit, signal_in_second_epoch, states, without_times)
+from image_tokenizer.vitvqgan import Size
 from processes import Job, training_differs
 from samplers import shuffled
-from token_adapt import TokenAdapt
-from image_tokenizer.vitvqgan import Size
+from seitpp.token_adapt import TokenAdapt
 
 
 @pytest.fixture(scope='module')

@@ -12,11 +12,11 @@ from torch import nn
 import engine
 from engine import StepOptions
 from helpers import fails, seitpp_state
+from seitpp.models_mtm import (MaskRatio, MaskedTokenModel, create_model, draw_masks, keep_token_adapt,
+                               masked_token_loss, masks_of)
+from seitpp.step_schedule import StepCosine
+from seitpp.token_adapt import TokenAdapt
 from training.checkpoints import TrainState
-from models_mtm import (MaskedTokenModel, MaskRatio, create_model, draw_masks, keep_token_adapt, masked_token_loss,
-                        masks_of)
-from step_schedule import StepCosine
-from token_adapt import TokenAdapt
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 NAME = 'mae_token_vit_base_patch16_dec512d4b_k2s2_vitvqgan_32'

@@ -9,16 +9,16 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.optim import param_groups_layer_decay
 
 import engine
-import models_mtm
 from engine import StepOptions
 from helpers import fails, seitpp_state
+from seitpp import models_mtm
+from seitpp.models_mtm import keep_token_adapt
+from seitpp.models_mtm_finetune import MODELS, CodeVisionTransformer, create_model, encoder_weights, load_encoder
+from seitpp.step_schedule import StepCosine
 from training.checkpoints import TrainState
-from models_mtm import keep_token_adapt
-from models_mtm_finetune import MODELS, CodeVisionTransformer, create_model, encoder_weights, load_encoder
 from training.origins import without_token_adapt
-from step_schedule import StepCosine
 from test_models_mtm import NAME, codes_of, rng
-from token_adapt import TokenAdapt
+from seitpp.token_adapt import TokenAdapt
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 SMALL = {'embed_dim': 96, 'depth': 4, 'num_heads': 3}

@@ -3,9 +3,9 @@ import pytest
 import timm
 import torch
 
-import models_mtm_finetune  # noqa: F401 - its models are timm's then
+from seitpp import models_mtm_finetune  # noqa: F401 - its models are timm's then
 from helpers import fails
-from models_mtm import MODELS
+from seitpp.models_mtm import MODELS
 from training.origins import check_codes, check_origin, origin, origin_note, without_token_adapt
 
 TINY = {'depth': 1, 'embed_dim': 32, 'num_heads': 2}

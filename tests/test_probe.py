@@ -13,8 +13,8 @@ import main_mtm_pretrain
 import main_pixels
 import probe
 from helpers import SMALL, call, fails, make_data, run_here, smooth_images, states
+from seitpp.models_mtm import create_model as create_masked
 from token_files.codebook import load_codebook
-from models_mtm import create_model as create_masked
 from test_main_mtm_pretrain import DECODER, SIZES
 from token_augment import EvalTransform
 from token_dataset import TokenDataset

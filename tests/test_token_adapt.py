@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-import token_adapt as ta
 from helpers import fails, token_adapt_state
 from image_tokenizer.vitvqgan import Size
+from seitpp import token_adapt as ta
 from token_augment import RandomResizedCrop
 from token_files.codebook import nearest_codes_of
 

@@ -8,9 +8,9 @@ from helpers import fails
 from image_tokenizer.tokenizers import PatchTokenizer, unit_range
 from token_files.codebook import look_up
 from test_engine import CountWaits
-from token_adapt import Geometry, RandomGeometry, TokenAdapt, load_token_adapt
-from token_adapt_training import MEASURED, Change, CodePairs, evaluate_token_adapt, save_token_adapt
 from image_tokenizer.vitvqgan import Size
+from seitpp.token_adapt import Geometry, RandomGeometry, TokenAdapt, load_token_adapt
+from seitpp.token_adapt_training import MEASURED, Change, CodePairs, evaluate_token_adapt, save_token_adapt
 from token_augment import RandomResizedCrop
 
 GRID = 6

@@ -5,14 +5,14 @@ import timm.data.mixup
 import torch
 from timm.data import Mixup
 
-import token_adapt
 from helpers import fails, token_adapt_state
+from seitpp import token_adapt
 from test_engine import CountWaits
 from test_token_adapt import NAMES, geometry_of
-from token_adapt import TokenAdapt
-from token_augment import RandomResizedCrop
-from token_halves import TokenHalves, adapted_mixup, check_halves
 from image_tokenizer.vitvqgan import Size
+from seitpp.halves import TokenHalves, adapted_mixup, check_halves
+from seitpp.token_adapt import TokenAdapt
+from token_augment import RandomResizedCrop
 
 CPU = torch.device('cpu')
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from timm.data import Mixup
 
-from token_files.codebook import look_up, nearest_codes_of
-from token_adapt import FINER, RandomGeometry, TokenAdapt, crop_embeddings, load_token_adapt
+from seitpp.token_adapt import FINER, RandomGeometry, TokenAdapt, crop_embeddings, load_token_adapt
 from token_augment import RandomResizedCrop
+from token_files.codebook import look_up, nearest_codes_of
 from utils import InputError
 
 ADAPTED_MIXUP = 0.8  # Mixup's alpha in TokenAdapt's half, whatever the first half has; published so
