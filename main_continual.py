@@ -25,28 +25,28 @@ import main_pixels
 import main_seit
 import models_seit
 import recipe
-from fileio.labels import check_class_names, count_classes
-from token_files.codebook import load_codebook
-from training.checkpoints import compare_flags, flags_to_save, load_checkpoint, load_weights, resume, saved_flags
-from continual_flags import add_task_flags, check_program_flags, check_task_flags
-from continual_run import (MEMORY, RUN, add_result, check_new, digest_of, evaluate_seen, open_memory, read_results,
-                           task_folder, write_results)
-from continual_tasks import Tasks, make_tasks, step_batches, step_draws, task_seed
-from continual_tokens import TokenFiles, fit_tokenizer, hold_folder, open_token_store, tokenize
+from continual.forms import PixelStore, StoredImages, TaskImages, join_images, join_tokens, store_codes
+from continual.memory import MAX_CLASSES, ReplayMemory, Sample, check_room, fill, save_memory
+from continual.results import (MEMORY, RUN, add_result, check_new, digest_of, evaluate_seen, open_memory, read_results,
+                               task_folder, write_results)
+from continual.task_flags import add_task_flags, check_program_flags, check_task_flags
+from continual.task_tokens import TokenFiles, fit_tokenizer, hold_folder, open_token_store, tokenize
+from continual.tasks import Tasks, make_tasks, step_batches, step_draws, task_seed
 from engine import evaluate_models, rank_indices, train
 from fileio.files import check_same, sha256
+from fileio.labels import check_class_names, count_classes
 from flags import Parser
 from image_data.dataset import ImageDataset, Normalize, random_erasing
 from image_data.sources import open_source
+from token_augment import EvalTransform
+from token_dataset import TokenDataset, choose_data_device
+from token_files.codebook import load_codebook
+from token_files.token_codecs import codec_for
+from tokenize_images import check_folder
+from training.checkpoints import compare_flags, flags_to_save, load_checkpoint, load_weights, resume, saved_flags
 from training.loss_meter import NotFinite
 from training.preemption import REQUEUE, StopSignal
 from training.pretrained import freeze_all_but_attention, load_pretrained
-from replay_forms import PixelStore, StoredImages, TaskImages, join_images, join_tokens, store_codes
-from replay_memory import MAX_CLASSES, ReplayMemory, Sample, check_room, fill, save_memory
-from token_augment import EvalTransform
-from token_dataset import TokenDataset, choose_data_device
-from token_files.token_codecs import codec_for
-from tokenize_images import check_folder
 from training.run_folder import FILES, RunFolder, RunLog, find_checkpoint
 from training.run_info import print_batch, print_model, run_record
 from utils import (InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, on_main, print0, rank, run,

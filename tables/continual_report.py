@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from continual_run import read_results
+from continual.results import read_results
 from fileio.figures import pyplot, save_figure
 from fileio.files import write_text
 from tables.report import DASH, RESULTS, TABLE, mean_and_sd, row_of, spread

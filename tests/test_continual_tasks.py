@@ -4,7 +4,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from continual_tasks import average_incremental, endless, forgetting, make_tasks, step_batches, step_draws, task_seed
+from continual.tasks import average_incremental, endless, forgetting, make_tasks, step_batches, step_draws, task_seed
 from helpers import fails
 
 

@@ -13,18 +13,17 @@ import pytest
 import torch
 from PIL import Image
 
-import continual_run
-import continual_tokens
 import engine
+from continual import results, task_tokens
 import fit_patch_tokenizer
 import main_continual
 import tokenize_images
-from continual_run import evaluate_seen
-from continual_tasks import make_tasks
+from continual.forms import length_of
+from continual.memory import load_memory
+from continual.results import evaluate_seen
+from continual.tasks import make_tasks
 from helpers import (ROOT, accuracy_lines, assert_same, call, clean_environment, fails, make_data, read_log, states,
                      two_processes, without_times)
-from replay_forms import length_of
-from replay_memory import load_memory
 from token_files.token_file import read_labels, write_labels
 
 SMALL = ['--device', 'cpu', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2', '--batch-size', 8, '--epochs',
@@ -299,7 +298,7 @@ def test_a_head_starts_from_scratch(sets, tmp_path, capsys):
 
 
 def test_a_rank_without_images_evaluates(monkeypatch):
-    monkeypatch.setattr(continual_run, 'evaluate', lambda *_, **__: {'acc1': 50.})  # of other ranks' images
+    monkeypatch.setattr(results, 'evaluate', lambda *_, **__: {'acc1': 50.})  # of other ranks' images
     found = evaluate_seen(torch.nn.Linear(1, 2), make_tasks(2, 1, 1), 0, np.empty(0, np.int64), iter(()), prepare=None)
     assert found['acc1'] == 50 and len(found['task_acc1']) == 1
 
@@ -372,7 +371,7 @@ def test_runs_that_share_tokens_wait(paths, tmp_path, monkeypatch):
                                str(folder / '.lock')], cwd=ROOT, stdout=subprocess.PIPE)
     holder.stdout.readline()
     with monkeypatch.context() as patch:
-        patch.setattr(continual_tokens, 'PATIENCE', 0.3)
+        patch.setattr(task_tokens, 'PATIENCE', 0.3)
         fails(lambda: call(main_continual, *flags), 'tokens: another run is making tokens there')
     threading.Timer(1, holder.kill).start()
     assert call(main_continual, *flags) == 0

@@ -7,16 +7,14 @@ import pytest
 import torch
 from PIL import Image
 
-import replay_forms
-import replay_memory
+from continual import forms, memory
+from continual.forms import (PixelStore, StoredImages, TaskImages, codes_of, decode_to_files, image_file, length_of,
+                             store_codes, store_from, store_image)
+from continual.memory import POLICIES, ReplayMemory, Sample, check_room, fill, fill_reservoir, load_memory, save_memory
 from helpers import fails, noise
 from image_data.dataset import ImageDataset, eval_transform
 from image_data.decoding import decode_rgb, pixels_of
 from image_tokenizer.tokenizers import PatchTokenizer
-from replay_forms import (PixelStore, StoredImages, TaskImages, codes_of, decode_to_files, image_file, length_of,
-                          store_codes, store_from, store_image)
-from replay_memory import (POLICIES, ReplayMemory, Sample, check_room, fill, fill_reservoir, load_memory,
-                           save_memory)
 from token_files.token_codecs import CODECS
 
 
@@ -293,7 +291,7 @@ def test_stored_images_come_in_parts_and_in_order(tmp_path, monkeypatch):
             asked.append(len(samples))
             return super().restore(samples)
     store = Store({'val': data}, 'pixels', None, None)
-    monkeypatch.setattr(replay_forms, 'RESTORED', 3)
+    monkeypatch.setattr(forms, 'RESTORED', 3)
     indices = np.array([7, 1, 2, 5, 0])
     cpu = torch.device('cpu')
     stored, whole = (tuple(map(torch.cat, zip(*images.batches(indices, 2, cpu, False))))
@@ -304,4 +302,4 @@ def test_stored_images_come_in_parts_and_in_order(tmp_path, monkeypatch):
 
 
 def test_labels_fit_their_bytes():
-    assert np.iinfo(np.uint16).max == replay_memory.MAX_CLASSES - 1
+    assert np.iinfo(np.uint16).max == memory.MAX_CLASSES - 1

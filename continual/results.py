@@ -16,12 +16,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from image_data.class_subsets import OnlyClasses
-from continual_tasks import Tasks, average_incremental, forgetting
+from continual.forms import length_of
+from continual.memory import ReplayMemory, load_memory
+from continual.tasks import Tasks, average_incremental, forgetting
 from engine import device_of, evaluate
 from fileio.files import MAX_JSON_BYTES, parse_json, read_bytes, write_text
-from replay_forms import length_of
-from replay_memory import ReplayMemory, load_memory
+from image_data.class_subsets import OnlyClasses
 from training.run_folder import FILES
 from utils import InputError
 

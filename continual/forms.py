@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 from torch import nn
 
+from continual.memory import Sample
 from image_data.dataset import ImageDataset
 from image_data.decoding import BadImage, decode_rgb
+from image_data.shrinking import shrink
 from image_data.sources import Source
 from image_tokenizer.tokenizers import decode_codes
-from replay_memory import Sample
-from image_data.shrinking import shrink
 from token_dataset import TokenDataset
 from token_files.token_codecs import Codec, codec_for, encode
 from utils import InputError

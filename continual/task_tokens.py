@@ -13,15 +13,15 @@ import numpy as np
 import torch
 
 import tokenize_images
+from continual.forms import TokenStore
 from fileio.files import check_same, lock_file, sha256
 from fileio.labels import check_class_names
 from image_data.dataset import ImageDataset
 from image_data.sources import Source
 from image_tokenizer.tokenizers import check_codebook, load_tokenizer
-from token_files.codebook import load_codebook
-from replay_forms import TokenStore
 from scripts import build_synonyms, fit_patch_tokenizer
 from token_dataset import TokenDataset
+from token_files.codebook import load_codebook
 from training.run_folder import LOCK
 from utils import InputError, on_main
 

@@ -3,10 +3,10 @@ from typing import Any
 
 import main_seit
 import recipe
-from continual_tasks import ORDER_SEED
+from continual.forms import FORMS
+from continual.memory import POLICIES
+from continual.tasks import ORDER_SEED
 from flags import Parser, add_max_pixels, byte_count, integer
-from replay_forms import FORMS
-from replay_memory import POLICIES
 from utils import InputError
 
 # Flags of main_seit.py and main_pixels.py that mean nothing here, and why.
