@@ -4,9 +4,9 @@ One process:   python main_pixels.py --train-path IMAGES/train --val-path IMAGES
 One node:      torchrun --nproc_per_node=8 main_pixels.py --batch-size 128 --dist-eval --train-path ...
 Evaluate:      python main_pixels.py --eval --resume output/pixels/best_checkpoint.pth --val-path IMAGES/val
 
-IMAGES may be class folders, a list, tar shards or parquet files, see image_data/sources.py. All that is not said here is as
-in main_seit.py: many nodes, resuming, checkpoints, logs. `--aug tokens` augments as tokens can be (random-resized crop
-and CutMix), `--aug deit` as DeiT does.
+IMAGES may be class folders, a list, tar shards or parquet files, see image_data/sources.py. All that is not said here
+is as in main_seit.py: many nodes, resuming, checkpoints, logs. `--aug tokens` augments as tokens can be (random-resized
+crop and CutMix), `--aug deit` as DeiT does.
 """
 import argparse
 import difflib

@@ -7,12 +7,12 @@
 Writes NAME-token.data.bin.gz, NAME-token.index.npy.gz, NAME-label.txt and NAME-token.json; with --shard-size each shard
 is such a set, of NAME-token-00000 and so on; with --format compact the first two are NAME-token.data.bin and
 NAME-token.model.bin, a third smaller (token_files/compact.py). For --data-path and where labels come from see
-image_data/sources.py: class folders (label: the folder's number in alphabetical order), a list file of 'path label' lines,
-tar shards (.cls, or .json's 'label', beside the image), parquet files (column 'label').
+image_data/sources.py: class folders (label: the folder's number in alphabetical order), a list file of 'path label'
+lines, tar shards (.cls, or .json's 'label', beside the image), parquet files (column 'label').
 
-Killed at any moment, the same command resumes where it stopped (token_files/parts.py). On one machine the files are the same,
-byte for byte, for any number of processes and interruptions (on CPUs: for the same OMP_NUM_THREADS, which torchrun
-sets to 1). An image that stopped the run may be mended or replaced under its name before the command is given again.
+Killed at any moment, the same command resumes where it stopped (token_files/parts.py). On one machine the files are the
+same, byte for byte, for any number of processes and interruptions (on CPUs: for the same OMP_NUM_THREADS, which
+torchrun sets to 1). An image that stopped the run may be mended or replaced under its name before the command is given again.
 
 A large codebook is cut to the codes in use, and ImageNet's 8192 become 391, in two steps: the training split with
 --limit-codes, which writes DIR/codebook.ckpt, then the other splits with --codebook-path DIR/codebook.ckpt. Codebooks
@@ -111,7 +111,7 @@ def load_models(tokenizer_path: str, code_path: str | None, codebook_path: str |
 def check_grid(format_name: str, grid: int) -> None:
     """InputError for a token grid that the format does not hold."""
     if format_name == 'compact' and grid > compact.MAX_GRID:
-        raise InputError(f'--format compact holds grids of up to {compact_files.MAX_GRID} codes on a side, not {grid}: '
+        raise InputError(f'--format compact holds grids of up to {compact.MAX_GRID} codes on a side, not {grid}: '
                          'choose --format published, or a smaller --image-size')
 
 

@@ -1,8 +1,8 @@
 """A replay memory of a number of bytes, and the policies by which it is filled when a task ends.
 
-What counts are the bytes that the samples take, each on its own: its data (continual/forms.py), LABEL_BYTES for the label
-and INDEX_BYTES by which the next sample is found. The file of a memory is as long, but for headers of a thousand bytes
-or so. Neither policy holds more than the limit at any moment, beside the one sample that is looked at.
+What counts are the bytes that the samples take, each on its own: its data (continual/forms.py), LABEL_BYTES for the
+label and INDEX_BYTES by which the next sample is found. The file of a memory is as long, but for headers of a thousand
+bytes or so. Neither policy holds more than the limit at any moment, beside the one sample that is looked at.
 
     reservoir   a uniform sample of all images that came by, whatever their class. Each image of the stream has a random
                 key, and those with the smallest keys are kept, as many as fit: for samples of one size this is

@@ -10,7 +10,7 @@ A tokenizer is any nn.Module with this interface; plug in your own VQ model by g
 The codebook is a (K, embed_dim) tensor of its own. A feature's code is the row of largest cosine
 (`codebook.quantize`); the row as stored, not normalized, is what SeiT trains on.
 
-`load_tokenizer` reads every kind of tokenizer file: the patch tokenizer below; ViT-VQGAN (image_tokenizer/vitvqgan.py) as a plain state
+`load_tokenizer` reads every kind of tokenizer file: the patch tokenizer below; ViT-VQGAN (vitvqgan.py) as a plain state
 dict, as .safetensors or as a public Lightning checkpoint; and SeiT's published module, which runs code when loaded.
 """
 import contextlib

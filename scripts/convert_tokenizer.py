@@ -3,9 +3,9 @@
     python scripts/convert_tokenizer.py --input weights/tokenizer.ckpt --output weights/tokenizer.safetensors
 
 Reads a pickled ViT-VQGAN module (SeiT's tokenizer.ckpt) or a Lightning checkpoint; writes the tensors under the names
-of image_tokenizer/vitvqgan.py. No code of the file is run: each class it asks for is replaced by an empty container, and the tensors
-are found by the ends of their names and by their shapes. So names and shapes are all that is checked. With
---tokenizer-code-path the file is loaded by running its code instead, and the features of the module it holds are
+of image_tokenizer/vitvqgan.py. No code of the file is run: each class it asks for is replaced by an empty container,
+and tensors are found by the ends of their names and by their shapes. So names and shapes are all that is checked.
+With --tokenizer-code-path the file is loaded by running its code instead, and the features of the module it holds are
 compared with those of the converted tokenizer.
 """
 import argparse

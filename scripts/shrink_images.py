@@ -7,7 +7,7 @@
 
 Methods and their parameters: sample, the share of the images that are kept, the same of each class, one at least, drawn
 by --seed, or the --keep best or worst by --scores (a high score is good); resize, the factor of both sides, of each
-image's own size (then a JPEG of quality 95); jpeg, PIL's quality 1 to 95; webp, PIL's quality 0 to 100 (image_data/shrinking.py).
+image's own size (then a JPEG of quality 95); jpeg, PIL's quality 1 to 95; webp, PIL's quality 0 to 100 (shrinking.py).
 
 Instead of --parameter a budget: --total-bytes of all files together, or --bytes-per-image, which is the total divided
 by the images of the *source*, so that a budget is the same storage for every method. The largest parameter within it is

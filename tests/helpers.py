@@ -28,7 +28,7 @@ import tokenize_images
 from benchmarks.common import free_port
 from fileio.files import expand_files, sha256
 from image_tokenizer.vitvqgan import Size, position_table
-from token_files import cache
+from token_files import cache as token_cache
 from token_files.compact import write_compact, write_model
 from token_files.context_model import fit
 from token_files.published import gzip_bytes, index_path
@@ -430,7 +430,7 @@ def tokenize(data, output, source='train', **options):
 
 def open_codes(token_file, cache=''):
     """The codes of the token files that a path, glob or list names."""
-    return cache.open_codes([open_token_file(path) for path in expand_files(token_file)], cache)
+    return token_cache.open_codes([open_token_file(path) for path in expand_files(token_file)], cache)
 
 
 def make_set(folder, n=12, grid=4, codes=391, name='a', seed=0):

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 import engine
-from continual import results, task_tokens
+from continual import results as task_results
+from continual import task_tokens
 import fit_patch_tokenizer
 import main_continual
 import tokenize_images
@@ -298,7 +299,7 @@ def test_a_head_starts_from_scratch(sets, tmp_path, capsys):
 
 
 def test_a_rank_without_images_evaluates(monkeypatch):
-    monkeypatch.setattr(results, 'evaluate', lambda *_, **__: {'acc1': 50.})  # of other ranks' images
+    monkeypatch.setattr(task_results, 'evaluate', lambda *_, **__: {'acc1': 50.})  # of other ranks' images
     found = evaluate_seen(torch.nn.Linear(1, 2), make_tasks(2, 1, 1), 0, np.empty(0, np.int64), iter(()), prepare=None)
     assert found['acc1'] == 50 and len(found['task_acc1']) == 1
 

@@ -175,7 +175,11 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
 
 # ---------------------------------------------------------------- two runs
 
-HOLD = 'import sys; from training.run_folder import RunFolder; f = RunFolder(sys.argv[1]); print("locked", flush=True); input()'
+HOLD = """import sys
+from training.run_folder import RunFolder
+folder = RunFolder(sys.argv[1])
+print('locked', flush=True)
+input()"""
 
 
 def test_a_second_run_in_the_folder_is_refused_until_the_first_ends_however_it_ends(tmp_path):

@@ -13,7 +13,7 @@ import pytest
 
 from helpers import (codes_of_kind, failing_open, fails, in_child, make_compact_set, make_set, make_shards,
                      make_wide_set, no_space, npy, open_codes, refused, rewrite, unpack, write_raw_set)
-from token_files import cache
+from token_files import cache as token_cache
 from token_files.published import index_path
 from token_files.token_file import open_token_file, write_tokens
 
@@ -55,12 +55,12 @@ def test_two_files_of_one_name_share_a_cache_folder(tmp_path):
 def test_the_name_is_what_it_always_was(tmp_path, monkeypatch):
     """Built caches stay valid: names of published caches, for files of a fixed place and time."""
     monkeypatch.setattr(Path, 'absolute', lambda path: Path('/sets') / path.name)
-    monkeypatch.setattr(cache, '_fingerprint', lambda path: (len(path.name), 17, '0123456789abcdef'))
+    monkeypatch.setattr(token_cache, '_fingerprint', lambda path: (len(path.name), 17, '0123456789abcdef'))
     files, _, _ = make_set(tmp_path, name='imagenet1k-val')
     wide, _ = make_wide_set(tmp_path, name='wide')
     one, other = open_token_file(files[0]), open_token_file(wide[0])
-    assert str(cache.cache_path([one])) == '/sets/imagenet1k-val-token.81af2022.codes-f445322f1881599e.npy'
-    assert str(cache.cache_path([one, other], 'c')) == \
+    assert str(token_cache.cache_path([one])) == '/sets/imagenet1k-val-token.81af2022.codes-f445322f1881599e.npy'
+    assert str(token_cache.cache_path([one, other], 'c')) == \
         'c/imagenet1k-val-token.4fe43648.codes-46d1644e0734b146.npy'
 
 
@@ -94,7 +94,7 @@ def test_a_warm_opening_reads_manifest_and_index_once(tmp_path, monkeypatch):
     assert opened == [('builtins.open', 'w-token.json'), ('gzip.open', 'w-token.index.npy.gz'),
                       ('builtins.open', 'w-token.index.npy.gz')]  # the last by gzip
     opened.clear()
-    assert np.array_equal(cache.open_codes([file], tmp_path / 'cache'), x)
+    assert np.array_equal(token_cache.open_codes([file], tmp_path / 'cache'), x)
     read = [name for kind, name in opened if kind == 'gzip.open' or name.endswith('.json')]
     assert read == []  # of stream and index only the last eight bytes, of the cache its header
     assert [name for _, name in opened if 'token.' in name and 'codes' not in name] == [
@@ -201,7 +201,7 @@ def test_what_a_killed_decoding_left_is_removed_by_the_next(tmp_path, monkeypatc
     (tokens, _), x, _ = make_set(tmp_path, name='a[1]')
     cache = tmp_path / 'cache'
     with monkeypatch.context() as patch:
-        patch.setattr(cache, 'decode_into', killed_decoding)
+        patch.setattr(token_cache, 'decode_into', killed_decoding)
         assert in_child(lambda: open_codes(tokens, cache)) == (-signal.SIGKILL, '')
     left = cached(cache)
     assert left.name.endswith('.tmp') and left.stat().st_size > 12000 * 64 * 2
@@ -218,8 +218,8 @@ def test_what_a_living_process_writes_stays(tmp_path):
     """Two nodes that share a folder may decode the same set at once."""
     (tokens, _), x, _ = make_set(tmp_path)
     file = open_token_file(tokens)
-    path = cache.cache_path([file])
-    with cache.atomic_path(path) as temporary:
+    path = token_cache.cache_path([file])
+    with token_cache.atomic_path(path) as temporary:
         assert np.array_equal(open_codes(tokens), x)
         assert os.path.exists(temporary)
         Path(temporary).write_bytes(npy(x))
@@ -254,7 +254,7 @@ def test_a_cache_that_cannot_be_opened_is_not_called_damaged(tmp_path, monkeypat
     path = cached(tmp_path / 'cache')
     with monkeypatch.context() as patch:
         failing_open(patch, path, number)
-        with pytest.raises(cache.InputError) as caught:
+        with pytest.raises(token_cache.InputError) as caught:
             open_codes(tokens, tmp_path / 'cache')
     message = str(caught.value)
     assert str(path) in message and os.strerror(number) in message and '--token-cache' in message
@@ -271,7 +271,7 @@ def test_a_cache_that_cannot_be_mapped_is_not_called_damaged(tmp_path, monkeypat
     def refuse(*_, **__):
         raise OSError(number, os.strerror(number))
     monkeypatch.setattr(mmap, 'mmap', refuse)
-    with pytest.raises(cache.InputError, match='--token-cache') as caught:
+    with pytest.raises(token_cache.InputError, match='--token-cache') as caught:
         open_codes(tokens, tmp_path / 'cache')
     assert os.strerror(number) in str(caught.value) and 'damaged' not in str(caught.value)
     (tmp_path / 'new').mkdir()
@@ -313,7 +313,7 @@ def test_a_cache_of_another_user(tmp_path):
 
 
 def message_of(action, *args):
-    with pytest.raises(cache.InputError) as caught:
+    with pytest.raises(token_cache.InputError) as caught:
         action(*args)
     return str(caught.value)
 
@@ -323,24 +323,24 @@ def test_memory_that_is_not_there(monkeypatch, tmp_path):
         raise MemoryError
     (tokens, _), *_ = make_set(tmp_path)
     monkeypatch.setattr(np, 'empty', refuse)
-    fails(lambda: cache.in_memory((1 << 40, 1024)), 'do not fit into memory: use a cache')
+    fails(lambda: token_cache.in_memory((1 << 40, 1024)), 'do not fit into memory: use a cache')
 
 
 def test_a_source_that_vanishes(tmp_path):
     (tokens, _), *_ = make_set(tmp_path)
     file = open_token_file(tokens)
     index_path(tokens).unlink()
-    fails(lambda: cache.open_codes([file]), 'a-token.index.npy.gz: No such file')
+    fails(lambda: token_cache.open_codes([file]), 'a-token.index.npy.gz: No such file')
     tokens.unlink()
-    fails(lambda: cache.open_codes([file]), 'a-token.data.bin.gz: No such file')
+    fails(lambda: token_cache.open_codes([file]), 'a-token.data.bin.gz: No such file')
 
 
 def test_times_are_part_of_the_name(tmp_path):
     (tokens, _), *_ = make_set(tmp_path)
     file = open_token_file(tokens)
-    before = cache.cache_path([file])
+    before = token_cache.cache_path([file])
     os.utime(tokens, (time.time() - 100,) * 2)
-    assert cache.cache_path([file]) != before
+    assert token_cache.cache_path([file]) != before
 
 
 def test_the_name_of_a_compact_cache_changes_with_the_model(tmp_path):
@@ -348,19 +348,19 @@ def test_the_name_of_a_compact_cache_changes_with_the_model(tmp_path):
     model = tmp_path / 'a-token.model.bin'
     x = open_codes(path)
     before, = tmp_path.glob('*.npy')
-    assert before.name.startswith('a-token.') and before == cache.cache_path([open_token_file(path)])
+    assert before.name.startswith('a-token.') and before == token_cache.cache_path([open_token_file(path)])
     stat = model.stat()
     data = model.read_bytes()
     file = open_token_file(path)
     model.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     os.utime(model, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # of the same size and time, but other bytes
-    assert cache.cache_path([file]) != before
+    assert token_cache.cache_path([file]) != before
     fails(lambda: open_codes(path), 'a-token.model.bin: is not the model')
     model.write_bytes(data)
     os.utime(model, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10 ** 9))
-    assert cache.cache_path([file]) != before
+    assert token_cache.cache_path([file]) != before
     os.utime(model, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert cache.cache_path([file]) == before
+    assert token_cache.cache_path([file]) == before
     make_compact_set(tmp_path, codes_of_kind('copied', 9, 4, 1))  # another set under the same names
     other = open_codes(path)
     assert np.array_equal(other, codes_of_kind('copied', 9, 4, 1)) and not np.array_equal(other, x)
@@ -371,6 +371,6 @@ def test_a_compact_set_that_vanishes(tmp_path):
     path, _ = make_compact_set(tmp_path, codes_of_kind('copied', 9, 4))
     file = open_token_file(path)
     (tmp_path / 'a-token.model.bin').unlink()
-    fails(lambda: cache.open_codes([file]), 'a-token.model.bin: No such file')
+    fails(lambda: token_cache.open_codes([file]), 'a-token.model.bin: No such file')
     path.unlink()
-    fails(lambda: cache.open_codes([file]), 'a-token.data.bin: No such file')
+    fails(lambda: token_cache.open_codes([file]), 'a-token.data.bin: No such file')

@@ -1,4 +1,4 @@
-"""Compact token files: a stream of rANS blocks with its index, and the context model of the set; see token_files/rans.py.
+"""Compact token files: a stream of rANS blocks with its index, and the context model of the set; see rans.py.
 
     NAME.data.bin    header, words of each block, blocks; an image set, or one shard of it
     NAME.model.bin   the context model, one for all shards of a set

@@ -1,4 +1,4 @@
-"""Token codecs: codes <-> the bytes of a token stream. Pure functions on arrays; files are in token_files/token_file.py.
+"""Token codecs: codes <-> the bytes of a token stream. Pure functions on arrays; files are in token_file.py.
 
     escaped-bytes   the published format (SeiT, arXiv 2303.11114, sec. 3): code c < 255 is byte c; c >= 255 is byte 255,
                     then byte c - 255. The largest code is therefore 509.

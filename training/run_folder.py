@@ -7,7 +7,7 @@
     .lock                                        locked by the process that writes here
     .unsaved                                     there until the first checkpoint is whole
 
-Programs may name checkpoints otherwise, see training/save_periods.py. A run killed at any moment leaves a folder from which
+Programs may name checkpoints otherwise, see save_periods.py. A run killed at any moment leaves a folder from which
 `find_checkpoint` resumes it exactly.
 """
 import contextlib
