@@ -24,9 +24,8 @@ from training.checkpoints import TrainState, load_weights
 from training.loss_meter import LossMeter, Progress, check_finite
 from training.preemption import AnyRank, StopSignal
 from training.run_folder import RunFolder, RunLog
-from utils import InputError, barrier, print0, rank, seed_step, world_size
+from utils import InputError, autocast, barrier, device_of, print0, rank, seed_step, world_size
 
-AMP_DTYPE = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 LOG_EVERY = 50  # steps between readings of the loss; in between, the host never waits for the device
 
 
@@ -50,18 +49,6 @@ class StepOptions:
     clip_grad: float | None = None
     on_nan: str = 'stop'
     vote_minutes: float = 10
-
-
-def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
-    """Automatic mixed precision: `amp` is 'bf16', 'fp16' or 'off'."""
-    if amp == 'off':
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, AMP_DTYPE[amp])
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model's parameters are."""
-    return next(model.parameters()).device
 
 
 # ---------------------------------------------------------------- training

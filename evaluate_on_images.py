@@ -23,12 +23,12 @@ from torch import nn
 
 from engine import evaluate, rank_indices
 from fileio.files import check_writable, write_text
-from flags import SEED, Parser, add_max_pixels, integer, print_no_effect
+from flags import SEED, KeyValues, Parser, add_max_pixels, integer, print_no_effect
 from image_data.class_subsets import OnlyClasses, match_classes
 from image_data.corruptions import add_robustness_flags, make_corruption
 from image_data.sources import ImageBatch, Source, load_images, open_source
 from image_tokenizer.tokenizers import encode_images, load_tokenizer
-from models_seit import MODELS, KeyValues, create_model
+from models_seit import MODELS, create_model
 from recipe import default_amp
 from token_augment import EvalTransform
 from token_files.codebook import load_codebook

@@ -5,7 +5,10 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from utils import InputError, print0
+from timm.utils import ParseKwargs
+
+from utils import InputError, cores, print0
+
 
 
 class Parser(argparse.ArgumentParser):
@@ -87,6 +90,9 @@ def integer(least: int = 0, most: int | None = None) -> Callable[[str], int]:
     return number(least, most, int)
 
 
+ON_OFF = argparse.BooleanOptionalAction
+SHARE = number(0, 1)
+POSITIVE = number(1e-12)
 SEED = integer(0, 2 ** 63 - 1)  # what torch takes
 
 
@@ -99,3 +105,141 @@ def byte_count(text: str) -> int:
     if not 1 <= value < 1 << 50 or value != int(value):
         raise argparse.ArgumentTypeError(f'{text}: give a whole number of bytes, as in 1000000 or 1e6')
     return int(value)
+
+
+class KeyValues(ParseKwargs):
+    """timm's KEY=VALUE arguments, with a complaint about words of another form."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[str],
+                 option_string: str | None = None) -> None:
+        wrong = [word for word in values if '=' not in word]
+        if wrong:
+            parser.error(f'argument {option_string}: {wrong[0]!r} is not of the form key=value')
+        super().__call__(parser, namespace, values, option_string)
+
+
+def add_model_flags(parser: Parser, default: str, names: str) -> None:
+    """The model, of those that `names` tells, its regularization and its average."""
+    add = parser.add_argument_group('model').add_argument
+    add('--model', default=default, help=names)
+    add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
+        help="timm's arguments of the model, as in depth=4 embed_dim=128 num_heads=4")
+    add('--drop', type=SHARE, default=0., help='dropout rate')
+    add('--drop-path', type=SHARE, default=0.1, help='stochastic depth rate')
+    add_average_flags(add)
+    add('--finetune', default='', metavar='FILE',
+        help='start from these weights (a path, or an https address, which may end in #sha256=HEX)')
+    add('--attn-only', action='store_true', help='train only attention, head and position embeddings')
+
+
+def add_average_flags(add: Callable) -> None:
+    """The average of the weights, and memory for time, added by a group's add_argument."""
+    add('--model-ema', action=ON_OFF, default=True, help='keep and evaluate an average of the weights')
+    add('--model-ema-decay', type=SHARE, default=0.99996)
+    add('--model-ema-force-cpu', action='store_true', help='keep the average in host memory')
+    add('--grad-checkpointing', action='store_true', help='recompute activations: less memory, more time')
+
+
+def add_optimization_flags(parser: Parser) -> None:
+    """Batch, optimizer, schedule, precision, classification loss."""
+    add = add_step_flags(parser)
+    add('--smoothing', type=SHARE, default=0.1, help='label smoothing')
+    add('--bce-loss', action='store_true', help='binary cross-entropy; needs --smoothing 0 and CutMix or Mixup')
+
+
+def add_step_flags(parser: Parser) -> Callable:
+    """Batch, optimizer, schedule, precision. Returns the group's add_argument."""
+    add = parser.add_argument_group('optimization').add_argument
+    add('--batch-size', type=integer(1), default=64, help='per process')
+    add('--accum-iter', type=integer(1), default=1, metavar='N',
+        help='batches whose gradients make one step; counts towards the batch the learning rate is scaled by')
+    add('--epochs', type=integer(1), default=300)
+    add('--opt', default='adamw', help="timm's optimizers")
+    add('--opt-eps', type=number(0), default=1e-8)
+    add('--opt-betas', type=number(0, 1), nargs=2, help="default: the optimizer's own")
+    add('--clip-grad', type=POSITIVE, help='largest gradient norm')
+    add('--momentum', type=number(0), default=0.9)
+    add('--weight-decay', type=number(0), default=0.1)
+    add('--sched', default='cosine', choices=['cosine', 'tanh', 'step', 'poly'])
+    add('--lr', type=number(0), default=7.5e-4, help='for a batch of 512 over all processes')
+    add('--unscale-lr', action='store_true', help='take --lr as it is, whatever the batch')
+    add('--lr-noise', type=number(), nargs='+', metavar='PCT', help='parts of all epochs between which lr is noisy')
+    add('--lr-noise-pct', type=number(1e-3), default=0.67, help='largest change of lr, as a part of it')
+    add('--lr-noise-std', type=number(), default=1.)
+    add('--warmup-lr', type=number(0), default=1e-6)
+    add('--min-lr', type=number(0), default=1e-5)
+    add('--decay-epochs', type=POSITIVE, default=30, help='step schedule')
+    add('--warmup-epochs', type=integer(), default=5)
+    add('--decay-rate', '--dr', type=number(0), default=0.1, help='step schedule; the power of poly')
+    add_precision_flags(add)
+    return add
+
+
+def add_precision_flags(add: Callable) -> None:
+    """Precision and compiling, added by a group's add_argument."""
+    add('--amp', choices=['bf16', 'fp16', 'off'], help='mixed precision (default: fp16 on CUDA, off on CPU)')
+    add('--tf32', action='store_true', help='TF32 for what stays in float32 (CUDA)')
+    add('--compile', action='store_true', help='torch.compile the model')
+
+
+def add_mixing_flags(parser: Parser) -> None:
+    """Mixup and CutMix."""
+    add = parser.add_argument_group('mixing').add_argument
+    add('--mixup', type=number(0), default=0., help='Mixup alpha')
+    add('--cutmix', type=number(0), default=1., help='CutMix alpha')
+    add('--cutmix-minmax', type=SHARE, nargs=2, help='CutMix side range; overrides alpha')
+    add('--mixup-prob', type=SHARE, default=1., help='of mixing a batch at all')
+    add('--mixup-switch-prob', type=SHARE, default=0.5, help='of CutMix where both are on')
+    add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'])
+
+
+def add_run_flags(parser: Parser) -> None:
+    """Output, resuming, device, processes, evaluation."""
+    add = add_output_flags(parser)
+    add('--start-epoch', type=integer(), default=0)
+    add('--eval', action='store_true', help='only evaluate --resume')
+    add('--dist-eval', action='store_true', help='share the validation images over the ranks, each on exactly one')
+    add('--no-eval', action='store_true', help='train without evaluating')
+
+
+def add_output_flags(parser: Parser) -> Callable:
+    """Output, resuming, device, processes. Returns the group's add_argument."""
+    add = parser.add_argument_group('run').add_argument
+    add('--output-dir', default='', metavar='DIR', help="checkpoints and log.txt; '' saves nothing")
+    add('--resume', default='', metavar='FILE',
+        help="resume from a checkpoint (a path, or an https address, which may end in #sha256=HEX), or 'auto' for "
+             'the newest in --output-dir')
+    add('--allow-inexact-resume', action='store_true', help='resume although processes, batch or seed are others')
+    add('--save-every', type=save_interval, metavar='N', help='a checkpoint every N steps, or Nm minutes, too')
+    add('--on-nan', default='stop', choices=['stop', 'skip'], help='what to do about a loss that is not finite')
+    add('--deterministic', action='store_true', help='deterministic algorithms on CUDA, for resuming bit by bit')
+    add('--device', default='auto', help='auto (CUDA where there is one), cuda, cuda:N or cpu')
+    add('--seed', type=SEED, default=0)
+    add('--tensorboard', action='store_true', help='write scalars to --output-dir (needs the tensorboard package)')
+    add('--dist-url', default='env://', help="torch.distributed's init method")
+    add('--dist-timeout', type=number(1e-3, 1e6), default=10, metavar='MINUTES',
+        help='a process that waits so long for another ends: a host was cut off')
+    return add
+
+
+def save_interval(text: str) -> tuple[float, str]:
+    """'500' -> (500, 'steps'); '30m' -> (30.0, 'minutes')."""
+    if text.endswith('m'):
+        return POSITIVE(text[:-1]), 'minutes'
+    return integer(1)(text), 'steps'
+
+
+def add_image_flags(parser: Parser) -> Callable:
+    """The images, those held out, and how they are read. Returns the group's add_argument."""
+    add = parser.add_argument_group('data').add_argument
+    add('--data-path', required=True, metavar='PATH',
+        help='class folders of images, a list file .txt, tar shards or parquet files: see image_data/sources.py')
+    add('--val-path', default='', metavar='PATH', help='held-out images; default: some of --data-path')
+    add('--val-images', type=integer(1), metavar='N',
+        help='images held out, drawn at random; default: a tenth of them, 1,000 at most')
+    add('--epoch-images', type=integer(1), metavar='N', help='images of an epoch, drawn at random; default: all')
+    add('--image-size', type=integer(1), default=256, help='images are resized to this, both sides')
+    add('--num-workers', type=integer(), default=cores(), metavar='N', help='processes that decode images, per rank')
+    add('--skip-bad-images', action='store_true', help='leave unreadable images out, instead of stopping at one')
+    add('--max-image-pixels', type=integer(1), metavar='N', help="images with more are refused; default: PIL's limit")
+    return add

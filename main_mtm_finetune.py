@@ -16,28 +16,28 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
+import flags
 import recipe
 from engine import evaluate, evaluate_checkpoint, rank_indices, train
-from fileio.labels import check_class_names, count_classes, head_size
+from fileio.labels import check_class_names, count_classes
 from flags import Parser, integer, number, print_no_effect
-from main_mtm_pretrain import (NO_EFFECT_ON_MTM, add_augmentation_flags, add_periods_flag, add_step_flags,
-                               add_token_flags, canonical_codes, check_sizes, make_input, make_state, open_token_adapt,
-                               resume_checked)
 from main_seit import load_data
 from samplers import shuffled
 from seitpp.halves import check_halves
 from seitpp.models_mtm import keep_token_adapt
 from seitpp.models_mtm_finetune import MODELS, CodeVisionTransformer, create_model, load_encoder
+from seitpp.mtm_recipe import (NO_EFFECT_ON_MTM, add_augmentation_flags, add_periods_flag, add_step_flags,
+                               add_token_flags, canonical_codes, check_sizes, make_input, make_state, open_token_adapt,
+                               resume_checked)
 from token_augment import center_crop
 from token_dataset import TokenDataset, choose_data_device
 from token_files.codebook import load_codebook
-from training.checkpoints import flags_to_save, progress_of
+from training.checkpoints import (FINETUNE, check_codes, check_origin, flags_to_save, head_size, progress_of,
+                                  without_token_adapt)
 from training.loss_meter import NotFinite
-from training.origins import FINETUNE, check_codes, check_origin, without_token_adapt
 from training.preemption import REQUEUE
-from training.run_folder import RunFolder, RunLog, find_checkpoint
+from training.run_folder import RunFolder, RunLog, checkpoint_files, find_checkpoint
 from training.run_info import print_batch, print_model, run_record
-from training.save_periods import checkpoint_files
 from utils import check_same_on_all_ranks, init_distributed, keep_freed_memory, rank, run, world_size
 
 NO_EFFECT = {
@@ -57,14 +57,14 @@ def get_args_parser() -> Parser:
     add('--nb-classes', type=integer(1), help='default: the largest label + 1, or what the checkpoint has under --eval')
     add = add_step_flags(parser, MODELS)
     add('--finetune', default='', metavar='FILE', help='a checkpoint of main_mtm_pretrain.py to start from')
-    add('--drop-path', type=recipe.SHARE, default=0.1, help='stochastic depth rate')
+    add('--drop-path', type=flags.SHARE, default=0.1, help='stochastic depth rate')
     add('--layer-decay', type=number(1e-3, 1), default=0.75,
         help="learning rate of a layer, as a part of the next one's")
-    add('--clip-grad', type=recipe.POSITIVE, help='largest gradient norm')
-    add('--smoothing', type=recipe.SHARE, default=0.1, help='label smoothing')
+    add('--clip-grad', type=flags.POSITIVE, help='largest gradient norm')
+    add('--smoothing', type=flags.SHARE, default=0.1, help='label smoothing')
     add_augmentation_flags(parser)
-    recipe.add_mixing_flags(parser)
-    recipe.add_run_flags(parser)
+    flags.add_mixing_flags(parser)
+    flags.add_run_flags(parser)
     add_periods_flag(parser.add_argument_group('checkpoints').add_argument, 'last2', 'best')
     parser.add_no_effect(NO_EFFECT, switches=['--global-pool', '--cls-token', '--dist-on-itp'])
     parser.set_defaults(model='deit_base_token_32', batch_size=64, epochs=50, blr=1e-3, min_lr=1e-6, warmup_epochs=5,

@@ -19,16 +19,17 @@ import torch
 from timm.layers import to_2tuple
 from torch import nn
 
+import flags
 import recipe
 from engine import evaluate, evaluate_checkpoint, rank_indices, train
-from fileio.labels import check_class_names, count_classes, head_size
+from fileio.labels import check_class_names, count_classes
 from flags import Parser, add_max_pixels, integer, number
 from image_data.class_subsets import OnlyClasses, match_classes
 from image_data.corruptions import add_robustness_flags, make_corruption
 from image_data.dataset import ImageDataset, Normalize, eval_transform, random_erasing, train_transform
 from models_seit import MODELS
 from samplers import REPEATS, repeated_augmentation, shuffled
-from training.checkpoints import flags_to_save, progress_of, resume
+from training.checkpoints import flags_to_save, head_size, progress_of, resume
 from training.loss_meter import NotFinite
 from training.preemption import REQUEUE
 from training.pretrained import freeze_all_but_attention, load_pretrained
@@ -57,23 +58,23 @@ def get_args_parser() -> Parser:
     add('--eval-crop-ratio', type=number(0.01, 1), default=0.875,
         help='validation images are resized to --input-size divided by it, and cropped')
     add('--num-workers', type=integer(), default=10, help='processes that decode images; as many as the cores at most')
-    add('--pin-mem', action=recipe.ON_OFF, default=True, help='copy batches to a GPU from page-locked memory')
+    add('--pin-mem', action=flags.ON_OFF, default=True, help='copy batches to a GPU from page-locked memory')
     add_max_pixels(add)
-    recipe.add_model_flags(parser, 'deit_base_patch16_224', 'any model of timm')
-    recipe.add_optimization_flags(parser)
+    flags.add_model_flags(parser, 'deit_base_patch16_224', 'any model of timm')
+    flags.add_optimization_flags(parser)
 
     add = parser.add_argument_group('augmentation').add_argument
     add('--aug', default='tokens', choices=list(AUGMENTATIONS),
         help='tokens: what tokens can have too; deit: flip, RandAugment, random erasing, repeated augmentation and '
         'Mixup as well. It only sets defaults of the flags below, and of --mixup')
-    add('--rrc-ratio', type=recipe.SHARE, default=0.08, help='smallest area of the random-resized crop')
-    add('--hflip', type=recipe.SHARE, help='share of images that are mirrored')
+    add('--rrc-ratio', type=flags.SHARE, default=0.08, help='smallest area of the random-resized crop')
+    add('--hflip', type=flags.SHARE, help='share of images that are mirrored')
     add('--aa', metavar='POLICY', help="timm's auto-augmentation policy; '' for none")
     add('--color-jitter', type=number(0), help='strength; without effect beside --aa, as in DeiT')
-    add('--reprob', type=recipe.SHARE, help='share of images with a rectangle of noise (random erasing)')
-    add('--repeated-aug', action=recipe.ON_OFF, help='repeated augmentation: each image three times running')
-    recipe.add_mixing_flags(parser)
-    recipe.add_run_flags(parser)
+    add('--reprob', type=flags.SHARE, help='share of images with a rectangle of noise (random erasing)')
+    add('--repeated-aug', action=flags.ON_OFF, help='repeated augmentation: each image three times running')
+    flags.add_mixing_flags(parser)
+    flags.add_run_flags(parser)
     add_robustness_flags(parser)
     parser.set_defaults(**AUGMENTATIONS['tokens'])
     return parser

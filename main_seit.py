@@ -15,11 +15,12 @@ import numpy as np
 import torch
 from torch import nn
 
+import flags
 import recipe
 from engine import evaluate, evaluate_checkpoint, rank_indices, train
-from fileio.labels import check_class_names, count_classes, head_size
+from fileio.labels import check_class_names, count_classes
 from flags import Parser, integer, number, print_no_effect
-from models_seit import create_model
+from models_seit import MODELS, create_model
 from samplers import repeated_augmentation, shuffled
 from seitpp.color_adapt import color_recipe
 from seitpp.halves import open_halves
@@ -27,7 +28,7 @@ from token_augment import (EraseRectangle, EvalTransform, RandomCrop, RandomResi
                            TokenEDA, check_crop)
 from token_dataset import TokenDataset, choose_data_device
 from token_files.codebook import load_codebook, load_synonyms, look_up
-from training.checkpoints import flags_to_save, progress_of, resume
+from training.checkpoints import flags_to_save, head_size, progress_of, resume
 from training.loss_meter import NotFinite
 from training.preemption import REQUEUE
 from training.pretrained import freeze_all_but_attention, load_pretrained
@@ -64,33 +65,33 @@ def get_args_parser() -> Parser:
         help='where tokens live: all on the GPU, or in the map; auto: on the GPU if they take a quarter of its free '
         'memory at most')
     add('--nb-classes', type=integer(1), help='default: the largest label + 1, or what the checkpoint has under --eval')
-    add('--pin-mem', action=recipe.ON_OFF, default=True, help='copy batches to a GPU from page-locked memory')
+    add('--pin-mem', action=flags.ON_OFF, default=True, help='copy batches to a GPU from page-locked memory')
     add('--input-size', type=integer(2), default=224,
         help='in pixels of --token-patch-size to a code: 224 / 8 = 28 codes')
     add('--token-patch-size', type=integer(1), default=8, help='pixels a code covers, on each side')
-    recipe.add_model_flags(parser)
-    recipe.add_optimization_flags(parser)
+    flags.add_model_flags(parser, 'deit_base_token_32', ', '.join(MODELS))
+    flags.add_optimization_flags(parser)
 
     add = parser.add_argument_group('augmentation').add_argument
-    add('--eda-rc-prob', type=recipe.SHARE, default=0.25, help='share of images with synonym replacement')
+    add('--eda-rc-prob', type=flags.SHARE, default=0.25, help='share of images with synonym replacement')
     add('--token-synonym-thres', type=integer(1), default=5, help='how many of each synonym list are used')
-    add('--replace-token-prob', type=recipe.SHARE, default=0.25, help='of each code in such an image')
-    add('--eda-sc-prob', type=recipe.SHARE, default=0.25, help='share of images with two patches swapped')
-    add('--swap-token-scale', type=recipe.SHARE, default=0.25, help="largest side of a patch, as a part of the grid's")
-    add('--eda-erase-prob', type=recipe.SHARE, default=0., help='share of images with a rectangle erased')
-    add('--erase-scale', type=recipe.SHARE, default=0.25, help="its largest sides, as parts of the grid's")
-    add('--rrc-ratio', type=recipe.SHARE, default=0.08, help='smallest area of the random-resized crop')
+    add('--replace-token-prob', type=flags.SHARE, default=0.25, help='of each code in such an image')
+    add('--eda-sc-prob', type=flags.SHARE, default=0.25, help='share of images with two patches swapped')
+    add('--swap-token-scale', type=flags.SHARE, default=0.25, help="largest side of a patch, as a part of the grid's")
+    add('--eda-erase-prob', type=flags.SHARE, default=0., help='share of images with a rectangle erased')
+    add('--erase-scale', type=flags.SHARE, default=0.25, help="its largest sides, as parts of the grid's")
+    add('--rrc-ratio', type=flags.SHARE, default=0.08, help='smallest area of the random-resized crop')
     add('--src', action='store_true', help='a plain random crop instead')
     add('--repeated-aug', action='store_true', help='repeated augmentation: each image three times running')
-    add('--token-noise-prob', type=recipe.SHARE, default=0.5, help='part of each batch that gets embedding noise')
-    add('--token-coloradapt-prob', type=recipe.SHARE, default=0., help='chance that half of a batch is ColorAdapted')
+    add('--token-noise-prob', type=flags.SHARE, default=0.5, help='part of each batch that gets embedding noise')
+    add('--token-coloradapt-prob', type=flags.SHARE, default=0., help='chance that half of a batch is ColorAdapted')
     add('--noise-recipe', default='v0.0', choices=['v0.0', 'seit++'],
         help='seit++: --token-noise-prob is the chance that half of a batch gets noise, and excludes ColorAdapt')
     add('--token-noise-scale', type=number(0), default=1., help='deviation of the noise a channel shares')
     add('--token-noise-std', type=number(0), default=1., help='deviation of the noise of each element')
     add('--tokenadapt-path', default='', metavar='FILE', help='half of each batch goes through this TokenAdapt')
-    recipe.add_mixing_flags(parser)
-    recipe.add_run_flags(parser)
+    flags.add_mixing_flags(parser)
+    flags.add_run_flags(parser)
     parser.add_no_effect(NO_EFFECT, switches=['--use-entire-tokens'])
     return parser
 

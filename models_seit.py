@@ -3,7 +3,6 @@
 The state dict has timm 0.5.4's names (`norm.*` for the final norm), so published weights load with a plain
 `load_state_dict`, and ours load there. All else is timm's: intermediate features, other input sizes, layer decay.
 """
-from argparse import ArgumentParser, Namespace
 from typing import Any
 
 import timm
@@ -11,7 +10,6 @@ import torch
 from timm.layers import PatchEmbed, to_2tuple, trunc_normal_
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
 from timm.models.vision_transformer import VisionTransformer
-from timm.utils import ParseKwargs
 from torch import nn
 
 from utils import InputError
@@ -82,9 +80,12 @@ class TokenVisionTransformer(VisionTransformer):
 
 # timm looks here for what a name stands for; no weights are hosted
 default_cfgs = generate_default_cfgs({
-    f'deit_{size}_token_{code_dim}': {'num_classes': 1000, 'input_size': (code_dim, 28, 28), 'fixed_input_size': True,
-                                      'classifier': 'head', 'first_conv': 'patch_embed.proj'}
-    for size, code_dim in (('tiny', 32), ('small', 32), ('base', 32), ('small', 4), ('base', 4))
+    f'deit_{name}': {'num_classes': 1000, 'input_size': (code_dim, 28, 28), 'fixed_input_size': True,
+                     'classifier': 'head', 'first_conv': 'patch_embed.proj'}
+    for code_dim, names in ((32, ('tiny_token_32', 'small_token_32', 'base_token_32', 'tiny_token_32_patch',
+                                  'small_token_32_patch', 'base_token_32_patch')),
+                            (4, ('small_token_4', 'base_token_4')))
+    for name in names
 })
 
 
@@ -125,20 +126,46 @@ def deit_base_token_4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     return _token_vit('deit_base_token_4', pretrained, kwargs, embed_dim=768, depth=12, num_heads=12)
 
 
+# ---------------------------------------------------------------- without the Stem-adaptor, to tell what it is worth
+
+class PatchStem(StemAdaptor):
+    """A 2x2 convolution, stride 2: (B, in_chans, H, W) embeddings -> (B, H/2 · W/2, embed_dim) tokens."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        proj = self.proj
+        self.proj = nn.Conv2d(proj.in_channels, proj.out_channels, kernel_size=self.patch_size,
+                              stride=self.patch_size, bias=proj.bias is not None).to(proj.weight)
+
+
+def _patch_stem(variant: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    """The model of that name without '_patch', but for its stem."""
+    if pretrained:
+        raise ValueError(f'{variant}: no weights are hosted; load a checkpoint with load_state_dict')
+    return timm.create_model(variant.removesuffix('_patch'), embed_layer=PatchStem, **kwargs)
+
+
+@register_model
+def deit_tiny_token_32_patch(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-Ti (192/12/3) on 32-dimensional codes, patches of 2x2."""
+    return _patch_stem('deit_tiny_token_32_patch', pretrained, kwargs)
+
+
+@register_model
+def deit_small_token_32_patch(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-S (384/12/6) on 32-dimensional codes, patches of 2x2."""
+    return _patch_stem('deit_small_token_32_patch', pretrained, kwargs)
+
+
+@register_model
+def deit_base_token_32_patch(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+    """ViT-B (768/12/12) on 32-dimensional codes, patches of 2x2."""
+    return _patch_stem('deit_base_token_32_patch', pretrained, kwargs)
+
+
 # ---------------------------------------------------------------- from the command line
 
 MODELS = timm.list_models(module='models_seit')
-
-
-class KeyValues(ParseKwargs):
-    """timm's KEY=VALUE arguments, with a complaint about words of another form."""
-
-    def __call__(self, parser: ArgumentParser, namespace: Namespace, values: list[str],
-                 option_string: str | None = None) -> None:
-        wrong = [word for word in values if '=' not in word]
-        if wrong:
-            parser.error(f'argument {option_string}: {wrong[0]!r} is not of the form key=value')
-        super().__call__(parser, namespace, values, option_string)
 
 
 def create_model(name: str, model_kwargs: dict[str, Any], num_classes: int, img_size: int,

@@ -14,133 +14,17 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import ModelEmaV3
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from engine import StepOptions
-from flags import SEED, Parser, integer, number
-from models_patch_stem import MODELS
-from models_seit import KeyValues
-from parallel import parallel
 from training.checkpoints import TrainState
-from utils import InputError, world_size
+from utils import InputError, autocast, world_size
 
-ON_OFF = argparse.BooleanOptionalAction
-SHARE = number(0, 1)
-POSITIVE = number(1e-12)
 # Where things lie may differ from node to node; every other flag must be the same on all ranks.
 LOCATIONS = ('_file', '_path', '_dir', '_dict', '_cache')
 
 
 # ---------------------------------------------------------------- flags
-
-def add_model_flags(parser: Parser, default: str = 'deit_base_token_32', names: str = ', '.join(MODELS)) -> None:
-    """The model, of those that `names` tells, its regularization and its average."""
-    add = parser.add_argument_group('model').add_argument
-    add('--model', default=default, help=names)
-    add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
-        help="timm's arguments of the model, as in depth=4 embed_dim=128 num_heads=4")
-    add('--drop', type=SHARE, default=0., help='dropout rate')
-    add('--drop-path', type=SHARE, default=0.1, help='stochastic depth rate')
-    add_average_flags(add)
-    add('--finetune', default='', metavar='FILE',
-        help='start from these weights (a path, or an https address, which may end in #sha256=HEX)')
-    add('--attn-only', action='store_true', help='train only attention, head and position embeddings')
-
-
-def add_average_flags(add: Callable) -> None:
-    """The average of the weights, and memory for time, added by a group's add_argument."""
-    add('--model-ema', action=ON_OFF, default=True, help='keep and evaluate an average of the weights')
-    add('--model-ema-decay', type=SHARE, default=0.99996)
-    add('--model-ema-force-cpu', action='store_true', help='keep the average in host memory')
-    add('--grad-checkpointing', action='store_true', help='recompute activations: less memory, more time')
-
-
-def add_optimization_flags(parser: Parser) -> None:
-    """Batch, optimizer, schedule, precision, classification loss."""
-    add = add_step_flags(parser)
-    add('--smoothing', type=SHARE, default=0.1, help='label smoothing')
-    add('--bce-loss', action='store_true', help='binary cross-entropy; needs --smoothing 0 and CutMix or Mixup')
-
-
-def add_step_flags(parser: Parser) -> Callable:
-    """Batch, optimizer, schedule, precision. Returns the group's add_argument."""
-    add = parser.add_argument_group('optimization').add_argument
-    add('--batch-size', type=integer(1), default=64, help='per process')
-    add('--accum-iter', type=integer(1), default=1, metavar='N',
-        help='batches whose gradients make one step; counts towards the batch the learning rate is scaled by')
-    add('--epochs', type=integer(1), default=300)
-    add('--opt', default='adamw', help="timm's optimizers")
-    add('--opt-eps', type=number(0), default=1e-8)
-    add('--opt-betas', type=number(0, 1), nargs=2, help="default: the optimizer's own")
-    add('--clip-grad', type=POSITIVE, help='largest gradient norm')
-    add('--momentum', type=number(0), default=0.9)
-    add('--weight-decay', type=number(0), default=0.1)
-    add('--sched', default='cosine', choices=['cosine', 'tanh', 'step', 'poly'])
-    add('--lr', type=number(0), default=7.5e-4, help='for a batch of 512 over all processes')
-    add('--unscale-lr', action='store_true', help='take --lr as it is, whatever the batch')
-    add('--lr-noise', type=number(), nargs='+', metavar='PCT', help='parts of all epochs between which lr is noisy')
-    add('--lr-noise-pct', type=number(1e-3), default=0.67, help='largest change of lr, as a part of it')
-    add('--lr-noise-std', type=number(), default=1.)
-    add('--warmup-lr', type=number(0), default=1e-6)
-    add('--min-lr', type=number(0), default=1e-5)
-    add('--decay-epochs', type=POSITIVE, default=30, help='step schedule')
-    add('--warmup-epochs', type=integer(), default=5)
-    add('--decay-rate', '--dr', type=number(0), default=0.1, help='step schedule; the power of poly')
-    add_precision_flags(add)
-    return add
-
-
-def add_precision_flags(add: Callable) -> None:
-    """Precision and compiling, added by a group's add_argument."""
-    add('--amp', choices=['bf16', 'fp16', 'off'], help='mixed precision (default: fp16 on CUDA, off on CPU)')
-    add('--tf32', action='store_true', help='TF32 for what stays in float32 (CUDA)')
-    add('--compile', action='store_true', help='torch.compile the model')
-
-
-def add_mixing_flags(parser: Parser) -> None:
-    """Mixup and CutMix."""
-    add = parser.add_argument_group('mixing').add_argument
-    add('--mixup', type=number(0), default=0., help='Mixup alpha')
-    add('--cutmix', type=number(0), default=1., help='CutMix alpha')
-    add('--cutmix-minmax', type=SHARE, nargs=2, help='CutMix side range; overrides alpha')
-    add('--mixup-prob', type=SHARE, default=1., help='of mixing a batch at all')
-    add('--mixup-switch-prob', type=SHARE, default=0.5, help='of CutMix where both are on')
-    add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'])
-
-
-def add_run_flags(parser: Parser) -> None:
-    """Output, resuming, device, processes, evaluation."""
-    add = add_output_flags(parser)
-    add('--start-epoch', type=integer(), default=0)
-    add('--eval', action='store_true', help='only evaluate --resume')
-    add('--dist-eval', action='store_true', help='share the validation images over the ranks, each on exactly one')
-    add('--no-eval', action='store_true', help='train without evaluating')
-
-
-def add_output_flags(parser: Parser) -> Callable:
-    """Output, resuming, device, processes. Returns the group's add_argument."""
-    add = parser.add_argument_group('run').add_argument
-    add('--output-dir', default='', metavar='DIR', help="checkpoints and log.txt; '' saves nothing")
-    add('--resume', default='', metavar='FILE',
-        help="resume from a checkpoint (a path, or an https address, which may end in #sha256=HEX), or 'auto' for "
-             'the newest in --output-dir')
-    add('--allow-inexact-resume', action='store_true', help='resume although processes, batch or seed are others')
-    add('--save-every', type=save_interval, metavar='N', help='a checkpoint every N steps, or Nm minutes, too')
-    add('--on-nan', default='stop', choices=['stop', 'skip'], help='what to do about a loss that is not finite')
-    add('--deterministic', action='store_true', help='deterministic algorithms on CUDA, for resuming bit by bit')
-    add('--device', default='auto', help='auto (CUDA where there is one), cuda, cuda:N or cpu')
-    add('--seed', type=SEED, default=0)
-    add('--tensorboard', action='store_true', help='write scalars to --output-dir (needs the tensorboard package)')
-    add('--dist-url', default='env://', help="torch.distributed's init method")
-    add('--dist-timeout', type=number(1e-3, 1e6), default=10, metavar='MINUTES',
-        help='a process that waits so long for another ends: a host was cut off')
-    return add
-
-
-def save_interval(text: str) -> tuple[float, str]:
-    """'500' -> (500, 'steps'); '30m' -> (30.0, 'minutes')."""
-    if text.endswith('m'):
-        return POSITIVE(text[:-1]), 'minutes'
-    return integer(1)(text), 'steps'
 
 
 def check_flags(args: argparse.Namespace) -> None:
@@ -280,3 +164,25 @@ def step_options(args: argparse.Namespace, steps: int) -> StepOptions:
     """The engine's options, for epochs of `steps` batches."""
     return StepOptions(steps, args.batch_size, args.seed, args.accum_iter, args.clip_grad, args.on_nan,
                        args.dist_timeout)
+
+
+def parallel(model: nn.Module, compiled: bool, device: torch.device, amp: str, *inputs: torch.Tensor) -> nn.Module:
+    """The model on `device`, by torch.compile if `compiled`, and in DDP where there are several ranks.
+
+    Args:
+        model: on the device.
+        compiled: whether torch.compile comes first.
+        device: of the model.
+        amp: 'bf16', 'fp16' or 'off'.
+        *inputs: like those of a batch, on the device.
+    """
+    train_model = torch.compile(model) if compiled else model
+    if world_size() > 1:
+        train_model = DistributedDataParallel(train_model, device_ids=[device.index] if device.type == 'cuda' else None,
+                                              gradient_as_bucket_view=True)
+        # DDP arranges its buckets for good after a first backward. Their layout decides in which order ranks are
+        # summed, so a resumed run must not begin with another.
+        with autocast(device, amp):
+            train_model(*inputs).float().sum().backward()
+        model.zero_grad()
+    return train_model

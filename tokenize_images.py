@@ -12,11 +12,8 @@ lines, tar shards (.cls, or .json's 'label', beside the image), parquet files (c
 
 Killed at any moment, the same command resumes where it stopped (token_files/parts.py). On one machine the files are the
 same, byte for byte, for any number of processes and interruptions (on CPUs: for the same OMP_NUM_THREADS, which
-torchrun sets to 1). An image that stopped the run may be mended or replaced under its name before the command is given again.
-
-A large codebook is cut to the codes in use, and ImageNet's 8192 become 391, in two steps: the training split with
---limit-codes, which writes DIR/codebook.ckpt, then the other splits with --codebook-path DIR/codebook.ckpt. Codebooks
-of more than 510 rows give 16-bit files, which the manifest says and training reads.
+torchrun sets to 1). An image that stopped the run may be mended or replaced under its name before the command is given
+again.
 """
 import argparse
 import contextlib

@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import nn
 from torch.distributed.rendezvous import rendezvous
+
+AMP_DTYPE = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 # ---------------------------------------------------------------- errors a user can mend
 
@@ -347,3 +350,15 @@ def seed_step(seed: int, epoch: int, step: int, rank: int, generator: torch.Gene
     torch.manual_seed(int(seeds[1]))
     generator.manual_seed(int(seeds[2]))
     random.seed(int(seeds[3]))
+
+
+def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:
+    """Automatic mixed precision: `amp` is 'bf16', 'fp16' or 'off'."""
+    if amp == 'off':
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, AMP_DTYPE[amp])
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model's parameters are."""
+    return next(model.parameters()).device

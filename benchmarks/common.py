@@ -18,6 +18,7 @@ from torch import nn
 
 import main_seit
 from fileio.files import save_torch, write_text
+from fileio.labels import write_labels
 from flags import Parser, integer
 from image_tokenizer.tokenizers import PatchTokenizer, lift_rows
 from image_tokenizer.vitvqgan import ViTVQGAN
@@ -26,7 +27,7 @@ from token_files import compact
 from token_files.compact import write_compact, write_model
 from token_files.context_model import ContextModel, fit
 from token_files.published import write_stream
-from token_files.token_file import files_of_manifest, manifest_path, manifest_text, write_labels
+from token_files.token_file import files_of_manifest, manifest_path, manifest_text
 from training.run_info import VERSIONS
 from utils import device_of_rank
 

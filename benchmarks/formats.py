@@ -34,12 +34,12 @@ from benchmarks import common
 from fileio.files import atomic_path, expand_files
 from flags import integer
 from image_data.sources import open_source
-from scripts.inspect_tokens import count_codes, entropy_bits, source_bytes
 from token_files.cache import open_codes
 from token_files.context_model import ContextModel, bits, fit
 from token_files.published import CHUNK_BYTES, index_path, parse_npy, write_stream
 from token_files.token_codecs import MAX_CODES, PUBLISHED, Codec, codec_for, encode
-from token_files.token_file import decode, manifest_path, open_token_file
+from token_files.token_file import (count_codes, decode, entropy_bits, manifest_path, open_token_file,
+                                    stated_source_bytes)
 from utils import InputError, run
 
 RUN_CODES = 1 << 23  # handled at a time
@@ -220,7 +220,8 @@ def load_codes(args: argparse.Namespace, folder: Path) -> tuple[np.ndarray, str,
     if source and len(source) != len(codes):
         raise InputError(f'{args.data_path}: has {len(source)} images, but {args.token_file} {len(codes)}: give the '
                          'images that the tokens were made from')
-    return codes, files[0].stream.name.removesuffix('.gz'), files[0].manifest, source_bytes(files, source)
+    source_bytes = source.encoded_bytes() if source else stated_source_bytes(files)
+    return codes, files[0].stream.name.removesuffix('.gz'), files[0].manifest, source_bytes
 
 
 def fit_model(codes: np.ndarray, clock: str) -> tuple[ContextModel, dict[str, Any]]:

@@ -18,18 +18,19 @@ import main_mtm_pretrain
 import main_seit
 import recipe
 from benchmarks import common
-from engine import device_of, train_one_epoch
-from flags import integer
+from engine import train_one_epoch
+from flags import KeyValues, integer
 from image_tokenizer.vitvqgan import HEAD_DIM
-from models_seit import KeyValues, create_model as create_seit
+from models_seit import create_model as create_seit
 from samplers import shuffled
+from seitpp import mtm_recipe
 from seitpp.models_mtm import PATCH, create_model, draw_masks, masked_token_loss
 from seitpp.token_adapt import SIZE, TokenAdapt, size_of_width
 from seitpp.token_adapt_training import save_token_adapt
 from token_dataset import TokenDataset
 from token_files.codebook import load_codebook
 from training.checkpoints import TrainState
-from utils import run
+from utils import device_of, run
 
 CLASSES = 1000
 
@@ -73,10 +74,10 @@ def seit_step(args: argparse.Namespace, codebook: torch.Tensor, data: TokenDatas
 def pretraining_step(args: argparse.Namespace, codebook: torch.Tensor, data: TokenDataset,
                      device: torch.device) -> tuple:
     """State and loss of main_mtm_pretrain.py's loop."""
-    size = main_mtm_pretrain.check_sizes(args)
+    size = mtm_recipe.check_sizes(args)
     model = create_model(args.model, args.model_kwargs, len(codebook), size).to(device)
-    token_adapt = main_mtm_pretrain.open_token_adapt(args.tokenadapt_path, codebook, device)
-    prepare = main_mtm_pretrain.make_input(args, codebook.to(device), data.grid_size, size, token_adapt)
+    token_adapt = mtm_recipe.open_token_adapt(args.tokenadapt_path, codebook, device)
+    prepare = mtm_recipe.make_input(args, codebook.to(device), data.grid_size, size, token_adapt)
     ratio = main_mtm_pretrain.make_mask_ratio(args)
 
     def loss_of(model: nn.Module, batch: tuple, generator: torch.Generator) -> torch.Tensor:
@@ -88,17 +89,17 @@ def pretraining_step(args: argparse.Namespace, codebook: torch.Tensor, data: Tok
     inputs = torch.zeros(args.batch_size, size, size, dtype=torch.int64, device=device)
     masks = draw_masks(len(inputs), (size // PATCH) ** 2, ratio, torch.Generator(device))
     amp = args.amp or recipe.default_amp(device)
-    return main_mtm_pretrain.make_state(args, model, optimizer, amp, len(data), (inputs, *masks)), loss_of
+    return mtm_recipe.make_state(args, model, optimizer, amp, len(data), (inputs, *masks)), loss_of
 
 
 def finetuning_step(args: argparse.Namespace, codebook: torch.Tensor, data: TokenDataset,
                     device: torch.device) -> tuple:
     """State and loss of main_mtm_finetune.py's loop."""
-    size = main_mtm_pretrain.check_sizes(args)
+    size = mtm_recipe.check_sizes(args)
     model = main_mtm_finetune.make_model(args, len(codebook), size, CLASSES).to(device)
-    token_adapt = main_mtm_pretrain.open_token_adapt(args.tokenadapt_path, codebook, device)
+    token_adapt = mtm_recipe.open_token_adapt(args.tokenadapt_path, codebook, device)
     mixup, criterion = recipe.make_loss(args, CLASSES)
-    prepare = main_mtm_pretrain.make_input(args, codebook.to(device), data.grid_size, size, token_adapt, mixup)
+    prepare = mtm_recipe.make_input(args, codebook.to(device), data.grid_size, size, token_adapt, mixup)
 
     def loss_of(model: nn.Module, batch: tuple, generator: torch.Generator) -> torch.Tensor:
         codes, targets = prepare(*batch, generator)
@@ -107,7 +108,7 @@ def finetuning_step(args: argparse.Namespace, codebook: torch.Tensor, data: Toke
     inputs = torch.zeros(args.batch_size, size, size, dtype=torch.int64, device=device)
     optimizer = main_mtm_finetune.make_optimizer(args, model)
     amp = args.amp or recipe.default_amp(device)
-    return main_mtm_pretrain.make_state(args, model, optimizer, amp, len(data), (inputs,)), loss_of
+    return mtm_recipe.make_state(args, model, optimizer, amp, len(data), (inputs,)), loss_of
 
 
 def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:

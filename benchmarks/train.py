@@ -19,13 +19,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main_seit
 import recipe
 from benchmarks import common
-from engine import AMP_DTYPE, train_one_epoch
+from engine import train_one_epoch
 from flags import integer
 from models_seit import create_model
 from samplers import shuffled
 from token_dataset import choose_data_device
 from token_files.codebook import load_codebook
-from utils import InputError, keep_freed_memory, run
+from utils import AMP_DTYPE, InputError, keep_freed_memory, run
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

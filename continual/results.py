@@ -19,11 +19,11 @@ from torch import nn
 from continual.forms import length_of
 from continual.memory import ReplayMemory, load_memory
 from continual.tasks import Tasks, average_incremental, forgetting
-from engine import device_of, evaluate
+from engine import evaluate
 from fileio.files import MAX_JSON_BYTES, parse_json, read_bytes, write_text
 from image_data.class_subsets import OnlyClasses
 from training.run_folder import FILES
-from utils import InputError
+from utils import InputError, device_of
 
 RUN = 'run.json'
 RESULTS = 'results.jsonl'

@@ -1,8 +1,8 @@
 """The flags of class-incremental training: tasks, replay memory, tokens."""
 from typing import Any
 
+import flags
 import main_seit
-import recipe
 from continual.forms import FORMS
 from continual.memory import POLICIES
 from continual.tasks import ORDER_SEED
@@ -27,7 +27,7 @@ def add_task_flags(parser: Parser) -> None:
     add('--inc-classes', type=integer(1), default=10, help='classes of each later task')
     add('--order-seed', type=integer(0, (1 << 32) - 1), default=ORDER_SEED, help='of the order of the classes')
     add('--joint', action='store_true', help='train on all images of the classes seen, without a memory: upper bound')
-    add('--model-ema', action=recipe.ON_OFF, default=False,
+    add('--model-ema', action=flags.ON_OFF, default=False,
         help="an average of a task's weights, evaluated too; the next task starts from the weights themselves")
 
     add = parser.add_argument_group('memory').add_argument
@@ -36,7 +36,7 @@ def add_task_flags(parser: Parser) -> None:
     add('--memory-policy', default='balanced', choices=POLICIES)
     add('--memory-quality', type=integer(1, 95), help='of --memory jpeg')
     add('--memory-side', type=integer(1), help='pixels of the short side, at most, of --memory resize')
-    add('--replay-share', type=recipe.SHARE, default=0.5, help='part of each batch that comes from memory')
+    add('--replay-share', type=flags.SHARE, default=0.5, help='part of each batch that comes from memory')
     add('--eval-stored', action='store_true', help='evaluate the validation images as the memory would give them back, '
         'too: for --new pixels, what the shift between stored and new images costs')
 

@@ -1,13 +1,15 @@
 """Classes: how many a model has, and whether two sets of labels mean the same ones."""
 import itertools
+import re
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 
-from training.origins import origin_note
+from fileio.files import MAX_LABEL_BYTES, read_bytes, write_text
 from utils import InputError
+
+MAX_CLASS = 10 ** 6  # a larger label is no class number
 
 
 def check_class_names(ours: list[str] | None, theirs: list[str] | None, our_file: str | Path,
@@ -53,12 +55,28 @@ def count_classes(labels: dict[str, np.ndarray], asked: int | None, trained: int
     return classes
 
 
-def head_size(weights: dict[str, Any], classifier: str | tuple[str, ...], path: str) -> int:
-    """Classes that the head of a checkpoint's weights tells apart, by its name. Raises InputError without one."""
-    classifier = classifier if isinstance(classifier, str) else classifier[0]  # the second distills
-    bias = weights.get(f'{classifier}.bias')
-    if not isinstance(bias, torch.Tensor) or bias.ndim != 1:
-        names = ', '.join(map(str, list(weights)[:3]))
-        raise InputError(f'{path}: no {classifier}.bias among its weights ({names}, ...): of another kind of model'
-                         + origin_note(weights, {}))
-    return len(bias)
+def read_labels(path: str | Path) -> np.ndarray:
+    """The (N,) int64 classes in a label file; empty lines at its end are passed over.
+
+    Raises:
+        InputError: naming the first bad line.
+    """
+    text = read_bytes(path, MAX_LABEL_BYTES).removeprefix(b'\xef\xbb\xbf').rstrip(b' \t\r\n')
+    if not text:
+        raise InputError(f'{path}: no labels in it')
+    bad = re.search(rb'^(?![ \t]*[+-]?\d{1,18}[ \t\r]*$).*', text, re.MULTILINE)
+    if bad:
+        line = text.count(b'\n', 0, bad.start()) + 1
+        raise InputError(f'{path}: line {line} is not an integer class: {bad.group()[:40].decode(errors="replace")!r}')
+    labels = np.fromstring(text, np.int64, sep=' ')
+    wrong = (labels < 0) | (labels > MAX_CLASS)
+    if wrong.any():
+        line = int(np.argmax(wrong))
+        raise InputError(f'{path}: line {line + 1}: class {labels[line]} is not from 0 to {MAX_CLASS:,}; classes are '
+                         'numbered from 0')
+    return labels
+
+
+def write_labels(path: str | Path, labels: Iterable[int]) -> None:
+    """Write a label file atomically. Raises InputError."""
+    write_text(path, ''.join(f'{label}\n' for label in labels))

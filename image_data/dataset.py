@@ -4,6 +4,7 @@ Worker processes decode and augment; uint8 pixels travel to the device, and are 
 an image is a function of (seed, epoch, its number, which of its copies), so a resumed run repeats it exactly, whatever
 the number of processes.
 """
+import argparse
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -14,8 +15,11 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
 
-from image_data.sources import load_images, open_source
-from utils import InputError
+from image_data.sources import Source, load_images, open_source
+from samplers import shuffled
+from utils import InputError, rank, world_size
+
+HELD_OUT = 1000  # images, at most a tenth of all
 
 
 class ImageDataset:
@@ -137,3 +141,56 @@ def random_erasing(probability: float, device: torch.device) -> Callable[[torch.
     It draws from Python's and torch's global generators, which the engine seeds for each step.
     """
     return RandomErasing(probability, mode='pixel', device=device)
+
+
+class Images:
+    """Some of a source's images, as batches of pixels.
+
+    Args:
+        args: the command line.
+        source: of the images.
+        chosen: (N,) int64, which of them.
+        device: where batches go.
+    """
+
+    def __init__(self, args: argparse.Namespace, source: Source, chosen: np.ndarray, device: torch.device):
+        self.args = args
+        self.source = source
+        self.chosen = chosen
+        self.device = device
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def batches(self, indices: np.ndarray) -> Iterator[torch.Tensor]:
+        """(B, 3, S, S) uint8 on the device, of the images of these indices (M,). Raises InputError."""
+        args = self.args
+        numbers = self.chosen[indices]
+        parts = [numbers[first:first + args.batch_size] for first in range(0, len(numbers), args.batch_size)]
+        pin_memory = self.device.type == 'cuda'
+        for batch in load_images(self.source, parts, args.image_size, workers=args.num_workers,
+                                 skip_bad=args.skip_bad_images, pin_memory=pin_memory,
+                                 max_pixels=args.max_image_pixels):
+            if not len(batch.indices):
+                raise InputError(f'{self.source.data_path}: none of the {len(batch.skipped)} images of a batch can be '
+                                 'read')
+            yield batch.pixels.to(self.device, non_blocking=pin_memory)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Indices of the images of an epoch on this rank, as many as --epoch-images says."""
+        order = shuffled(len(self), world_size(), rank(), self.args.seed, epoch)
+        return order[:self.args.epoch_images // world_size()] if self.args.epoch_images else order
+
+
+def hold_out(args: argparse.Namespace, device: torch.device) -> tuple[Images, Images]:
+    """The images that are trained on, and those held out, disjoint. Raises InputError."""
+    source = open_source(args.data_path)
+    val_source = open_source(args.val_path) if args.val_path else source
+    count = args.val_images or min(HELD_OUT, max(1, len(val_source) // 10))
+    if count > len(val_source) or (not args.val_path and count == len(source)):
+        raise InputError(f'{args.val_path or args.data_path}: of its {len(val_source)} images {count} cannot be held '
+                         'out and leave some to train on: give a smaller --val-images')
+    order = torch.randperm(len(val_source), generator=torch.Generator().manual_seed(args.seed)).numpy()
+    trained = np.arange(len(source)) if args.val_path else np.sort(order[count:])
+    held_out = np.sort(order[:count])  # in order, so that row groups of parquet files are read once
+    return Images(args, source, trained, device), Images(args, val_source, held_out, device)

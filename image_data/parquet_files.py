@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from token_files.token_file import MAX_CLASS
+from fileio.labels import MAX_CLASS
 from utils import InputError, first_line
 
 if TYPE_CHECKING:

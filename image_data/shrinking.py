@@ -9,27 +9,32 @@ Encoders are PIL's: a JPEG has one scan, its chroma at half the resolution, and 
 which small ones take a third less for the same pixels. All images become RGB,
 and what they hold beside pixels (EXIF, color profiles) is dropped, but by `sample`.
 """
+import contextlib
+import ctypes
 import io
 import math
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePath
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from fileio.files import read_bytes
 from image_data.decoding import BadImage, bare_bytes, decode_rgb, image_extensions, image_formats, is_image, pixels_of
 from image_data.quality import psnr
-from image_data.sources import Source
+from image_data.sources import Source, next_batch
+from image_data.workers import plan_workers
 from utils import InputError
 
 RESIZED_QUALITY = 95  # of the JPEGs that resized images become
 SHARES = 1000  # steps in which shares and factors are searched
 EQUAL = 100.  # what psnr gives for equal images
 MAX_SCORE_BYTES = 1 << 30  # of a file of scores: ImageNet-21k's is of 600 MB
+CHUNK = 32  # images that a process makes at a time
 
 
 class Method(NamedTuple):
@@ -275,3 +280,34 @@ def largest_within(lowest: int, highest: int, measure: Callable[[int], float], b
         else:
             highest = middle
     return lowest
+
+
+def make_chunks(images: np.ndarray) -> list[np.ndarray]:
+    """Indices (N,) cut into chunks of CHUNK."""
+    return [images[first:first + CHUNK] for first in range(0, len(images), CHUNK)]
+
+
+def shrink_chunks(made: ShrunkImages, workers: int) -> Iterator[list[Shrunk]]:
+    """Yield the chunks of `made`, in order, made in worker processes. Raises InputError."""
+    image_formats()  # once, before the processes fork
+    processes, ahead = plan_workers(min(workers, len(made)), 0)  # nothing passes through shared memory
+    loader = iter(DataLoader(made, batch_size=None, num_workers=processes, collate_fn=_unchanged,
+                             prefetch_factor=ahead if processes else None,
+                             multiprocessing_context='fork' if processes else None, generator=torch.Generator(),
+                             worker_init_fn=_end_with_parent))
+    for _ in range(len(made)):
+        chunk = next_batch(loader, made.source)
+        if isinstance(chunk, str):
+            raise InputError(f'{made.source.data_path}: {chunk}: replace or remove it')
+        yield chunk
+
+
+def _end_with_parent(_: int) -> None:
+    """Let the kernel end this process when its parent is killed: it would wait for ever to pass on what it made."""
+    with contextlib.suppress(OSError, AttributeError):  # no Linux
+        set_parent_death_signal = 1  # of sys/prctl.h
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
+def _unchanged(chunk: list[Shrunk] | str) -> list[Shrunk] | str:
+    return chunk

@@ -29,14 +29,14 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fileio.files import expand_files
-from fileio.labels import check_class_names
+from fileio.labels import MAX_CLASS, check_class_names
 from image_data.decoding import BadImage, LeftOut, decode_rgb, image_formats, is_hidden, resize_square
 from image_data.folders import holds_class_folders, read_folder, read_regular_file
 from image_data.parquet_files import (check_one_split, class_names, image_bytes, open_parquet, read_column,
                                       read_labels_of)
 from image_data.tar_shards import read_tar
 from image_data.workers import plan_workers
-from token_files.token_file import MAX_CLASS
+from image_tokenizer.tokenizers import unit_range
 from utils import InputError, print0
 
 
@@ -360,3 +360,9 @@ class _DecodedBatches(Dataset):
                 good.append(i)
                 sizes.append(len(data))
         return ImageBatch(np.array(good, np.int64), pixels[:len(good)], np.array(sizes, np.int64), skipped)
+
+
+def source_images(source: Source, count: int, size: int, max_pixels: int | None) -> torch.Tensor:
+    """The first images of a source as the tokenizer gets them: (count, 3, size, size) float32 in [0, 1]."""
+    batch = next(load_images(source, [range(count)], size, max_pixels=max_pixels))
+    return unit_range(batch.pixels)

@@ -10,8 +10,8 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from fileio.files import parse_json
+from fileio.labels import MAX_CLASS
 from image_data.decoding import LeftOut, image_extensions, is_hidden
-from token_files.token_file import MAX_CLASS
 from utils import InputError
 
 LABEL_BYTES = 1 << 20  # more is no label

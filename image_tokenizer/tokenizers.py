@@ -13,12 +13,9 @@ The codebook is a (K, embed_dim) tensor of its own. A feature's code is the row 
 `load_tokenizer` reads every kind of tokenizer file: the patch tokenizer below; ViT-VQGAN (vitvqgan.py) as a plain state
 dict, as .safetensors or as a public Lightning checkpoint; and SeiT's published module, which runs code when loaded.
 """
-import contextlib
 import math
 import pickle
 import re
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,7 @@ from torch import nn
 
 from fileio.torch_files import load_torch
 from image_tokenizer.kmeans import nearest_rows
+from image_tokenizer.pickled import from_module, load_running_code
 from image_tokenizer.vitvqgan import ViTVQGAN, prefixes
 from token_files.codebook import quantize
 from utils import InputError, first_line
@@ -162,26 +160,6 @@ def lift_rows(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows, torch.full_like(rows[:, :1], LIFT)], 1)
 
 
-class ModuleTokenizer(nn.Module):
-    """A module loaded whole, used as it was found.
-
-    Args:
-        module: gives (B, n, d) features for (B, 3, H, W) images in [0, 1].
-        patch_size: as in the interface above.
-        embed_dim: likewise.
-    """
-
-    def __init__(self, module: nn.Module, patch_size: int, embed_dim: int):
-        super().__init__()
-        self.module = module
-        self.patch_size = patch_size
-        self.embed_dim = embed_dim
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) float in [0, 1] -> (B, n, embed_dim) features."""
-        return self.module(images)
-
-
 # ---------------------------------------------------------------- files that run no code
 
 def load_tokenizer(path: str | Path, code_path: str | Path | None = None) -> nn.Module:
@@ -293,91 +271,3 @@ def patch_tokenizer(path: str | Path, state: dict[str, Any]) -> PatchTokenizer:
 
 
 # ---------------------------------------------------------------- files that do
-
-@contextlib.contextmanager
-def on_sys_path(folder: str | Path) -> Iterator[None]:
-    """Let Python import from `folder` inside the with block."""
-    folder = str(Path(folder).resolve())
-    sys.path.insert(0, folder)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(ValueError):  # the code imported may have tidied it away
-            sys.path.remove(folder)
-
-
-def load_running_code(path: str | Path, code_path: str | Path, use: Callable[[str | Path, Any], Any]) -> Any:
-    """Load a torch file by running the code it asks for.
-
-    Args:
-        path: of the file.
-        code_path: the folder of the code.
-        use: called with `path` and what was loaded, while the folder is importable, since a module may import at its
-            first call.
-
-    Returns:
-        What `use` returns.
-
-    Raises:
-        InputError: for a missing folder, and whatever goes wrong in the file's own code.
-    """
-    if not Path(code_path).is_dir():
-        raise InputError(f'--tokenizer-code-path {code_path}: no such folder')
-    with on_sys_path(code_path):
-        try:
-            value = torch.load(path, map_location='cpu', weights_only=False)
-        except (ImportError, AttributeError) as error:
-            raise InputError(f'{path}: its code cannot be imported from {code_path} ({first_line(error)}): give '
-                             '--tokenizer-code-path the folder its classes are imported from, or convert the file '
-                             'with scripts/convert_tokenizer.py, which needs no code') from None
-        except Exception as error:  # the file's own code runs here, and may raise anything
-            raise InputError(f'{path}: cannot be loaded as a tokenizer ({first_line(error)})') from None
-        return use(path, value)
-
-
-@torch.no_grad()
-def features_of(module: nn.Module, side: int) -> torch.Tensor:
-    """Features (1, n, d) that a module gives for one fixed noise image of side x side pixels.
-
-    Raises:
-        InputError: when it gives anything else, or n is no square that divides the image.
-    """
-    image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
-    try:
-        features = module(image)
-    except Exception as error:  # code of unknown origin
-        raise InputError(f'the module fails on a {side}x{side} image ({first_line(error)})') from None
-    if not isinstance(features, torch.Tensor):
-        raise InputError(f'the module gives a {type(features).__name__} for an image, not features (1, n, d)')
-    grid_size = math.isqrt(features.shape[1]) if features.ndim == 3 else 0
-    if grid_size == 0 or grid_size ** 2 != features.shape[1] or side % grid_size:
-        raise InputError(f'the module gives shape {tuple(features.shape)} for an image, not features (1, n, d) '
-                         'on a square grid')
-    return features
-
-
-def same_features(theirs: torch.Tensor, ours: torch.Tensor) -> bool:
-    """Whether two (1, n, d) features are the same but for rounding."""
-    return theirs.shape == ours.shape and bool((theirs - ours).abs().max() <= 1e-3 * theirs.abs().max())
-
-
-def from_module(path: str | Path, module: nn.Module) -> nn.Module:
-    """A pickled module as a tokenizer: as our ViTVQGAN where names and features agree, else as it was found.
-
-    Raises:
-        InputError: for a module that gives no features.
-    """
-    try:
-        model = ViTVQGAN.from_state_dict(module.state_dict())
-    except InputError:
-        model = None  # other names
-    side = 256 if model is None else model.image_size
-    try:
-        theirs = features_of(module, side)
-    except InputError as error:
-        if model is None:
-            raise InputError(f'{path}: {error}') from None
-        return model  # an autoencoder, whose output is images
-    if model is not None and same_features(theirs, features_of(model, side)):
-        return model
-    return ModuleTokenizer(module, side // math.isqrt(theirs.shape[1]), theirs.shape[2]).eval()

@@ -12,14 +12,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from engine import autocast
 from fileio.files import atomic_path
 from image_data.quality import WINDOW, psnr, ssim
 from image_tokenizer.tokenizers import FORMAT, VERSION, unit_range
 from image_tokenizer.vector_quantizer import VectorQuantizer
 from image_tokenizer.vitvqgan import ViTVQGAN
 from image_tokenizer.vq_start import start_weights
-from utils import InputError, print0
+from utils import InputError, autocast, print0
 
 COLLAPSED = 0.1  # of the codes in use: below, a run stops
 SPARSE = 0.5  # below, it warns

@@ -22,7 +22,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import atomic_path, check_writable, save_torch
 from flags import Parser
-from image_tokenizer.tokenizers import CodeNeeded, features_of, load_running_code, read_file, same_features
+from image_tokenizer.pickled import features_of, load_running_code, same_features
+from image_tokenizer.tokenizers import CodeNeeded, read_file
 from image_tokenizer.vitvqgan import ViTVQGAN
 from utils import InputError, print0, run
 

@@ -24,6 +24,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import check_writable, expand_files, lock_file, write_text
+from fileio.labels import write_labels
 from flags import Parser
 from token_files import compact
 from token_files.compact import write_compact, write_model
@@ -31,7 +32,7 @@ from token_files.context_model import fit
 from token_files.published import index_path, write_stream
 from token_files.token_codecs import MAX_CODES, codec_for
 from token_files.token_file import (TokenFile, bytes_on_disk, decode, files_of_manifest, labels_of, manifest_path,
-                                    manifest_text, open_token_file, write_labels)
+                                    manifest_text, open_token_file)
 from utils import InputError, print0, run
 
 

@@ -34,6 +34,7 @@ from training.preemption import REQUEUE
 from training.run_folder import RunFolder, RunLog, find_checkpoint
 from training.run_info import print_batch, print_model, run_record
 from train_tokenizer import add_image_flags, hold_out
+import flags
 from image_tokenizer.vitvqgan import HEAD_DIM
 from utils import InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, on_main, print0, rank, run
 
@@ -54,11 +55,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group('augmentation').add_argument
     add('--input-size', type=integer(2), help='side of the crops, in pixels; default: 7/8 of --image-size')
-    add('--rrc-ratio', type=recipe.SHARE, default=0.08, help='smallest area of the random-resized crop')
-    add('--mixup-prob', type=recipe.SHARE, default=0.25, help=f'of Mixup in a batch, of alpha {ADAPTED_MIXUP}')
+    add('--rrc-ratio', type=flags.SHARE, default=0.08, help='smallest area of the random-resized crop')
+    add('--mixup-prob', type=flags.SHARE, default=0.25, help=f'of Mixup in a batch, of alpha {ADAPTED_MIXUP}')
 
-    recipe.add_average_flags(recipe.add_step_flags(parser))
-    recipe.add_output_flags(parser)
+    flags.add_average_flags(flags.add_step_flags(parser))
+    flags.add_output_flags(parser)
     parser.set_defaults(epochs=30, lr=8e-3, weight_decay=1e-2, clip_grad=1., warmup_epochs=0, model_ema=False,
                         start_epoch=0)
     args = parser.parse_args(argv)

@@ -28,12 +28,12 @@ from image_tokenizer.tokenizers import decode_codes, load_tokenizer
 from token_files.codebook import load_codebook
 from training.checkpoints import load_checkpoint, load_weights, saved_flags
 from inspect_tokens import source_images
-from models_seit import KeyValues
+from flags import KeyValues
 from seitpp.models_mtm import MODELS, PATCH, MaskedTokenModel, create_model, masked_token_loss, masks_of
 from token_augment import center_crop, check_crop
 from token_files.cache import open_codes
 from token_files.token_file import open_token_file
-from training.origins import PRETRAIN, check_codes, check_origin, without_token_adapt
+from training.checkpoints import PRETRAIN, check_codes, check_origin, without_token_adapt
 from utils import InputError, print0, run
 
 GRAY = 0.5

@@ -23,16 +23,15 @@ from torchvision.utils import make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import atomic_path, check_writable, expand_files
+from fileio.labels import read_labels
 from flags import Parser, integer
-from image_data.sources import Source, load_images, open_source
-from image_tokenizer.tokenizers import decode_codes, load_tokenizer, unit_range
+from image_data.sources import Source, open_source, source_images
+from image_tokenizer.tokenizers import decode_codes, load_tokenizer
 from token_files.cache import open_codes
 from token_files.codebook import load_codebook
-from token_files.token_codecs import ESCAPE, codec_for
-from token_files.token_file import TokenFile, bytes_on_disk, open_token_file, read_labels
+from token_files.token_file import TokenFile, bytes_per_image, count_codes, entropy_bits, open_token_file
 from utils import InputError, print0, run
 
-IMAGES_AT_ONCE = 4096  # counted at a time: bounds memory
 PATCH_SIZE = 8  # pixels a code covers where no tokenizer says so (the published one)
 
 
@@ -54,61 +53,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 # ---------------------------------------------------------------- numbers
 
-def count_codes(codes: np.ndarray, codebook_size: int) -> np.ndarray:
-    """Uses of each code, (K,) int64, in codes (N, n) uint16. Raises ValueError for a code beyond the codebook."""
-    counts = np.zeros(1 << 16, np.int64)
-    for start in range(0, len(codes), IMAGES_AT_ONCE):
-        counts += np.bincount(codes[start:start + IMAGES_AT_ONCE].ravel(), minlength=len(counts))
-    if counts[codebook_size:].any():
-        raise ValueError(f'holds code {counts.nonzero()[0].max()}, but the codebook has {codebook_size} rows')
-    return counts[:codebook_size]
-
-
-def entropy_bits(counts: np.ndarray) -> float:
-    """Entropy in bits of one code drawn by counts (K,): from 0 (one code only) to log2(K) (all equally frequent)."""
-    shares = counts[counts > 0] / counts.sum()
-    return float(np.log2(1 / shares) @ shares)
-
-
-def source_bytes(files: Sequence[TokenFile], source: Source | None) -> int | None:
-    """Bytes of the source images: as `source` has them, else as the manifests of the tokens say, else None."""
-    if source:
-        return source.encoded_bytes()
-    stated = [file.manifest.get('source_bytes') for file in files]
-    return sum(stated) if all(type(value) is int for value in stated) else None
-
-
-def raw_bytes(counts: np.ndarray) -> int:
-    """Bytes of the codes with `counts` (K,) uses as a stream of bytes, see token_files/token_codecs.py."""
-    if codec_for(len(counts)).name == 'uint16-le':
-        return 2 * int(counts.sum())
-    return int(counts.sum() + counts[ESCAPE:].sum())
-
-
-def bytes_per_image(files: Sequence[TokenFile], source: Source | None, shape: tuple[int, int],
-                    counts: np.ndarray) -> dict[str, float]:
-    """Bytes an image in several ways.
-
-    Args:
-        files: the token files.
-        source: the source images, or None.
-        shape: (N, n) of the codes.
-        counts: (K,) uses of each code.
-
-    Returns:
-        `raw` is the uncompressed stream of bytes, `stored` the files, `fixed` log2(K) bits a code, `entropy` the fewest
-        a coder can reach that sees each code on its own; `source`, where it is known, the source images.
-    """
-    images, n = shape
-    size = {'raw': raw_bytes(counts) / images,
-            'stored': bytes_on_disk(files) / images,
-            'fixed': n * math.log2(len(counts)) / 8,
-            'entropy': n * entropy_bits(counts) / 8}
-    source_size = source_bytes(files, source)
-    if source_size is not None:
-        size['source'] = source_size / images
-    return {name: round(value, 2) for name, value in size.items()}
-
 
 def summarize(files: Sequence[TokenFile], source: Source | None, codes: np.ndarray,
               counts: np.ndarray) -> dict[str, Any]:
@@ -116,7 +60,8 @@ def summarize(files: Sequence[TokenFile], source: Source | None, codes: np.ndarr
     images, n = codes.shape
     return {'images': images, 'grid': math.isqrt(n), 'codes': len(counts), 'codes_used': int((counts > 0).sum()),
             'entropy_bits': round(entropy_bits(counts), 4), 'most_bits': round(math.log2(len(counts)), 4),
-            'bytes_per_image': bytes_per_image(files, source, codes.shape, counts), 'code_counts': counts.tolist()}
+            'bytes_per_image': bytes_per_image(files, codes.shape, counts, source.encoded_bytes() if source else None),
+            'code_counts': counts.tolist()}
 
 
 def count_classes(label_file: str, images: int) -> dict[int, int]:
@@ -165,11 +110,6 @@ def describe(summary: dict[str, Any]) -> list[str]:
 
 
 # ---------------------------------------------------------------- pictures
-
-def source_images(source: Source, count: int, size: int, max_pixels: int | None) -> torch.Tensor:
-    """The first images of a source as the tokenizer gets them: (count, 3, size, size) float32 in [0, 1]."""
-    batch = next(load_images(source, [range(count)], size, max_pixels=max_pixels))
-    return unit_range(batch.pixels)
 
 
 def contact_sheet(args: argparse.Namespace, codes: np.ndarray, codebook: torch.Tensor,

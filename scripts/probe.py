@@ -22,20 +22,19 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main_pixels
 import models_seit
-from fileio.labels import check_class_names, count_classes, head_size
+from fileio.labels import check_class_names, count_classes
 from seitpp import models_mtm_finetune
 from token_files.codebook import load_codebook
-from training.checkpoints import load_checkpoint, load_weights, saved_flags
+from training.checkpoints import head_size, load_checkpoint, load_weights, saved_flags
 from feature_probes import TEMPERATURE, accuracies, linear_probe, neighbor_votes
 from fileio.files import check_writable, write_text
-from flags import Parser, integer, number
+from flags import KeyValues, Parser, integer, number
 from image_data.dataset import ImageDataset, Normalize, eval_transform
-from main_mtm_pretrain import canonical_codes
-from models_seit import KeyValues
 from samplers import in_order
+from seitpp.mtm_recipe import canonical_codes
 from token_augment import EvalTransform, center_crop, check_crop
 from token_dataset import TokenDataset
-from training.origins import PRETRAIN, SEIT, check_codes, origin
+from training.checkpoints import PRETRAIN, SEIT, check_codes, origin
 from training.pretrained import POSITIONS, prefix_tokens, prefixes
 from training.run_info import print_model
 from utils import InputError, init_distributed, print0, run

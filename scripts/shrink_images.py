@@ -24,13 +24,10 @@ of processes and interruptions. In the manifest, bytes an image as files and wit
 entropy-coded scans, of a WebP the bitstream; null where an image is neither), and the mean PSNR against the source.
 """
 import argparse
-import contextlib
-import ctypes
 import math
 import os
-import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,22 +35,18 @@ import numpy as np
 import PIL
 import torch
 from PIL import features
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import expand_files, read_json, sha256
 from flags import SEED, Parser, integer, number
-from image_data.decoding import image_formats
-from image_data.shrinking import (METHODS, Ranking, Shrunk, ShrunkImages, Unreachable, check_parameter, largest_within,
-                                  read_scores)
+from image_data.shrinking import (METHODS, Ranking, ShrunkImages, Unreachable, check_parameter, largest_within,
+                                  make_chunks, read_scores, shrink_chunks)
 from image_data.shrunk_sets import PART, SetFolder, class_folders, image_names
-from image_data.sources import Source, TarImages, next_batch, open_source
-from image_data.workers import plan_workers
+from image_data.sources import Source, TarImages, open_source
 from utils import InputError, cores, print0, run
 
 SEARCHED = 2000  # images on which a budget's parameter is searched, at most
-CHUNK = 32  # images that a process makes at a time
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -87,36 +80,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 # ---------------------------------------------------------------- making images smaller
-
-def make_chunks(images: np.ndarray) -> list[np.ndarray]:
-    """Indices (N,) cut into chunks of CHUNK."""
-    return [images[first:first + CHUNK] for first in range(0, len(images), CHUNK)]
-
-
-def shrink_chunks(made: ShrunkImages, workers: int) -> Iterator[list[Shrunk]]:
-    """Yield the chunks of `made`, in order, made in worker processes. Raises InputError."""
-    image_formats()  # once, before the processes fork
-    processes, ahead = plan_workers(min(workers, len(made)), 0)  # nothing passes through shared memory
-    loader = iter(DataLoader(made, batch_size=None, num_workers=processes, collate_fn=_unchanged,
-                             prefetch_factor=ahead if processes else None,
-                             multiprocessing_context='fork' if processes else None, generator=torch.Generator(),
-                             worker_init_fn=_end_with_parent))
-    for _ in range(len(made)):
-        chunk = next_batch(loader, made.source)
-        if isinstance(chunk, str):
-            raise InputError(f'{made.source.data_path}: {chunk}: replace or remove it')
-        yield chunk
-
-
-def _end_with_parent(_: int) -> None:
-    """Let the kernel end this process when its parent is killed: it would wait for ever to pass on what it made."""
-    with contextlib.suppress(OSError, AttributeError):  # no Linux
-        set_parent_death_signal = 1  # of sys/prctl.h
-        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
-
-
-def _unchanged(chunk: list[Shrunk] | str) -> list[Shrunk] | str:
-    return chunk
 
 
 def choose_parameter(args: argparse.Namespace, source: Source, ranking: Ranking) -> dict[str, Any]:

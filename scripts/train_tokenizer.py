@@ -12,7 +12,7 @@ texture blurs; published weights that were trained with one load in the same pro
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +22,12 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import flags
 import recipe
 from engine import rank_indices, train
 from fileio.files import atomic_path, save_torch
-from flags import Parser, integer, number
-from image_data.sources import Source, load_images, open_source
+from flags import Parser, add_image_flags, integer, number
+from image_data.dataset import Images, hold_out
 from image_tokenizer.perceptual_loss import PerceptualLoss
 from image_tokenizer.tokenizers import check_sizes, unit_range
 from image_tokenizer.vector_quantizer import ESTIMATORS, VectorQuantizer
@@ -39,8 +40,8 @@ from training.loss_meter import NotFinite
 from training.preemption import REQUEUE
 from training.run_folder import RunFolder, RunLog, find_checkpoint
 from training.run_info import print_model, run_record
-from utils import (InputError, check_same_on_all_ranks, cores, init_distributed, keep_freed_memory, on_main, print0,
-                   rank, run, world_size)
+from utils import (InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, on_main, print0,
+                   rank, run)
 
 TOKENIZER = 'tokenizer.safetensors'
 CODEBOOK = 'codebook.ckpt'
@@ -48,31 +49,14 @@ SHEET = 'reconstruction.png'
 VITS = {'tiny': Size(256, 4, 4, 1024), **SIZES}
 MLP_RATIO = 4  # feed-forward width of a ViT of an explicit --width
 SHEET_IMAGES = 16
-HELD_OUT = 1000  # images, at most a tenth of all
 PATCHES_A_CODE = 64  # that new weights are fitted to
-
-
-def add_image_flags(parser: Parser) -> Callable:
-    """The images, those held out, and how they are read. Returns the group's add_argument."""
-    add = parser.add_argument_group('data').add_argument
-    add('--data-path', required=True, metavar='PATH',
-        help='class folders of images, a list file .txt, tar shards or parquet files: see image_data/sources.py')
-    add('--val-path', default='', metavar='PATH', help='held-out images; default: some of --data-path')
-    add('--val-images', type=integer(1), metavar='N',
-        help='images held out, drawn at random; default: a tenth of them, 1,000 at most')
-    add('--epoch-images', type=integer(1), metavar='N', help='images of an epoch, drawn at random; default: all')
-    add('--image-size', type=integer(1), default=256, help='images are resized to this, both sides')
-    add('--num-workers', type=integer(), default=cores(), metavar='N', help='processes that decode images, per rank')
-    add('--skip-bad-images', action='store_true', help='leave unreadable images out, instead of stopping at one')
-    add('--max-image-pixels', type=integer(1), metavar='N', help="images with more are refused; default: PIL's limit")
-    return add
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError, also for values that cannot work together."""
     parser = Parser(__doc__.splitlines()[0])
     add = add_image_flags(parser)
-    add('--flip', action=recipe.ON_OFF, default=True, help='mirror half of the training images')
+    add('--flip', action=flags.ON_OFF, default=True, help='mirror half of the training images')
 
     add = parser.add_argument_group('tokenizer').add_argument
     add('--vit', default='small', choices=list(VITS), help='size of encoder and decoder; tiny is for CPUs')
@@ -82,8 +66,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--codes', type=integer(2, 1 << 16), default=391, help='rows of the codebook')
     add('--dim', type=integer(1), default=32, help='width of the codebook')
     add('--estimator', default='straight-through', choices=ESTIMATORS, help='how gradients pass the codebook')
-    add('--decay', type=recipe.SHARE, default=0.9, help='of the moving averages that the codebook is, a step')
-    add('--revive-below', type=recipe.SHARE, default=0.1,
+    add('--decay', type=flags.SHARE, default=0.9, help='of the moving averages that the codebook is, a step')
+    add('--revive-below', type=flags.SHARE, default=0.1,
         help='codes used less than this part of the mean use start again at a feature; 0: never')
 
     add = parser.add_argument_group('loss').add_argument
@@ -96,8 +80,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="adds a perceptual term: torchvision's VGG16 weights, a state dict as a torch file")
     add('--commitment', type=number(0), default=LossWeights.commitment, help='of features to their rows')
 
-    recipe.add_average_flags(recipe.add_step_flags(parser))
-    recipe.add_output_flags(parser)
+    flags.add_average_flags(flags.add_step_flags(parser))
+    flags.add_output_flags(parser)
     # 1e-4 for a batch of 64, and that at once: the start is good, and large steps spoil it
     parser.set_defaults(epochs=30, lr=8e-4, weight_decay=1e-4, clip_grad=1., warmup_epochs=0, model_ema_decay=0.995,
                         start_epoch=0)
@@ -114,58 +98,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 # ---------------------------------------------------------------- data
-
-class Images:
-    """Some of a source's images, as batches of pixels.
-
-    Args:
-        args: the command line.
-        source: of the images.
-        chosen: (N,) int64, which of them.
-        device: where batches go.
-    """
-
-    def __init__(self, args: argparse.Namespace, source: Source, chosen: np.ndarray, device: torch.device):
-        self.args = args
-        self.source = source
-        self.chosen = chosen
-        self.device = device
-
-    def __len__(self) -> int:
-        return len(self.chosen)
-
-    def batches(self, indices: np.ndarray) -> Iterator[torch.Tensor]:
-        """(B, 3, S, S) uint8 on the device, of the images of these indices (M,). Raises InputError."""
-        args = self.args
-        numbers = self.chosen[indices]
-        parts = [numbers[first:first + args.batch_size] for first in range(0, len(numbers), args.batch_size)]
-        pin_memory = self.device.type == 'cuda'
-        for batch in load_images(self.source, parts, args.image_size, workers=args.num_workers,
-                                 skip_bad=args.skip_bad_images, pin_memory=pin_memory,
-                                 max_pixels=args.max_image_pixels):
-            if not len(batch.indices):
-                raise InputError(f'{self.source.data_path}: none of the {len(batch.skipped)} images of a batch can be '
-                                 'read')
-            yield batch.pixels.to(self.device, non_blocking=pin_memory)
-
-    def order(self, epoch: int) -> np.ndarray:
-        """Indices of the images of an epoch on this rank, as many as --epoch-images says."""
-        order = shuffled(len(self), world_size(), rank(), self.args.seed, epoch)
-        return order[:self.args.epoch_images // world_size()] if self.args.epoch_images else order
-
-
-def hold_out(args: argparse.Namespace, device: torch.device) -> tuple[Images, Images]:
-    """The images that are trained on, and those held out, disjoint. Raises InputError."""
-    source = open_source(args.data_path)
-    val_source = open_source(args.val_path) if args.val_path else source
-    count = args.val_images or min(HELD_OUT, max(1, len(val_source) // 10))
-    if count > len(val_source) or (not args.val_path and count == len(source)):
-        raise InputError(f'{args.val_path or args.data_path}: of its {len(val_source)} images {count} cannot be held '
-                         'out and leave some to train on: give a smaller --val-images')
-    order = torch.randperm(len(val_source), generator=torch.Generator().manual_seed(args.seed)).numpy()
-    trained = np.arange(len(source)) if args.val_path else np.sort(order[count:])
-    held_out = np.sort(order[:count])  # in order, so that row groups of parquet files are read once
-    return Images(args, source, trained, device), Images(args, val_source, held_out, device)
 
 
 # ---------------------------------------------------------------- model

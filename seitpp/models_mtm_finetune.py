@@ -12,11 +12,10 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from torch import nn
 
 import models_seit
-from models_patch_stem import PatchStem
-from models_seit import TokenVisionTransformer
+from models_seit import PatchStem, TokenVisionTransformer
 from seitpp.models_mtm import TokenEmbedding, make_model
-from training.checkpoints import load_checkpoint, load_weights
-from training.origins import FINETUNE, PRETRAIN, check_codes, check_origin, without_token_adapt
+from training.checkpoints import (FINETUNE, PRETRAIN, check_codes, check_origin, load_checkpoint, load_weights,
+                                  without_token_adapt)
 from training.pretrained import fit_positions
 from utils import InputError, print0
 

@@ -14,12 +14,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from engine import autocast
 from fileio.files import save_torch
 from image_tokenizer.tokenizers import unit_range
 from seitpp.token_adapt import ANGLE, FINER, SHEAR, SHIFT, Geometry, RandomGeometry, TokenAdapt, apply_geometry
 from token_files.codebook import look_up, quantize
-from utils import InputError, print0, rank, seed_step
+from utils import InputError, autocast, print0, rank, seed_step
 
 ALIKE = 16  # images that are measured under the same maps
 MEASURED = ('none', 'flip', 'rotate', 'shift', 'shear', 'crop', 'mixup', 'all')

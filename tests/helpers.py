@@ -27,13 +27,14 @@ import main_seit
 import tokenize_images
 from benchmarks.common import free_port
 from fileio.files import expand_files, sha256
+from fileio.labels import write_labels
 from image_tokenizer.vitvqgan import Size, position_table
 from token_files import cache as token_cache
 from token_files.compact import write_compact, write_model
 from token_files.context_model import fit
 from token_files.published import gzip_bytes, index_path
 from token_files.token_codecs import CODECS
-from token_files.token_file import files_of_manifest, manifest_path, open_token_file, write_labels, write_tokens
+from token_files.token_file import files_of_manifest, manifest_path, open_token_file, write_tokens
 from utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -317,7 +318,7 @@ from pathlib import Path
 
 import numpy as np
 from torch import nn
-from vitvqgan import ViTVQGAN
+from image_tokenizer.vitvqgan import ViTVQGAN
 
 class SameNames(ViTVQGAN):
     """Our names and our features."""

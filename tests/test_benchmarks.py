@@ -25,10 +25,9 @@ import main_seit
 from benchmarks.one_hot import OneHot
 from token_files.codebook import load_codebook, load_synonyms
 from conftest import ROOT
-from scripts.inspect_tokens import count_codes, entropy_bits
 from token_augment import RandomResizedCrop
 from token_files.context_model import bits, fit
-from token_files.token_file import open_token_file
+from token_files.token_file import count_codes, entropy_bits, open_token_file
 from utils import InputError
 
 MODEL = ['--model', 'deit_tiny_token_32', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2', '--input-size',

@@ -17,7 +17,8 @@ from token_files import compact
 from token_files.compact import HEADER, LEAST_WORDS, write_compact, write_model
 from token_files.context_model import fit
 from test_context_model import packed, structured
-from token_files.token_file import manifest_path, open_token_file, read_labels
+from fileio.labels import read_labels
+from token_files.token_file import manifest_path, open_token_file
 from twins import slow_decode_compact
 from utils import InputError
 

@@ -8,7 +8,8 @@ import torch
 import convert_tokenizer
 from conftest import ROOT
 from helpers import GOLDEN_SIZE, Bomb, call, fails, same_weights
-from image_tokenizer.tokenizers import load_running_code, load_tokenizer
+from image_tokenizer.pickled import load_running_code
+from image_tokenizer.tokenizers import load_tokenizer
 from image_tokenizer.vitvqgan import ViTVQGAN
 from utils import InputError
 

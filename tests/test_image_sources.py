@@ -7,11 +7,11 @@ import pytest
 import torch
 from torchvision.datasets import ImageFolder
 
+from fileio.labels import MAX_CLASS
 from helpers import (as_list, as_parquet, as_tars, encoded, fails, noise, published_transform, samples, save_image,
                      tar_samples, write_parquet, write_tar)
 from image_data import sources
 from image_data.sources import load_images, open_source
-from token_files.token_file import MAX_CLASS
 
 SIZE = 16
 

@@ -12,8 +12,9 @@ from token_files.codebook import load_codebook, quantize
 from conftest import ROOT
 from helpers import GOLDEN_SIZE, Bomb, encoded, noise, published_transform, same_weights
 from image_data.decoding import decode_image
-from image_tokenizer.tokenizers import (ModuleTokenizer, PatchTokenizer, decode_codes, encode_images, lift_rows,
-                                        load_tokenizer, unit_range)
+from image_tokenizer.pickled import ModuleTokenizer
+from image_tokenizer.tokenizers import (PatchTokenizer, decode_codes, encode_images, lift_rows, load_tokenizer,
+                                        unit_range)
 from image_tokenizer.vitvqgan import Size, ViTVQGAN
 from utils import InputError
 

@@ -15,12 +15,13 @@ import fit_patch_tokenizer
 import inspect_tokens
 from token_files.codebook import load_codebook, quantize
 from conftest import ROOT
+from fileio.labels import read_labels
 from helpers import call, fails, make_compact_set, published_transform, smooth_images, write_parquet, write_tar
 from image_tokenizer.tokenizers import load_tokenizer
 from image_tokenizer.vitvqgan import Size, ViTVQGAN
 from token_files.cache import open_codes
 from token_files.published import index_path
-from token_files.token_file import open_token_file, read_labels, write_tokens
+from token_files.token_file import open_token_file, write_tokens
 from utils import InputError
 
 FIT = ['--image-size', '32', '--patch-size', '4', '--dim', '12', '--codes', '20', '--iterations', '5']

@@ -14,8 +14,7 @@ import torch
 from PIL import Image
 
 import engine
-from continual import results as task_results
-from continual import task_tokens
+from continual import results as task_results, task_tokens
 import fit_patch_tokenizer
 import main_continual
 import tokenize_images
@@ -23,9 +22,9 @@ from continual.forms import length_of
 from continual.memory import load_memory
 from continual.results import evaluate_seen
 from continual.tasks import make_tasks
+from fileio.labels import read_labels, write_labels
 from helpers import (ROOT, accuracy_lines, assert_same, call, clean_environment, fails, make_data, read_log, states,
                      two_processes, without_times)
-from token_files.token_file import read_labels, write_labels
 
 SMALL = ['--device', 'cpu', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2', '--batch-size', 8, '--epochs',
          2, '--warmup-epochs', 0, '--base-classes', 2, '--inc-classes', 2]

@@ -13,12 +13,13 @@ import main_mtm_pretrain
 from benchmarks.common import free_port
 from helpers import (ROOT, assert_same, call, clean_environment, fails, make_data, read_log, signal_in_second_epoch,
                      states, without_times)
-from processes import Job, until
-from seitpp.models_mtm import MODELS, draw_masks, masked_token_loss
-from token_files.codebook import load_codebook
-from test_engine import CountWaits
 from image_tokenizer.vitvqgan import Size
+from processes import Job, until
+from seitpp import mtm_recipe
+from seitpp.models_mtm import MODELS, draw_masks, masked_token_loss
 from seitpp.token_adapt import TokenAdapt, load_token_adapt
+from test_engine import CountWaits
+from token_files.codebook import load_codebook
 from utils import InputError
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -241,7 +242,7 @@ def test_a_step_asks_the_device_nothing(data):
     args = main_mtm_pretrain.parse_args([str(word) for word in [
         *SMALL, *data, '--token-noise-prob', 0.5, '--token-coloradapt-prob', 0.5, '--eda-sc-prob', 0.5]])
     codebook = load_codebook(args.codebook_path)
-    prepare = main_mtm_pretrain.make_input(args, codebook, 10, 8, load_token_adapt(args.tokenadapt_path, codebook))
+    prepare = mtm_recipe.make_input(args, codebook, 10, 8, load_token_adapt(args.tokenadapt_path, codebook))
     model = main_mtm_pretrain.create_model(args.model, args.model_kwargs, 30, 8)
     generator = torch.Generator().manual_seed(0)
     mask_ratio = main_mtm_pretrain.make_mask_ratio(args)
@@ -260,7 +261,7 @@ def test_codes_of_equal_rows_are_one_to_the_model(data):
     args = main_mtm_pretrain.parse_args([str(word) for word in [*SMALL, *data]])
     codebook = load_codebook(args.codebook_path)
     codebook[15:] = codebook[:15] * 2
-    prepare = main_mtm_pretrain.make_input(args, codebook, 10, 8, load_token_adapt(args.tokenadapt_path, codebook))
+    prepare = mtm_recipe.make_input(args, codebook, 10, 8, load_token_adapt(args.tokenadapt_path, codebook))
     codes, _ = prepare(torch.full((4, 10, 10), 20).to(torch.uint16), torch.zeros(4), torch.Generator().manual_seed(0))
     assert (codes[:2] == 5).all() and codes.max() < 15
 

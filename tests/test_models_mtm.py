@@ -14,7 +14,7 @@ from engine import StepOptions
 from helpers import fails, seitpp_state
 from seitpp.models_mtm import (MaskRatio, MaskedTokenModel, create_model, draw_masks, keep_token_adapt,
                                masked_token_loss, masks_of)
-from seitpp.step_schedule import StepCosine
+from seitpp.mtm_recipe import StepCosine
 from seitpp.token_adapt import TokenAdapt
 from training.checkpoints import TrainState
 

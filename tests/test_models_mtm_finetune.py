@@ -14,9 +14,8 @@ from helpers import fails, seitpp_state
 from seitpp import models_mtm
 from seitpp.models_mtm import keep_token_adapt
 from seitpp.models_mtm_finetune import MODELS, CodeVisionTransformer, create_model, encoder_weights, load_encoder
-from seitpp.step_schedule import StepCosine
-from training.checkpoints import TrainState
-from training.origins import without_token_adapt
+from seitpp.mtm_recipe import StepCosine
+from training.checkpoints import TrainState, without_token_adapt
 from test_models_mtm import NAME, codes_of, rng
 from seitpp.token_adapt import TokenAdapt
 

@@ -3,7 +3,6 @@ import pytest
 import timm
 import torch
 
-import models_patch_stem  # noqa: F401 - adds its models to MODELS
 from helpers import fails
 from models_seit import MODELS, create_model
 

@@ -6,7 +6,7 @@ import torch
 from seitpp import models_mtm_finetune  # noqa: F401 - its models are timm's then
 from helpers import fails
 from seitpp.models_mtm import MODELS
-from training.origins import check_codes, check_origin, origin, origin_note, without_token_adapt
+from training.checkpoints import check_codes, check_origin, origin, origin_note, without_token_adapt
 
 TINY = {'depth': 1, 'embed_dim': 32, 'num_heads': 2}
 KINDS = {'main_mtm_pretrain.py': (MODELS[0], {'decoder_embed_dim': 16, 'decoder_depth': 1, 'decoder_num_heads': 2}),
@@ -16,7 +16,6 @@ KINDS = {'main_mtm_pretrain.py': (MODELS[0], {'decoder_embed_dim': 16, 'decoder_
 
 @pytest.fixture(scope='module')
 def weights():
-    import models_patch_stem  # noqa: F401
     found = {program: timm.create_model(name, **TINY, **more).state_dict() for program, (name, more) in KINDS.items()}
     return {**found, 'patch': timm.create_model('deit_tiny_token_32_patch', **TINY).state_dict()}
 

@@ -3,10 +3,10 @@ import sys
 
 import pytest
 
+from fileio.labels import MAX_CLASS
 from helpers import encoded, fails, noise, write_parquet
 from image_data.parquet_files import split_of
 from image_data.sources import open_source
-from token_files.token_file import MAX_CLASS
 
 pa = pytest.importorskip('pyarrow')
 IMAGE = [{'bytes': b'x', 'path': 'a'}]

@@ -8,6 +8,7 @@ import pytest
 import timm
 import torch
 
+import flags
 import main_seit
 import recipe
 from training import pretrained
@@ -93,7 +94,7 @@ def test_values_out_of_range_name_their_flag(flags):
 
 @pytest.mark.parametrize('text, value', [('500', (500, 'steps')), ('30m', (30.0, 'minutes'))])
 def test_save_interval(text, value):
-    assert recipe.save_interval(text) == value
+    assert flags.save_interval(text) == value
 
 
 @pytest.mark.parametrize('flags', [['--batch-size', '8', '--accum-iter', '4'], ['--batch-size', '32']])

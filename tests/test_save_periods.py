@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from helpers import fails
-from training.run_folder import RunFolder, find_checkpoint
-from training.save_periods import CheckpointFiles, checkpoint_files
+from training.run_folder import CheckpointFiles, RunFolder, checkpoint_files, find_checkpoint
 
 
 class State(SimpleNamespace):

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from seitpp.step_schedule import StepCosine
+from seitpp.mtm_recipe import StepCosine
 
 
 def schedule(lr, epochs, warmup_epochs, min_lr, batches, steps=None, scales=(1.,)):

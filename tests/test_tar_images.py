@@ -5,10 +5,10 @@ import tarfile
 
 import pytest
 
+from fileio.labels import MAX_CLASS
 from helpers import encoded, fails, noise, tar_samples, write_tar
 from image_data.decoding import LeftOut
 from image_data.tar_shards import BLOCK, MAX_END, read_tar
-from token_files.token_file import MAX_CLASS
 
 
 def read(path):

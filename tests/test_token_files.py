@@ -8,6 +8,7 @@ import os
 import numpy as np
 import pytest
 
+from fileio.labels import read_labels
 from fileio.files import sha256
 from helpers import (failing_open, fails, make_checked_set, make_set, make_wide_set, npy, open_codes, refused, rewrite,
                      unpack, write_manifest, write_raw_set)
@@ -26,7 +27,7 @@ def test_golden_file_reads(golden):
     assert tf.bytes_on_disk([file]) == sum(p.stat().st_size for p in (path, bs.index_path(path)))
     (first, codes), = tf.decode(file)
     assert first == 0 and codes.dtype == np.uint16 and np.array_equal(codes, z['tokens'])
-    assert np.array_equal(tf.read_labels(golden.folder / 'sample-label.txt'), z['labels'])
+    assert np.array_equal(read_labels(golden.folder / 'sample-label.txt'), z['labels'])
 
 
 def test_golden_file_is_written_byte_for_byte(golden, tmp_path):
@@ -226,7 +227,7 @@ def test_files_that_cannot_be_read(tmp_path, monkeypatch, number):
     for path in tokens, bs.index_path(tokens), tf.manifest_path(tokens), labels:
         with monkeypatch.context() as patch:
             failing_open(patch, path, number)
-            fails(lambda: (open_codes(tokens, 'none'), tf.read_labels(labels)), f'{path}: {os.strerror(number)}')
+            fails(lambda: (open_codes(tokens, 'none'), read_labels(labels)), f'{path}: {os.strerror(number)}')
 
 
 def test_bad_streams(tmp_path):
@@ -342,7 +343,7 @@ def test_one_large_image_does_not_make_all_large(tmp_path, monkeypatch):
 def test_labels_read(tmp_path, text):
     """With a byte-order mark, Windows's line endings, blank last lines."""
     (tmp_path / 'labels').write_bytes(text)
-    labels = tf.read_labels(tmp_path / 'labels')
+    labels = read_labels(tmp_path / 'labels')
     assert labels.dtype == np.int64 and labels.tolist() == [1, 2, 3]
 
 
@@ -354,22 +355,22 @@ def test_labels_read(tmp_path, text):
     (b'\xef\xbb\xbf', 'no labels'), ('١\n'.encode(), 'line 1'), (b'1\r2\r3\r', 'line 1')])
 def test_labels_that_are_no_classes(tmp_path, text, words):
     (tmp_path / 'labels').write_bytes(text)
-    fails(lambda: tf.read_labels(tmp_path / 'labels'), str(tmp_path / 'labels'), words)
+    fails(lambda: read_labels(tmp_path / 'labels'), str(tmp_path / 'labels'), words)
 
 
 @pytest.mark.parametrize('label', ['-1', '1000001', '999999999', '9' * 18])
 def test_labels_out_of_range(tmp_path, label):
     """An id is no class number: the head of the model has one output for each."""
     (tmp_path / 'labels').write_text(f'0\n1000000\n{label}\n2\n')
-    fails(lambda: tf.read_labels(tmp_path / 'labels'), f'line 3: class {label} is not from 0 to 1,000,000')
+    fails(lambda: read_labels(tmp_path / 'labels'), f'line 3: class {label} is not from 0 to 1,000,000')
 
 
 def test_labels_are_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(tf, 'MAX_LABEL_BYTES', 10)
     (tmp_path / 'labels').write_bytes(b'1\n' * 6)
-    fails(lambda: tf.read_labels(tmp_path / 'labels'), str(tmp_path / 'labels'), 'more than 10 bytes')
-    fails(lambda: tf.read_labels(tmp_path), str(tmp_path), 'directory')
-    fails(lambda: tf.read_labels(tmp_path / 'none'), 'none: No such file')
+    fails(lambda: read_labels(tmp_path / 'labels'), str(tmp_path / 'labels'), 'more than 10 bytes')
+    fails(lambda: read_labels(tmp_path), str(tmp_path), 'directory')
+    fails(lambda: read_labels(tmp_path / 'none'), 'none: No such file')
 
 
 def test_checksum_of_what_is_written(tmp_path):

@@ -19,6 +19,7 @@ from token_files import parts
 from token_files.codebook import load_codebook, quantize
 from conftest import ROOT
 from fileio.files import sha256
+from fileio.labels import read_labels
 from helpers import (DIM, PATCH, SIZE, as_list, as_parquet, as_tars, assert_same, call, contents, fails, make_images,
                      published_transform, samples, start, tokenize, tokenize_words, two_processes)
 from image_tokenizer.tokenizers import load_tokenizer
@@ -26,7 +27,7 @@ from image_tokenizer.vitvqgan import Size, ViTVQGAN
 from token_dataset import TokenDataset
 from token_files.cache import open_codes
 from token_files.token_codecs import PUBLISHED
-from token_files.token_file import open_token_file, read_labels
+from token_files.token_file import open_token_file
 
 
 @pytest.fixture(scope='module')

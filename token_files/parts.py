@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 
 from fileio.files import atomic_path, check_writable, lock_file, read_json, remove_leftovers, sha256, write_text
+from fileio.labels import write_labels
 from token_files.compact import write_compact, write_model
 from token_files.context_model import fit
 from token_files.published import index_path
 from token_files.token_codecs import CODECS, MAX_CODES
-from token_files.token_file import files_of_manifest, manifest_path, manifest_text, write_labels, write_tokens
+from token_files.token_file import files_of_manifest, manifest_path, manifest_text, write_tokens
 from utils import InputError
 
 # Batches lost if killed. Few enough that all ranks have parts, many enough that writing hides behind encoding.

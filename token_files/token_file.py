@@ -16,7 +16,7 @@ import math
 import os
 import re
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,15 +24,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from fileio.files import MAX_LABEL_BYTES, read_bytes, read_json, sha256, write_text
+from fileio.files import MAX_LABEL_BYTES, read_bytes, read_json, sha256
+from fileio.labels import read_labels, write_labels
 from token_files import compact
 from token_files.compact import CPU, CompactStream, open_compact
 from token_files.published import ByteStream, index_path, read_index, write_stream
-from token_files.token_codecs import CODECS, PUBLISHED, Codec
+from token_files.token_codecs import CODECS, ESCAPE, PUBLISHED, Codec, codec_for
 from utils import InputError
 
 FORMATS = (*CODECS, compact.NAME)
-MAX_CLASS = 10 ** 6  # a larger label is no class number
+IMAGES_AT_ONCE = 4096  # counted at a time: bounds memory
 
 
 @dataclass(frozen=True)
@@ -157,28 +158,6 @@ def read_manifest(token_file: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def read_labels(path: str | Path) -> np.ndarray:
-    """The (N,) int64 classes in a label file; empty lines at its end are passed over.
-
-    Raises:
-        InputError: naming the first bad line.
-    """
-    text = read_bytes(path, MAX_LABEL_BYTES).removeprefix(b'\xef\xbb\xbf').rstrip(b' \t\r\n')
-    if not text:
-        raise InputError(f'{path}: no labels in it')
-    bad = re.search(rb'^(?![ \t]*[+-]?\d{1,18}[ \t\r]*$).*', text, re.MULTILINE)
-    if bad:
-        line = text.count(b'\n', 0, bad.start()) + 1
-        raise InputError(f'{path}: line {line} is not an integer class: {bad.group()[:40].decode(errors="replace")!r}')
-    labels = np.fromstring(text, np.int64, sep=' ')
-    wrong = (labels < 0) | (labels > MAX_CLASS)
-    if wrong.any():
-        line = int(np.argmax(wrong))
-        raise InputError(f'{path}: line {line + 1}: class {labels[line]} is not from 0 to {MAX_CLASS:,}; classes are '
-                         'numbered from 0')
-    return labels
-
-
 def labels_of(file: TokenFile, path: Path) -> np.ndarray:
     """The labels of one token file, as many as it has images. Raises InputError."""
     if path.name in file.manifest.get('files', {}):  # else they are labels of the user's own
@@ -237,11 +216,6 @@ def write_tokens(token_file: str | Path, label_file: str | Path, codes: np.ndarr
     write_labels(label_file, labels)
 
 
-def write_labels(path: str | Path, labels: Iterable[int]) -> None:
-    """Write a label file atomically. Raises InputError."""
-    write_text(path, ''.join(f'{label}\n' for label in labels))
-
-
 def files_of_manifest(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     """What a manifest says of files, by name: bytes and SHA-256."""
     return {path.name: {'bytes': path.stat().st_size, 'sha256': sha256(path)} for path in paths}
@@ -252,3 +226,58 @@ def manifest_text(manifest: dict[str, Any]) -> str:
     first = ['format', 'images', 'grid', 'codes', 'codes_used']
     keys = [key for key in first if key in manifest] + [key for key in manifest if key not in first]
     return '{\n' + ',\n'.join(f' {json.dumps(key)}: {json.dumps(manifest[key])}' for key in keys) + '\n}\n'
+
+
+def count_codes(codes: np.ndarray, codebook_size: int) -> np.ndarray:
+    """Uses of each code, (K,) int64, in codes (N, n) uint16. Raises ValueError for a code beyond the codebook."""
+    counts = np.zeros(1 << 16, np.int64)
+    for start in range(0, len(codes), IMAGES_AT_ONCE):
+        counts += np.bincount(codes[start:start + IMAGES_AT_ONCE].ravel(), minlength=len(counts))
+    if counts[codebook_size:].any():
+        raise ValueError(f'holds code {counts.nonzero()[0].max()}, but the codebook has {codebook_size} rows')
+    return counts[:codebook_size]
+
+
+def stated_source_bytes(files: Sequence[TokenFile]) -> int | None:
+    """Bytes of the images that tokens were made from, where all manifests state them, else None."""
+    stated = [file.manifest.get('source_bytes') for file in files]
+    return sum(stated) if all(type(value) is int for value in stated) else None
+
+
+def bytes_per_image(files: Sequence[TokenFile], shape: tuple[int, int], counts: np.ndarray,
+                    source_bytes: int | None = None) -> dict[str, float]:
+    """Bytes an image in several ways.
+
+    Args:
+        files: the token files.
+        shape: (N, n) of the codes.
+        counts: (K,) uses of each code.
+        source_bytes: of the source images; None for what the manifests say, if anything.
+
+    Returns:
+        `raw` is the uncompressed stream of bytes, `stored` the files, `fixed` log2(K) bits a code, `entropy` the fewest
+        a coder can reach that sees each code on its own; `source`, where it is known, the source images.
+    """
+    images, n = shape
+    size = {'raw': raw_bytes(counts) / images,
+            'stored': bytes_on_disk(files) / images,
+            'fixed': n * math.log2(len(counts)) / 8,
+            'entropy': n * entropy_bits(counts) / 8}
+    if source_bytes is None:
+        source_bytes = stated_source_bytes(files)
+    if source_bytes is not None:
+        size['source'] = source_bytes / images
+    return {name: round(value, 2) for name, value in size.items()}
+
+
+def entropy_bits(counts: np.ndarray) -> float:
+    """Entropy in bits of one code drawn by counts (K,): from 0 (one code only) to log2(K) (all equally frequent)."""
+    shares = counts[counts > 0] / counts.sum()
+    return float(np.log2(1 / shares) @ shares)
+
+
+def raw_bytes(counts: np.ndarray) -> int:
+    """Bytes of the codes with `counts` (K,) uses as a stream of bytes, see token_files/token_codecs.py."""
+    if codec_for(len(counts)).name == 'uint16-le':
+        return 2 * int(counts.sum())
+    return int(counts.sum() + counts[ESCAPE:].sum())

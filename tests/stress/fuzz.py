@@ -48,7 +48,8 @@ from training.run_folder import RunLog  # noqa: E402
 from token_files.cache import map_cache  # noqa: E402
 from token_files.token_codecs import CODECS, encode  # noqa: E402
 from token_files.published import gzip_bytes, index_path, read_index  # noqa: E402
-from token_files.token_file import manifest_path, read_labels, write_tokens  # noqa: E402
+from token_files.token_file import manifest_path, write_tokens  # noqa: E402
+from fileio.labels import read_labels  # noqa: E402
 from twins import SLOW_DECODERS, slow_decode_compact  # noqa: E402
 from utils import InputError, run  # noqa: E402
 from image_tokenizer.vitvqgan import Size, ViTVQGAN  # noqa: E402

@@ -1,0 +1,227 @@
+"""TODO docstring of seitpp.mtm_recipe."""
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.scheduler import CosineLRScheduler
+from torch import nn
+from torch.optim import Optimizer
+
+import flags
+import recipe
+from fileio.files import is_address
+from flags import KeyValues, Parser, integer, number
+from recipe import parallel
+from seitpp.color_adapt import ColorChange
+from seitpp.halves import TokenHalves
+from seitpp.models_mtm import PATCH
+from seitpp.token_adapt import FINER, TokenAdapt, crop_embeddings, load_token_adapt
+from token_augment import RandomCrop, RandomResizedCrop, ReplaceSynonyms, SwapPatches, TokenEDA
+from token_files.codebook import load_synonyms, look_up, nearest_codes_of
+from training.checkpoints import TrainState, resume, without_token_adapt
+from utils import InputError, print0
+
+# Accepted because published commands may hold them: flag -> why it changes nothing.
+NO_EFFECT_ON_MTM = {
+    '--num-workers': 'batches come straight from a memory map, so there are no loader processes',
+    '--print-freq': 'the loss is shown every 50 steps',
+    '--world-size': 'the launcher (torchrun, srun) sets it',
+    '--local-rank': 'the launcher (torchrun, srun) sets it',
+    '--dist-on-itp': 'start with torchrun or srun',
+}
+
+
+def add_token_flags(parser: Parser) -> Callable:
+    """Tokens and TokenAdapt. Returns the group's add_argument."""
+    add = parser.add_argument_group('data').add_argument
+    add('--train-token-file', default='tokens/imagenet1k-train-token.data.bin.gz', metavar='FILE')
+    add('--codebook-path', default='tokens/codebook.ckpt', metavar='FILE', help='only augmentation uses it')
+    add('--tokenadapt-path', default='weights/tokenadapt.ckpt', metavar='FILE',
+        help="TokenAdapt for half of each batch (scripts/fit_token_adapt.py makes one); '' for none")
+    add('--token-synonym-dict', default='tokens/synonyms.json', metavar='FILE')
+    add('--token-cache', default='', metavar='DIR',
+        help="where token files are decoded to: a folder, '' for beside the token file, 'none' for memory only")
+    add('--data-device', default='auto', choices=['auto', 'cpu', 'cuda'], help='where tokens live, see main_seit.py')
+    add('--pin-mem', action=flags.ON_OFF, default=True, help='copy batches to a GPU from page-locked memory')
+    add('--input-size', type=integer(2), default=224,
+        help='in pixels of --token-patch-size to a code: 224 / 8 = 28 codes')
+    add('--token-patch-size', type=integer(1), default=8, help='pixels a code covers, on each side')
+    return add
+
+
+def add_step_flags(parser: Parser, models: list[str]) -> Callable:
+    """Model, one of `models`, batch, schedule, precision. Returns the group's add_argument."""
+    add = parser.add_argument_group('optimization').add_argument
+    add('--model', help=', '.join(models))
+    add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
+        help='its sizes, as in depth=4 embed_dim=128 num_heads=4')
+    add('--batch-size', type=integer(1), default=128, help='per process')
+    add('--accum-iter', type=integer(1), default=1, metavar='N', help='batches whose gradients make one step')
+    add('--epochs', type=integer(1), default=400)
+    add('--lr', type=number(0), help='of the run; default: from --blr')
+    add('--blr', type=number(0), default=1.5e-4, help='learning rate that is scaled with the batch of all processes')
+    add('--min-lr', type=number(0), default=0.)
+    add('--warmup-epochs', type=integer(), default=40)
+    add('--weight-decay', type=number(0), default=0.05)
+    flags.add_precision_flags(add)
+    return add
+
+
+def add_augmentation_flags(parser: Parser) -> Callable:
+    """Crops, ColorAdapt and noise, Token-EDA. Returns the group's add_argument."""
+    add = parser.add_argument_group('augmentation').add_argument
+    add('--rrc-ratio', type=flags.SHARE, default=0.2, help='smallest area of the random-resized crops')
+    add('--rrc', action='store_true', help='a random-resized crop of all images first, before the halves have theirs')
+    add('--src', action='store_true', help='a plain random crop of all images first')
+    add('--token-coloradapt-prob', type=flags.SHARE, default=0., help='chance of a batch to get ColorAdapt, on half')
+    add('--token-noise-prob', type=flags.SHARE, default=0., help='chance of a batch to get noise, on half of it')
+    add('--token-noise-scale', type=number(0), default=1., help='deviation of the noise a channel shares')
+    add('--token-noise-std', type=number(0), default=1., help='deviation of the noise of each element')
+    add('--eda-rc-prob', type=flags.SHARE, default=0., help='share of images with synonym replacement')
+    add('--token-synonym-thres', type=integer(1), default=5, help='how many of each synonym list are used')
+    add('--replace-token-prob', type=flags.SHARE, default=0.25, help='of each code in such an image')
+    add('--eda-sc-prob', type=flags.SHARE, default=0., help='share of images with two patches swapped')
+    add('--swap-token-scale', type=flags.SHARE, default=0.25, help="largest side of a patch, as a part of the grid's")
+    return add
+
+
+def add_periods_flag(add: Callable, *default: str) -> None:
+    """--save-periods, added by a group's add_argument."""
+    add('--save-periods', nargs='+', default=list(default), metavar='PERIOD',
+        help='checkpoints to keep: lastN (the newest and N before it), every_N_epochs, best')
+
+
+def check_sizes(args: argparse.Namespace) -> int:
+    """Codes on a side that the model reads. InputError for flags of the groups above that cannot work together."""
+    size, rest = divmod(args.input_size, args.token_patch_size)
+    if rest or size < PATCH or size % PATCH:
+        raise InputError(f'--input-size {args.input_size}: give {PATCH} x --token-patch-size {args.token_patch_size}, '
+                         'or a multiple of that')
+    if args.rrc and args.src:
+        raise InputError('--rrc and --src exclude each other')
+    if args.eda_rc_prob + args.eda_sc_prob > 1:
+        raise InputError('--eda-rc-prob and --eda-sc-prob add up to more than 1')
+    make_color_change(args)
+    return size
+
+
+def make_color_change(args: argparse.Namespace) -> ColorChange:
+    """Noise or ColorAdapt of the flags."""
+    return ColorChange(args.token_noise_prob, args.token_coloradapt_prob, args.token_noise_scale, args.token_noise_std)
+
+
+def make_token_eda(args: argparse.Namespace, codes: int, grid_size: int, device: torch.device) -> TokenEDA:
+    """Token-EDA of the flags."""
+    changes = []
+    if args.eda_rc_prob:
+        synonyms = load_synonyms(args.token_synonym_dict, codes, args.token_synonym_thres)
+        changes.append((args.eda_rc_prob, ReplaceSynonyms(*synonyms, args.replace_token_prob, device)))
+    if args.eda_sc_prob:
+        changes.append((args.eda_sc_prob, SwapPatches(grid_size, args.swap_token_scale, device)))
+    return TokenEDA(changes)
+
+
+def open_token_adapt(path: str, codebook: torch.Tensor, device: torch.device) -> TokenAdapt | None:
+    """--tokenadapt-path, on the device, or None for ''. Raises InputError."""
+    if not path:
+        return None
+    if not (is_address(path) or os.path.exists(path)):
+        raise InputError(f"{path}: there is no such TokenAdapt: name the published tokenadapt.ckpt, make one with "
+                         "scripts/fit_token_adapt.py, or give --tokenadapt-path '' to train without")
+    return load_token_adapt(path, codebook).to(device)
+
+
+def canonical_codes(codebook: torch.Tensor) -> torch.Tensor:
+    """(K,) int64: for each row of a codebook (K, d) the first row of its direction, mostly itself."""
+    return nearest_codes_of(codebook.T[None, ..., None], codebook).flatten()
+
+
+def make_input(args: argparse.Namespace, codebook: torch.Tensor, grid_size: int, size: int,
+               token_adapt: TokenAdapt | None, mixup: Mixup | None = None) -> Callable:
+    """(codes (B, g, g) uint16, labels (B,), generator) -> (codes (B, size, size) int64 that the model reads, targets).
+
+    Codes are looked up in the codebook (K, d), on the device; colors, crops and mixing change these embeddings, and
+    the nearest codes are taken. With TokenAdapt this happens to the first half of a batch, see TokenHalves.
+    """
+    device = codebook.device
+    token_eda = make_token_eda(args, len(codebook), grid_size, device)
+    color = make_color_change(args)
+    same = canonical_codes(codebook)
+    first_crop = None
+    if args.rrc or args.src:
+        kind = RandomCrop if args.src else RandomResizedCrop
+        first_crop = kind(codebook, grid_size, size, args.rrc_ratio, device)
+        grid_size = size
+    crop, finer_crop = (RandomResizedCrop(codebook, n * grid_size, n * size, args.rrc_ratio, device)
+                        for n in (1, FINER))
+    halves = TokenHalves(token_adapt, codebook, crop, finer_crop, mixup) if token_adapt else None
+
+    def prepare(codes: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> tuple:
+        codes = token_eda(codes.long(), generator)
+        x = first_crop(codes, generator) if first_crop else look_up(codes, codebook)
+        x = color(x, generator)  # (B, d, g, g)
+        if halves:
+            codes, targets = halves.codes(x, labels, generator)
+        else:
+            x = crop_embeddings(x, crop.draw(len(x), generator), size)
+            x, targets = mixup(x, labels) if mixup else (x, labels)
+            codes = nearest_codes_of(x, codebook)
+        return same[codes], targets
+
+    return torch.no_grad()(prepare)
+
+
+def make_state(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer, amp: str, images: int,
+               inputs: tuple[torch.Tensor, ...]) -> TrainState:
+    """The state of a new run.
+
+    Args:
+        args: the command line.
+        model: on the device.
+        optimizer: of its parameters.
+        amp: 'bf16', 'fp16' or 'off'.
+        images: of an epoch, on this rank.
+        inputs: a batch for the model.
+    """
+    device = inputs[0].device
+    schedule = StepCosine(optimizer, args.epochs, args.warmup_epochs, args.min_lr, images // args.batch_size,
+                          recipe.count_steps(args, images, args.train_token_file))
+    return TrainState(model, parallel(model, args.compile, device, amp, *inputs), optimizer, schedule,
+                      recipe.make_scaler(device, amp), amp=amp, epoch=args.start_epoch)
+
+
+def resume_checked(args: argparse.Namespace, state: TrainState, checkpoint: dict[str, Any], path: str) -> None:
+    """Resume from a checkpoint, with TokenAdapt in it or not."""
+    if not args.tokenadapt_path:
+        checkpoint['model'] = without_token_adapt(checkpoint['model'])
+    resume(state, checkpoint, path, vars(args), state.scheduler.steps)
+    print0(f'{path}: resumed at epoch {state.epoch}, step {state.step}')
+
+
+class StepCosine(CosineLRScheduler):
+    """timm's cosine, as a function of the epoch with its fraction, epoch + batch / batches.
+
+    The engine counts the batches that make whole steps; the published program divides by all batches of an epoch.
+
+    Args:
+        optimizer: its groups may have an `lr_scale`.
+        epochs: in all, the warm-up's too.
+        warmup_epochs: from 0 to the optimizer's learning rate.
+        min_lr: at the end.
+        batches: in an epoch.
+        steps: of these, the ones that are used: what `step_update` counts.
+    """
+
+    def __init__(self, optimizer: Optimizer, epochs: int, warmup_epochs: int, min_lr: float, batches: int, steps: int):
+        cosine = (epochs - warmup_epochs) * batches
+        super().__init__(optimizer, max(cosine, 2), min_lr, warmup_t=warmup_epochs * batches, warmup_prefix=True,
+                         t_in_epochs=False)
+        self.batches = batches
+        self.steps = steps
+
+    def step_update(self, num_updates: int, metric: float | None = None) -> None:
+        epoch, batch = divmod(num_updates, self.steps)
+        super().step_update(epoch * self.batches + batch, metric)
