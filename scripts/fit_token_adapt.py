@@ -33,7 +33,7 @@ from training.loss_meter import NotFinite
 from training.preemption import REQUEUE
 from training.run_folder import RunFolder, RunLog, find_checkpoint
 from training.run_info import print_batch, print_model, run_record
-from train_tokenizer import add_image_flags, hold_out
+from scripts.train_tokenizer import add_image_flags, hold_out
 import flags
 from image_tokenizer.vitvqgan import HEAD_DIM
 from utils import InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, on_main, print0, rank, run

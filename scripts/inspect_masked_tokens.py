@@ -27,7 +27,7 @@ from image_data.sources import open_source
 from image_tokenizer.tokenizers import decode_codes, load_tokenizer
 from token_files.codebook import load_codebook
 from training.checkpoints import load_checkpoint, load_weights, saved_flags
-from inspect_tokens import source_images
+from scripts.inspect_tokens import source_images
 from flags import KeyValues
 from seitpp.models_mtm import MODELS, PATCH, MaskedTokenModel, create_model, masked_token_loss, masks_of
 from token_augment import center_crop, check_crop

@@ -31,7 +31,7 @@ from fileio.labels import write_labels
 from image_tokenizer.vitvqgan import Size, position_table
 from token_files import cache as token_cache
 from token_files.compact import write_compact, write_model
-from token_files.context_model import fit
+from token_files.context_model import HEADER, MAGIC, fit
 from token_files.published import gzip_bytes, index_path
 from token_files.token_codecs import CODECS
 from token_files.token_file import files_of_manifest, manifest_path, open_token_file, write_tokens
@@ -697,3 +697,51 @@ def no_space(limit):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
+
+
+def fill_golden(model, seed=0, gain=0.02):
+    """Weights by the golden rule: a generator named after each tensor, and the seed of the golden file."""
+    state = {}
+    for name, value in model.state_dict().items():
+        x = gain * np.random.default_rng(zlib.crc32(name.encode()) + seed).standard_normal(tuple(value.shape))
+        x = x.astype(np.float32) + ('norm' in name and name.endswith('weight'))
+        state[name] = torch.from_numpy(x)
+    model.load_state_dict(state)
+    return model
+
+
+def structured(images=400, grid=8, codes=64, seed=0):
+    """Codes that are mostly near the codes to the left and above."""
+    rng = np.random.default_rng(seed)
+    x = np.zeros((images, grid, grid), np.int64)
+    for i in range(grid):
+        for j in range(grid):
+            near = (x[:, i, j - 1] if j else x[:, i - 1, j]) + (x[:, i - 1, j] if i else x[:, i, j - 1])
+            x[:, i, j] = (near // 2 + rng.integers(-2, 3, images)) % codes if i or j else rng.integers(0, codes, images)
+    return x.reshape(images, -1)
+
+
+def signed(data):
+    """The bytes of a model with the checksum that belongs to the others."""
+    return data[:-4] + zlib.crc32(data[:-4]).to_bytes(4, 'little')
+
+
+def packed(body=b'', magic=MAGIC, codes=2, symbols=2, left=1, upper=1):
+    """A model of any header and body, its checksum right."""
+    header = np.array([(magic, codes, symbols, left, upper)], HEADER).tobytes()
+    return signed(header + zlib.compress(body) + bytes(4))
+
+
+def odd_images():
+    """One image of each unusual kind, encoded."""
+    image = noise(0, (21, 30))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be rotated by a viewer; not by torchvision
+    deep = Image.fromarray(np.asarray(image)[..., 0].astype(np.uint16) * 257)
+    return {'cmyk.jpg': encoded(image.convert('CMYK'), 'JPEG'), 'gray.jpg': encoded(image.convert('L'), 'JPEG'),
+            'gray-alpha.png': encoded(image.convert('LA')), 'alpha.png': encoded(image.convert('RGBA')),
+            'palette.png': encoded(image.convert('P')), 'bilevel.png': encoded(image.convert('1')),
+            'transparent.gif': encoded(image.convert('P'), 'GIF', transparency=3), 'deep.png': encoded(deep),
+            'rotated.jpg': encoded(image, 'JPEG', exif=exif), 'plain.webp': encoded(image, 'WEBP'),
+            'progressive.jpg': encoded(image, 'JPEG', progressive=True), 'plain.bmp': encoded(image, 'BMP'),
+            'plain.tif': encoded(image, 'TIFF'), 'plain.ppm': encoded(image, 'PPM')}

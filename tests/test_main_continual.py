@@ -15,7 +15,7 @@ from PIL import Image
 
 import engine
 from continual import results as task_results, task_tokens
-import fit_patch_tokenizer
+from scripts import fit_patch_tokenizer
 import main_continual
 import tokenize_images
 from continual.forms import length_of

@@ -11,10 +11,10 @@ import main_mtm_pretrain
 from helpers import (SMALL as SEIT_SMALL, accuracy_lines, assert_same, call, fails, make_data, mistake, read_log,
                      run_here, signal_in_second_epoch, states, without_times)
 from token_files.codebook import load_codebook
-from test_engine import CountWaits
-from test_main_mtm_pretrain import DECODER, PUBLISHED_FINETUNE, PUBLISHED_PRETRAIN, SIZES, launched, split_flags
-from test_main_mtm_pretrain import SMALL as PRETRAIN_SMALL
-from test_main_mtm_pretrain import token_adapt_flags
+from small_training import CountWaits
+from masked import DECODER, PUBLISHED_FINETUNE, PUBLISHED_PRETRAIN, SIZES, launched, split_flags
+from masked import SMALL as PRETRAIN_SMALL
+from masked import token_adapt_flags
 from seitpp.token_adapt import load_token_adapt
 
 pytestmark = pytest.mark.usefixtures('one_thread')

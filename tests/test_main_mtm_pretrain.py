@@ -1,7 +1,5 @@
 """Masked-token pre-training as a user runs it."""
 import argparse
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -10,40 +8,21 @@ import torch
 import engine
 import main_mtm_finetune
 import main_mtm_pretrain
-from benchmarks.common import free_port
-from helpers import (ROOT, assert_same, call, clean_environment, fails, make_data, read_log, signal_in_second_epoch,
+from helpers import (assert_same, call, fails, make_data, read_log, signal_in_second_epoch,
                      states, without_times)
-from image_tokenizer.vitvqgan import Size
+from masked import PUBLISHED_FINETUNE, PUBLISHED_PRETRAIN, SMALL, split_flags, token_adapt_flags
 from processes import Job, until
 from seitpp import mtm_recipe
 from seitpp.models_mtm import MODELS, draw_masks, masked_token_loss
-from seitpp.token_adapt import TokenAdapt, load_token_adapt
-from test_engine import CountWaits
+from seitpp.token_adapt import load_token_adapt
+from small_training import CountWaits
 from token_files.codebook import load_codebook
 from utils import InputError
 
 pytestmark = pytest.mark.usefixtures('one_thread')
-SIZES = ['--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2']
-DECODER = ['decoder_embed_dim=16', 'decoder_depth=1', 'decoder_num_heads=2']
-SMALL = ['--device', 'cpu', *SIZES, *DECODER, '--batch-size', 4, '--input-size', 64, '--warmup-epochs', 1, '--blr', 0.1]
+
 # Defaults that are not the published ones, and why.
 OTHER_DEFAULTS = {'--device': 'cuda where there is one, as in every program', '--grad_clip': 'published 3, never used'}
-
-
-def token_adapt_flags(folder, codes, grid_size, crop_size):
-    """Write a small TokenAdapt; returns the flag that names it."""
-    torch.manual_seed(0)
-    path = folder / 'tokenadapt.ckpt'
-    torch.save(TokenAdapt(codes, 32, grid_size, crop_size, Size(64, 1, 1, 64)).state_dict(), path)
-    return ['--tokenadapt-path', path]
-
-
-def split_flags(words):
-    """Flags of make_data for pre-training (no labels, no validation), and for fine-tuning."""
-    pairs = dict(zip(words[::2], words[1::2]))
-    ours = [word for flag in ('--codebook-path', '--token-synonym-dict', '--train-token-file')
-            for word in (flag, pairs[flag])]
-    return ours, words
 
 
 @pytest.fixture(scope='module')
@@ -57,16 +36,6 @@ def data(tmp_path_factory):
 
 def pretrain(*words):
     return call(main_mtm_pretrain, *SMALL, *words)
-
-
-def launched(program, words, processes=1):
-    """The output of a program as torch.distributed.launch starts it, or as it is."""
-    launch = ['-m', 'torch.distributed.launch', f'--nproc_per_node={processes}', f'--master_port={free_port()}',
-              '--use_env'] if processes > 1 else []
-    done = subprocess.run([sys.executable, *launch, str(ROOT / program), *map(str, words)], capture_output=True,
-                          text=True, env=clean_environment(), timeout=500)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 # ---------------------------------------------------------------- flags
@@ -88,14 +57,6 @@ def test_published_flags_and_defaults(golden, program):
                 assert option['nargs'] == 0, flag
             elif flag != '--cutmix-minmax':  # published '+', of which two numbers made sense
                 assert action.nargs == option['nargs'], flag
-
-
-PUBLISHED = """--codebook-path x --train-token-file x --train-label-file x --batch_size 128 --output_dir x"""
-PUBLISHED_PRETRAIN = f"""{PUBLISHED} --model mae_token_vit_base_patch16_dec512d4b_k2s2_vitvqgan_32 --accum_iter 4
-    --blr 1.5e-4 --epochs 400 --tokenadapt-path tokenadapt.ckpt"""
-PUBLISHED_FINETUNE = f"""{PUBLISHED} --model deit_base_token_32 --val-token-file x --val-label-file x
-    --token-synonym-dict tokens/codebook-synonyms.json --accum_iter 1 --print_freq 400 --epochs 100 --blr 1.0e-3
-    --layer_decay 0.65 --dist_eval --finetune x"""
 
 
 def test_the_published_commands_parse():

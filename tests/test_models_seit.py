@@ -1,5 +1,4 @@
 """Models against the published shapes and logits."""
-import zlib
 
 import numpy as np
 import pytest
@@ -8,21 +7,11 @@ import torch
 from timm.models import create_feature_extractor
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
+from helpers import fill_golden
 from models_seit import StemAdaptor, create_model
 from utils import InputError
 
 NAMES = ['deit_small_token_32', 'deit_base_token_32', 'deit_small_token_4', 'deit_base_token_4']
-
-
-def fill_golden(model, seed=0, gain=0.02):
-    """Weights by the golden rule: a generator named after each tensor, and the seed of the golden file."""
-    state = {}
-    for name, value in model.state_dict().items():
-        x = gain * np.random.default_rng(zlib.crc32(name.encode()) + seed).standard_normal(tuple(value.shape))
-        x = x.astype(np.float32) + ('norm' in name and name.endswith('weight'))
-        state[name] = torch.from_numpy(x)
-    model.load_state_dict(state)
-    return model
 
 
 @pytest.mark.parametrize('name', NAMES)

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import benchmarks.tokenizers as tokenizers
-import build_synonyms
+from scripts import build_synonyms
 import fit_patch_tokenizer
 import main_seit
 import tokenize_images

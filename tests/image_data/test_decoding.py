@@ -1,0 +1,142 @@
+"""Which names are images; decoding against torchvision; what is wrong with an image, on one line."""
+import io
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets.folder import default_loader
+
+from helpers import encoded, noise, odd_images, published_transform
+from image_data.decoding import (BadImage, LeftOut, bare_bytes, decode_image, image_extensions, is_hidden, is_image,
+                                 scan_bytes, webp_bytes)
+
+SIZE = 16
+
+
+# ---------------------------------------------------------------- names
+
+@pytest.mark.parametrize('name', ['.DS_Store', '._a.png', '.a/b.png', 'a/.ipynb_checkpoints/b.png', '__MACOSX/a.png',
+                                  'a/__MACOSX/._b.png', '.x.parts', 'a/@eaDir/b.png', './._a.png', 'lost+found'])
+def test_hidden(name):
+    assert is_hidden(name)
+
+
+@pytest.mark.parametrize('name', ['a.png', './a.png', '../a/b.png', 'a.b/c.png', '_a/b_.png', 'a./b', 'MACOSX/a'])
+def test_not_hidden(name):
+    assert not is_hidden(name)
+
+
+def test_extensions():
+    for ending in ('jpg', 'JPEG', 'png', 'webp', 'bmp', 'gif', 'tif', 'TIFF', 'ppm', 'pgm', 'jp2', 'tga'):
+        assert is_image(f'a/b.{ending}')
+    for name in ('a.txt', 'a', 'jpg', 'a.jpg.txt', 'a.eps', 'a.h5', 'a.mpg', 'a.pdf', 'a.json', 'a.cls'):
+        assert not is_image(name)
+    assert all(ending == ending.lower() and ending[0] == '.' for ending in image_extensions())
+
+
+def test_what_is_left_out_is_said_once_and_counted(capsys):
+    left_out = LeftOut()
+    for name in ('a/b.txt', 'c/\udce9.txt', 'd.doc'):
+        left_out.add(LeftOut.OTHER, name)
+    left_out.add(LeftOut.HIDDEN, '\udce9.DS_Store')
+    left_out.report('in')
+    assert capsys.readouterr().out.splitlines() == [
+        'note: in: files of kinds that are not read left out: 3 (first: a/b.txt)',
+        r'note: in: hidden names (such as .DS_Store) passed over: 1 (first: \udce9.DS_Store)']
+
+
+# ---------------------------------------------------------------- decoding
+
+
+@pytest.mark.parametrize('name', odd_images())
+def test_odd_images_become_what_torchvision_makes_of_them(name, tmp_path):
+    path = tmp_path / name
+    path.write_bytes(odd_images()[name])
+    expected = published_transform(SIZE)(default_loader(path))
+    pixels = decode_image(path.read_bytes(), SIZE)
+    assert is_image(name) and pixels.dtype == torch.uint8 and pixels.shape == (3, SIZE, SIZE)
+    assert torch.equal(pixels / torch.full((1,), 255.), expected) and pixels.max() > 0
+
+
+@pytest.mark.parametrize('mode', ['L', 'LA', 'P', 'RGBA', 'CMYK', 'I;16', '1'])
+def test_images_of_every_mode_become_rgb(mode):
+    rgb = Image.radial_gradient('L').resize((32, 32))
+    image = Image.new('I;16', (32, 32), 9000) if mode == 'I;16' else rgb.convert('RGB').convert(mode)
+    pixels = decode_image(encoded(image, 'JPEG' if mode == 'CMYK' else 'PNG'), SIZE)
+    assert pixels.shape == (3, SIZE, SIZE) and pixels.max() > 0
+
+
+@pytest.mark.parametrize('data, why', [(b'', 'an empty file'), (b'no image', 'no image of a kind that is read'),
+                                       (encoded(noise(0))[:700], 'truncated'), (b'\0\5\x16\7' + bytes(100), 'no image'),
+                                       (b'%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n', 'no image')])
+def test_bad_images_get_one_line_without_the_name_of_an_object(data, why):
+    with pytest.raises(BadImage, match=why) as caught:
+        decode_image(data, SIZE)
+    assert '\n' not in str(caught.value) and 'BytesIO' not in str(caught.value)
+
+
+def test_an_error_of_pil_that_names_the_buffer(monkeypatch):
+    def open_(file, formats):
+        raise OSError(f'cannot find\nanything in {file!r}')
+    monkeypatch.setattr(Image, 'open', open_)
+    with pytest.raises(BadImage, match='^cannot find anything in it$'):
+        decode_image(b'x', SIZE)
+
+
+def test_decompression_bombs_are_bad_images_unless_they_are_allowed(monkeypatch):
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 100)
+    data = encoded(noise(0, (20, 30)))
+    with pytest.raises(BadImage, match='decompression bomb.*--max-image-pixels'):
+        decode_image(data, SIZE)
+    allowed = decode_image(data, SIZE, max_pixels=600)
+    with pytest.raises(BadImage, match=r'30 x 20 pixels.*--max-image-pixels'):
+        decode_image(data, SIZE, max_pixels=599)
+    assert Image.MAX_IMAGE_PIXELS == 100
+    monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', None)
+    assert torch.equal(allowed, decode_image(data, SIZE))
+
+
+def test_pil_is_not_asked_about_formats_that_run_other_programs():
+    with Image.open(io.BytesIO(encoded(noise(0), 'EPS'))) as image:
+        assert image.format == 'EPS'  # PIL alone would call ghostscript
+    with pytest.raises(BadImage, match='no image of a kind'):
+        decode_image(encoded(noise(0), 'EPS'), SIZE)
+
+
+# ---------------------------------------------------------------- bytes without headers
+
+def scan_by_hand(data):
+    """Bytes between the only SOS header of a JPEG and its EOI, by the first place of either."""
+    start = data.index(b'\xff\xda')
+    start += 2 + int.from_bytes(data[start + 2:start + 4], 'big')
+    return data.rindex(b'\xff\xd9') - start
+
+
+def test_bytes_of_a_jpeg_without_headers():
+    image = noise(0, (40, 56))
+    plain = encoded(image, 'JPEG', quality=50)
+    assert scan_bytes(plain) == scan_by_hand(plain) > 500
+    # a whole JPEG in a header, and restart markers, are not counted as scans, or ends of one
+    assert scan_bytes(encoded(image, 'JPEG', quality=50, comment=plain)) == scan_by_hand(plain)
+    restarting = encoded(image, 'JPEG', quality=50, restart_marker_blocks=1)
+    assert b'\xff\xd1' in restarting
+    assert scan_bytes(restarting) == scan_by_hand(restarting)
+    # several scans: those of a progressive file, with tables between
+    progressive = encoded(image, 'JPEG', quality=50, progressive=True)
+    assert progressive.count(b'\xff\xda') > 1
+    assert scan_by_hand(plain) / 2 < scan_bytes(progressive) < scan_by_hand(progressive)
+    assert scan_bytes(encoded(image, 'PNG')) is None
+    assert scan_bytes(plain[:-100]) is None
+    assert scan_bytes(plain + b'more') == scan_by_hand(plain)
+
+
+def test_bytes_of_a_webp_without_headers():
+    image = noise(0, (40, 57))
+    plain = encoded(image, 'WEBP', quality=50)
+    assert bare_bytes(plain) == webp_bytes(plain) == int.from_bytes(plain[16:20], 'little')
+    assert len(plain) - 22 < webp_bytes(plain) <= len(plain) - 20
+    with_exif = encoded(image, 'WEBP', quality=50, exif=b'Exif\0\0' + bytes(500))  # a VP8X chunk and one of EXIF
+    assert webp_bytes(with_exif) == webp_bytes(plain) < len(with_exif) - 500
+    assert webp_bytes(encoded(image, 'WEBP', lossless=True)) > 40 * 57
+    assert webp_bytes(plain[:-9]) is None and bare_bytes(encoded(image)) is None
+    assert bare_bytes(encoded(image, 'JPEG')) == scan_bytes(encoded(image, 'JPEG'))

@@ -1,0 +1,144 @@
+"""What starts training on clusters: the batch script and submitit."""
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import main_seit
+from scripts import run_with_submitit
+from conftest import ROOT
+from training.preemption import REQUEUE
+from utils import InputError
+
+SCRIPT = ROOT / 'scripts' / 'slurm_train.sbatch'
+
+
+# ---------------------------------------------------------------- sbatch
+
+def sbatch(folder, code, *words, **env):
+    """Run the batch script with a srun that ends with `code`.
+
+    Returns:
+        Its exit code, what srun and scontrol were given, and the environment of srun.
+    """
+    calls = folder / 'calls'
+    for name, end in (('srun', code), ('scontrol', 0)):
+        (folder / name).write_text(f'#!/bin/sh\necho {name} "$@" >> {calls}\nenv > {folder}/{name}.env\nexit {end}\n')
+        (folder / name).chmod(0o755)
+    outside = {key: value for key, value in os.environ.items() if not key.startswith(('SLURM_', 'SRUN_'))}
+    env = {**outside, 'PATH': f'{folder}:{os.environ["PATH"]}', 'SLURM_JOB_ID': '17', 'SLURM_SUBMIT_DIR': str(ROOT),
+           **env}
+    done = subprocess.run(['bash', SCRIPT, *words], env=env, capture_output=True)
+    variables = (folder / 'srun.env').read_text().splitlines()
+    lines = calls.read_text().splitlines()
+    calls.unlink()
+    return done.returncode, lines, dict(line.split('=', 1) for line in variables if '=' in line)
+
+
+def test_the_batch_script_requeues_on_75_alone(tmp_path):
+    assert subprocess.run(['bash', '-n', SCRIPT]).returncode == 0
+    assert '#SBATCH --signal=USR1@' in SCRIPT.read_text()
+    code, calls, _ = sbatch(tmp_path, REQUEUE, '--output-dir', 'a b')
+    assert calls[0].endswith('main_seit.py --save-every 30m --output-dir a b --resume auto')
+    assert (code, calls[1:]) == (0, ['scontrol requeue 17'])
+    for end in (0, 1, 2, 3, 143):
+        code, calls, _ = sbatch(tmp_path, end)
+        assert code == end
+        assert len(calls) == 1
+
+
+def test_the_batch_script_hands_cores_and_environment_to_the_ranks(tmp_path):
+    """Since SLURM 22.05 srun takes no --cpus-per-task from the job: each task would get one core."""
+    _, calls, env = sbatch(tmp_path, 0, SLURM_CPUS_PER_TASK='6', SLURM_EXPORT_ENV='NONE')
+    assert env['SRUN_CPUS_PER_TASK'] == '6'
+    assert env['OMP_NUM_THREADS'] == '1'
+    assert '--export=ALL' in calls[0].split()
+    _, _, env = sbatch(tmp_path, 0)
+    assert 'SRUN_CPUS_PER_TASK' not in env
+
+
+def test_words_with_blanks_reach_the_program_whole(tmp_path):
+    (tmp_path / 'python').write_text('#!/bin/sh\nfor word; do echo "$word"; done > "$SLURM_SUBMIT_DIR/words"\n')
+    (tmp_path / 'srun').write_text('#!/bin/sh\nwhile [ "$1" != python ]; do shift; done\nexec "$@"\n')
+    for name in ('python', 'srun'):
+        (tmp_path / name).chmod(0o755)
+    env = {**os.environ, 'PATH': f'{tmp_path}:{os.environ["PATH"]}', 'SLURM_SUBMIT_DIR': str(tmp_path)}
+    subprocess.run(['bash', SCRIPT, '--output-dir', 'a b', '--model-kwargs', 'depth=1'], env=env, check=True)
+    assert (tmp_path / 'words').read_text().splitlines() == [
+        'main_seit.py', '--save-every', '30m', '--output-dir', 'a b', '--model-kwargs', 'depth=1', '--resume', 'auto']
+
+
+# ---------------------------------------------------------------- submitit
+
+def test_submitit_is_optional_and_its_arguments_are_checked(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'submitit', None)
+    args = run_with_submitit.parse_args(['--nodes', '2', '--hours', '1.5', '--', '--output_dir', 'x'])
+    assert (args.nodes, args.hours, args.training) == (2, 1.5, ['--output_dir', 'x'])
+    with pytest.raises(InputError, match='pip install submitit'):
+        run_with_submitit.main(args)
+    parameters = run_with_submitit.slurm_parameters(args)
+    assert parameters['nodes'] == 2
+    assert parameters['tasks_per_node'] == args.gpus
+    assert parameters['timeout_min'] == 90
+    assert not [name for name in parameters if name in ('slurm_partition', 'slurm_constraint', 'slurm_comment')]
+
+
+@pytest.mark.parametrize('words, message', [
+    (['--', '--epochs', '3'], '--output-dir'),
+    ([], '--output-dir'),
+    (['--nodes', '0', '--', '--output-dir', 'x'], '--nodes: 0: give a value of 1 or more'),
+    (['--output-dir', 'x'], 'unrecognized arguments: --output-dir'),
+    (['--', '--output-dir', 'x', '--epoch', '3'], 'unrecognized arguments: --epoch'),
+])
+def test_mistakes_show_before_the_job_waits(words, message):
+    with pytest.raises(InputError, match=message) as error:
+        run_with_submitit.parse_args(words)
+    assert '\n' not in str(error.value)
+
+
+def test_what_submitit_is_given(monkeypatch, tmp_path, capsys):
+    seen = {}
+
+    class Executor:
+        def __init__(self, folder, **options):
+            seen.update(folder=Path(folder), options=options)
+
+        def update_parameters(self, **parameters):
+            seen.update(parameters)
+
+        def submit(self, job):
+            seen.update(job=job)
+            return SimpleNamespace(job_id='17', paths=SimpleNamespace(stdout='x.out'))
+
+    monkeypatch.setitem(sys.modules, 'submitit', SimpleNamespace(AutoExecutor=Executor))
+    monkeypatch.setenv('SUBMITIT_PREEMPT_SIGNAL', '')
+    monkeypatch.chdir(tmp_path)
+    words = ['--partition', 'gpu', '--requeues', '3', '--', '--output-dir', str(tmp_path), '--epochs', '3']
+    assert not run_with_submitit.main(run_with_submitit.parse_args(words))
+    assert seen['folder'] == tmp_path / 'submitit'
+    assert seen['options'] == {'slurm_max_num_timeout': 3}
+    assert seen['slurm_partition'] == 'gpu'
+    assert seen['slurm_signal_delay_s'] == 300
+    assert seen['job'].flags == ['--output-dir', str(tmp_path), '--epochs', '3']
+    assert os.environ['SUBMITIT_PREEMPT_SIGNAL'] == 'USR1'
+    assert 'submitted job 17' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('code, requeues', [(REQUEUE, ['requeue']), (0, [])])
+def test_submitit_gets_the_signal_back_once_all_is_saved(monkeypatch, tmp_path, code, requeues):
+    seen = []
+
+    def stopped(args):
+        assert args.resume == 'auto'
+        return code
+    monkeypatch.setattr(main_seit, 'main', stopped)
+    before = signal.signal(signal.SIGUSR1, lambda *_: seen.append('requeue'))
+    try:
+        run_with_submitit.Training(['--output-dir', str(tmp_path), '--device', 'cpu'])()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert seen == requeues

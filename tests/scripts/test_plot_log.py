@@ -1,0 +1,61 @@
+"""Curves of a run's log.txt."""
+import json
+
+import pytest
+
+from scripts import plot_log
+from helpers import call, contents, fails
+
+
+def write_log(path, epochs=3, **more):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [{'epoch': epoch, 'train_loss': 2. - epoch / 9, 'train_lr': 1e-3, 'test_loss': 2., 'test_acc1': 9. * epoch,
+              **more} for epoch in range(epochs)]
+    path.write_text(''.join(json.dumps(line) + '\n' for line in lines))
+    return path
+
+
+def plot(folder, *logs, output='plot.png'):
+    call(plot_log, *logs, '--output', folder / output)
+    return folder / output
+
+
+def test_one_or_more_runs_are_drawn(tmp_path, capsys):
+    pytest.importorskip('matplotlib')
+    log = write_log(tmp_path / 'a' / 'log.txt')
+    other = write_log(tmp_path / 'b' / 'log.txt', ema_test_acc1=5.)
+    sizes = []
+    for logs in ([log], [log, other]):
+        picture = plot(tmp_path, *logs).read_bytes()
+        assert picture.startswith(b'\x89PNG')
+        sizes.append(len(picture))
+        assert capsys.readouterr().out == f'{tmp_path / "plot.png"}\n'
+    assert sizes[0] != sizes[1]
+
+
+def test_a_run_without_evaluation_is_drawn(tmp_path):
+    pytest.importorskip('matplotlib')
+    (tmp_path / 'log.txt').write_text('{"epoch": 0, "train_loss": 1.5, "train_lr": 0.1}\n')
+    assert plot(tmp_path, tmp_path / 'log.txt').read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_log_of_a_tokenizer_is_drawn(tmp_path):
+    pytest.importorskip('matplotlib')
+    log = write_log(tmp_path / 'log.txt', test_psnr=20., ema_test_psnr=21., test_usage=0.9)
+    other = write_log(tmp_path / 'other' / 'log.txt')
+    drawn = plot(tmp_path, log).read_bytes()
+    assert drawn.startswith(b'\x89PNG') and drawn != plot(tmp_path, other).read_bytes()
+
+
+def test_mistakes_get_one_line(tmp_path):
+    pytest.importorskip('matplotlib')
+    log = write_log(tmp_path / 'log.txt')
+    fails(lambda: plot(tmp_path, tmp_path / 'none.txt'), 'none.txt: No such file')
+    for text, said in (('', 'no epochs in it'), ('{}', 'no epochs in it'), ('[1]', 'no epochs in it'),
+                       ('{"epoch": 0}\n{', 'not a log of JSON lines')):
+        (tmp_path / 'bad.txt').write_text(text)
+        fails(lambda: plot(tmp_path, tmp_path / 'bad.txt'), f'bad.txt: {said}')
+    (tmp_path / 'bad.txt').unlink()
+    fails(lambda: plot(tmp_path, log, output='log.txt/plot.png'), 'cannot be written')
+    fails(lambda: call(plot_log, log), '--output')
+    assert contents(tmp_path).keys() == {'log.txt'}

@@ -1,0 +1,417 @@
+"""Image sets at a storage budget: what methods do, what is kept, the search, resuming, and that sets read back."""
+import io
+import json
+import os
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from image_data import shrunk_sets
+from scripts import shrink_images
+from helpers import (call, contents, encoded, fails, forked, limits, no_space, noise, odd_images, save_image,
+                     smooth_images, tar_samples, write_parquet, write_tar)
+from image_data.decoding import scan_bytes
+from image_data.shrinking import Ranking, Unreachable, largest_within
+from image_data.sources import open_source
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """Class folders ant, bee, cat of 8, 9 and 4 images: smooth ones, JPEGs of noise, and other sizes."""
+    folder = tmp_path_factory.mktemp('source') / 'train'
+    for path in smooth_images(folder)[-4:]:
+        path.unlink()
+    (folder / 'bee' / 'x.y.JPEG').write_bytes(encoded(noise(1, (30, 47)), 'JPEG', quality=50))
+    return folder
+
+
+def words(source, output, *more, method='jpeg', parameter=20, workers=0):
+    size = [] if parameter is None else ['--parameter', parameter]
+    return ['--data-path', source, '--output-dir', output, '--method', method, *size, '--num-workers', workers, *more]
+
+
+def make(*args, **kwargs):
+    """Make a set; returns its manifest."""
+    line = words(*args, **kwargs)
+    call(shrink_images, *line)
+    return json.loads((args[1] / 'manifest.json').read_text())
+
+
+def made_images(folder):
+    """{CLASS/STEM: encoded bytes} of the images of a set."""
+    return {path.relative_to(folder / 'images').with_suffix('').as_posix(): path.read_bytes()
+            for path in (folder / 'images').rglob('*') if path.is_file()}
+
+
+def visible(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# ---------------------------------------------------------------- methods
+
+def expected(image, method, parameter):
+    """What a method makes of a PIL image, in the words of the issue."""
+    image = image.convert('RGB')
+    if method == 'resize':
+        small = image.resize([max(1, int(side * parameter + 0.5)) for side in image.size], Image.Resampling.BICUBIC)
+        return encoded(small, 'JPEG', quality=95, optimize=True)
+    return encoded(image, method.upper(), quality=parameter, optimize=True)  # which WebP does not have
+
+
+@pytest.mark.parametrize('method, parameter', [('resize', 0.37), ('resize', 1), ('jpeg', 8), ('webp', 0)])
+def test_methods(images, tmp_path, method, parameter):
+    manifest = make(images, tmp_path / 'out', method=method, parameter=parameter)
+    source = open_source(images)
+    made = made_images(tmp_path / 'out')
+    assert len(made) == len(source) == manifest['images'] == 21
+    bare = []
+    distances = []
+    for name in source.names:
+        before = Image.open(images / name).convert('RGB')
+        data = made[name.rpartition('.')[0]]
+        assert data == expected(before, method, parameter)
+        bare.append(int.from_bytes(data[16:20], 'little') if method == 'webp' else scan_bytes(data))
+        after = Image.open(io.BytesIO(data)).resize(before.size, Image.Resampling.BICUBIC)
+        error = np.square(np.asarray(before) / 255 - np.asarray(after) / 255).mean()
+        distances.append(-10 * np.log10(error))
+    assert manifest['bytes_per_image'] * 21 == pytest.approx(manifest['total_bytes'])
+    assert manifest['total_bytes'] == sum(map(len, made.values()))
+    assert manifest['scan_bytes_per_image'] == pytest.approx(np.mean(bare))
+    assert manifest['psnr'] == pytest.approx(np.mean(distances), abs=1e-3)
+    assert manifest['source_bytes_per_image'] == pytest.approx(np.mean([len(source.read(i)) for i in range(21)]))
+    assert {key: manifest[key] for key in ('method', 'parameter', 'source', 'seed', 'scores', 'classes')} == {
+        'method': method, 'parameter': parameter, 'source': str(images), 'seed': 0, 'scores': None,
+        'classes': ['ant', 'bee', 'cat']}
+    back = open_source(tmp_path / 'out' / 'images')
+    assert back.classes == source.classes and back.labels.tolist() == source.labels.tolist()
+    assert visible(tmp_path / 'out') == ['.lock', 'images', 'manifest.json']
+
+
+def test_unusual_images_become_rgb(tmp_path):
+    for name, data in odd_images().items():  # some share a stem
+        (tmp_path / 'in' / name).mkdir(parents=True)
+        (tmp_path / 'in' / name / name).write_bytes(data)
+    make(tmp_path / 'in', tmp_path / 'out')
+    made = made_images(tmp_path / 'out')
+    for name, data in odd_images().items():
+        stem = name.rpartition('.')[0]
+        assert made[f'{name}/{stem}'] == expected(Image.open(io.BytesIO(data)), 'jpeg', 20)
+
+
+# ---------------------------------------------------------------- sampling
+
+def test_a_share_of_each_class_is_kept_unchanged(images, tmp_path):
+    source = open_source(images)
+    kept = {}
+    for share, counts in ((0.1, [1, 1, 1]), (0.5, [4, 5, 2]), (1, [8, 9, 4])):
+        for seed in (0, 1):
+            out = tmp_path / f'{share}-{seed}'
+            manifest = make(images, out, '--seed', seed, method='sample', parameter=share)
+            made = contents(out / 'images')
+            assert made.items() <= {name: source.read(i) for i, name in enumerate(source.names)}.items()
+            assert np.bincount(open_source(out / 'images').labels).tolist() == counts
+            assert manifest['psnr'] == 100 and manifest['scan_bytes_per_image'] is None  # there are PNGs among them
+            kept[share, seed] = set(made)
+    assert kept[0.1, 0] < kept[0.5, 0] < kept[1, 0] and kept[0.5, 0] != kept[0.5, 1]
+
+
+def test_the_best_and_the_worst_are_kept_by_scores(images, tmp_path):
+    source = open_source(images)
+    scores = tmp_path / 'scores.txt'
+    values = np.random.default_rng(0).permutation(len(source)) - 3.5
+    lines = [f'{name}\t{value}\n' for name, value in zip(source.names, values)]
+    scores.write_text(''.join(lines[::-1]) + 'another.png\t7\n')
+    for keep, sign in (('best', -1), ('worst', 1)):
+        manifest = make(images, tmp_path / keep, '--scores', scores, '--keep', keep, method='sample', parameter=0.5)
+        assert manifest['scores']['keep'] == keep
+        chosen = [source.names[i] for label, count in ((0, 4), (1, 5), (2, 2))
+                  for i in sorted(np.flatnonzero(source.labels == label), key=lambda i: sign * values[i])[:count]]
+        assert set(contents(tmp_path / keep / 'images')) == set(chosen)
+    for text, *patterns in ((''.join(lines[2:-1]), 'lacks 3 of the 21', source.names[0]),
+                            (lines[0] + 'a b 3\n', 'line 2 is not'), (lines[0] + 'a\tnan\n', 'line 2 is not'),
+                            (lines[0] + lines[0].replace('\t', '\t1'), 'line 2: .* two scores')):
+        scores.write_text(text)
+        fails(lambda: make(images, tmp_path / 'bad', '--scores', scores, '--keep', 'best', method='sample',
+                           parameter=0.5), 'scores.txt', *patterns)
+    assert not (tmp_path / 'bad').exists()
+
+
+def test_a_ranking_equals_a_loop():
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 7, 500) * 3
+    scores = rng.integers(0, 20, 500).astype(float)  # many are equal
+    for share in (0.001, 0.25, 0.777, 1):
+        slow = []
+        for label in set(labels.tolist()):
+            of_class = sorted(np.flatnonzero(labels == label), key=lambda i: (-scores[i], i))
+            slow += of_class[:max(1, int(len(of_class) * share + 0.5))]
+        assert Ranking(labels, 0, scores, 'best').kept(share).tolist() == sorted(slow)
+
+
+# ---------------------------------------------------------------- budgets
+
+@pytest.mark.parametrize('lowest, highest', [(0, 100), (1, 95), (3, 3)])
+def test_the_search_finds_the_largest_within(lowest, highest):
+    values = dict(zip(range(lowest, highest + 1), np.sort(np.random.default_rng(0).integers(0, 50, 101)).tolist()))
+    for budget in range(-1, 60):
+        within = [number for number, value in values.items() if value <= budget]
+        if within:
+            assert largest_within(lowest, highest, values.get, budget) == within[-1]
+        else:
+            with pytest.raises(Unreachable) as caught:
+                largest_within(lowest, highest, values.get, budget)
+            assert (caught.value.least, caught.value.most) == (values[lowest], values[highest])
+
+
+def totals(images, method, parameters, folder):
+    return {parameter: make(images, folder / f'{method}-{parameter}', method=method,
+                            parameter=parameter)['total_bytes'] for parameter in parameters}
+
+
+@pytest.mark.parametrize('method, parameters', [
+    ('jpeg', (40, 41)), ('webp', (62, 63)), ('resize', (0.5, 0.6)), ('sample', (0.4, 0.6))])
+def test_a_budget_is_kept_and_used(images, tmp_path, method, parameters, capsys):
+    if method == 'resize':  # smooth images take the same bytes at any size
+        images = tmp_path / 'noise'
+        for number in range(21):
+            save_image(images / f'class-{number % 3}' / f'{number}.png', number, (40, 40))
+    small, large = totals(images, method, parameters, tmp_path).values()
+    assert small < large
+    total = make(images, tmp_path / 'total', '--total-bytes', large - 1, method=method, parameter=None)
+    per_image = make(images, tmp_path / 'mean', '--bytes-per-image', (large - 1) / 21, method=method, parameter=None)
+    assert small <= total['total_bytes'] < large and total['searched_images'] == 21
+    assert parameters[0] <= total['parameter'] < parameters[1] and total['parameter'] == per_image['parameter']
+    assert contents(tmp_path / 'total' / 'images') == contents(tmp_path / 'mean' / 'images')
+    if method in ('jpeg', 'webp'):
+        assert contents(tmp_path / 'total' / 'images') == contents(tmp_path / f'{method}-{parameters[0]}' / 'images')
+    else:  # one step more does not fit
+        more = totals(images, method, [total['parameter'] + 0.001], tmp_path)
+        assert set(more.values()) > {large - 1} or min(more.values()) >= large
+    capsys.readouterr()
+    make(images, tmp_path / 'all', '--total-bytes', 10 ** 7, method=method, parameter=None)
+    assert 'keeps within the budget' in capsys.readouterr().out
+
+
+def test_a_budget_that_cannot_be_reached(images, tmp_path):
+    least, most = totals(images, 'jpeg', (1, 95), tmp_path).values()
+    fails(lambda: make(images, tmp_path / 'out', '--total-bytes', least - 1, parameter=None),
+          f'--total-bytes .*reaches {least:,}.0 to {most:,}.0 bytes in all')
+    fails(lambda: make(images, tmp_path / 'out', '--bytes-per-image', 9, parameter=None),
+          f'--bytes-per-image 9: .*reaches {least / 21:,.1f} to {most / 21:,.1f} bytes an image')
+    assert make(images, tmp_path / 'out', '--total-bytes', least, parameter=None)['parameter'] == 2  # the same as 1
+
+
+def test_a_large_set_is_searched_on_some_of_its_images(images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(shrink_images, 'SEARCHED', 5)
+    tight = make(images, tmp_path / 'out', '--bytes-per-image', 900, parameter=None, workers=2)
+    assert tight['searched_images'] == 5
+    sizes = [len(data) for data in made_images(tmp_path / 'out').values()]
+    assert tight['bytes_per_image'] == pytest.approx(np.mean(sizes))
+    assert ('exceed it by' in capsys.readouterr().out) == (np.mean(sizes) > 900)
+
+
+# ---------------------------------------------------------------- sources and outputs
+
+def test_tars_keep_order_and_labels(images, tmp_path, monkeypatch):
+    monkeypatch.setitem(shrunk_sets.PART, 'tar', 8)
+    make(images, tmp_path / 'out', '--format', 'tar')
+    assert visible(tmp_path / 'out') == ['.lock', *(f'images-{i:06d}.tar' for i in range(3)), 'manifest.json']
+    source = open_source(images)
+    back = open_source(tmp_path / 'out' / 'images-{000000..000002}.tar')
+    assert back.labels.tolist() == source.labels.tolist()
+    assert [name.partition('/')[2] for name in back.names] == [
+        name.rpartition('.')[0].replace('.', '_') + '.jpg' for name in source.names]
+    make(images, tmp_path / 'plain')
+    plain = made_images(tmp_path / 'plain')
+    assert [back.read(i) for i in range(21)] == [plain[name.rpartition('.')[0]] for name in source.names]
+
+
+def labeled(source):
+    """The images of a source as sorted (encoded bytes, label)."""
+    return sorted((source.read(i), label) for i, label in enumerate(source.labels.tolist()))
+
+
+def test_sources_without_class_names_keep_their_labels(tmp_path):
+    """Tar shards whose keys repeat, and parquet rows, whose names are no file names."""
+    for shard in range(2):
+        write_tar(tmp_path / f'in-{shard}.tar', tar_samples(13, prefix='x/'))
+    source = f'{tmp_path}/in-{{0..1}}.tar'
+    for file_format, back in (('folder', 'images'), ('tar', 'images-*.tar')):
+        make(source, tmp_path / file_format, '--format', file_format, method='sample', parameter=1)
+        assert labeled(open_source(tmp_path / file_format / back)) == labeled(open_source(source))
+    assert visible(tmp_path / 'folder' / 'images') == ['0000', '0001', '0002']
+    assert visible(tmp_path / 'folder' / 'images' / '0002') == sorted(
+        [f'{i:04d}.jpg' for i in (2, 5, 8, 11)] + [f'{i:04d}-{13 + i}.jpg' for i in (2, 5, 8, 11)])
+
+
+@pytest.mark.parametrize('names, folders', [(['a', 'b', 'c'], ['a', 'b', 'c']), (['c', 'a', 'b'], None),
+                                            (['a', 'b/c', 'd'], None), (['.a', 'b', 'c'], None)])
+def test_class_names_become_folders_where_labels_stay(tmp_path, names, folders):
+    rows = [(encoded(noise(i), 'JPEG' if i % 2 else 'PNG'), i % 3) for i in range(7)]
+    write_parquet(tmp_path / 'in.parquet', rows, names)
+    manifest = make(tmp_path / 'in.parquet', tmp_path / 'out', method='sample', parameter=1)
+    assert visible(tmp_path / 'out' / 'images') == (folders or ['0000', '0001', '0002'])
+    assert labeled(open_source(tmp_path / 'out' / 'images')) == sorted(rows) and manifest['classes'] == names
+
+
+def test_what_class_folders_cannot_hold(images, tmp_path):
+    lines = [f'train/{name}\t{2 * label}\n' for name, label in zip(
+        open_source(images).names, open_source(images).labels.tolist())]
+    (tmp_path / 'list.txt').write_text(''.join(lines))
+    os.symlink(images, tmp_path / 'train')
+    fails(lambda: make(tmp_path / 'list.txt', tmp_path / 'out'), 'class 1 has no images', '--format tar')
+    make(tmp_path / 'list.txt', tmp_path / 'out', '--format', 'tar')
+    back = open_source(tmp_path / 'out' / 'images-000000.tar')
+    assert back.labels.tolist() == open_source(tmp_path / 'list.txt').labels.tolist()
+    fails(lambda: make(tmp_path / 'out' / '*.tar', tmp_path / 'out', '--format', 'tar'), 'lies in')
+    fails(lambda: make(tmp_path / 'train', images / 'small'), 'lies in')
+
+
+# ---------------------------------------------------------------- resuming
+
+FORMATS = pytest.mark.parametrize('file_format', ['folder', 'tar'])
+
+
+@FORMATS
+def test_any_number_of_processes_gives_the_same_bytes(images, tmp_path, monkeypatch, file_format):
+    monkeypatch.setattr(shrink_images, 'CHUNK', 3)
+    for part in shrunk_sets.PART:
+        monkeypatch.setitem(shrunk_sets.PART, part, 4)
+    for workers in (0, 2):
+        make(images, tmp_path / str(workers), '--format', file_format, method='resize', parameter=0.7, workers=workers)
+    assert contents(tmp_path / '0') == contents(tmp_path / '2')
+
+
+@FORMATS
+@pytest.mark.parametrize('moment', ['write_bytes', 'addfile', 'write_text', 'replace', 'rmtree'])
+def test_a_run_killed_at_any_moment_resumes(images, tmp_path, monkeypatch, file_format, moment):
+    """Killed at each call of a kind in turn; each time the same command goes on, until it is through."""
+    for part in shrunk_sets.PART:
+        monkeypatch.setitem(shrunk_sets.PART, part, 6)
+    flags = ['--format', file_format, '--total-bytes', 15_000]
+    make(images, tmp_path / 'whole', *flags, parameter=None)
+    owner = {'write_bytes': shrunk_sets.Path, 'addfile': shrunk_sets.tarfile.TarFile, 'write_text': shrunk_sets,
+             'replace': shrunk_sets.os, 'rmtree': shrunk_sets.shutil}[moment]
+    real = getattr(owner, moment)
+    for kill_at in range(1, 60, 4 if moment in ('write_bytes', 'addfile') else 1):
+        calls = []
+
+        def dies(*args, **kwargs):
+            calls.append(args)
+            if len(calls) == kill_at:
+                os._exit(9)
+            return real(*args, **kwargs)
+        pid = os.fork()
+        if not pid:
+            setattr(owner, moment, dies)
+            make(images, tmp_path / 'out', *flags, parameter=None)
+            os._exit(0)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        assert code in (0, 9)
+        if code == 0:
+            break
+        if not (tmp_path / 'out' / 'manifest.json').exists() and moment not in ('replace', 'rmtree'):
+            assert not list((tmp_path / 'out').glob('images*'))  # nobody sees a part of a set
+    assert code == 0
+    make(images, tmp_path / 'out', *flags, parameter=None)
+    assert contents(tmp_path / 'out') == contents(tmp_path / 'whole')
+
+
+def test_a_finished_set_is_left_alone(images, tmp_path, capsys, monkeypatch):
+    out = tmp_path / 'out'
+    make(images, out)
+    before = {path: path.stat().st_mtime_ns for path in sorted(out.rglob('*'))}
+    monkeypatch.setattr(shrink_images.PIL, '__version__', '0.0')  # no reason to make it again
+    make(images, out, workers=1)
+    assert 'finished already' in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in sorted(out.rglob('*'))} == before
+    fails(lambda: make(images, out, '--seed', 1, parameter=21), 'manifest.json', 'differs in parameter, seed:')
+    shutil.rmtree(out / 'images')
+    fails(lambda: make(images, out), 'images is not there')
+
+
+def test_an_unfinished_set_takes_only_its_own_flags(images, tmp_path, monkeypatch):
+    out = tmp_path / 'out'
+    monkeypatch.setitem(shrunk_sets.PART, 'folder', 6)
+    with monkeypatch.context() as patch:
+        patch.setattr(shrunk_sets.SetFolder, 'write_manifest', lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(images, out)
+    assert visible(out) == ['.lock', '.unfinished']
+    fails(lambda: make(images, out, method='webp'), 'run.json', 'differs in method:')
+    fails(lambda: make(images / 'bee' / '..', out, '--format', 'tar'), 'differs in format:')
+    with monkeypatch.context() as patch:
+        patch.setattr(shrink_images.PIL, '__version__', '0.0')  # its encoders may give other bytes
+        fails(lambda: make(images, out), 'differs in versions')
+    lost = out / '.unfinished' / 'images' / 'ant' / '2.jpg'
+    lost.write_bytes(b'')  # as a machine that went down may leave it
+    make(images, out)
+    make(images, tmp_path / 'whole')
+    assert contents(out) == contents(tmp_path / 'whole')
+
+
+def test_one_writer_at_a_time(images, tmp_path):
+    def hold(ready):
+        folder = shrunk_sets.SetFolder(str(tmp_path / 'out'), 'folder', {})
+        (tmp_path / 'out').mkdir()
+        folder.lock = shrunk_sets.lock_file(tmp_path / 'out' / '.lock')
+        ready()
+        time.sleep(60)
+    with forked(hold):
+        fails(lambda: make(images, tmp_path / 'out'), 'another process is writing')
+    make(images, tmp_path / 'out')
+
+
+# ---------------------------------------------------------------- mistakes
+
+@pytest.mark.parametrize('flags, pattern', [
+    (['--parameter', 96], '--parameter 96: jpeg takes a whole number from 1 to 95'),
+    (['--parameter', 7.5], 'whole number'), (['--parameter', 3, '--total-bytes', 9], 'not allowed with'),
+    ([], 'required'), (['--parameter', 3, '--keep', 'best'], '--scores and --keep'),
+    (['--parameter', 3, '--scores', 'x', '--keep', 'best'], 'keeps all images')])
+def test_flags_that_cannot_be(flags, pattern):
+    fails(lambda: shrink_images.parse_args(['--data-path', 'a', '--output-dir', 'b', '--method', 'jpeg',
+                                            *map(str, flags)]), pattern)
+
+
+@pytest.mark.parametrize('method, parameter', [('sample', 0), ('sample', 1.1), ('resize', 0), ('webp', 101)])
+def test_parameters_that_cannot_be(images, tmp_path, method, parameter):
+    fails(lambda: make(images, tmp_path / 'out', method=method, parameter=parameter), f'--parameter {parameter}')
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_an_image_that_cannot_be_read(images, tmp_path, workers):
+    shutil.copytree(images, tmp_path / 'in')
+    bad = tmp_path / 'in' / 'bee' / '3.png'
+    good = bad.read_bytes()
+    bad.write_bytes(good[:200])
+    fails(lambda: make(tmp_path / 'in', tmp_path / 'out', workers=workers), 'bee/3.png is no readable image')
+    bad.write_bytes(good)  # mended: the same command resumes
+    make(tmp_path / 'in', tmp_path / 'out', workers=workers)
+    fails(lambda: make(images, tmp_path / 'small', '--max-image-pixels', 1500, workers=workers), 'max-image-pixels')
+
+
+def test_a_process_that_is_killed_ends_the_run(images, tmp_path, monkeypatch):
+    monkeypatch.setattr(shrink_images.ShrunkImages, '_shrink', lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    with limits():
+        fails(lambda: make(images, tmp_path / 'out', workers=1), 'a process that decodes images failed')
+
+
+@FORMATS
+def test_a_full_disk(images, tmp_path, file_format):
+    with no_space(1000):
+        fails(lambda: make(images, tmp_path / 'out', '--format', file_format, parameter=95), 'cannot be written')
+    make(images, tmp_path / 'out', '--format', file_format, parameter=95)
+    assert (tmp_path / 'out' / 'manifest.json').exists()
+
+
+def test_a_folder_that_holds_images_already(images, tmp_path):
+    (tmp_path / 'out' / 'images').mkdir(parents=True)
+    fails(lambda: make(images, tmp_path / 'out'), 'is there already')

@@ -1,0 +1,205 @@
+"""Training a tokenizer: exact resume, two processes, the file in the other programs, and what bad input gets."""
+import json
+import os
+import re
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import engine
+import evaluate_on_images
+import main_seit
+import processes
+import tokenize_images
+from scripts import train_tokenizer
+from helpers import accuracy_lines, call, contents, fails, read_log, smooth_images, states
+from image_tokenizer.tokenizers import load_tokenizer
+from image_tokenizer.vq_training import Collapsed
+from processes import Job
+from token_files.codebook import load_codebook
+from training.preemption import REQUEUE
+
+pytestmark = pytest.mark.usefixtures('one_thread')
+
+OUTPUTS = ['tokenizer.safetensors', 'codebook.ckpt', 'reconstruction.png']
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    """48 images in three classes."""
+    folder = tmp_path_factory.mktemp('images')
+    smooth_images(folder, per_class=16)
+    return folder
+
+
+def words(images, folder, *more):
+    """A command line of ten steps an epoch, two epochs."""
+    return ['--data-path', images, '--image-size', 32, '--patch-size', 8, '--width', 64, '--depth', 1, '--codes', 12,
+            '--dim', 32, '--val-images', 8, '--batch-size', 4, '--epochs', 2, '--model-ema-decay', 0.9, '--lr', 4e-3,
+            '--num-workers', 0, '--device', 'cpu', '--save-every', 2, '--output-dir', folder, '--resume', 'auto', *more]
+
+
+def train(images, folder, *more):
+    return call(train_tokenizer, *words(images, folder, *more))
+
+
+@pytest.fixture(scope='module')
+def whole(images, tmp_path_factory):
+    """The folder of an undisturbed run."""
+    folder = tmp_path_factory.mktemp('whole')
+    assert train(images, folder) == 0
+    return folder
+
+
+def differs(whole, other):
+    """What differs between the folders of two runs, in words."""
+    return processes.training_differs(whole, other, ['checkpoint.pth'], OUTPUTS)
+
+
+# ---------------------------------------------------------------- runs
+
+def test_a_run_leaves_a_tokenizer_a_codebook_a_picture_and_a_log(whole):
+    tokenizer = load_tokenizer(whole / 'tokenizer.safetensors')
+    codebook = load_codebook(whole / 'codebook.ckpt')
+    assert torch.equal(tokenizer.codebook, codebook) and codebook.shape == (12, 32)
+    torch.testing.assert_close((codebook - codebook.mean(0)).square().mean(), torch.tensor(1.))
+    with Image.open(whole / 'reconstruction.png') as picture:  # eight images, each in three ways
+        assert picture.mode == 'RGB' and picture.width == 2 * (3 * 32 + 2) + 2
+    for line in read_log(whole):
+        for key in ('psnr', 'ssim', 'usage', 'perplexity', 'loss'):
+            assert np.isfinite([line[f'test_{key}'], line[f'ema_test_{key}']]).all()
+    assert json.loads((whole / 'args.json').read_text())['codes'] == 12
+    checkpoint = states(whole / 'checkpoint.pth')
+    assert checkpoint['classes'] is None and checkpoint['args']['patch_size'] == 8
+
+
+def test_training_raises_the_psnr_of_held_out_images(images, tmp_path):
+    train(images, tmp_path, '--epochs', 10, '--lr', 0.03)
+    values = [line['ema_test_psnr'] for line in read_log(tmp_path)]
+    assert values[-1] > values[0] + 0.1
+
+
+@pytest.mark.parametrize('step', [(0, 3), (1, 6)])
+def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(images, whole, step, tmp_path, monkeypatch):
+    seed_step = engine.seed_step
+
+    def signaled(seed, epoch, number, *more):
+        if (epoch, number) == step:
+            signal.raise_signal(signal.SIGTERM)
+        seed_step(seed, epoch, number, *more)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, 'seed_step', signaled)
+        assert train(images, tmp_path) == REQUEUE
+    assert states(tmp_path / 'checkpoint.pth')['step'] == step[1] + 1
+    assert train(images, tmp_path) == 0
+    assert not differs(whole, tmp_path)
+
+
+def test_killed_and_resumed_from_save_every_equals_uninterrupted(images, whole, tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    seed_step = engine.seed_step
+
+    def killed(seed, epoch, number, *more):
+        if (epoch, number) == (1, 5):
+            raise Killed
+        seed_step(seed, epoch, number, *more)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, 'seed_step', killed)
+        with pytest.raises(Killed):
+            train(images, tmp_path)
+    assert states(tmp_path / 'checkpoint.pth')['step'] == 4
+    assert train(images, tmp_path) == 0
+    assert not differs(whole, tmp_path)
+
+
+def test_two_processes_keep_equal_codebooks_and_resume_exactly(images, tmp_path):
+    """Rank 0 saves: had rank 1 another codebook, a resumed run, which gives it rank 0's, would end differently."""
+    run = [*words(images, tmp_path / 'a', '--batch-size', 2), '--model-ema-force-cpu']
+    assert Job('train_tokenizer', run, 2, tmp_path / 'out').wait() == [0, 0], (tmp_path / 'out').read_text()
+    run = [*words(images, tmp_path / 'b', '--batch-size', 2, '--epochs', 2), '--model-ema-force-cpu']
+    first = Job('train_tokenizer', run, 2, os.devnull)
+    while not (tmp_path / 'b' / 'checkpoint.pth').exists():
+        assert first.ranks[0].exitcode in (None, 0)
+    first.signal(signal.SIGTERM, rank=1)
+    assert first.wait(60) in ([REQUEUE] * 2, [0, 0])
+    assert Job('train_tokenizer', run, 2, os.devnull).wait() == [0, 0]
+    assert not differs(tmp_path / 'a', tmp_path / 'b')
+
+
+# ---------------------------------------------------------------- the other programs
+
+def test_tokenize_train_and_evaluate_with_it(images, whole, tmp_path, capsys):
+    tokenizer = ['--tokenizer-path', whole / 'tokenizer.safetensors']
+    call(tokenize_images, '--data-path', images, '--name', 'x', '--output-dir', tmp_path, *tokenizer,
+         '--image-size', 32, '--num-workers', 0, '--device', 'cpu')
+    assert torch.equal(load_codebook(tmp_path / 'codebook.ckpt'), load_codebook(whole / 'codebook.ckpt'))
+    tokens = tmp_path / 'x-token.data.bin.gz'
+    labels = tmp_path / 'x-label.txt'
+    model = ['--model', 'deit_tiny_token_32', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2',
+             '--device', 'cpu', '--batch-size', 8]
+    call(main_seit, *model, '--codebook-path', whole / 'codebook.ckpt', '--train-token-file', tokens,
+         '--train-label-file', labels, '--val-token-file', tokens, '--val-label-file', labels, '--input-size', 32,
+         '--eda-rc-prob', 0, '--swap-token-scale', 0.5, '--epochs', 1, '--output-dir', tmp_path / 'run')
+    on_tokens = accuracy_lines(capsys.readouterr().out)[0]
+    call(evaluate_on_images, *model, *tokenizer, '--codebook-path', whole / 'codebook.ckpt', '--data-path', images,
+         '--model-path', tmp_path / 'run' / 'checkpoint.pth', '--tokenizer-input-size', 32, '--vit-input-size', 4,
+         '--num-workers', 0)
+    assert accuracy_lines(capsys.readouterr().out) == [on_tokens]
+
+
+# ---------------------------------------------------------------- bad input
+
+@pytest.mark.parametrize('more, said', [
+    (['--image-size', 4], '--patch-size 8: larger than images of --image-size 4'),
+    (['--image-size', 36], '--image-size 36: .* choose 32 or 40'),
+    (['--width', 100], '--width 100: heads of 64 do not divide it: choose 64 or 128'),
+    (['--l2', 0], '--l1, --l2 and --gradient are all 0'),
+    (['--codes', 800], '--codes 800: more than the 640 patches of the first 40 images'),
+    (['--val-images', 48], 'of its 48 images 48 cannot be held out'),
+    (['--batch-size', 64], 'the 40 images of a process make no step of --batch-size 64'),
+    (['--epoch-images', 3], 'the 3 images of a process make no step'),
+    (['--vgg-path', __file__], 'test_train_tokenizer.py: '),
+    (['--mixup', 1], '--mixup'), (['--resume', 'auto', '--output-dir', ''], '--resume auto looks in --output-dir')])
+def test_mistakes_get_one_line(images, tmp_path, more, said):
+    fails(lambda: train(images, tmp_path, *more), said)
+    assert contents(tmp_path).keys() <= {'.lock'}
+
+
+def test_outputs_of_another_run_are_not_replaced(images, whole, tmp_path):
+    before = contents(whole)
+    fails(lambda: train(images, whole, '--resume', ''), 'an earlier run is here')
+    assert contents(whole) == before
+    (tmp_path / 'tokenizer.safetensors').write_bytes(b'mine')
+    fails(lambda: train(images, tmp_path, '--resume', ''), 'tokenizer.safetensors: an earlier run is here')
+    fails(lambda: train(images, tmp_path), 'tokenizer.safetensors: an earlier run is here')
+    assert (tmp_path / 'tokenizer.safetensors').read_bytes() == b'mine'
+
+
+def test_another_architecture_is_not_resumed(images, whole):
+    before = contents(whole)
+    fails(lambda: train(images, whole, '--epochs', 3, '--width', 128), 'does not fit the model')
+    fails(lambda: train(images, whole, '--epochs', 3, '--codes', 13), 'does not fit the model')
+    fails(lambda: train(images, whole, '--epochs', 3, '--no-flip'), 'flip True -> False')
+    changed = {name for name, data in contents(whole).items() if data != before.get(name)}
+    assert changed <= {'args.json', 'log.txt'} and not changed & set(OUTPUTS)
+
+
+def test_a_collapse_stops_the_run_and_writes_nothing(images, whole, tmp_path, monkeypatch):
+    for name, data in contents(whole).items():
+        (tmp_path / name).write_bytes(data)
+    before = contents(tmp_path)
+    evaluate = train_tokenizer.evaluate_tokenizer
+
+    def collapsed(training, *more):
+        training.quantizer.rows.copy_(training.quantizer.rows[:1].expand(12, -1))
+        return evaluate(training, *more)
+    monkeypatch.setattr(train_tokenizer, 'evaluate_tokenizer', collapsed)
+    with pytest.raises(Collapsed, match=re.escape('8.3% of 12 codes occur in 128 held-out tokens')):
+        train(images, tmp_path, '--epochs', 3, '--save-every', '60m')
+    after = contents(tmp_path)
+    assert all(after[name] == before[name] for name in [*OUTPUTS, 'checkpoint.pth', 'log.txt'])
