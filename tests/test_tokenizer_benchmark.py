@@ -8,7 +8,7 @@ from PIL import Image
 
 import benchmarks.tokenizers as tokenizers
 from scripts import build_synonyms
-import fit_patch_tokenizer
+from scripts import fit_patch_tokenizer
 import main_seit
 import tokenize_images
 from benchmarks import arms

@@ -8,7 +8,7 @@ import torch
 
 import engine
 from scripts import fit_patch_tokenizer
-import fit_token_adapt
+from scripts import fit_token_adapt
 import main_seit
 import processes
 import tokenize_images

@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
 from scripts import fit_patch_tokenizer
-import inspect_masked_tokens
+from scripts import inspect_masked_tokens
 import main_mtm_pretrain
 import main_seit
 import tokenize_images

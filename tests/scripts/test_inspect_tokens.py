@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from scripts import fit_patch_tokenizer
-import inspect_tokens
+from scripts import inspect_tokens
 from token_files.codebook import load_codebook, quantize
 from conftest import ROOT
 from fileio.labels import read_labels
