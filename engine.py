@@ -1,8 +1,9 @@
 """The training loop and the evaluation, for every program here.
 
-What differs between programs is made in the entry script, as three functions:
+What differs between programs is made in the entry script, as functions:
 
-    batches_of(epoch, start)            batches on the device, from batch number `start` of the epoch on
+    order_of(epoch)                     (n,) int64, the images that this rank sees in an epoch, batch after batch
+    batches_of(indices, epoch, start)   batches on the device of these images, the first one number `start` of the epoch
     loss_of(model, batch, generator)    a scalar tensor
     evaluate_of(model, name)            {'loss', 'acc1', 'acc5', ...}; `name` is '' or 'EMA'
 """
@@ -24,7 +25,7 @@ from training.checkpoints import TrainState, load_weights
 from training.loss_meter import LossMeter, Progress, check_finite
 from training.preemption import AnyRank, StopSignal
 from training.run_folder import RunFolder, RunLog
-from utils import InputError, autocast, barrier, device_of, print0, rank, seed_step, world_size
+from utils import InputError, autocast, barrier, device_of, keep_freed_memory, print0, rank, seed_step, world_size
 
 LOG_EVERY = 50  # steps between readings of the loss; in between, the host never waits for the device
 
@@ -35,7 +36,7 @@ class StepOptions:
 
     Attributes:
         steps: batches of an epoch on each rank, a multiple of accum_iter.
-        batch_size: images of a batch, for the log's speed.
+        batch_size: images of a batch.
         seed: of everything random.
         accum_iter: batches whose gradients make one step of the optimizer.
         clip_grad: largest gradient norm, or None.
@@ -43,7 +44,7 @@ class StepOptions:
         vote_minutes: how long a rank waits for another.
     """
     steps: int
-    batch_size: int = 0
+    batch_size: int = 1
     seed: int = 0
     accum_iter: int = 1
     clip_grad: float | None = None
@@ -114,13 +115,13 @@ def optimizer_step(state: TrainState, clip_grad: float | None) -> None:
         state.ema.update(state.model)
 
 
-def train(state: TrainState, batches_of: Callable, loss_of: Callable, evaluate_of: Callable | None, folder: RunFolder,
-          log: RunLog, epochs: int, options: StepOptions) -> bool:
+def train(state: TrainState, order_of: Callable, batches_of: Callable, loss_of: Callable, evaluate_of: Callable | None,
+          folder: RunFolder, log: RunLog, epochs: int, options: StepOptions) -> bool:
     """Epochs from `state.epoch` on: schedule, train, evaluate, log, save.
 
     Args:
         state: changed in place.
-        batches_of, loss_of, evaluate_of: see the module's docstring; evaluate_of may be None.
+        order_of, batches_of, loss_of, evaluate_of: see the module's docstring; evaluate_of may be None.
         folder, log: take the checkpoints, and a line an epoch.
         epochs, options: how many in all, and how their steps are made.
 
@@ -144,7 +145,9 @@ def train(state: TrainState, batches_of: Callable, loss_of: Callable, evaluate_o
             began = time.monotonic()
             first = state.step
             state.scheduler.step(max(state.epoch - 1, 0))  # as published: the first two epochs have the warm-up value
-            stats = train_one_epoch(state, batches_of(state.epoch, first), loss_of, options, after_step)
+            indices = order_of(state.epoch)[first * options.batch_size:options.steps * options.batch_size]
+            batches = batches_of(indices, state.epoch, first)
+            stats = train_one_epoch(state, batches, loss_of, options, after_step)
             if stats is None:
                 barrier()
                 print0(f'stopped by a signal after step {state.step} of epoch {state.epoch}; {folder.advice()}')
@@ -207,6 +210,7 @@ def rank_indices(n: int, distributed: bool) -> np.ndarray:
 def evaluate_checkpoint(model: nn.Module, checkpoint: dict[str, Any], path: str, ema: bool,
                         evaluate_of: Callable) -> None:
     """Evaluate the weights of a checkpoint, and with `ema` its averaged ones where it has them. Raises InputError."""
+    keep_freed_memory(device_of(model))
     for key, name in (('model', ''), ('model_ema', 'EMA')):
         if name == '' or (ema and checkpoint.get(key)):
             load_weights(model, checkpoint[key], path)

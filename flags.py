@@ -11,12 +11,60 @@ from utils import InputError, cores, print0
 
 
 
+class Flags(argparse.Namespace):
+    """Parsed flags, and which of them ranks and resumed runs may change. Only the flags are in `vars`.
+
+    Attributes:
+        of_a_rank: names of flags that may differ from rank to rank.
+        of_a_start: names of flags that belong to one start of a run, so that a resumed run may have others.
+        exact: names of flags that a resumed run must keep, to have the same batches and augmentation.
+    """
+    __slots__ = ('of_a_rank', 'of_a_start', 'exact')
+
+    def __init__(self, **values: Any):
+        super().__init__(**values)
+        self.of_a_rank, self.of_a_start, self.exact = set(), set(), set()
+
+    def replaced(self, **values: Any) -> 'Flags':
+        """A copy with other values, or with more."""
+        copy = Flags(**(vars(self) | values))
+        copy.of_a_rank, copy.of_a_start, copy.exact = self.of_a_rank, self.of_a_start, self.exact
+        return copy
+
+    def joined(self, other: 'Flags') -> 'Flags':
+        """A copy with the flags of another parser beside these; where both have one, the other's counts."""
+        copy = self.replaced(**vars(other))
+        copy.of_a_rank, copy.of_a_start, copy.exact = (
+            ours | theirs for ours, theirs in ((self.of_a_rank, other.of_a_rank), (self.of_a_start, other.of_a_start),
+                                               (self.exact, other.exact)))
+        return copy
+
+
 class Parser(argparse.ArgumentParser):
     """argparse with defaults in the help, `-` and `_` alike in flags, no abbreviations, and InputErrors."""
 
     def __init__(self, description: str = '', **kwargs: Any):
         kwargs.setdefault('formatter_class', argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(description=description, allow_abbrev=False, **kwargs)
+        self.rules = Flags()
+
+    def add_group(self, title: str) -> Callable:
+        """Begin a group of flags; returns its add_argument, which takes three words more.
+
+            of_a_rank=True     ranks may have other values (where files lie on a node); else all must agree
+            of_a_start=True    a resumed run may have another value without a word; else a line says so
+            exact=True         a resumed run with another value would see other batches, and is refused
+        """
+        group = self.add_argument_group(title)
+
+        def add(*names: str, of_a_rank: bool = False, of_a_start: bool = False, exact: bool = False,
+                **options: Any) -> None:
+            flag = group.add_argument(*names, **options).dest
+            for rule, on in ((self.rules.of_a_rank, of_a_rank), (self.rules.of_a_start, of_a_start),
+                             (self.rules.exact, exact)):
+                if on:
+                    rule.add(flag)
+        return add
 
     def add_no_effect(self, reasons: dict[str, str], switches: Sequence[str] = ()) -> None:
         """Accept flags that change nothing, because published commands hold them.
@@ -25,13 +73,15 @@ class Parser(argparse.ArgumentParser):
             reasons: flag -> why it changes nothing.
             switches: those of them that take no value.
         """
-        group = self.add_argument_group('accepted, without effect')
+        add = self.add_group('accepted, without effect')
         for flag, why in reasons.items():
-            group.add_argument(flag, help=why, **({'action': 'store_true'} if flag in switches else {}))
+            switch = {'action': 'store_true'} if flag in switches else {}
+            add(flag, help=why, of_a_rank=True, of_a_start=True, **switch)
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple:
         argv = list(sys.argv[1:] if args is None else args)
         end = argv.index('--') if '--' in argv else len(argv)  # what follows are no flags
+        namespace = self.rules.replaced() if namespace is None else namespace
         return super().parse_known_args([*map(_with_dashes, argv[:end]), *argv[end:]], namespace)
 
     def format_help(self) -> str:
@@ -94,6 +144,7 @@ ON_OFF = argparse.BooleanOptionalAction
 SHARE = number(0, 1)
 POSITIVE = number(1e-12)
 SEED = integer(0, 2 ** 63 - 1)  # what torch takes
+SYNONYMS = 'tokens/synonyms.json'
 
 
 def byte_count(text: str) -> int:
@@ -118,22 +169,66 @@ class KeyValues(ParseKwargs):
         super().__call__(parser, namespace, values, option_string)
 
 
+# ---------------------------------------------------------------- groups that programs share
+
+def add_token_flags(parser: Parser) -> Callable:
+    """The training tokens, their codebook, and how they are read. Returns the group's add."""
+    add = parser.add_group('data')
+    add('--train-token-file', default='tokens/imagenet1k-train-token.data.bin.gz', metavar='FILE', of_a_rank=True)
+    add('--codebook-path', default='tokens/codebook.ckpt', metavar='FILE', of_a_rank=True)
+    add('--token-synonym-dict', default=SYNONYMS, metavar='FILE', of_a_rank=True)
+    add('--token-cache', default='', metavar='DIR', of_a_rank=True,
+        help="where token files are decoded to: a folder, '' for beside the token file, 'none' for memory only")
+    add('--data-device', default='auto', choices=['auto', 'cpu', 'cuda'],
+        help='where tokens live: all on the GPU, or in the map; auto: on the GPU if they take a quarter of its free '
+        'memory at most')
+    add('--pin-mem', action=ON_OFF, default=True, help='copy batches to a GPU from page-locked memory')
+    add('--input-size', type=integer(2), default=224,
+        help='in pixels of --token-patch-size to a code: 224 / 8 = 28 codes')
+    add('--token-patch-size', type=integer(1), default=8, help='pixels a code covers, on each side')
+    return add
+
+
+def add_token_label_flags(add: Callable) -> None:
+    """Labels and the validation set, added by a group's add."""
+    add('--train-label-file', default='tokens/imagenet1k-train-label.txt', metavar='FILE', of_a_rank=True)
+    add('--val-token-file', default='tokens/imagenet1k-val-token.data.bin.gz', metavar='FILE', of_a_rank=True)
+    add('--val-label-file', default='tokens/imagenet1k-val-label.txt', metavar='FILE', of_a_rank=True)
+    add('--nb-classes', type=integer(1), help='default: the largest label + 1, or what the checkpoint has under --eval')
+
+
+def add_token_augmentation_flags(parser: Parser) -> Callable:
+    """Token-EDA, crop, noise and ColorAdapt. Returns the group's add."""
+    add = parser.add_group('augmentation')
+    add('--eda-rc-prob', type=SHARE, default=0.25, help='share of images with synonym replacement')
+    add('--token-synonym-thres', type=integer(1), default=5, help='how many of each synonym list are used')
+    add('--replace-token-prob', type=SHARE, default=0.25, help='of each code in such an image')
+    add('--eda-sc-prob', type=SHARE, default=0.25, help='share of images with two patches swapped')
+    add('--swap-token-scale', type=SHARE, default=0.25, help="largest side of a patch, as a part of the grid's")
+    add('--rrc-ratio', type=SHARE, default=0.08, help='smallest area of the random-resized crop')
+    add('--token-noise-prob', type=SHARE, default=0.5, help='part of each batch that gets embedding noise')
+    add('--token-coloradapt-prob', type=SHARE, default=0., help='chance that half of a batch is ColorAdapted')
+    add('--token-noise-scale', type=number(0), default=1., help='deviation of the noise a channel shares')
+    add('--token-noise-std', type=number(0), default=1., help='deviation of the noise of each element')
+    return add
+
+
 def add_model_flags(parser: Parser, default: str, names: str) -> None:
     """The model, of those that `names` tells, its regularization and its average."""
-    add = parser.add_argument_group('model').add_argument
+    add = parser.add_group('model')
     add('--model', default=default, help=names)
     add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
         help="timm's arguments of the model, as in depth=4 embed_dim=128 num_heads=4")
     add('--drop', type=SHARE, default=0., help='dropout rate')
     add('--drop-path', type=SHARE, default=0.1, help='stochastic depth rate')
     add_average_flags(add)
-    add('--finetune', default='', metavar='FILE',
+    add('--finetune', default='', metavar='FILE', of_a_rank=True,
         help='start from these weights (a path, or an https address, which may end in #sha256=HEX)')
     add('--attn-only', action='store_true', help='train only attention, head and position embeddings')
 
 
 def add_average_flags(add: Callable) -> None:
-    """The average of the weights, and memory for time, added by a group's add_argument."""
+    """The average of the weights, and memory for time, added by a group's add."""
     add('--model-ema', action=ON_OFF, default=True, help='keep and evaluate an average of the weights')
     add('--model-ema-decay', type=SHARE, default=0.99996)
     add('--model-ema-force-cpu', action='store_true', help='keep the average in host memory')
@@ -148,10 +243,11 @@ def add_optimization_flags(parser: Parser) -> None:
 
 
 def add_step_flags(parser: Parser) -> Callable:
-    """Batch, optimizer, schedule, precision. Returns the group's add_argument."""
-    add = parser.add_argument_group('optimization').add_argument
-    add('--batch-size', type=integer(1), default=64, help='per process')
+    """Batch, optimizer, schedule, precision. Returns the group's add."""
+    add = parser.add_group('optimization')
+    add('--batch-size', type=integer(1), default=64, help='per process', exact=True)
     add('--accum-iter', type=integer(1), default=1, metavar='N',
+        exact=True,
         help='batches whose gradients make one step; counts towards the batch the learning rate is scaled by')
     add('--epochs', type=integer(1), default=300)
     add('--opt', default='adamw', help="timm's optimizers")
@@ -176,7 +272,7 @@ def add_step_flags(parser: Parser) -> Callable:
 
 
 def add_precision_flags(add: Callable) -> None:
-    """Precision and compiling, added by a group's add_argument."""
+    """Precision and compiling, added by a group's add."""
     add('--amp', choices=['bf16', 'fp16', 'off'], help='mixed precision (default: fp16 on CUDA, off on CPU)')
     add('--tf32', action='store_true', help='TF32 for what stays in float32 (CUDA)')
     add('--compile', action='store_true', help='torch.compile the model')
@@ -184,7 +280,7 @@ def add_precision_flags(add: Callable) -> None:
 
 def add_mixing_flags(parser: Parser) -> None:
     """Mixup and CutMix."""
-    add = parser.add_argument_group('mixing').add_argument
+    add = parser.add_group('mixing')
     add('--mixup', type=number(0), default=0., help='Mixup alpha')
     add('--cutmix', type=number(0), default=1., help='CutMix alpha')
     add('--cutmix-minmax', type=SHARE, nargs=2, help='CutMix side range; overrides alpha')
@@ -197,26 +293,28 @@ def add_run_flags(parser: Parser) -> None:
     """Output, resuming, device, processes, evaluation."""
     add = add_output_flags(parser)
     add('--start-epoch', type=integer(), default=0)
-    add('--eval', action='store_true', help='only evaluate --resume')
+    add('--eval', action='store_true', help='only evaluate --resume', of_a_start=True)
     add('--dist-eval', action='store_true', help='share the validation images over the ranks, each on exactly one')
     add('--no-eval', action='store_true', help='train without evaluating')
 
 
 def add_output_flags(parser: Parser) -> Callable:
-    """Output, resuming, device, processes. Returns the group's add_argument."""
-    add = parser.add_argument_group('run').add_argument
-    add('--output-dir', default='', metavar='DIR', help="checkpoints and log.txt; '' saves nothing")
-    add('--resume', default='', metavar='FILE',
+    """Output, resuming, device, processes. Returns the group's add."""
+    add = parser.add_group('run')
+    add('--output-dir', default='', metavar='DIR', of_a_rank=True, of_a_start=True,
+        help="checkpoints and log.txt; '' saves nothing")
+    add('--resume', default='', metavar='FILE', of_a_rank=True, of_a_start=True,
         help="resume from a checkpoint (a path, or an https address, which may end in #sha256=HEX), or 'auto' for "
              'the newest in --output-dir')
-    add('--allow-inexact-resume', action='store_true', help='resume although processes, batch or seed are others')
+    add('--allow-inexact-resume', action='store_true', of_a_start=True,
+        help='resume although processes, batch or seed are others')
     add('--save-every', type=save_interval, metavar='N', help='a checkpoint every N steps, or Nm minutes, too')
     add('--on-nan', default='stop', choices=['stop', 'skip'], help='what to do about a loss that is not finite')
     add('--deterministic', action='store_true', help='deterministic algorithms on CUDA, for resuming bit by bit')
     add('--device', default='auto', help='auto (CUDA where there is one), cuda, cuda:N or cpu')
-    add('--seed', type=SEED, default=0)
+    add('--seed', type=SEED, default=0, exact=True)
     add('--tensorboard', action='store_true', help='write scalars to --output-dir (needs the tensorboard package)')
-    add('--dist-url', default='env://', help="torch.distributed's init method")
+    add('--dist-url', default='env://', help="torch.distributed's init method", of_a_rank=True)
     add('--dist-timeout', type=number(1e-3, 1e6), default=10, metavar='MINUTES',
         help='a process that waits so long for another ends: a host was cut off')
     return add
@@ -230,14 +328,15 @@ def save_interval(text: str) -> tuple[float, str]:
 
 
 def add_image_flags(parser: Parser) -> Callable:
-    """The images, those held out, and how they are read. Returns the group's add_argument."""
-    add = parser.add_argument_group('data').add_argument
-    add('--data-path', required=True, metavar='PATH',
+    """The images, those held out, and how they are read. Returns the group's add."""
+    add = parser.add_group('data')
+    add('--data-path', required=True, metavar='PATH', of_a_rank=True,
         help='class folders of images, a list file .txt, tar shards or parquet files: see image_data/sources.py')
-    add('--val-path', default='', metavar='PATH', help='held-out images; default: some of --data-path')
-    add('--val-images', type=integer(1), metavar='N',
+    add('--val-path', default='', metavar='PATH', of_a_rank=True, help='held-out images; default: some of --data-path')
+    add('--val-images', type=integer(1), metavar='N', exact=True,
         help='images held out, drawn at random; default: a tenth of them, 1,000 at most')
-    add('--epoch-images', type=integer(1), metavar='N', help='images of an epoch, drawn at random; default: all')
+    add('--epoch-images', type=integer(1), metavar='N', exact=True,
+        help='images of an epoch, drawn at random; default: all')
     add('--image-size', type=integer(1), default=256, help='images are resized to this, both sides')
     add('--num-workers', type=integer(), default=cores(), metavar='N', help='processes that decode images, per rank')
     add('--skip-bad-images', action='store_true', help='leave unreadable images out, instead of stopping at one')

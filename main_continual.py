@@ -11,7 +11,6 @@ killed run in the task and step that it was in. Further flags are those of main_
 main_pixels.py for --new pixels. docs/continual.md has the protocol, and how bytes are counted.
 """
 import argparse
-import dataclasses
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -32,24 +31,23 @@ from continual.results import (MEMORY, RUN, add_result, check_new, digest_of, ev
 from continual.task_flags import add_task_flags, check_program_flags, check_task_flags
 from continual.task_tokens import TokenFiles, fit_tokenizer, hold_folder, open_token_store, tokenize
 from continual.tasks import Tasks, make_tasks, step_batches, step_draws, task_seed
-from engine import evaluate_models, rank_indices, train
+from engine import evaluate_models, rank_indices
 from fileio.files import check_same, sha256
 from fileio.labels import check_class_names, count_classes
 from flags import Parser
 from image_data.dataset import ImageDataset, Normalize, random_erasing
 from image_data.sources import open_source
 from token_augment import EvalTransform
-from token_dataset import TokenDataset, choose_data_device
+from token_dataset import TokenDataset, choose_data_device, open_splits
 from token_files.codebook import load_codebook
 from token_files.token_codecs import codec_for
 from tokenize_images import check_folder
-from training.checkpoints import compare_flags, flags_to_save, load_checkpoint, load_weights, resume, saved_flags
-from training.loss_meter import NotFinite
+from training.checkpoints import compare_flags, load_checkpoint, load_weights
 from training.preemption import REQUEUE, StopSignal
 from training.pretrained import freeze_all_but_attention, load_pretrained
-from training.run_folder import FILES, RunFolder, RunLog, find_checkpoint
-from training.run_info import print_batch, print_model, run_record
-from utils import (InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, on_main, print0, rank, run,
+from training.run_folder import FILES, RunFolder, find_checkpoint
+from training.run_info import print_model
+from utils import (InputError, check_same_on_all_ranks, init_distributed, on_main, print0, rank, run,
                    world_size)
 
 
@@ -64,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args = main_pixels.parse_args([*rest, '--train-path', own.train_path, '--val-path', own.val_path])
     else:
         args = main_seit.parse_args(rest)
-    args = argparse.Namespace(**(vars(args) | vars(own)))
+    args = args.joined(own)
     check_program_flags(vars(args))
     return args
 
@@ -83,7 +81,7 @@ class Kind(NamedTuple):
         prepare: inputs of an evaluation -> model input.
         store: number of a training image -> the Sample that memory holds of it.
         join: indices of training images, memory -> a data set of these and then of what memory holds.
-        batches: such a set, indices (steps, B), (seed, first step) -> their batches.
+        batches: such a set, indices (steps · B,), (seed, first step) -> their batches.
         val_stored: the images of `val` as the memory would give them back, for --eval-stored.
     """
     path: str
@@ -116,7 +114,7 @@ def token_kind(args: argparse.Namespace, device: torch.device) -> tuple[Kind, Ta
     """Training on tokens, as in main_seit.py."""
     codebook = load_codebook(args.codebook_path)
     size = args.input_size // args.token_patch_size
-    datasets = main_seit.load_data(args, codebook, size, device)
+    datasets = open_splits(recipe.split_files(args), len(codebook), args.token_cache, size, device)
     train_data, val_data = datasets['train'], datasets['val']
     tasks = make_tasks_of(args, {args.train_label_file: train_data.labels, args.val_label_file: val_data.labels})
     for data in datasets.values():
@@ -142,7 +140,7 @@ def token_kind(args: argparse.Namespace, device: torch.device) -> tuple[Kind, Ta
         return joined
 
     def batches(data: TokenDataset, indices: np.ndarray, _: tuple) -> Iterator:
-        return data.batches(indices.ravel(), args.batch_size, device, args.pin_mem)
+        return data.batches(indices, args.batch_size, device, args.pin_mem)
 
     return Kind(args.train_token_file, train_data, val_data, (codebook.shape[1], size, size), make_model,
                 make_augment, EvalTransform(codebook, size, device), store, join, batches), tasks
@@ -179,8 +177,8 @@ def pixel_kind(args: argparse.Namespace, device: torch.device) -> tuple[Kind, Ta
         return join_images(train_data, indices, store.restore(memory.samples), memory.labels())
 
     def batches(data: ImageDataset, indices: np.ndarray, start: tuple[int, int]) -> Iterator:
-        draws = step_draws(indices.shape, *start)
-        return data.batches(indices.ravel(), args.batch_size, device, args.pin_mem, draws)
+        draws = step_draws((len(indices) // args.batch_size, args.batch_size), *start)
+        return data.batches(indices, args.batch_size, device, args.pin_mem, draws)
 
     val_stored = StoredImages(val_data, 'val', store) if args.eval_stored else None
     return Kind(args.train_path, train_data, val_data, (3, args.input_size, args.input_size),
@@ -208,7 +206,7 @@ def make_tokens(args: argparse.Namespace) -> tuple[argparse.Namespace, TokenFile
     paths = {'tokenizer_path': files.tokenizer, 'codebook_path': files.codebook, 'token_synonym_dict': files.synonyms,
              'train_token_file': files.train, 'train_label_file': files.train_labels,
              'val_token_file': files.val, 'val_label_file': files.val_labels}
-    return argparse.Namespace(**(vars(args) | paths)), files, files.describe(args.tokenizer_from_task is not None)
+    return args.replaced(**paths), files, files.describe(args.tokenizer_from_task is not None)
 
 
 # ---------------------------------------------------------------- one task
@@ -219,8 +217,7 @@ def start_model(args: argparse.Namespace, kind: Kind, task: int) -> nn.Module:
     if task:
         path = str(task_folder(args.output_dir, task - 1) / FILES.newest[0])
         checkpoint = load_checkpoint(path)
-        before = {**saved_flags(checkpoint), 'world_size': checkpoint.get('world_size')}
-        compare_flags(before, {**flags_to_save(vars(args)), 'world_size': world_size()}, path)
+        compare_flags(checkpoint, vars(args), path, args.exact, args.of_a_start)
         load_weights(model, checkpoint['model'], path)
     elif args.finetune:
         load_pretrained(model, args.finetune, new_head=True)  # classes come in another order, and one by one
@@ -268,10 +265,7 @@ def train_task(args: argparse.Namespace, kind: Kind, tasks: Tasks, task: int, de
 
     # model and optimizer
     state = recipe.make_state(args, start_model(args, kind, task).to(device), device, kind.input_shape)
-    if checkpoint:
-        resume(state, checkpoint, checkpoint_path, vars(args), steps)
-        print0(f'{checkpoint_path}: resumed at epoch {state.epoch}, step {state.step}')
-    print_batch(args.batch_size, args.accum_iter, steps, args.epochs, recipe.scaled_lr(args))
+    recipe.resume_run(args, state, checkpoint, checkpoint_path, steps)
 
     # loss: over the classes seen so far, which are the model's first outputs
     mixup, criterion = recipe.make_loss(args, seen)
@@ -283,26 +277,17 @@ def train_task(args: argparse.Namespace, kind: Kind, tasks: Tasks, task: int, de
 
     seed = task_seed(args.seed, task)
 
-    def indices_of(epoch: int, start: int, stop: int) -> np.ndarray:
-        numbers = range(epoch * steps + start, epoch * steps + stop)
-        batches = step_batches(len(chosen), len(memory), args.batch_size * world_size(), args.replay_share, numbers,
-                               seed)
-        return batches[:, rank()::world_size()]
+    def order_of(epoch: int) -> np.ndarray:
+        batches = step_batches(len(chosen), len(memory), args.batch_size * world_size(), args.replay_share,
+                               range(epoch * steps, (epoch + 1) * steps), seed)
+        return batches[:, rank()::world_size()].ravel()
 
-    def batches_of(epoch: int, start: int) -> Iterator:
-        return kind.batches(data, indices_of(epoch, start, steps), (seed, epoch * steps + start))
+    def batches_of(indices: np.ndarray, epoch: int, start: int) -> Iterator:
+        return kind.batches(data, indices, (seed, epoch * steps + start))
 
     # train, evaluate, remember
     names = kind.train.classes and [kind.train.classes[label] for label in tasks.order.tolist()]
-    folder.begin(run_record(vars(args), device), {'args': flags_to_save(vars(args)), 'classes': names})
-    log = RunLog(str(path), state.epoch, args.tensorboard)
-    try:
-        finished = train(state, batches_of, loss_of, None, folder, log, args.epochs,
-                         dataclasses.replace(recipe.step_options(args, steps), seed=seed))
-    except NotFinite as error:
-        folder.save_bad_step(error, rank(), seed, indices_of(error.epoch, error.step, error.step + 1).ravel().tolist())
-        raise
-    if not finished:
+    if recipe.fit(args, state, folder, steps, order_of, batches_of, loss_of, classes=names, seed=seed):
         return None
     stats = evaluate_models(state, make_evaluate(args, kind, tasks, task, device, state.amp))
     if args.memory != 'none':
@@ -358,7 +343,6 @@ def main(args: argparse.Namespace) -> int:
         return 0
     recipe.set_up_torch(args)
     kind, tasks = (token_kind if args.new == 'tokens' else pixel_kind)(args, device)
-    keep_freed_memory(device)
     check_tasks(args, kind, tasks, device)
     print0(f'tokenizer: {tokenizer}')
     folder = RunFolder(args.output_dir)  # no other run writes there while this one lasts

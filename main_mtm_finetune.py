@@ -18,27 +18,24 @@ from torch import nn
 
 import flags
 import recipe
-from engine import evaluate, evaluate_checkpoint, rank_indices, train
+from engine import evaluate, evaluate_checkpoint, rank_indices
 from fileio.labels import check_class_names, count_classes
-from flags import Parser, integer, number, print_no_effect
-from main_seit import load_data
+from flags import Parser, number
 from samplers import shuffled
 from seitpp.halves import check_halves
 from seitpp.models_mtm import keep_token_adapt
 from seitpp.models_mtm_finetune import MODELS, CodeVisionTransformer, create_model, load_encoder
 from seitpp.mtm_recipe import (NO_EFFECT_ON_MTM, add_augmentation_flags, add_periods_flag, add_step_flags,
                                add_token_flags, canonical_codes, check_sizes, make_input, make_state, open_token_adapt,
-                               resume_checked)
+                               resume_run)
 from token_augment import center_crop
-from token_dataset import TokenDataset, choose_data_device
+from token_dataset import TokenDataset, choose_data_device, open_splits
 from token_files.codebook import load_codebook
-from training.checkpoints import (FINETUNE, check_codes, check_origin, flags_to_save, head_size, progress_of,
+from training.checkpoints import (FINETUNE, check_codes, check_origin, head_size, progress_of,
                                   without_token_adapt)
-from training.loss_meter import NotFinite
-from training.preemption import REQUEUE
-from training.run_folder import RunFolder, RunLog, checkpoint_files, find_checkpoint
-from training.run_info import print_batch, print_model, run_record
-from utils import check_same_on_all_ranks, init_distributed, keep_freed_memory, rank, run, world_size
+from training.run_folder import checkpoint_files
+from training.run_info import print_model
+from utils import check_same_on_all_ranks, rank, run, world_size
 
 NO_EFFECT = {
     '--global-pool': 'the head always reads the mean of the patches',
@@ -50,13 +47,10 @@ NO_EFFECT = {
 def get_args_parser() -> Parser:
     """All flags."""
     parser = Parser('Fine-tune a classifier on token files, from masked-token pre-training.')
-    add = add_token_flags(parser)
-    add('--train-label-file', default='tokens/imagenet1k-train-label.txt', metavar='FILE')
-    add('--val-token-file', default='tokens/imagenet1k-val-token.data.bin.gz', metavar='FILE')
-    add('--val-label-file', default='tokens/imagenet1k-val-label.txt', metavar='FILE')
-    add('--nb-classes', type=integer(1), help='default: the largest label + 1, or what the checkpoint has under --eval')
+    flags.add_token_label_flags(add_token_flags(parser))
     add = add_step_flags(parser, MODELS)
-    add('--finetune', default='', metavar='FILE', help='a checkpoint of main_mtm_pretrain.py to start from')
+    add('--finetune', default='', metavar='FILE', of_a_rank=True,
+        help='a checkpoint of main_mtm_pretrain.py to start from')
     add('--drop-path', type=flags.SHARE, default=0.1, help='stochastic depth rate')
     add('--layer-decay', type=number(1e-3, 1), default=0.75,
         help="learning rate of a layer, as a part of the next one's")
@@ -65,7 +59,7 @@ def get_args_parser() -> Parser:
     add_augmentation_flags(parser)
     flags.add_mixing_flags(parser)
     flags.add_run_flags(parser)
-    add_periods_flag(parser.add_argument_group('checkpoints').add_argument, 'last2', 'best')
+    add_periods_flag(parser.add_group('checkpoints'), 'last2', 'best')
     parser.add_no_effect(NO_EFFECT, switches=['--global-pool', '--cls-token', '--dist-on-itp'])
     parser.set_defaults(model='deit_base_token_32', batch_size=64, epochs=50, blr=1e-3, min_lr=1e-6, warmup_epochs=5,
                         weight_decay=0.1, rrc_ratio=0.08, token_synonym_dict='tokens/codebook-synonyms.json',
@@ -106,12 +100,11 @@ def evaluate_only(args: argparse.Namespace, checkpoint: dict[str, Any], path: st
     codebook = load_codebook(args.codebook_path)
     size = check_sizes(args)
     check_checkpoint(checkpoint, path, codebook)
-    data = load_data(args, codebook, size, device)['val']
+    data = open_splits(recipe.split_files(args), len(codebook), args.token_cache, size, device)['val']
     classes = count_classes({args.val_label_file: data.labels}, args.nb_classes,
                             head_size(checkpoint['model'], 'head', path))
     check_class_names(checkpoint.get('classes'), data.classes, path, args.val_token_file)
     choose_data_device({'val': data}, args.data_device, device)
-    keep_freed_memory(device)
     model = make_model(args, len(codebook), size, classes).to(device)
     print_model(args.model, model, device, args.amp or recipe.default_amp(device))
     weights = {'model': without_token_adapt(checkpoint['model'])}
@@ -133,27 +126,16 @@ def make_model(args: argparse.Namespace, codes: int, size: int, classes: int) ->
 
 
 def make_optimizer(args: argparse.Namespace, model: CodeVisionTransformer) -> torch.optim.Optimizer:
-    """AdamW; from layer to layer towards the input the learning rate falls by --layer-decay."""
-    lr = scaled_lr(args)
+    """AdamW; --blr goes by the root of the batch, and from layer to layer towards the input by --layer-decay."""
+    lr = args.blr * recipe.effective_batch(args) ** 0.5 / 8 if args.lr is None else args.lr
     groups = param_groups_layer_decay(model, args.weight_decay, model.no_weight_decay(), layer_decay=args.layer_decay)
     return torch.optim.AdamW(groups, lr, fused=True)
 
 
-def scaled_lr(args: argparse.Namespace) -> float:
-    """The learning rate of the run: --lr, or --blr scaled with the square root of the batch."""
-    return args.blr * recipe.effective_batch(args) ** 0.5 / 8 if args.lr is None else args.lr
-
-
 def main(args: argparse.Namespace) -> int:
     """Train, or evaluate. Returns the exit code."""
-    # set-up
-    device = init_distributed(args.device, args.dist_url, args.dist_timeout)
-    check_same_on_all_ranks(recipe.flags_alike(args))
-    print_no_effect(NO_EFFECT, vars(args))
-    recipe.set_up_torch(args)
     files = checkpoint_files(args.save_periods, args.epochs)
-    folder = RunFolder('' if args.eval else args.output_dir, args.save_every, files=files)
-    checkpoint, path = find_checkpoint(args.output_dir, args.resume, args.eval, files=files)
+    device, folder, checkpoint, path = recipe.start(args, NO_EFFECT, files=files)
     if args.eval:
         evaluate_only(args, checkpoint, path, device)
         return 0
@@ -161,17 +143,16 @@ def main(args: argparse.Namespace) -> int:
     # data
     codebook = load_codebook(args.codebook_path)
     size = check_sizes(args)
-    datasets = load_data(args, codebook, size, device)
+    files = recipe.split_files(args)
+    datasets = open_splits(files, len(codebook), args.token_cache, size, device)
     train_data = datasets['train']
-    labels = {getattr(args, f'{split}_label_file'): data.labels for split, data in datasets.items()}
-    classes = count_classes(labels, args.nb_classes, None)
+    classes = count_classes({files[split][1]: data.labels for split, data in datasets.items()}, args.nb_classes, None)
     if checkpoint:
         check_checkpoint(checkpoint, path, codebook)
         check_class_names(checkpoint.get('classes'), train_data.classes, path, args.train_token_file)
     check_same_on_all_ranks({'training images': len(train_data), 'validation images': len(datasets.get('val', ())),
                              'codebook': tuple(codebook.shape), **progress_of(checkpoint)})
     choose_data_device(datasets, args.data_device, device)
-    keep_freed_memory(device)
 
     # model
     token_adapt = open_token_adapt(args.tokenadapt_path, codebook, device)
@@ -191,35 +172,19 @@ def main(args: argparse.Namespace) -> int:
         codes, targets = prepare(*batch, generator)
         return criterion(model(codes), targets)
 
-    def indices_of(epoch: int, start: int, stop: int) -> np.ndarray:
-        order = shuffled(len(train_data), world_size(), rank(), args.seed, epoch)
-        return order[start * args.batch_size:stop * args.batch_size]
+    def order_of(epoch: int) -> np.ndarray:
+        return shuffled(len(train_data), world_size(), rank(), args.seed, epoch)
 
-    def batches_of(epoch: int, start: int) -> Iterator:
-        return train_data.batches(indices_of(epoch, start, steps), args.batch_size, device, args.pin_mem)
-
-    # optimizer and resume
-    rank_images = len(shuffled(len(train_data), world_size(), rank(), args.seed, 0))
-    inputs = torch.zeros(args.batch_size, size, size, dtype=torch.int64, device=device)
-    state = make_state(args, model, make_optimizer(args, model), amp, rank_images, (inputs,))
-    steps = state.scheduler.steps
-    keep_token_adapt(model, token_adapt)  # only now: it has no part in DDP
-    if checkpoint:
-        resume_checked(args, state, checkpoint, path)
-        del checkpoint  # its tensors are copied
-    print_batch(args.batch_size, args.accum_iter, steps, args.epochs, scaled_lr(args))
+    def batches_of(indices: np.ndarray, epoch: int, start: int) -> Iterator:
+        return train_data.batches(indices, args.batch_size, device, args.pin_mem)
 
     # train
-    record = {'args': flags_to_save(vars(args)), 'classes': train_data.classes}
-    folder.begin(run_record(vars(args), device), record)
-    log = RunLog(args.output_dir, state.epoch, args.tensorboard)
-    try:
-        finished = train(state, batches_of, loss_of, evaluate_of, folder, log, args.epochs,
-                         recipe.step_options(args, steps))
-    except NotFinite as error:
-        folder.save_bad_step(error, rank(), args.seed, indices_of(error.epoch, error.step, error.step + 1).tolist())
-        raise
-    return 0 if finished else REQUEUE
+    inputs = torch.zeros(args.batch_size, size, size, dtype=torch.int64, device=device)
+    state = make_state(args, model, make_optimizer(args, model), amp, len(order_of(0)), (inputs,))
+    keep_token_adapt(model, token_adapt)  # only now: it has no part in DDP
+    resume_run(args, state, checkpoint, path)
+    return recipe.fit(args, state, folder, state.scheduler.steps, order_of, batches_of, loss_of, evaluate_of,
+                      train_data.classes)
 
 
 if __name__ == '__main__':

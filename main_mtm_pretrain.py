@@ -17,25 +17,22 @@ from torch import nn
 
 import flags
 import recipe
-from engine import train
-from flags import Parser, integer, number, print_no_effect
+from flags import Parser, integer, number
 from samplers import shuffled
 from seitpp.halves import check_halves
 from seitpp.models_mtm import MODELS, PATCH, MaskRatio, create_model, draw_masks, keep_token_adapt, masked_token_loss
 from seitpp.mtm_recipe import (NO_EFFECT_ON_MTM, add_augmentation_flags, add_periods_flag, add_step_flags,
-                               add_token_flags, check_sizes, make_input, make_state, open_token_adapt, resume_checked)
+                               add_token_flags, check_sizes, make_input, make_state, open_token_adapt, resume_run)
 from token_augment import check_crop
 from token_dataset import TokenDataset, choose_data_device
 from token_files.codebook import load_codebook
-from training.checkpoints import (PRETRAIN, check_codes, check_origin, flags_to_save, progress_of)
-from training.loss_meter import NotFinite
-from training.preemption import REQUEUE
-from training.run_folder import RunFolder, RunLog, checkpoint_files, find_checkpoint
-from training.run_info import print_batch, print_model, run_record
-from utils import (InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, print0, rank, run,
+from training.checkpoints import (PRETRAIN, check_codes, check_origin, progress_of)
+from training.run_folder import checkpoint_files
+from training.run_info import print_model
+from utils import (InputError, check_same_on_all_ranks, print0, rank, run,
                    world_size)
 
-
+# Accepted because published commands may hold them: flag -> why it changes nothing.
 NO_EFFECT = {
     '--train-label-file': 'pre-training needs no labels',
     '--flip': 'the half of a batch that goes through TokenAdapt is flipped half of the time, as published',
@@ -44,16 +41,13 @@ NO_EFFECT = {
 }
 
 
-# ---------------------------------------------------------------- flags, most of them of fine-tuning too
-
-
 def get_args_parser() -> Parser:
     """All flags."""
     parser = Parser('Masked-token pre-training on token files.')
     add_token_flags(parser)
     add = add_step_flags(parser, MODELS)
     add('--clip-grad', '--grad-clip', type=flags.POSITIVE, help='largest gradient norm')
-    add = parser.add_argument_group('masks').add_argument
+    add = parser.add_group('masks')
     add('--mask-ratio-min', type=flags.SHARE, default=0.4, help='smallest; also the share the encoder never sees')
     add('--mask-ratio-max', type=flags.SHARE, default=1., help='largest')
     add('--mask-ratio-mu', type=number(), default=0.45, help='mean of the normal that ratios are drawn from')
@@ -88,22 +82,12 @@ def make_mask_ratio(args: argparse.Namespace) -> MaskRatio:
     return MaskRatio(args.mask_ratio_min, args.mask_ratio_max, args.mask_ratio_mu, args.mask_ratio_std)
 
 
-# ---------------------------------------------------------------- input
-
-
 # ---------------------------------------------------------------- the program
-
 
 def main(args: argparse.Namespace) -> int:
     """Pre-train. Returns the exit code."""
-    # set-up
-    device = init_distributed(args.device, args.dist_url, args.dist_timeout)
-    check_same_on_all_ranks(recipe.flags_alike(args))
-    print_no_effect(NO_EFFECT, vars(args))
-    recipe.set_up_torch(args)
     files = checkpoint_files(args.save_periods, args.epochs, has_best=False)
-    folder = RunFolder(args.output_dir, args.save_every, files=files)
-    checkpoint, path = find_checkpoint(args.output_dir, args.resume, files=files)
+    device, folder, checkpoint, path = recipe.start(args, NO_EFFECT, files=files)
 
     # data
     codebook = load_codebook(args.codebook_path)
@@ -118,7 +102,6 @@ def main(args: argparse.Namespace) -> int:
     check_same_on_all_ranks({'training images': len(data), 'codebook': tuple(codebook.shape),
                              **progress_of(checkpoint)})
     choose_data_device({'train': data}, args.data_device, device)
-    keep_freed_memory(device)
 
     # model
     model = create_model(args.model, args.model_kwargs, len(codebook), size).to(device)
@@ -134,36 +117,21 @@ def main(args: argparse.Namespace) -> int:
         masks = draw_masks(len(codes), (size // PATCH) ** 2, mask_ratio, generator)
         return masked_token_loss(model(codes, *masks), codes, masks.masked, args.smoothing, args.bce_loss)
 
-    def indices_of(epoch: int, start: int, stop: int) -> np.ndarray:
-        order = shuffled(len(data), world_size(), rank(), args.seed, epoch)
-        return order[start * args.batch_size:stop * args.batch_size]
+    def order_of(epoch: int) -> np.ndarray:
+        return shuffled(len(data), world_size(), rank(), args.seed, epoch)
 
-    def batches_of(epoch: int, start: int) -> Iterator:
-        return data.batches(indices_of(epoch, start, steps), args.batch_size, device, args.pin_mem)
+    def batches_of(indices: np.ndarray, epoch: int, start: int) -> Iterator:
+        return data.batches(indices, args.batch_size, device, args.pin_mem)
 
-    # optimizer and resume
-    rank_images = len(shuffled(len(data), world_size(), rank(), args.seed, 0))
+    # train
     lr = args.blr * recipe.effective_batch(args) / 256 if args.lr is None else args.lr
     optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), lr, (0.9, 0.95), fused=True)
     codes = torch.zeros(args.batch_size, size, size, dtype=torch.int64, device=device)
     masks = draw_masks(len(codes), (size // PATCH) ** 2, mask_ratio, torch.Generator(device))
-    state = make_state(args, model, optimizer, amp, rank_images, (codes, *masks))
-    steps = state.scheduler.steps
+    state = make_state(args, model, optimizer, amp, len(order_of(0)), (codes, *masks))
     keep_token_adapt(model, token_adapt)  # only now: it has no part in DDP
-    if checkpoint:
-        resume_checked(args, state, checkpoint, path)
-        del checkpoint  # its tensors are copied
-    print_batch(args.batch_size, args.accum_iter, steps, args.epochs, lr)
-
-    # train
-    folder.begin(run_record(vars(args), device), {'args': flags_to_save(vars(args)), 'classes': None})
-    log = RunLog(args.output_dir, state.epoch, args.tensorboard)
-    try:
-        finished = train(state, batches_of, loss_of, None, folder, log, args.epochs, recipe.step_options(args, steps))
-    except NotFinite as error:
-        folder.save_bad_step(error, rank(), args.seed, indices_of(error.epoch, error.step, error.step + 1).tolist())
-        raise
-    return 0 if finished else REQUEUE
+    resume_run(args, state, checkpoint, path)
+    return recipe.fit(args, state, folder, state.scheduler.steps, order_of, batches_of, loss_of)
 
 
 if __name__ == '__main__':

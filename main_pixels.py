@@ -21,7 +21,7 @@ from torch import nn
 
 import flags
 import recipe
-from engine import evaluate, evaluate_checkpoint, rank_indices, train
+from engine import evaluate, evaluate_checkpoint, rank_indices
 from fileio.labels import check_class_names, count_classes
 from flags import Parser, add_max_pixels, integer, number
 from image_data.class_subsets import OnlyClasses, match_classes
@@ -29,13 +29,10 @@ from image_data.corruptions import add_robustness_flags, make_corruption
 from image_data.dataset import ImageDataset, Normalize, eval_transform, random_erasing, train_transform
 from models_seit import MODELS
 from samplers import REPEATS, repeated_augmentation, shuffled
-from training.checkpoints import flags_to_save, head_size, progress_of, resume
-from training.loss_meter import NotFinite
-from training.preemption import REQUEUE
+from training.checkpoints import head_size, progress_of
 from training.pretrained import freeze_all_but_attention, load_pretrained
-from training.run_folder import RunFolder, RunLog, find_checkpoint
-from training.run_info import print_batch, print_model, run_record
-from utils import (InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, print0, rank, run,
+from training.run_info import print_model
+from utils import (InputError, check_same_on_all_ranks, print0, rank, run,
                    world_size)
 
 # Defaults of the augmentation flags under each --aug.
@@ -49,10 +46,10 @@ AUGMENTATIONS = {
 def get_args_parser() -> Parser:
     """All flags."""
     parser = Parser('Train and evaluate a model of timm on images.')
-    add = parser.add_argument_group('data').add_argument
-    add('--train-path', default='', metavar='PATH',
+    add = parser.add_group('data')
+    add('--train-path', default='', metavar='PATH', of_a_rank=True,
         help='class folders of images, a list file .txt, tar shards or parquet files')
-    add('--val-path', default='', metavar='PATH')
+    add('--val-path', default='', metavar='PATH', of_a_rank=True)
     add('--nb-classes', type=integer(1), help='default: the largest label + 1, or what the checkpoint has under --eval')
     add('--input-size', type=integer(1), default=224, help='pixels on a side')
     add('--eval-crop-ratio', type=number(0.01, 1), default=0.875,
@@ -63,7 +60,7 @@ def get_args_parser() -> Parser:
     flags.add_model_flags(parser, 'deit_base_patch16_224', 'any model of timm')
     flags.add_optimization_flags(parser)
 
-    add = parser.add_argument_group('augmentation').add_argument
+    add = parser.add_group('augmentation')
     add('--aug', default='tokens', choices=list(AUGMENTATIONS),
         help='tokens: what tokens can have too; deit: flip, RandAugment, random erasing, repeated augmentation and '
         'Mixup as well. It only sets defaults of the flags below, and of --mixup')
@@ -72,7 +69,8 @@ def get_args_parser() -> Parser:
     add('--aa', metavar='POLICY', help="timm's auto-augmentation policy; '' for none")
     add('--color-jitter', type=number(0), help='strength; without effect beside --aa, as in DeiT')
     add('--reprob', type=flags.SHARE, help='share of images with a rectangle of noise (random erasing)')
-    add('--repeated-aug', action=flags.ON_OFF, help='repeated augmentation: each image three times running')
+    add('--repeated-aug', action=flags.ON_OFF, exact=True,
+        help='repeated augmentation: each image three times running')
     flags.add_mixing_flags(parser)
     flags.add_run_flags(parser)
     add_robustness_flags(parser)
@@ -141,15 +139,16 @@ def load_split(args: argparse.Namespace, split: str) -> ImageDataset:
     return data
 
 
-def draws_of(seed: int, epoch: int, indices: np.ndarray, repeats: int) -> np.ndarray:
-    """What the augmentation of each of a rank's images in an epoch is seeded by, (n, 4) int64.
+def draws_of(seed: int, epoch: int, indices: np.ndarray, first: int, repeats: int) -> np.ndarray:
+    """What the augmentation of each image is seeded by, (n, 4) int64.
 
     Args:
         seed, epoch: of the run.
-        indices: (n,) of this rank's images, the whole epoch's.
+        indices: (n,) of this rank's images.
+        first: which image of the rank's epoch the first of these is.
         repeats: how many times running each image comes in the order that is dealt to the ranks.
     """
-    copies = (np.arange(len(indices)) * world_size() + rank()) % repeats
+    copies = (np.arange(first, first + len(indices)) * world_size() + rank()) % repeats
     same = np.ones(len(indices), np.int64)
     return np.stack([seed * same, epoch * same, indices, copies], 1)
 
@@ -189,13 +188,7 @@ def evaluate_only(args: argparse.Namespace, checkpoint: dict[str, Any], path: st
 
 def main(args: argparse.Namespace) -> int:
     """Train, or evaluate. Returns the exit code."""
-    # set-up
-    device = init_distributed(args.device, args.dist_url, args.dist_timeout)
-    check_same_on_all_ranks(recipe.flags_alike(args))
-    recipe.set_up_torch(args)
-    folder = RunFolder('' if args.eval else args.output_dir, args.save_every)
-    checkpoint, path = find_checkpoint(args.output_dir, args.resume, args.eval)
-    keep_freed_memory(device)
+    device, folder, checkpoint, path = recipe.start(args)
     if args.eval:
         evaluate_only(args, checkpoint, path, device)
         return 0
@@ -239,31 +232,15 @@ def main(args: argparse.Namespace) -> int:
         sampler = repeated_augmentation if args.repeated_aug else shuffled
         return sampler(len(train_data), world_size(), rank(), args.seed, epoch)
 
-    def batches_of(epoch: int, start: int) -> Iterator:
-        indices = order_of(epoch)
-        draws = draws_of(args.seed, epoch, indices, REPEATS if args.repeated_aug else 1)
-        part = slice(start * args.batch_size, steps * args.batch_size)
-        return train_data.batches(indices[part], args.batch_size, device, args.pin_mem, draws[part])
-
-    # optimizer and resume
-    steps = recipe.count_steps(args, len(order_of(0)), args.train_path)
-    state = recipe.make_state(args, model, device, (3, args.input_size, args.input_size))
-    if checkpoint:
-        resume(state, checkpoint, path, vars(args), steps)
-        print0(f'{path}: resumed at epoch {state.epoch}, step {state.step}, best Acc@1 {state.best["model"]:.3f}')
-    print_batch(args.batch_size, args.accum_iter, steps, args.epochs, recipe.scaled_lr(args))
+    def batches_of(indices: np.ndarray, epoch: int, start: int) -> Iterator:
+        draws = draws_of(args.seed, epoch, indices, start * args.batch_size, REPEATS if args.repeated_aug else 1)
+        return train_data.batches(indices, args.batch_size, device, args.pin_mem, draws)
 
     # train
-    folder.begin(run_record(vars(args), device), {'args': flags_to_save(vars(args)), 'classes': train_data.classes})
-    log = RunLog(args.output_dir, state.epoch, args.tensorboard)
-    try:
-        finished = train(state, batches_of, loss_of, evaluate_of, folder, log, args.epochs,
-                         recipe.step_options(args, steps))
-    except NotFinite as error:
-        part = slice(error.step * args.batch_size, (error.step + 1) * args.batch_size)
-        folder.save_bad_step(error, rank(), args.seed, order_of(error.epoch)[part].tolist())
-        raise
-    return 0 if finished else REQUEUE
+    steps = recipe.count_steps(args, len(order_of(0)), args.train_path)
+    state = recipe.make_state(args, model, device, (3, args.input_size, args.input_size))
+    recipe.resume_run(args, state, checkpoint, path, steps)
+    return recipe.fit(args, state, folder, steps, order_of, batches_of, loss_of, evaluate_of, train_data.classes)
 
 
 if __name__ == '__main__':

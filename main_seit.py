@@ -17,24 +17,21 @@ from torch import nn
 
 import flags
 import recipe
-from engine import evaluate, evaluate_checkpoint, rank_indices, train
+from engine import evaluate, evaluate_checkpoint, rank_indices
 from fileio.labels import check_class_names, count_classes
-from flags import Parser, integer, number, print_no_effect
+from flags import Parser
 from models_seit import MODELS, create_model
 from samplers import repeated_augmentation, shuffled
 from seitpp.color_adapt import color_recipe
 from seitpp.halves import open_halves
 from token_augment import (EraseRectangle, EvalTransform, RandomCrop, RandomResizedCrop, ReplaceSynonyms, SwapPatches,
-                           TokenEDA, check_crop)
-from token_dataset import TokenDataset, choose_data_device
+                           TokenEDA)
+from token_dataset import choose_data_device, open_splits
 from token_files.codebook import load_codebook, load_synonyms, look_up
-from training.checkpoints import flags_to_save, head_size, progress_of, resume
-from training.loss_meter import NotFinite
-from training.preemption import REQUEUE
+from training.checkpoints import head_size, progress_of
 from training.pretrained import freeze_all_but_attention, load_pretrained
-from training.run_folder import RunFolder, RunLog, find_checkpoint
-from training.run_info import print_batch, print_model, print_recipe_batch, run_record
-from utils import (InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, print0, rank, run,
+from training.run_info import print_model, print_recipe_batch
+from utils import (InputError, check_same_on_all_ranks, rank, run,
                    world_size)
 
 # Accepted because published commands may hold them: flag -> why it changes nothing.
@@ -52,44 +49,19 @@ NO_EFFECT = {
 def get_args_parser() -> Parser:
     """All flags."""
     parser = Parser('Train and evaluate SeiT on token files.')
-    add = parser.add_argument_group('data').add_argument
-    add('--train-token-file', default='tokens/imagenet1k-train-token.data.bin.gz', metavar='FILE')
-    add('--train-label-file', default='tokens/imagenet1k-train-label.txt', metavar='FILE')
-    add('--val-token-file', default='tokens/imagenet1k-val-token.data.bin.gz', metavar='FILE')
-    add('--val-label-file', default='tokens/imagenet1k-val-label.txt', metavar='FILE')
-    add('--codebook-path', default='tokens/codebook.ckpt', metavar='FILE')
-    add('--token-synonym-dict', default='tokens/synonyms.json', metavar='FILE')
-    add('--token-cache', default='', metavar='DIR',
-        help="where token files are decoded to: a folder, '' for beside the token file, 'none' for memory only")
-    add('--data-device', default='auto', choices=['auto', 'cpu', 'cuda'],
-        help='where tokens live: all on the GPU, or in the map; auto: on the GPU if they take a quarter of its free '
-        'memory at most')
-    add('--nb-classes', type=integer(1), help='default: the largest label + 1, or what the checkpoint has under --eval')
-    add('--pin-mem', action=flags.ON_OFF, default=True, help='copy batches to a GPU from page-locked memory')
-    add('--input-size', type=integer(2), default=224,
-        help='in pixels of --token-patch-size to a code: 224 / 8 = 28 codes')
-    add('--token-patch-size', type=integer(1), default=8, help='pixels a code covers, on each side')
+    flags.add_token_label_flags(flags.add_token_flags(parser))
     flags.add_model_flags(parser, 'deit_base_token_32', ', '.join(MODELS))
     flags.add_optimization_flags(parser)
-
-    add = parser.add_argument_group('augmentation').add_argument
-    add('--eda-rc-prob', type=flags.SHARE, default=0.25, help='share of images with synonym replacement')
-    add('--token-synonym-thres', type=integer(1), default=5, help='how many of each synonym list are used')
-    add('--replace-token-prob', type=flags.SHARE, default=0.25, help='of each code in such an image')
-    add('--eda-sc-prob', type=flags.SHARE, default=0.25, help='share of images with two patches swapped')
-    add('--swap-token-scale', type=flags.SHARE, default=0.25, help="largest side of a patch, as a part of the grid's")
+    add = flags.add_token_augmentation_flags(parser)
     add('--eda-erase-prob', type=flags.SHARE, default=0., help='share of images with a rectangle erased')
     add('--erase-scale', type=flags.SHARE, default=0.25, help="its largest sides, as parts of the grid's")
-    add('--rrc-ratio', type=flags.SHARE, default=0.08, help='smallest area of the random-resized crop')
-    add('--src', action='store_true', help='a plain random crop instead')
-    add('--repeated-aug', action='store_true', help='repeated augmentation: each image three times running')
-    add('--token-noise-prob', type=flags.SHARE, default=0.5, help='part of each batch that gets embedding noise')
-    add('--token-coloradapt-prob', type=flags.SHARE, default=0., help='chance that half of a batch is ColorAdapted')
+    add('--src', action='store_true', help='a plain random crop instead of the random-resized one')
+    add('--repeated-aug', action='store_true', exact=True,
+        help='repeated augmentation: each image three times running')
     add('--noise-recipe', default='v0.0', choices=['v0.0', 'seit++'],
         help='seit++: --token-noise-prob is the chance that half of a batch gets noise, and excludes ColorAdapt')
-    add('--token-noise-scale', type=number(0), default=1., help='deviation of the noise a channel shares')
-    add('--token-noise-std', type=number(0), default=1., help='deviation of the noise of each element')
-    add('--tokenadapt-path', default='', metavar='FILE', help='half of each batch goes through this TokenAdapt')
+    add('--tokenadapt-path', default='', metavar='FILE', of_a_rank=True,
+        help='half of each batch goes through this TokenAdapt')
     flags.add_mixing_flags(parser)
     flags.add_run_flags(parser)
     parser.add_no_effect(NO_EFFECT, switches=['--use-entire-tokens'])
@@ -111,25 +83,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# ---------------------------------------------------------------- data
-
-def load_data(args: argparse.Namespace, codebook: torch.Tensor, size: int,
-              device: torch.device) -> dict[str, TokenDataset]:
-    """The data sets that are needed of 'train' and 'val', whose class names agree. Prints what they are."""
-    datasets = {}
-    for split, wanted in (('train', not args.eval), ('val', not args.no_eval)):
-        if wanted:
-            data = datasets[split] = TokenDataset(getattr(args, f'{split}_token_file'),
-                                                  getattr(args, f'{split}_label_file'), len(codebook), args.token_cache,
-                                                  device)
-            check_crop(size, data.grid_size)
-            print0(f'{split}: {len(data):,} images of {data.grid_size}x{data.grid_size} codes, '
-                   f'{data.bytes_on_disk() / 1e6:,.2f} MB on disk ({data.bytes_on_disk() / len(data):,.0f} bytes an '
-                   f'image), {size}x{size} codes are read')
-    if len(datasets) == 2:
-        check_class_names(*(data.classes for data in datasets.values()), args.train_token_file, args.val_token_file)
-    return datasets
-
+# ---------------------------------------------------------------- augmentation
 
 def make_augment(args: argparse.Namespace, codebook: torch.Tensor, grid_size: int, size: int, device: torch.device,
                  mixup: Callable | None) -> Callable:
@@ -164,31 +118,23 @@ def make_augment(args: argparse.Namespace, codebook: torch.Tensor, grid_size: in
 
 def main(args: argparse.Namespace) -> int:
     """Train, or evaluate. Returns the exit code."""
-    # ------------------------------------------------------------ set-up
-    device = init_distributed(args.device, args.dist_url, args.dist_timeout)
-    check_same_on_all_ranks(recipe.flags_alike(args))
-    print_no_effect(NO_EFFECT, vars(args))
-    recipe.set_up_torch(args)
-    folder = RunFolder('' if args.eval else args.output_dir, args.save_every)
-    checkpoint, path = find_checkpoint(args.output_dir, args.resume, args.eval)
+    device, folder, checkpoint, path = recipe.start(args, NO_EFFECT)
 
     # ------------------------------------------------------------ data
     codebook = load_codebook(args.codebook_path)
     size = args.input_size // args.token_patch_size
-    datasets = load_data(args, codebook, size, device)
-    train_data = datasets.get('train')
-    val_data = datasets.get('val')
-    labels = {getattr(args, f'{split}_label_file'): data.labels for split, data in datasets.items()}
+    files = recipe.split_files(args)
+    datasets = open_splits(files, len(codebook), args.token_cache, size, device)
+    train_data, val_data = datasets.get('train'), datasets.get('val')
     trained = head_size(checkpoint['model'], 'head', path) if args.eval and not args.nb_classes else None
-    classes = count_classes(labels, args.nb_classes, trained)
+    classes = count_classes({files[split][1]: data.labels for split, data in datasets.items()}, args.nb_classes,
+                            trained)
     names = (train_data or val_data).classes
     if checkpoint:
-        check_class_names(checkpoint.get('classes'), names, path,
-                          args.val_token_file if args.eval else args.train_token_file)
+        check_class_names(checkpoint.get('classes'), names, path, next(iter(files.values()))[0])
     check_same_on_all_ranks({'training images': len(train_data or ()), 'validation images': len(val_data or ()),
                              'codebook': tuple(codebook.shape), **progress_of(checkpoint)})
     choose_data_device(datasets, args.data_device, device)
-    keep_freed_memory(device)  # only now: decoding a large set frees much that need not be kept
 
     # ------------------------------------------------------------ model
     model = create_model(args.model, args.model_kwargs, classes, size, codebook.shape[1],
@@ -221,36 +167,20 @@ def main(args: argparse.Namespace) -> int:
         x, targets = augment(*batch, generator)
         return criterion(model(x), targets)
 
-    sampler = repeated_augmentation if args.repeated_aug else shuffled
+    def order_of(epoch: int) -> np.ndarray:
+        sampler = repeated_augmentation if args.repeated_aug else shuffled
+        return sampler(len(train_data), world_size(), rank(), args.seed, epoch)
 
-    def indices_of(epoch: int, start: int, stop: int) -> np.ndarray:
-        order = sampler(len(train_data), world_size(), rank(), args.seed, epoch)
-        return order[start * args.batch_size:stop * args.batch_size]
-
-    def batches_of(epoch: int, start: int) -> Iterator:
-        return train_data.batches(indices_of(epoch, start, steps), args.batch_size, device, args.pin_mem)
-
-    # ------------------------------------------------------------ optimizer and resume
-    rank_images = len(sampler(len(train_data), world_size(), rank(), args.seed, 0))
-    steps = recipe.count_steps(args, rank_images, args.train_token_file)
-    state = recipe.make_state(args, model, device, (codebook.shape[1], size, size))
-    if checkpoint:
-        resume(state, checkpoint, path, vars(args), steps)
-        del checkpoint  # its tensors are copied
-        print0(f'{path}: resumed at epoch {state.epoch}, step {state.step}, best Acc@1 {state.best["model"]:.3f}')
-    print_batch(args.batch_size, args.accum_iter, steps, args.epochs, recipe.scaled_lr(args))
-    print_recipe_batch(recipe.effective_batch(args), args.unscale_lr)
+    def batches_of(indices: np.ndarray, epoch: int, start: int) -> Iterator:
+        return train_data.batches(indices, args.batch_size, device, args.pin_mem)
 
     # ------------------------------------------------------------ train
-    folder.begin(run_record(vars(args), device), {'args': flags_to_save(vars(args)), 'classes': names})
-    log = RunLog(args.output_dir, state.epoch, args.tensorboard)
-    try:
-        finished = train(state, batches_of, loss_of, None if args.no_eval else evaluate_of, folder, log, args.epochs,
-                         recipe.step_options(args, steps))
-    except NotFinite as error:
-        folder.save_bad_step(error, rank(), args.seed, indices_of(error.epoch, error.step, error.step + 1).tolist())
-        raise
-    return 0 if finished else REQUEUE
+    steps = recipe.count_steps(args, len(order_of(0)), args.train_token_file)
+    state = recipe.make_state(args, model, device, (codebook.shape[1], size, size))
+    recipe.resume_run(args, state, checkpoint, path, steps)
+    print_recipe_batch(recipe.effective_batch(args), args.unscale_lr)
+    return recipe.fit(args, state, folder, steps, order_of, batches_of, loss_of, None if args.no_eval else evaluate_of,
+                      names)
 
 
 if __name__ == '__main__':

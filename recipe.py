@@ -1,12 +1,14 @@
-"""The recipe: flags that several programs share, and what they make: optimizer, schedule, EMA, loss, mixing, DDP.
+"""From flags to a training: what they make (optimizer, schedule, EMA, loss, DDP), and how a program begins and ends.
 
-Flags stop here and in the entry scripts: other modules never see `args`, and `args` is never changed after parsing.
+A program is `start`, then its own data, model, evaluation and loss, then `make_state`, `resume_run` and `fit`. Flags
+stop here, in the programs and in seitpp/mtm_recipe.py: other modules never see `args`, and `args` is never changed.
 """
-import argparse
+import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from timm.data import Mixup
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
@@ -16,18 +18,19 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine import StepOptions
-from training.checkpoints import TrainState
-from utils import InputError, autocast, world_size
+from engine import StepOptions, train
+from flags import Flags, print_no_effect
+from training.checkpoints import TrainState, flags_to_save, resume
+from training.loss_meter import NotFinite
+from training.preemption import REQUEUE
+from training.run_folder import FILES, CheckpointFiles, RunFolder, RunLog, find_checkpoint
+from training.run_info import print_batch, run_record
+from utils import (InputError, autocast, check_same_on_all_ranks, device_of, init_distributed, keep_freed_memory,
+                   print0, rank, world_size)
 
-# Where things lie may differ from node to node; every other flag must be the same on all ranks.
-LOCATIONS = ('_file', '_path', '_dir', '_dict', '_cache')
+# ---------------------------------------------------------------- flags that cannot work together
 
-
-# ---------------------------------------------------------------- flags
-
-
-def check_flags(args: argparse.Namespace) -> None:
+def check_flags(args: Flags) -> None:
     """InputError for flags of the groups above that cannot work together."""
     checks = [
         (mixes(args) and args.batch_size % 2, f'--batch-size {args.batch_size} is odd; CutMix and Mixup want it even'),
@@ -42,33 +45,59 @@ def check_flags(args: argparse.Namespace) -> None:
     check_output_flags(args)
 
 
-def check_output_flags(args: argparse.Namespace) -> None:
+def check_output_flags(args: Flags) -> None:
     """InputError for flags that need --output-dir without it."""
     for on, flag in ((args.resume == 'auto', '--resume auto looks in'), (args.tensorboard, '--tensorboard writes to')):
         if on and not args.output_dir:
             raise InputError(f'{flag} --output-dir: give one')
 
 
-def mixes(args: argparse.Namespace) -> bool:
+def mixes(args: Flags) -> bool:
     """Whether Mixup or CutMix is on."""
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
-def flags_alike(args: argparse.Namespace) -> dict[str, Any]:
+# ---------------------------------------------------------------- the beginning of a program
+
+def start(args: Flags, no_effect: dict[str, str] | None = None, outputs: Sequence[str] = (),
+          files: CheckpointFiles = FILES) -> tuple[torch.device, RunFolder, dict[str, Any] | None, str]:
+    """Join the other processes, seed, take the output folder, and find the checkpoint to begin from. Collective.
+
+    Args:
+        args: the command line.
+        no_effect: flags of `Parser.add_no_effect`; those that were given are named.
+        outputs: names of files that the program writes to --output-dir beside checkpoints and log.
+        files: how it names checkpoints.
+
+    Returns:
+        The device of this rank, the folder, and checkpoint and path as `find_checkpoint` has them.
+
+    Raises:
+        InputError: on every rank.
+    """
+    device = init_distributed(args.device, args.dist_url, args.dist_timeout)
+    check_same_on_all_ranks(flags_alike(args))
+    print_no_effect(no_effect or {}, vars(args))
+    set_up_torch(args)
+    evaluating = vars(args).get('eval', False)  # some programs only train
+    folder = RunFolder('' if evaluating else args.output_dir, args.save_every, outputs, files)
+    return device, folder, *find_checkpoint(args.output_dir, args.resume, evaluating, outputs, files)
+
+
+def flags_alike(args: Flags) -> dict[str, Any]:
     """The flags that must be the same on all ranks, by their names on the command line."""
-    alike = {f'--{name.replace("_", "-")}': value for name, value in vars(args).items()
-             if not name.endswith(LOCATIONS) and name not in ('finetune', 'resume', 'dist_url')}
+    alike = {f'--{name.replace("_", "-")}': value for name, value in vars(args).items() if name not in args.of_a_rank}
     return alike | {'--token-cache none': vars(args).get('token_cache') == 'none'}  # no rank waits for another's then
 
 
-# ---------------------------------------------------------------- what the flags make
+def split_files(args: Flags) -> dict[str, tuple[str, str]]:
+    """Token file and label file of 'train', unless a run only evaluates, and of 'val', unless it does not."""
+    files = {'train': (args.train_token_file, args.train_label_file), 'val': (args.val_token_file, args.val_label_file)}
+    left_out = 'train' if args.eval else 'val' if args.no_eval else None
+    return {split: paths for split, paths in files.items() if split != left_out}
 
-def default_amp(device: torch.device) -> str:
-    """The published precision: 'fp16' on CUDA, 'off' elsewhere."""
-    return 'fp16' if device.type == 'cuda' else 'off'
 
-
-def set_up_torch(args: argparse.Namespace) -> None:
+def set_up_torch(args: Flags) -> None:
     """Seed, determinism, TF32."""
     torch.manual_seed(args.seed)
     if args.deterministic:
@@ -78,17 +107,24 @@ def set_up_torch(args: argparse.Namespace) -> None:
         torch.set_float32_matmul_precision('high')
 
 
-def effective_batch(args: argparse.Namespace) -> int:
+# ---------------------------------------------------------------- what the flags make
+
+def default_amp(device: torch.device) -> str:
+    """The published precision: 'fp16' on CUDA, 'off' elsewhere."""
+    return 'fp16' if device.type == 'cuda' else 'off'
+
+
+def effective_batch(args: Flags) -> int:
     """Images of one step of the optimizer, over all processes."""
     return args.batch_size * args.accum_iter * world_size()
 
 
-def scaled_lr(args: argparse.Namespace) -> float:
+def scaled_lr(args: Flags) -> float:
     """The learning rate of the run: --lr is for a batch of 512, unless --unscale-lr."""
     return args.lr if args.unscale_lr else args.lr * effective_batch(args) / 512
 
 
-def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(args: Flags, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer; no weight decay on biases, norms, position embeddings and class token."""
     options = {'betas': tuple(args.opt_betas)} if args.opt_betas else {}
     if args.opt not in ('sgd', 'nesterov', 'momentum'):
@@ -102,7 +138,7 @@ def make_optimizer(args: argparse.Namespace, model: nn.Module) -> torch.optim.Op
         raise InputError(f'--opt {args.opt}: {error}') from None
 
 
-def make_scheduler(args: argparse.Namespace, optimizer: torch.optim.Optimizer) -> Any:
+def make_scheduler(args: Flags, optimizer: torch.optim.Optimizer) -> Any:
     """timm's schedule, a function of the epoch alone."""
     return create_scheduler_v2(
         optimizer, args.sched, args.epochs, decay_epochs=args.decay_epochs, decay_rate=args.decay_rate,
@@ -120,7 +156,7 @@ def make_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
     return torch.amp.GradScaler(device.type, init_scale=1., growth_interval=1 << 30)
 
 
-def make_loss(args: argparse.Namespace, classes: int) -> tuple[Mixup | None, Callable]:
+def make_loss(args: Flags, classes: int) -> tuple[Mixup | None, Callable]:
     """timm's Mixup, or None, and the criterion (logits (B, classes), targets) -> ()."""
     mixup = None
     if mixes(args):
@@ -133,37 +169,6 @@ def make_loss(args: argparse.Namespace, classes: int) -> tuple[Mixup | None, Cal
     if mixup:
         return mixup, SoftTargetCrossEntropy()
     return mixup, LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
-
-
-def make_state(args: argparse.Namespace, model: nn.Module, device: torch.device,
-               input_shape: tuple[int, ...]) -> TrainState:
-    """The state of a new run, from a model on `device` that reads inputs (B, *input_shape)."""
-    amp = args.amp or default_amp(device)
-    try:
-        model.set_grad_checkpointing(args.grad_checkpointing)
-    except AssertionError:  # what timm says
-        raise InputError(f'--model {args.model} has no gradient checkpointing; omit --grad-checkpointing') from None
-    ema_device = 'cpu' if args.model_ema_force_cpu else None
-    ema = ModelEmaV3(model, decay=args.model_ema_decay, device=ema_device) if args.model_ema else None
-    optimizer = make_optimizer(args, model)
-    x = torch.zeros(args.batch_size, *input_shape, device=device).to(memory_format=torch.channels_last)
-    return TrainState(model, parallel(model, args.compile, device, amp, x), optimizer, make_scheduler(args, optimizer),
-                      make_scaler(device, amp), ema, amp, epoch=args.start_epoch)
-
-
-def count_steps(args: argparse.Namespace, images: int, source: str) -> int:
-    """Batches an epoch for a rank that gets `images` of `source`, a multiple of --accum-iter. Raises InputError."""
-    steps = images // (args.batch_size * args.accum_iter) * args.accum_iter
-    if not steps:
-        raise InputError(f'{source}: the {images} images of a process make no step of --batch-size {args.batch_size} x '
-                         f'--accum-iter {args.accum_iter} ({world_size()} processes): lower them')
-    return steps
-
-
-def step_options(args: argparse.Namespace, steps: int) -> StepOptions:
-    """The engine's options, for epochs of `steps` batches."""
-    return StepOptions(steps, args.batch_size, args.seed, args.accum_iter, args.clip_grad, args.on_nan,
-                       args.dist_timeout)
 
 
 def parallel(model: nn.Module, compiled: bool, device: torch.device, amp: str, *inputs: torch.Tensor) -> nn.Module:
@@ -186,3 +191,86 @@ def parallel(model: nn.Module, compiled: bool, device: torch.device, amp: str, *
             train_model(*inputs).float().sum().backward()
         model.zero_grad()
     return train_model
+
+
+def make_state(args: Flags, model: nn.Module, device: torch.device,
+               input_shape: tuple[int, ...]) -> TrainState:
+    """The state of a new run, from a model on `device` that reads inputs (B, *input_shape)."""
+    amp = args.amp or default_amp(device)
+    try:
+        model.set_grad_checkpointing(args.grad_checkpointing)
+    except AssertionError:  # what timm says
+        raise InputError(f'--model {args.model} has no gradient checkpointing; omit --grad-checkpointing') from None
+    ema_device = 'cpu' if args.model_ema_force_cpu else None
+    ema = ModelEmaV3(model, decay=args.model_ema_decay, device=ema_device) if args.model_ema else None
+    optimizer = make_optimizer(args, model)
+    x = torch.zeros(args.batch_size, *input_shape, device=device).to(memory_format=torch.channels_last)
+    return TrainState(model, parallel(model, args.compile, device, amp, x), optimizer, make_scheduler(args, optimizer),
+                      make_scaler(device, amp), ema, amp, epoch=args.start_epoch)
+
+
+def count_steps(args: Flags, images: int, source: str) -> int:
+    """Batches an epoch for a rank that gets `images` of `source`, a multiple of --accum-iter. Raises InputError."""
+    steps = images // (args.batch_size * args.accum_iter) * args.accum_iter
+    if not steps:
+        raise InputError(f'{source}: the {images} images of a process make no step of --batch-size {args.batch_size} x '
+                         f'--accum-iter {args.accum_iter} ({world_size()} processes): lower them')
+    return steps
+
+
+def step_options(args: Flags, steps: int) -> StepOptions:
+    """The engine's options, for epochs of `steps` batches."""
+    return StepOptions(steps, args.batch_size, args.seed, args.accum_iter, args.clip_grad, args.on_nan,
+                       args.dist_timeout)
+
+
+# ---------------------------------------------------------------- resuming, and the training that ends a program
+
+def resume_run(args: Flags, state: TrainState, checkpoint: dict[str, Any] | None, path: str, steps: int) -> None:
+    """Let a new run's state resume from the checkpoint of `start`, if there is one, which is then empty.
+
+    Raises:
+        InputError: for a checkpoint that does not fit the flags, see `resume`.
+    """
+    if checkpoint is None:
+        return
+    resume(state, checkpoint, path, vars(args), steps, args.exact, args.of_a_start)
+    checkpoint.clear()  # its tensors are copied, and the program still holds it
+    best = f', best Acc@1 {state.best["model"]:.3f}' if state.best['model'] else ''
+    print0(f'{path}: resumed at epoch {state.epoch}, step {state.step}{best}')
+
+
+def fit(args: Flags, state: TrainState, folder: RunFolder, steps: int, order_of: Callable, batches_of: Callable,
+        loss_of: Callable, evaluate_of: Callable | None = None, classes: list[str] | None = None,
+        seed: int | None = None) -> int:
+    """Train to the last epoch: the end of every program that trains.
+
+    Args:
+        args: the command line.
+        state: new, or resumed.
+        folder: takes checkpoints and log.
+        steps: batches of an epoch on each rank, see `count_steps`.
+        order_of, batches_of, loss_of, evaluate_of: see engine.py.
+        classes: names of the labels, for the checkpoints.
+        seed: of everything random in the steps; None for --seed.
+
+    Returns:
+        The exit code: 0, or REQUEUE when a signal stopped the run after saving.
+
+    Raises:
+        NotFinite: after noting the bad step in the folder.
+    """
+    device = device_of(state.model)
+    print_batch(args.batch_size, args.accum_iter, steps, args.epochs, state.optimizer.defaults['lr'])
+    keep_freed_memory(device)  # only now: reading data frees much that need not be kept
+    folder.begin(run_record(vars(args), device), {'args': flags_to_save(vars(args)), 'classes': classes})
+    log = RunLog(str(folder.path) if folder.saves else '', state.epoch, args.tensorboard)
+    seed = args.seed if seed is None else seed
+    options = dataclasses.replace(step_options(args, steps), seed=seed)
+    try:
+        finished = train(state, order_of, batches_of, loss_of, evaluate_of, folder, log, args.epochs, options)
+    except NotFinite as error:
+        indices = order_of(error.epoch)[error.step * args.batch_size:(error.step + 1) * args.batch_size]
+        folder.save_bad_step(error, rank(), seed, np.asarray(indices).tolist())
+        raise
+    return 0 if finished else REQUEUE

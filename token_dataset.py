@@ -12,6 +12,7 @@ import torch
 
 from fileio.files import expand_files
 from fileio.labels import check_class_names
+from token_augment import check_crop
 from token_files.cache import open_codes
 from token_files.compact import CPU
 from token_files.prefetching import prefetch
@@ -136,3 +137,27 @@ def choose_data_device(datasets: dict[str, TokenDataset], data_device: str, devi
     if resident:
         for data in datasets.values():
             data.keep_on(device)
+
+
+def open_splits(files: dict[str, tuple[str, str]], codebook_size: int, cache: str, size: int,
+                device: torch.device) -> dict[str, TokenDataset]:
+    """Data sets whose class names agree. Prints what they are.
+
+    Args:
+        files: token file and label file, by 'train' and 'val'.
+        codebook_size, cache, device: see TokenDataset.
+        size: codes on a side that the model reads.
+
+    Raises:
+        InputError: for a set that cannot be read, or whose grids are too small.
+    """
+    datasets = {}
+    for split, (token_file, label_file) in files.items():
+        data = datasets[split] = TokenDataset(token_file, label_file, codebook_size, cache, device)
+        check_crop(size, data.grid_size)
+        print0(f'{split}: {len(data):,} images of {data.grid_size}x{data.grid_size} codes, '
+               f'{data.bytes_on_disk() / 1e6:,.2f} MB on disk ({data.bytes_on_disk() / len(data):,.0f} bytes an '
+               f'image), {size}x{size} codes are read')
+    if len(datasets) == 2:
+        check_class_names(*(data.classes for data in datasets.values()), *(file for file, _ in files.values()))
+    return datasets

@@ -19,7 +19,7 @@ from benchmarks.one_hot import OneHot
 from flags import integer
 from samplers import shuffled
 from token_augment import RandomResizedCrop
-from token_dataset import choose_data_device
+from token_dataset import choose_data_device, open_splits
 from token_files.codebook import load_codebook, load_synonyms
 from utils import keep_freed_memory, run
 
@@ -64,7 +64,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     main_args = main_seit.parse_args(main_flags)
     recipe.set_up_torch(main_args)
     codebook = load_codebook(main_args.codebook_path)
-    datasets = main_seit.load_data(main_args, codebook, size, device)
+    datasets = open_splits(recipe.split_files(main_args), len(codebook), main_args.token_cache, size, device)
     choose_data_device(datasets, main_args.data_device, device)
     keep_freed_memory(device)
     data = datasets['train']

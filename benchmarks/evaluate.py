@@ -21,7 +21,7 @@ from flags import integer
 from image_data.sources import load_images, open_source
 from models_seit import create_model
 from token_augment import EvalTransform
-from token_dataset import choose_data_device
+from token_dataset import choose_data_device, open_splits
 from token_files.codebook import load_codebook
 from utils import cores, keep_freed_memory, run
 
@@ -47,7 +47,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     amp = main_args.amp or recipe.default_amp(device)
     codebook = load_codebook(main_args.codebook_path)
     size = main_args.input_size // main_args.token_patch_size
-    data = main_seit.load_data(main_args, codebook, size, device)['val']
+    data = open_splits(recipe.split_files(main_args), len(codebook), main_args.token_cache, size, device)['val']
     choose_data_device({'val': data}, main_args.data_device, device)
     keep_freed_memory(device)
     model = create_model(main_args.model, main_args.model_kwargs, main_args.nb_classes, size,

@@ -15,7 +15,9 @@ import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main_seit
+import recipe
 from samplers import shuffled
+from token_dataset import open_splits
 from token_files.codebook import load_codebook
 from utils import barrier, init_distributed, print0, rank, run, world_size
 
@@ -55,7 +57,7 @@ def main(args: argparse.Namespace) -> None:
     device = init_distributed('cpu')
     codebook = load_codebook(main_args.codebook_path)
     size = main_args.input_size // main_args.token_patch_size
-    data = main_seit.load_data(main_args, codebook, size, device)['train']
+    data = open_splits(recipe.split_files(main_args), len(codebook), main_args.token_cache, size, device)['train']
     opened = time.time()
     next(data.batches(shuffled(len(data), world_size(), rank(), main_args.seed, 0), main_args.batch_size, device))
     cost = {'seconds': time.time() - args.launched, 'import_seconds': IMPORTED - args.launched,

@@ -23,7 +23,7 @@ from engine import train_one_epoch
 from flags import integer
 from models_seit import create_model
 from samplers import shuffled
-from token_dataset import choose_data_device
+from token_dataset import choose_data_device, open_splits
 from token_files.codebook import load_codebook
 from utils import AMP_DTYPE, InputError, keep_freed_memory, run
 
@@ -71,7 +71,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     codebook = load_codebook(main_args.codebook_path)
     size = main_args.input_size // main_args.token_patch_size
     input_shape = codebook.shape[1], size, size
-    datasets = main_seit.load_data(main_args, codebook, size, device)
+    datasets = open_splits(recipe.split_files(main_args), len(codebook), main_args.token_cache, size, device)
     choose_data_device(datasets, main_args.data_device, device)
     keep_freed_memory(device)
     data = datasets['train']

@@ -2,11 +2,10 @@
 from typing import Any
 
 import flags
-import main_seit
 from continual.forms import FORMS
 from continual.memory import POLICIES
 from continual.tasks import ORDER_SEED
-from flags import Parser, add_max_pixels, byte_count, integer
+from flags import SYNONYMS, Parser, add_max_pixels, byte_count, integer
 from utils import InputError
 
 # Flags of main_seit.py and main_pixels.py that mean nothing here, and why.
@@ -21,7 +20,7 @@ NOT_HERE = {
 
 def add_task_flags(parser: Parser) -> None:
     """The flags of tasks, memory and tokens."""
-    add = parser.add_argument_group('tasks').add_argument
+    add = parser.add_group('tasks')
     add('--new', default='tokens', choices=['tokens', 'pixels'], help="what the new task's images are trained as")
     add('--base-classes', type=integer(1), default=10, help='classes of the first task')
     add('--inc-classes', type=integer(1), default=10, help='classes of each later task')
@@ -30,7 +29,7 @@ def add_task_flags(parser: Parser) -> None:
     add('--model-ema', action=flags.ON_OFF, default=False,
         help="an average of a task's weights, evaluated too; the next task starts from the weights themselves")
 
-    add = parser.add_argument_group('memory').add_argument
+    add = parser.add_group('memory')
     add('--memory', default='none', choices=['none', *FORMS], help='what is stored of old images')
     add('--memory-bytes', type=byte_count, metavar='BYTES', help='as in 1e6; with labels and index')
     add('--memory-policy', default='balanced', choices=POLICIES)
@@ -40,19 +39,24 @@ def add_task_flags(parser: Parser) -> None:
     add('--eval-stored', action='store_true', help='evaluate the validation images as the memory would give them back, '
         'too: for --new pixels, what the shift between stored and new images costs')
 
-    add = parser.add_argument_group('data').add_argument
-    add('--train-path', default='', metavar='PATH', help='images: class folders, a list, tar shards or parquet files')
-    add('--val-path', default='', metavar='PATH')
+    add = parser.add_group('data')
+    add('--train-path', default='', metavar='PATH', of_a_rank=True,
+        help='images: class folders, a list, tar shards or parquet files')
+    add('--val-path', default='', metavar='PATH', of_a_rank=True)
     for split in ('train', 'val'):
-        add(f'--{split}-token-file', default='', metavar='FILE', help='tokens that are there, as in main_seit.py')
-        add(f'--{split}-label-file', default='', metavar='FILE')
-    add('--codebook-path', default='', metavar='FILE', help="of the token files, or the tokenizer's")
-    add('--tokenizer-path', default='', metavar='FILE', help='tokenize the images with it, or decode the memory')
+        add(f'--{split}-token-file', default='', metavar='FILE', of_a_rank=True,
+            help='tokens that are there, as in main_seit.py')
+        add(f'--{split}-label-file', default='', metavar='FILE', of_a_rank=True)
+    add('--codebook-path', default='', metavar='FILE', of_a_rank=True,
+        help="of the token files, or the tokenizer's")
+    add('--tokenizer-path', default='', metavar='FILE', of_a_rank=True,
+        help='tokenize the images with it, or decode the memory')
     add('--tokenizer-from-task', type=int, choices=[0], help="fit a patch tokenizer on the first task's images")
     add('--image-size', type=integer(1), default=256, help='images are resized to this to be tokenized')
     add_max_pixels(add)
-    add('--tokens-dir', default='', metavar='DIR', help='for tokens that are made here; default: DIR/tokens of '
-        '--output-dir. Runs with the same first task may share it')
+    add('--tokens-dir', default='', metavar='DIR', of_a_rank=True,
+        help='for tokens that are made here; default: DIR/tokens of --output-dir. Runs with the same first task may '
+        'share it')
     add('--tokenize-only', action='store_true', help='make the tokens, and stop')
 
 
@@ -104,7 +108,7 @@ def check_program_flags(flags: dict[str, Any]) -> None:
         if flags[name]:
             raise InputError(f'--{name.replace("_", "-")} is no flag of main_continual.py: {why}')
     if (flags['new'] == 'tokens' and not flags['train_token_file'] and
-            flags['token_synonym_dict'] != main_seit.get_args_parser().get_default('token_synonym_dict')):
+            flags['token_synonym_dict'] != SYNONYMS):
         raise InputError('--token-synonym-dict: synonyms are made with the tokens; give it beside --train-token-file')
     if not flags['output_dir']:
         raise InputError('--output-dir: give one; tasks pass weights and memory on in files')

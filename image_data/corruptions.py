@@ -14,7 +14,6 @@ What differs from the published image set, which nothing here reads:
   3.5 times as much of the picture.
 * The set was saved as JPEG of quality 85, which softens noise a little. Here pixels go to the model as they are.
 """
-import argparse
 import io
 import zlib
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from flags import integer
+from flags import Parser, integer
 from utils import InputError
 
 # Strengths by severity, from 1 to 5.
@@ -207,12 +206,12 @@ class Corruption:
 
 # ---------------------------------------------------------------- flags
 
-def add_robustness_flags(parser: argparse.ArgumentParser) -> None:
+def add_robustness_flags(parser: Parser) -> None:
     """Flags of programs that evaluate on other images than those of training: --corruption, --severity, --classes.
 
     For `make_corruption` and `class_subsets.read_classes`.
     """
-    add = parser.add_argument_group('robustness').add_argument
+    add = parser.add_group('robustness')
     add('--corruption', choices=CORRUPTIONS, metavar='NAME',
         help='corrupt each image, once resized, as ImageNet-C does: ' + ', '.join(CORRUPTIONS))
     add('--severity', type=integer(1, SEVERITIES), metavar='N', help=f'of --corruption, 1 to {SEVERITIES}')

@@ -16,8 +16,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment,
 from timm.data.random_erasing import RandomErasing
 
 from image_data.sources import Source, load_images, open_source
-from samplers import shuffled
-from utils import InputError, rank, world_size
+from utils import InputError
 
 HELD_OUT = 1000  # images, at most a tenth of all
 
@@ -162,10 +161,9 @@ class Images:
     def __len__(self) -> int:
         return len(self.chosen)
 
-    def batches(self, indices: np.ndarray) -> Iterator[torch.Tensor]:
-        """(B, 3, S, S) uint8 on the device, of the images of these indices (M,). Raises InputError."""
+    def batches(self, numbers: np.ndarray) -> Iterator[torch.Tensor]:
+        """(B, 3, S, S) uint8 on the device, of images (M,) of the source. Raises InputError."""
         args = self.args
-        numbers = self.chosen[indices]
         parts = [numbers[first:first + args.batch_size] for first in range(0, len(numbers), args.batch_size)]
         pin_memory = self.device.type == 'cuda'
         for batch in load_images(self.source, parts, args.image_size, workers=args.num_workers,
@@ -175,11 +173,6 @@ class Images:
                 raise InputError(f'{self.source.data_path}: none of the {len(batch.skipped)} images of a batch can be '
                                  'read')
             yield batch.pixels.to(self.device, non_blocking=pin_memory)
-
-    def order(self, epoch: int) -> np.ndarray:
-        """Indices of the images of an epoch on this rank, as many as --epoch-images says."""
-        order = shuffled(len(self), world_size(), rank(), self.args.seed, epoch)
-        return order[:self.args.epoch_images // world_size()] if self.args.epoch_images else order
 
 
 def hold_out(args: argparse.Namespace, device: torch.device) -> tuple[Images, Images]:

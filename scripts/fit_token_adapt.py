@@ -20,23 +20,21 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import flags
 import recipe
-from engine import rank_indices, train
-from flags import Parser, integer
+from engine import rank_indices
+from flags import Parser, add_image_flags, integer
+from image_data.dataset import hold_out
+from image_tokenizer.vitvqgan import HEAD_DIM
+from samplers import shuffled
 from seitpp.halves import ADAPTED_MIXUP
 from seitpp.token_adapt import FINER, SIZE, RandomGeometry, TokenAdapt, size_of_width
 from seitpp.token_adapt_training import Change, CodePairs, evaluate_token_adapt, save_token_adapt
 from token_augment import RandomResizedCrop
 from tokenize_images import load_models
-from training.checkpoints import flags_to_save, progress_of, resume
-from training.loss_meter import NotFinite
-from training.preemption import REQUEUE
-from training.run_folder import RunFolder, RunLog, find_checkpoint
-from training.run_info import print_batch, print_model, run_record
-from scripts.train_tokenizer import add_image_flags, hold_out
-import flags
-from image_tokenizer.vitvqgan import HEAD_DIM
-from utils import InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, on_main, print0, rank, run
+from training.checkpoints import progress_of
+from training.run_info import print_model
+from utils import InputError, check_same_on_all_ranks, on_main, print0, rank, run, world_size
 
 FILE = 'tokenadapt.ckpt'
 
@@ -46,14 +44,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__.splitlines()[0])
     add_image_flags(parser)
 
-    add = parser.add_argument_group('TokenAdapt').add_argument
-    add('--tokenizer-path', required=True, metavar='FILE', help='see image_tokenizer/tokenizers.py')
-    add('--codebook-path', metavar='FILE', help="default: the tokenizer's own")
+    add = parser.add_group('TokenAdapt')
+    add('--tokenizer-path', required=True, metavar='FILE', of_a_rank=True, help='see image_tokenizer/tokenizers.py')
+    add('--codebook-path', metavar='FILE', of_a_rank=True, help="default: the tokenizer's own")
     add('--width', type=integer(HEAD_DIM), default=SIZE.dim, help=f'a multiple of {HEAD_DIM}, the width of a head; the '
         'published program reads only the default')
     add('--depth', type=integer(1), default=SIZE.depth, help='layers of either network')
 
-    add = parser.add_argument_group('augmentation').add_argument
+    add = parser.add_group('augmentation')
     add('--input-size', type=integer(2), help='side of the crops, in pixels; default: 7/8 of --image-size')
     add('--rrc-ratio', type=flags.SHARE, default=0.08, help='smallest area of the random-resized crop')
     add('--mixup-prob', type=flags.SHARE, default=0.25, help=f'of Mixup in a batch, of alpha {ADAPTED_MIXUP}')
@@ -86,12 +84,7 @@ def crop_side(args: argparse.Namespace, patch_size: int) -> int:
 
 def main(args: argparse.Namespace) -> int:
     """Train. Returns the exit code."""
-    # ------------------------------------------------------------ set-up
-    device = init_distributed(args.device, args.dist_url, args.dist_timeout)
-    check_same_on_all_ranks(recipe.flags_alike(args))
-    recipe.set_up_torch(args)
-    folder = RunFolder(args.output_dir, args.save_every, (FILE,))
-    checkpoint, path = find_checkpoint(args.output_dir, args.resume, outputs=(FILE,))
+    device, folder, checkpoint, path = recipe.start(args, outputs=(FILE,))
 
     # ------------------------------------------------------------ data and model
     tokenizer, codebook = load_models(args.tokenizer_path, None, args.codebook_path, args.image_size, False)
@@ -100,7 +93,6 @@ def main(args: argparse.Namespace) -> int:
     images, held_out = hold_out(args, device)
     check_same_on_all_ranks({'the list of images': images.source.digest(), 'held-out images': len(held_out),
                              'codebook': tuple(codebook.shape), **progress_of(checkpoint)})
-    keep_freed_memory(device)
     pairs = CodePairs(tokenizer.requires_grad_(False).eval().to(device), codebook.to(device), grid_size, size)
     width = size_of_width(args.width, args.depth)
     model = TokenAdapt(*codebook.shape, grid_size, size, width).to(device)
@@ -116,39 +108,25 @@ def main(args: argparse.Namespace) -> int:
         kept = np.random.beta(ADAPTED_MIXUP, ADAPTED_MIXUP) if mixed else 1.
         return pairs.loss(model, pixels, Change(geometry.draw(len(pixels), FINER * grid_size, generator), kept))
 
-    def indices_of(epoch: int, start: int, stop: int) -> np.ndarray:
-        return images.order(epoch)[start * args.batch_size:stop * args.batch_size]
+    def order_of(epoch: int) -> np.ndarray:
+        order = shuffled(len(images), world_size(), rank(), args.seed, epoch)
+        return images.chosen[order[:args.epoch_images // world_size()] if args.epoch_images else order]
 
-    def batches_of(epoch: int, start: int) -> Iterator[torch.Tensor]:
-        return images.batches(indices_of(epoch, start, steps))
+    def batches_of(indices: np.ndarray, epoch: int, start: int) -> Iterator[torch.Tensor]:
+        return images.batches(indices)
 
     def evaluate_of(model: nn.Module, name: str) -> dict[str, float]:
-        batches = held_out.batches(rank_indices(len(held_out), True))
+        batches = held_out.batches(held_out.chosen[rank_indices(len(held_out), True)])
         stats = evaluate_token_adapt(model, pairs, batches, geometry, amp, name)
         if args.output_dir and bool(name) == args.model_ema:
             on_main(save_token_adapt, model, folder.path / FILE)
         return stats
 
-    # ------------------------------------------------------------ optimizer and resume
-    steps = recipe.count_steps(args, len(images.order(0)), args.data_path)
-    state = recipe.make_state(args, model, device, (codebook.shape[1], grid_size, grid_size))
-    if checkpoint:
-        resume(state, checkpoint, path, vars(args), steps)
-        del checkpoint  # its tensors are copied
-        print0(f'{path}: resumed at epoch {state.epoch}, step {state.step}')
-    print_batch(args.batch_size, args.accum_iter, steps, args.epochs, recipe.scaled_lr(args))
-
     # ------------------------------------------------------------ train
-    folder.begin(run_record(vars(args), device), {'args': flags_to_save(vars(args)), 'classes': None})
-    log = RunLog(args.output_dir, state.epoch, args.tensorboard)
-    try:
-        finished = train(state, batches_of, loss_of, evaluate_of, folder, log, args.epochs,
-                         recipe.step_options(args, steps))
-    except NotFinite as error:
-        bad = images.chosen[indices_of(error.epoch, error.step, error.step + 1)]
-        folder.save_bad_step(error, rank(), args.seed, bad.tolist())
-        raise
-    return 0 if finished else REQUEUE
+    steps = recipe.count_steps(args, len(order_of(0)), args.data_path)
+    state = recipe.make_state(args, model, device, (codebook.shape[1], grid_size, grid_size))
+    recipe.resume_run(args, state, checkpoint, path, steps)
+    return recipe.fit(args, state, folder, steps, order_of, batches_of, loss_of, evaluate_of)
 
 
 if __name__ == '__main__':

@@ -24,7 +24,7 @@ from torchvision.utils import make_grid
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import flags
 import recipe
-from engine import rank_indices, train
+from engine import rank_indices
 from fileio.files import atomic_path, save_torch
 from flags import Parser, add_image_flags, integer, number
 from image_data.dataset import Images, hold_out
@@ -35,13 +35,9 @@ from image_tokenizer.vitvqgan import HEAD_DIM, SIZES, Size, ViTVQGAN
 from image_tokenizer.vq_start import fit_start
 from image_tokenizer.vq_training import LossWeights, TokenizerTraining, evaluate_tokenizer, save_tokenizer
 from samplers import shuffled
-from training.checkpoints import flags_to_save, progress_of, resume
-from training.loss_meter import NotFinite
-from training.preemption import REQUEUE
-from training.run_folder import RunFolder, RunLog, find_checkpoint
-from training.run_info import print_model, run_record
-from utils import (InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, on_main, print0,
-                   rank, run)
+from training.checkpoints import progress_of
+from training.run_info import print_model
+from utils import InputError, check_same_on_all_ranks, on_main, print0, rank, run, world_size
 
 TOKENIZER = 'tokenizer.safetensors'
 CODEBOOK = 'codebook.ckpt'
@@ -56,9 +52,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError, also for values that cannot work together."""
     parser = Parser(__doc__.splitlines()[0])
     add = add_image_flags(parser)
-    add('--flip', action=flags.ON_OFF, default=True, help='mirror half of the training images')
+    add('--flip', action=flags.ON_OFF, default=True, exact=True, help='mirror half of the training images')
 
-    add = parser.add_argument_group('tokenizer').add_argument
+    add = parser.add_group('tokenizer')
     add('--vit', default='small', choices=list(VITS), help='size of encoder and decoder; tiny is for CPUs')
     add('--width', type=integer(HEAD_DIM), help=f"instead of --vit's; a multiple of {HEAD_DIM}, the width of a head")
     add('--depth', type=integer(1), help="layers of each, instead of --vit's")
@@ -70,13 +66,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--revive-below', type=flags.SHARE, default=0.1,
         help='codes used less than this part of the mean use start again at a feature; 0: never')
 
-    add = parser.add_argument_group('loss').add_argument
+    add = parser.add_group('loss')
     add('--l1', type=number(0), default=LossWeights.l1, help='weight of the mean absolute error of pixels')
     add('--l2', type=number(0), default=LossWeights.l2, help='of the mean squared error')
     add('--gradient', type=number(0), default=LossWeights.gradient,
         help='of the mean absolute error of differences between neighboring pixels')
     add('--perceptual', type=number(0), default=0.1, help='of the perceptual term, with --vgg-path')
-    add('--vgg-path', default='', metavar='FILE',
+    add('--vgg-path', default='', metavar='FILE', of_a_rank=True,
         help="adds a perceptual term: torchvision's VGG16 weights, a state dict as a torch file")
     add('--commitment', type=number(0), default=LossWeights.commitment, help='of features to their rows')
 
@@ -95,9 +91,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if not (args.l1 or args.l2 or args.gradient):
         raise InputError('--l1, --l2 and --gradient are all 0: nothing would hold reconstructions to their images')
     return args
-
-
-# ---------------------------------------------------------------- data
 
 
 # ---------------------------------------------------------------- model
@@ -120,7 +113,7 @@ def fitted_start(args: argparse.Namespace, training: TokenizerTraining, images: 
     """Fit new weights to the first images of the first epoch; returns them all, on the CPU. Raises InputError."""
     n = (args.image_size // args.patch_size) ** 2
     order = shuffled(len(images), 1, 0, args.seed, 0)[:math.ceil(PATCHES_A_CODE * args.codes / n)]
-    batches = list(images.batches(order))
+    batches = list(images.batches(images.chosen[order]))
     generator = torch.Generator(batches[0].device).manual_seed(args.seed)
     fit_start(training.eval().model, training.quantizer, batches, generator)
     return {name: value.cpu() for name, value in training.state_dict().items()}
@@ -149,30 +142,24 @@ def write_outputs(training: TokenizerTraining, pixels: torch.Tensor, folder: Pat
 
 def main(args: argparse.Namespace) -> int:
     """Train. Returns the exit code."""
-    # ------------------------------------------------------------ set-up
-    device = init_distributed(args.device, args.dist_url, args.dist_timeout)
-    check_same_on_all_ranks(recipe.flags_alike(args))
-    recipe.set_up_torch(args)
-    outputs = (TOKENIZER, CODEBOOK, SHEET)
-    folder = RunFolder(args.output_dir, args.save_every, outputs)
-    checkpoint, path = find_checkpoint(args.output_dir, args.resume, outputs=outputs)
+    device, folder, checkpoint, path = recipe.start(args, outputs=(TOKENIZER, CODEBOOK, SHEET))
 
     # ------------------------------------------------------------ data and model
     images, held_out = hold_out(args, device)
     check_same_on_all_ranks({'the list of images': images.source.digest(), 'held-out images': len(held_out),
                              **progress_of(checkpoint)})
-    keep_freed_memory(device)
     training = make_training(args, device)
     amp = args.amp or recipe.default_amp(device)
     print0(f'{len(images):,} images to train on, {len(held_out):,} held out; {args.image_size // args.patch_size} x '
            f'{args.image_size // args.patch_size} of {args.codes} codes')
     print_model('ViT-VQGAN', training, device, amp)
 
-    def indices_of(epoch: int, start: int, stop: int) -> np.ndarray:
-        return images.order(epoch)[start * args.batch_size:stop * args.batch_size]
+    def order_of(epoch: int) -> np.ndarray:
+        order = shuffled(len(images), world_size(), rank(), args.seed, epoch)
+        return images.chosen[order[:args.epoch_images // world_size()] if args.epoch_images else order]
 
-    def batches_of(epoch: int, start: int) -> Iterator[torch.Tensor]:
-        return images.batches(indices_of(epoch, start, steps))
+    def batches_of(indices: np.ndarray, epoch: int, start: int) -> Iterator[torch.Tensor]:
+        return images.batches(indices)
 
     def loss_of(model: nn.Module, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         x = unit_range(pixels)
@@ -181,37 +168,23 @@ def main(args: argparse.Namespace) -> int:
             x = torch.where(mirrored, x.flip(-1), x)
         return model(x, torch.rand(args.codes + 1, generator=generator, device=device)).sum()
 
-    drawn = np.linspace(0, len(held_out) - 1, min(SHEET_IMAGES, len(held_out)), dtype=np.int64)  # of all kinds
+    spread = np.linspace(0, len(held_out) - 1, min(SHEET_IMAGES, len(held_out)), dtype=np.int64)  # of all kinds
+    shown = held_out.chosen[spread]
 
     def evaluate_of(model: nn.Module, name: str) -> dict[str, float]:
-        stats = evaluate_tokenizer(model, held_out.batches(rank_indices(len(held_out), True)), amp, name)
+        batches = held_out.batches(held_out.chosen[rank_indices(len(held_out), True)])
+        stats = evaluate_tokenizer(model, batches, amp, name)
         if args.output_dir and bool(name) == args.model_ema:
-            on_main(lambda: write_outputs(model, torch.cat(list(held_out.batches(drawn))), folder.path))
+            on_main(lambda: write_outputs(model, torch.cat(list(held_out.batches(shown))), folder.path))
         return stats
 
-    # ------------------------------------------------------------ optimizer and resume
-    steps = recipe.count_steps(args, len(images.order(0)), args.data_path)
+    # ------------------------------------------------------------ train
+    steps = recipe.count_steps(args, len(order_of(0)), args.data_path)
     if not checkpoint:
         training.load_state_dict(on_main(fitted_start, args, training, images))
     state = recipe.make_state(args, training, device, (3, args.image_size, args.image_size))
-    if checkpoint:
-        resume(state, checkpoint, path, vars(args), steps)
-        del checkpoint  # its tensors are copied
-        print0(f'{path}: resumed at epoch {state.epoch}, step {state.step}')
-    print0(f'batch: {recipe.effective_batch(args)}, {steps // args.accum_iter} steps an epoch, {args.epochs} epochs; '
-           f'learning rate {recipe.scaled_lr(args):.3g}')
-
-    # ------------------------------------------------------------ train
-    folder.begin(run_record(vars(args), device), {'args': flags_to_save(vars(args)), 'classes': None})
-    log = RunLog(args.output_dir, state.epoch, args.tensorboard)
-    try:
-        finished = train(state, batches_of, loss_of, evaluate_of, folder, log, args.epochs,
-                         recipe.step_options(args, steps))
-    except NotFinite as error:
-        bad = images.chosen[indices_of(error.epoch, error.step, error.step + 1)]
-        folder.save_bad_step(error, rank(), args.seed, bad.tolist())
-        raise
-    return 0 if finished else REQUEUE
+    recipe.resume_run(args, state, checkpoint, path, steps)
+    return recipe.fit(args, state, folder, steps, order_of, batches_of, loss_of, evaluate_of)
 
 
 if __name__ == '__main__':

@@ -1,5 +1,8 @@
-"""TODO docstring of seitpp.mtm_recipe."""
-import argparse
+"""What main_mtm_pretrain.py and main_mtm_finetune.py share: flags, the input of masked-token models, their schedule.
+
+Codes are augmented as embeddings and become codes again, because these models read and predict codes (SeiT++ sec. 3).
+The learning rate is MAE's: a line from 0, then a cosine, set for each step.
+"""
 import os
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +16,7 @@ from torch.optim import Optimizer
 import flags
 import recipe
 from fileio.files import is_address
-from flags import KeyValues, Parser, integer, number
+from flags import Flags, KeyValues, Parser, integer, number
 from recipe import parallel
 from seitpp.color_adapt import ColorChange
 from seitpp.halves import TokenHalves
@@ -21,8 +24,8 @@ from seitpp.models_mtm import PATCH
 from seitpp.token_adapt import FINER, TokenAdapt, crop_embeddings, load_token_adapt
 from token_augment import RandomCrop, RandomResizedCrop, ReplaceSynonyms, SwapPatches, TokenEDA
 from token_files.codebook import load_synonyms, look_up, nearest_codes_of
-from training.checkpoints import TrainState, resume, without_token_adapt
-from utils import InputError, print0
+from training.checkpoints import TrainState, without_token_adapt
+from utils import InputError
 
 # Accepted because published commands may hold them: flag -> why it changes nothing.
 NO_EFFECT_ON_MTM = {
@@ -35,31 +38,22 @@ NO_EFFECT_ON_MTM = {
 
 
 def add_token_flags(parser: Parser) -> Callable:
-    """Tokens and TokenAdapt. Returns the group's add_argument."""
-    add = parser.add_argument_group('data').add_argument
-    add('--train-token-file', default='tokens/imagenet1k-train-token.data.bin.gz', metavar='FILE')
-    add('--codebook-path', default='tokens/codebook.ckpt', metavar='FILE', help='only augmentation uses it')
-    add('--tokenadapt-path', default='weights/tokenadapt.ckpt', metavar='FILE',
+    """Tokens and TokenAdapt. Returns the group's add."""
+    add = flags.add_token_flags(parser)
+    add('--tokenadapt-path', default='weights/tokenadapt.ckpt', metavar='FILE', of_a_rank=True,
         help="TokenAdapt for half of each batch (scripts/fit_token_adapt.py makes one); '' for none")
-    add('--token-synonym-dict', default='tokens/synonyms.json', metavar='FILE')
-    add('--token-cache', default='', metavar='DIR',
-        help="where token files are decoded to: a folder, '' for beside the token file, 'none' for memory only")
-    add('--data-device', default='auto', choices=['auto', 'cpu', 'cuda'], help='where tokens live, see main_seit.py')
-    add('--pin-mem', action=flags.ON_OFF, default=True, help='copy batches to a GPU from page-locked memory')
-    add('--input-size', type=integer(2), default=224,
-        help='in pixels of --token-patch-size to a code: 224 / 8 = 28 codes')
-    add('--token-patch-size', type=integer(1), default=8, help='pixels a code covers, on each side')
     return add
 
 
 def add_step_flags(parser: Parser, models: list[str]) -> Callable:
-    """Model, one of `models`, batch, schedule, precision. Returns the group's add_argument."""
-    add = parser.add_argument_group('optimization').add_argument
+    """Model, one of `models`, batch, schedule, precision. Returns the group's add."""
+    add = parser.add_group('optimization')
     add('--model', help=', '.join(models))
     add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
         help='its sizes, as in depth=4 embed_dim=128 num_heads=4')
-    add('--batch-size', type=integer(1), default=128, help='per process')
-    add('--accum-iter', type=integer(1), default=1, metavar='N', help='batches whose gradients make one step')
+    add('--batch-size', type=integer(1), default=128, exact=True, help='per process')
+    add('--accum-iter', type=integer(1), default=1, metavar='N', exact=True,
+        help='batches whose gradients make one step')
     add('--epochs', type=integer(1), default=400)
     add('--lr', type=number(0), help='of the run; default: from --blr')
     add('--blr', type=number(0), default=1.5e-4, help='learning rate that is scaled with the batch of all processes')
@@ -70,31 +64,21 @@ def add_step_flags(parser: Parser, models: list[str]) -> Callable:
     return add
 
 
-def add_augmentation_flags(parser: Parser) -> Callable:
-    """Crops, ColorAdapt and noise, Token-EDA. Returns the group's add_argument."""
-    add = parser.add_argument_group('augmentation').add_argument
-    add('--rrc-ratio', type=flags.SHARE, default=0.2, help='smallest area of the random-resized crops')
+def add_augmentation_flags(parser: Parser) -> None:
+    """Crops, ColorAdapt and noise, Token-EDA, which is off by default."""
+    add = flags.add_token_augmentation_flags(parser)
     add('--rrc', action='store_true', help='a random-resized crop of all images first, before the halves have theirs')
     add('--src', action='store_true', help='a plain random crop of all images first')
-    add('--token-coloradapt-prob', type=flags.SHARE, default=0., help='chance of a batch to get ColorAdapt, on half')
-    add('--token-noise-prob', type=flags.SHARE, default=0., help='chance of a batch to get noise, on half of it')
-    add('--token-noise-scale', type=number(0), default=1., help='deviation of the noise a channel shares')
-    add('--token-noise-std', type=number(0), default=1., help='deviation of the noise of each element')
-    add('--eda-rc-prob', type=flags.SHARE, default=0., help='share of images with synonym replacement')
-    add('--token-synonym-thres', type=integer(1), default=5, help='how many of each synonym list are used')
-    add('--replace-token-prob', type=flags.SHARE, default=0.25, help='of each code in such an image')
-    add('--eda-sc-prob', type=flags.SHARE, default=0., help='share of images with two patches swapped')
-    add('--swap-token-scale', type=flags.SHARE, default=0.25, help="largest side of a patch, as a part of the grid's")
-    return add
+    parser.set_defaults(rrc_ratio=0.2, token_noise_prob=0., eda_rc_prob=0., eda_sc_prob=0.)
 
 
 def add_periods_flag(add: Callable, *default: str) -> None:
-    """--save-periods, added by a group's add_argument."""
+    """--save-periods, added by a group's add."""
     add('--save-periods', nargs='+', default=list(default), metavar='PERIOD',
         help='checkpoints to keep: lastN (the newest and N before it), every_N_epochs, best')
 
 
-def check_sizes(args: argparse.Namespace) -> int:
+def check_sizes(args: Flags) -> int:
     """Codes on a side that the model reads. InputError for flags of the groups above that cannot work together."""
     size, rest = divmod(args.input_size, args.token_patch_size)
     if rest or size < PATCH or size % PATCH:
@@ -108,12 +92,12 @@ def check_sizes(args: argparse.Namespace) -> int:
     return size
 
 
-def make_color_change(args: argparse.Namespace) -> ColorChange:
+def make_color_change(args: Flags) -> ColorChange:
     """Noise or ColorAdapt of the flags."""
     return ColorChange(args.token_noise_prob, args.token_coloradapt_prob, args.token_noise_scale, args.token_noise_std)
 
 
-def make_token_eda(args: argparse.Namespace, codes: int, grid_size: int, device: torch.device) -> TokenEDA:
+def make_token_eda(args: Flags, codes: int, grid_size: int, device: torch.device) -> TokenEDA:
     """Token-EDA of the flags."""
     changes = []
     if args.eda_rc_prob:
@@ -139,7 +123,7 @@ def canonical_codes(codebook: torch.Tensor) -> torch.Tensor:
     return nearest_codes_of(codebook.T[None, ..., None], codebook).flatten()
 
 
-def make_input(args: argparse.Namespace, codebook: torch.Tensor, grid_size: int, size: int,
+def make_input(args: Flags, codebook: torch.Tensor, grid_size: int, size: int,
                token_adapt: TokenAdapt | None, mixup: Mixup | None = None) -> Callable:
     """(codes (B, g, g) uint16, labels (B,), generator) -> (codes (B, size, size) int64 that the model reads, targets).
 
@@ -174,7 +158,7 @@ def make_input(args: argparse.Namespace, codebook: torch.Tensor, grid_size: int,
     return torch.no_grad()(prepare)
 
 
-def make_state(args: argparse.Namespace, model: nn.Module, optimizer: torch.optim.Optimizer, amp: str, images: int,
+def make_state(args: Flags, model: nn.Module, optimizer: torch.optim.Optimizer, amp: str, images: int,
                inputs: tuple[torch.Tensor, ...]) -> TrainState:
     """The state of a new run.
 
@@ -193,12 +177,11 @@ def make_state(args: argparse.Namespace, model: nn.Module, optimizer: torch.opti
                       recipe.make_scaler(device, amp), amp=amp, epoch=args.start_epoch)
 
 
-def resume_checked(args: argparse.Namespace, state: TrainState, checkpoint: dict[str, Any], path: str) -> None:
-    """Resume from a checkpoint, with TokenAdapt in it or not."""
-    if not args.tokenadapt_path:
+def resume_run(args: Flags, state: TrainState, checkpoint: dict[str, Any] | None, path: str) -> None:
+    """`recipe.resume_run`, from a checkpoint with TokenAdapt's weights in it or not."""
+    if checkpoint and not args.tokenadapt_path:
         checkpoint['model'] = without_token_adapt(checkpoint['model'])
-    resume(state, checkpoint, path, vars(args), state.scheduler.steps)
-    print0(f'{path}: resumed at epoch {state.epoch}, step {state.step}')
+    recipe.resume_run(args, state, checkpoint, path, state.scheduler.steps)
 
 
 class StepCosine(CosineLRScheduler):

@@ -138,7 +138,8 @@ def small_run(folder, epochs, evaluate_of, flags=()):
         return torch.nn.functional.cross_entropy(model(augment(batch[0], generator)), batch[1])
     run_folder = RunFolder(folder, args.save_every)
     run_folder.begin({}, {'args': vars(args)})
-    finished = engine.train(state, lambda epoch, start: list(synthetic_batches(4))[start:], loss_of, evaluate_of,
+    finished = engine.train(state, lambda epoch: np.arange(32),
+                            lambda indices, epoch, start: list(synthetic_batches(4))[start:], loss_of, evaluate_of,
                             run_folder, RunLog(folder), epochs, StepOptions(4, 8))
     return finished, state
 

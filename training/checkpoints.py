@@ -1,6 +1,6 @@
 """The state of a run, and resuming it exactly."""
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +11,6 @@ from torch import nn
 from fileio.torch_files import MAX_STRING, check_fields, load_torch
 from utils import InputError, print0, world_size
 
-# With another value of any of these, a resumed run has other batches or other augmentation.
-EXACT = ('world_size', 'batch_size', 'accum_iter', 'seed', 'repeated_aug', 'val_images', 'epoch_images', 'flip')
-THIS_START = {'resume', 'eval', 'allow_inexact_resume', 'output_dir', 'world_size'}  # flags of a start, not of the run
 MOMENTS = {'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'momentum_buffer'}  # that have their parameter's shape
 FIELDS = {  # of a checkpoint, where it has them
     'model_ema': lambda value: isinstance(value, dict),
@@ -134,7 +131,8 @@ def load_weights(model: nn.Module, weights: dict[str, Any], path: str) -> None:
 
 # ---------------------------------------------------------------- resuming
 
-def resume(state: TrainState, checkpoint: dict[str, Any], path: str, flags: dict[str, Any], steps: int) -> None:
+def resume(state: TrainState, checkpoint: dict[str, Any], path: str, flags: dict[str, Any], steps: int,
+           exact: Collection[str] = (), of_a_start: Collection[str] = ()) -> None:
     """Resume from a checkpoint, ours or a published one.
 
     One rule: hyperparameters are those of the command line; the file gives weights, EMA, the optimizer's moments and
@@ -146,19 +144,16 @@ def resume(state: TrainState, checkpoint: dict[str, Any], path: str, flags: dict
         path: its name, for errors.
         flags: of the command line, by name.
         steps: batches of an epoch, per rank.
+        exact, of_a_start: see `compare_flags`.
 
     Raises:
-        InputError: for flags under which the run is no longer the same (see EXACT), unless allow_inexact_resume is
-            among them, and for a checkpoint that does not fit.
+        InputError: for another value of an exact flag, unless allow_inexact_resume is on, and for a checkpoint that
+            does not fit.
     """
     if not isinstance(checkpoint.get('optimizer'), dict) or type(checkpoint.get('epoch')) is not int:
         raise InputError(f'{path}: holds weights only; use --finetune to start from them, or --eval')
-    before = {**saved_flags(checkpoint), 'world_size': checkpoint.get('world_size')}
-    if 'classes' not in checkpoint:  # written before there was one: it holds what was made of these two
-        before = {key: value for key, value in before.items() if key not in ('lr', 'amp')}
-    flags = {**flags_to_save(flags), 'world_size': world_size()}
     load_weights(state.model, checkpoint['model'], path)
-    compare_flags(before, flags, path)
+    compare_flags(checkpoint, flags, path, exact, of_a_start)
     load_optimizer(state.optimizer, checkpoint['optimizer'], path)
     if state.ema and checkpoint.get('model_ema'):
         load_weights(state.ema.module, checkpoint['model_ema'], path)
@@ -172,22 +167,35 @@ def resume(state: TrainState, checkpoint: dict[str, Any], path: str, flags: dict
     state.step = checkpoint.get('step') or 0
     losses = checkpoint.get('meter')
     state.losses = None if losses is None or len(losses) != world_size() else losses
-    now = flags['world_size'] * flags['batch_size']
-    then = (before['world_size'] or flags['world_size']) * before.get('batch_size', flags['batch_size'])
+    now = world_size() * flags['batch_size']
+    then = (checkpoint.get('world_size') or world_size()) * saved_flags(checkpoint).get('batch_size',
+                                                                                       flags['batch_size'])
     # an allowed, inexact resume: after about as many images, and with a step of the epoch left
     whole = min(state.step * then // now, steps - flags['accum_iter']) // flags['accum_iter'] * flags['accum_iter']
     state.step = max(0, whole)
 
 
-def compare_flags(before: dict[str, Any], now: dict[str, Any], path: str) -> None:
-    """Print the flags that differ from those of the run that wrote a checkpoint; InputError for some."""
-    for key in now:
-        if key in before and key not in THIS_START and before[key] != now[key]:
+def compare_flags(checkpoint: dict[str, Any], flags: dict[str, Any], path: str, exact: Collection[str],
+                  of_a_start: Collection[str]) -> None:
+    """Print the flags that differ from those of the run that wrote a checkpoint; InputError for some.
+
+    Args:
+        checkpoint, path: of that run.
+        flags: of the command line, by name.
+        exact: names of those without which batches or augmentation are others. The number of processes counts too.
+        of_a_start: names of those that are no part of a run.
+    """
+    before = {**saved_flags(checkpoint), 'world_size': checkpoint.get('world_size')}
+    if 'classes' not in checkpoint:  # written before there was one: it holds what was made of these two
+        before = {key: value for key, value in before.items() if key not in ('lr', 'amp')}
+    now = {**flags_to_save(flags), 'world_size': world_size()}
+    for key in flags:
+        if key in before and key not in of_a_start and before[key] != now[key]:
             print0(f'note: --{key.replace("_", "-")} is {now[key]}; the run that wrote {path} had {before[key]}')
     if 'opt' in now and before.get('opt', now['opt']) != now['opt']:
         raise InputError(f'{path}: was written with --opt {before["opt"]}, not {now["opt"]}; resume with the same, or '
                          'start from the weights with --finetune')
-    inexact = [f'{key} {before[key]} -> {now[key]}' for key in EXACT
+    inexact = [f'{key} {before[key]} -> {now[key]}' for key in ('world_size', *sorted(exact))
                if before.get(key) is not None and key in now and before[key] != now[key]]
     if inexact and not now['allow_inexact_resume']:
         raise InputError(f'{path}: the run that wrote it differs in {", ".join(inexact)}; resume it as it was, or add '

@@ -22,7 +22,9 @@ import benchmarks.masked_tokens
 import benchmarks.start
 import benchmarks.train
 import main_seit
+import recipe
 from benchmarks.one_hot import OneHot
+from token_dataset import open_splits
 from token_files.codebook import load_codebook, load_synonyms
 from conftest import ROOT
 from token_augment import RandomResizedCrop
@@ -77,7 +79,7 @@ def test_the_one_hot_implementation_has_the_same_statistics(tmp_path):
     """Mean square of the model input over a batch, noise and all, of either implementation."""
     args = main_seit.parse_args(benchmarks.common.make_tokens(tmp_path, 64, 16, 10))
     codebook = load_codebook(args.codebook_path)
-    data = main_seit.load_data(args, codebook, 14, torch.device('cpu'))['train']
+    data = open_splits(recipe.split_files(args), len(codebook), args.token_cache, 14, torch.device('cpu'))['train']
     augment = main_seit.make_augment(args, codebook, 16, 14, torch.device('cpu'), mixup=None)
     one_hot = OneHot(codebook, 14, load_synonyms(args.token_synonym_dict, len(codebook), args.token_synonym_thres))
     codes, labels = data.batch(range(64))

@@ -98,13 +98,13 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(data, whole, step,
 
 def test_two_processes_killed_and_resumed_equal_two_uninterrupted(data, tmp_path):
     run = [*words(data, tmp_path / 'a', '--batch-size', 2, '--save-every', 1), '--model-ema']
-    assert Job('fit_token_adapt', run, 2, tmp_path / 'out').wait() == [0, 0], (tmp_path / 'out').read_text()
+    assert Job('scripts.fit_token_adapt', run, 2, tmp_path / 'out').wait() == [0, 0], (tmp_path / 'out').read_text()
     run = [*words(data, tmp_path / 'b', '--batch-size', 2, '--save-every', 1), '--model-ema']
-    first = Job('fit_token_adapt', run, 2, os.devnull)
+    first = Job('scripts.fit_token_adapt', run, 2, os.devnull)
     while not (tmp_path / 'b' / 'checkpoint.pth').exists():
         assert first.ranks[0].exitcode in (None, 0)
     first.kill()
-    assert Job('fit_token_adapt', run, 2, os.devnull).wait() == [0, 0]
+    assert Job('scripts.fit_token_adapt', run, 2, os.devnull).wait() == [0, 0]
     assert not differs(tmp_path / 'a', tmp_path / 'b')
 
 

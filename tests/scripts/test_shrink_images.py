@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from image_data import shrunk_sets
+from image_data import shrinking, shrunk_sets
 from scripts import shrink_images
 from helpers import (call, contents, encoded, fails, forked, limits, no_space, noise, odd_images, save_image,
                      smooth_images, tar_samples, write_parquet, write_tar)
@@ -280,7 +280,7 @@ FORMATS = pytest.mark.parametrize('file_format', ['folder', 'tar'])
 
 @FORMATS
 def test_any_number_of_processes_gives_the_same_bytes(images, tmp_path, monkeypatch, file_format):
-    monkeypatch.setattr(shrink_images, 'CHUNK', 3)
+    monkeypatch.setattr(shrinking, 'CHUNK', 3)
     for part in shrunk_sets.PART:
         monkeypatch.setitem(shrunk_sets.PART, part, 4)
     for workers in (0, 2):

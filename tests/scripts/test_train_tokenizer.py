@@ -120,14 +120,14 @@ def test_killed_and_resumed_from_save_every_equals_uninterrupted(images, whole, 
 def test_two_processes_keep_equal_codebooks_and_resume_exactly(images, tmp_path):
     """Rank 0 saves: had rank 1 another codebook, a resumed run, which gives it rank 0's, would end differently."""
     run = [*words(images, tmp_path / 'a', '--batch-size', 2), '--model-ema-force-cpu']
-    assert Job('train_tokenizer', run, 2, tmp_path / 'out').wait() == [0, 0], (tmp_path / 'out').read_text()
+    assert Job('scripts.train_tokenizer', run, 2, tmp_path / 'out').wait() == [0, 0], (tmp_path / 'out').read_text()
     run = [*words(images, tmp_path / 'b', '--batch-size', 2, '--epochs', 2), '--model-ema-force-cpu']
-    first = Job('train_tokenizer', run, 2, os.devnull)
+    first = Job('scripts.train_tokenizer', run, 2, os.devnull)
     while not (tmp_path / 'b' / 'checkpoint.pth').exists():
         assert first.ranks[0].exitcode in (None, 0)
     first.signal(signal.SIGTERM, rank=1)
     assert first.wait(60) in ([REQUEUE] * 2, [0, 0])
-    assert Job('train_tokenizer', run, 2, os.devnull).wait() == [0, 0]
+    assert Job('scripts.train_tokenizer', run, 2, os.devnull).wait() == [0, 0]
     assert not differs(tmp_path / 'a', tmp_path / 'b')
 
 
