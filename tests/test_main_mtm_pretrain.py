@@ -258,3 +258,15 @@ def test_a_bad_step_ends_it(data, tmp_path):
 
 def test_only_one_model_is_published():
     assert MODELS == ['mae_token_vit_base_patch16_dec512d4b_k2s2_vitvqgan_32']
+
+
+def test_a_flag_without_effect_can_be_added_on_resuming(uninterrupted, tmp_path, capsys):
+    """The published command has --flip; a run that was started without it resumes with it, without a warning."""
+    flags, folder = uninterrupted
+    capsys.readouterr()
+    pretrain(*flags, '--flip', '--output-dir', tmp_path, '--resume', folder / 'checkpoint-last1.pth')
+    printed = capsys.readouterr().out
+    assert 'note: --flip has no effect' in printed and 'had False' not in printed
+    weights, again = (torch.load(path / 'checkpoint-last.pth', weights_only=True)['model']
+                      for path in (folder, tmp_path))
+    assert all(torch.equal(weights[name], again[name]) for name in weights)

@@ -30,6 +30,13 @@ def tiny(**kwargs):
     return timm.create_model('deit_tiny_token_32', **{'depth': 1, **kwargs})
 
 
+RULES = main_seit.get_args_parser().rules
+
+
+def resume(state, checkpoint, path, flags, steps):
+    checkpoints.resume(state, checkpoint, path, flags, steps, RULES.exact, RULES.of_a_start)
+
+
 def state_of(*flags):
     args = main_seit.parse_args(['--amp', 'off', '--model-ema-decay', '0.9', *flags])
     torch.manual_seed(0)
@@ -101,7 +108,7 @@ def test_hyperparameters_are_the_command_lines_and_differences_are_said(capsys):
     state, flags = state_of()
     checkpoint = saved(state, flags)
     other, flags = state_of('--weight-decay', '0.3', '--lr', '1e-2', '--opt-eps', '1e-6', '--opt-betas', '0.8', '0.9')
-    checkpoints.resume(other, checkpoint, 'c.pth', flags, 12)
+    resume(other, checkpoint, 'c.pth', flags, 12)
     output = capsys.readouterr().out
     for words in ('--weight-decay is 0.3; the run that wrote c.pth had 0.1', '--lr is 0.01', '--opt-eps is 1e-06',
                   '--opt-betas is [0.8, 0.9]'):
@@ -117,7 +124,7 @@ def test_the_same_flags_resume_without_a_word(capsys):
     state, flags = state_of()
     checkpoint = saved(state, flags)
     again, flags = state_of()
-    checkpoints.resume(again, checkpoint, 'c.pth', {**flags, 'resume': 'auto', 'output_dir': 'elsewhere'}, 12)
+    resume(again, checkpoint, 'c.pth', {**flags, 'resume': 'auto', 'output_dir': 'elsewhere'}, 12)
     assert capsys.readouterr().out == ''
 
 
@@ -131,7 +138,7 @@ def test_optimizer_groups_of_another_torch_resume(missing):
             if missing == 'removed':
                 del group[key]
     other, flags = state_of()
-    checkpoints.resume(other, checkpoint, 'c.pth', flags, 12)
+    resume(other, checkpoint, 'c.pth', flags, 12)
     assert all(group['fused'] for group in other.optimizer.param_groups)
     other.train_model(torch.randn(2, 32, 8, 8)).sum().backward()
     other.scaler.scale(other.train_model(torch.randn(2, 32, 8, 8)).sum()).backward()
@@ -148,7 +155,7 @@ def test_an_optimizer_state_that_does_not_fit_is_one_line(damage):
     checkpoint = saved(state, flags)
     damage(checkpoint)
     with pytest.raises(InputError, match='c.pth: its optimizer state does not fit'):
-        checkpoints.resume(state_of()[0], checkpoint, 'c.pth', flags, 12)
+        resume(state_of()[0], checkpoint, 'c.pth', flags, 12)
 
 
 @pytest.mark.parametrize('flag, value', [('seed', 1), ('batch_size', 4), ('accum_iter', 2), ('repeated_aug', True)])
@@ -156,8 +163,8 @@ def test_flags_that_change_the_run_are_refused_or_allowed_with_a_warning(flag, v
     state, flags = state_of()
     checkpoint = saved(state, flags)
     with pytest.raises(InputError, match='--allow-inexact-resume'):
-        checkpoints.resume(state, checkpoint, 'c.pth', {**flags, flag: value}, 12)
-    checkpoints.resume(state, checkpoint, 'c.pth', {**flags, flag: value, 'allow_inexact_resume': True}, 12)
+        resume(state, checkpoint, 'c.pth', {**flags, flag: value}, 12)
+    resume(state, checkpoint, 'c.pth', {**flags, flag: value, 'allow_inexact_resume': True}, 12)
     assert 'no longer those of the uninterrupted run' in capsys.readouterr().out
 
 
@@ -165,7 +172,7 @@ def test_another_optimizer_and_weights_alone_are_refused(trained, data, tmp_path
     state, flags = state_of()
     checkpoint = saved(state, flags)
     with pytest.raises(InputError, match='was written with --opt adamw, not sgd'):
-        checkpoints.resume(state, checkpoint, 'c.pth', {**flags, 'opt': 'sgd'}, 12)
+        resume(state, checkpoint, 'c.pth', {**flags, 'opt': 'sgd'}, 12)
     torch.save({'model': states(trained / 'checkpoint.pth')['model']}, tmp_path / 'weights.pth')
     assert '--finetune' in mistake(*SMALL, *data, '--epochs', 1, '--resume', tmp_path / 'weights.pth')
 
@@ -181,7 +188,7 @@ def test_very_long_lists_of_shards_do_not_make_checkpoints_unreadable(tmp_path):
     flags = {**flags, 'train_token_file': ','.join(f'folder/train-token-{i:05d}.data.bin.gz' for i in range(2000))}
     torch.save(saved(state, checkpoints.flags_to_save(flags)), tmp_path / 'c.pth')
     again, _ = state_of()
-    checkpoints.resume(again, checkpoints.load_checkpoint(str(tmp_path / 'c.pth')), 'c.pth', flags, 12)
+    resume(again, checkpoints.load_checkpoint(str(tmp_path / 'c.pth')), 'c.pth', flags, 12)
 
 
 @pytest.mark.parametrize('step, more, resumed', [
@@ -191,7 +198,7 @@ def test_an_inexact_resume_is_at_whole_steps_with_one_left(step, more, resumed):
     """Of 12 batches an epoch. With half the batch, twice as many batches were done: more than there are."""
     state, flags = state_of()
     checkpoint = saved(state, flags) | {'step': step, 'world_size': 1}
-    checkpoints.resume(state, checkpoint, 'c.pth', {**flags, **more, 'allow_inexact_resume': True}, 12)
+    resume(state, checkpoint, 'c.pth', {**flags, **more, 'allow_inexact_resume': True}, 12)
     assert state.step == resumed
 
 
@@ -199,10 +206,10 @@ def test_checkpoints_of_before_say_nothing_of_the_scaled_learning_rate(capsys):
     state, flags = state_of()
     checkpoint = saved(state, {**flags, 'lr': 0.0015, 'amp': 'fp16'})
     del checkpoint['classes']
-    checkpoints.resume(state, checkpoint, 'c.pth', flags, 12)
+    resume(state, checkpoint, 'c.pth', flags, 12)
     assert '--lr' not in capsys.readouterr().out
     checkpoint['classes'] = None
-    checkpoints.resume(state, checkpoint, 'c.pth', flags, 12)
+    resume(state, checkpoint, 'c.pth', flags, 12)
     assert 'note: --lr is 0.00075' in capsys.readouterr().out
 
 
@@ -211,7 +218,7 @@ def test_sgd_resumes_with_and_without_momentum(momentum):
     state, flags = state_of('--opt', 'momentum', '--momentum', momentum)
     checkpoint = saved(state, flags)
     other, flags = state_of('--opt', 'momentum', '--momentum', momentum)
-    checkpoints.resume(other, checkpoint, 'c.pth', flags, 12)
+    resume(other, checkpoint, 'c.pth', flags, 12)
     assert len(other.optimizer.state) == len(state.optimizer.state)
 
 
@@ -228,7 +235,7 @@ def test_fields_that_cannot_be_are_one_line(trained, change, tmp_path):
 def test_fields_that_are_empty_are_as_if_missing():
     state, flags = state_of()
     empty = dict.fromkeys(('best_acc1', 'best_ema_acc1', 'step', 'meter', 'model_ema'))
-    checkpoints.resume(state, saved(state, flags) | empty, 'c.pth', flags, 12)
+    resume(state, saved(state, flags) | empty, 'c.pth', flags, 12)
     assert state.best == {'model': 0., 'ema': 0.} and state.step == 0 and state.losses is None
 
 
