@@ -217,6 +217,7 @@ def test_every_program_and_module_has_its_place():
     assert [path.name for path in sorted(ROOT.glob('*.py')) if f'`{path.name}`' not in where] == []
 
 
+@pytest.mark.slow
 def test_your_own_images_runs_as_it_stands(tmp_path):
     """All blocks under the heading, in a folder that holds links to the project, by a shell that stops at a failure."""
     for path in [*ROOT.glob('*.py'), ROOT / 'scripts', ROOT / 'demo']:

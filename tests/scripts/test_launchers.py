@@ -39,6 +39,7 @@ def sbatch(folder, code, *words, **env):
     return done.returncode, lines, dict(line.split('=', 1) for line in variables if '=' in line)
 
 
+@pytest.mark.slow
 def test_the_batch_script_requeues_on_75_alone(tmp_path):
     assert subprocess.run(['bash', '-n', SCRIPT]).returncode == 0
     assert '#SBATCH --signal=USR1@' in SCRIPT.read_text()
@@ -51,6 +52,7 @@ def test_the_batch_script_requeues_on_75_alone(tmp_path):
         assert len(calls) == 1
 
 
+@pytest.mark.slow
 def test_the_batch_script_hands_cores_and_environment_to_the_ranks(tmp_path):
     """Since SLURM 22.05 srun takes no --cpus-per-task from the job: each task would get one core."""
     _, calls, env = sbatch(tmp_path, 0, SLURM_CPUS_PER_TASK='6', SLURM_EXPORT_ENV='NONE')
@@ -61,6 +63,7 @@ def test_the_batch_script_hands_cores_and_environment_to_the_ranks(tmp_path):
     assert 'SRUN_CPUS_PER_TASK' not in env
 
 
+@pytest.mark.slow
 def test_words_with_blanks_reach_the_program_whole(tmp_path):
     (tmp_path / 'python').write_text('#!/bin/sh\nfor word; do echo "$word"; done > "$SLURM_SUBMIT_DIR/words"\n')
     (tmp_path / 'srun').write_text('#!/bin/sh\nwhile [ "$1" != python ]; do shift; done\nexec "$@"\n')
