@@ -12,11 +12,15 @@ from utils import InputError, cores, print0
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with defaults in the help, `-` and `_` alike in flags, no abbreviations, and InputErrors."""
+    """argparse with defaults in the help, `-` and `_` alike in flags, no abbreviations, and InputErrors.
 
-    def __init__(self, description: str = '', **kwargs: Any):
+    Args:
+        description: its first line is shown. A module's docstring will do; python -OO makes it None.
+    """
+
+    def __init__(self, description: str | None = None, **kwargs: Any):
         kwargs.setdefault('formatter_class', argparse.ArgumentDefaultsHelpFormatter)
-        super().__init__(description=description, allow_abbrev=False, **kwargs)
+        super().__init__(description=(description or '').partition('\n')[0], allow_abbrev=False, **kwargs)
 
     def add_no_effect(self, reasons: dict[str, str], switches: Sequence[str] = ()) -> None:
         """Accept flags that change nothing, because published commands hold them.

@@ -12,6 +12,7 @@ main_pixels.py for --new pixels. docs/continual.md has the protocol, and how byt
 """
 import argparse
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, under PYTHONSAFEPATH=1 too
 import main_pixels
 import main_seit
 import models_seit

@@ -119,6 +119,7 @@ def test_what_submitit_is_given(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setitem(sys.modules, 'submitit', SimpleNamespace(AutoExecutor=Executor))
     monkeypatch.setenv('SUBMITIT_PREEMPT_SIGNAL', '')
+    monkeypatch.setenv('PYTHONPATH', '/elsewhere')
     monkeypatch.chdir(tmp_path)
     words = ['--partition', 'gpu', '--requeues', '3', '--', '--output-dir', str(tmp_path), '--epochs', '3']
     assert not run_with_submitit.main(run_with_submitit.parse_args(words))
@@ -128,6 +129,7 @@ def test_what_submitit_is_given(monkeypatch, tmp_path, capsys):
     assert seen['slurm_signal_delay_s'] == 300
     assert seen['job'].flags == ['--output-dir', str(tmp_path), '--epochs', '3']
     assert os.environ['SUBMITIT_PREEMPT_SIGNAL'] == 'USR1'
+    assert os.environ['PYTHONPATH'] == f'{run_with_submitit.ROOT}{os.pathsep}/elsewhere'
     assert 'submitted job 17' in capsys.readouterr().out
 
 
