@@ -1,1 +1,1 @@
-"""The paper's tables as commands, in full and for a laptop; each is run as `python tables/NAME.py`."""
+"""The paper's tables: `make.py` plans their rows as commands, runs or submits them, and writes the results."""
