@@ -21,4 +21,5 @@ def test_words_reach_pytest(words, given, tmp_path):
     (tmp_path / 'python').write_text('#!/bin/sh\nprintf \'%s\\n\' "$@" >> words\n')
     (tmp_path / 'python').chmod(0o755)
     subprocess.run(['bash', scripts / 'test.sh', *words], check=True)
-    assert (tmp_path / 'words').read_text().splitlines() == ['-m', 'ruff', 'check', '.', '-m', 'pytest', 'tests', *given]
+    written = (tmp_path / 'words').read_text().splitlines()
+    assert written == ['-m', 'ruff', 'check', '.', '-m', 'pytest', 'tests', *given]
