@@ -12,6 +12,7 @@ import argparse
 import csv
 import io
 import math
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, under PYTHONSAFEPATH=1 too
 from engine import evaluate, rank_indices
 from fileio.files import check_writable, write_text
 from flags import SEED, KeyValues, Parser, add_max_pixels, integer, print_no_effect

@@ -10,7 +10,6 @@ from timm.utils import ParseKwargs
 from utils import InputError, cores, print0
 
 
-
 class Flags(argparse.Namespace):
     """Parsed flags, and which of them ranks and resumed runs may change. Only the flags are in `vars`.
 
@@ -41,11 +40,15 @@ class Flags(argparse.Namespace):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse with defaults in the help, `-` and `_` alike in flags, no abbreviations, and InputErrors."""
+    """argparse with defaults in the help, `-` and `_` alike in flags, no abbreviations, and InputErrors.
 
-    def __init__(self, description: str = '', **kwargs: Any):
+    Args:
+        description: its first line is shown. A module's docstring will do; python -OO makes it None.
+    """
+
+    def __init__(self, description: str | None = None, **kwargs: Any):
         kwargs.setdefault('formatter_class', argparse.ArgumentDefaultsHelpFormatter)
-        super().__init__(description=description, allow_abbrev=False, **kwargs)
+        super().__init__(description=(description or '').partition('\n')[0], allow_abbrev=False, **kwargs)
         self.rules = Flags()
 
     def add_group(self, title: str) -> Callable:

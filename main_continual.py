@@ -11,6 +11,7 @@ killed run in the task and step that it was in. Further flags are those of main_
 main_pixels.py for --new pixels. docs/continual.md has the protocol, and how bytes are counted.
 """
 import argparse
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, under PYTHONSAFEPATH=1 too
 import main_pixels
 import main_seit
 import models_seit

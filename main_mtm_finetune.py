@@ -8,7 +8,9 @@ The defaults are the published recipe; without --finetune it trains from scratch
 main_mtm_pretrain.py, whose flags these mostly are.
 """
 import argparse
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, under PYTHONSAFEPATH=1 too
 import flags
 import recipe
 from engine import evaluate, evaluate_checkpoint, rank_indices

@@ -8,13 +8,16 @@ leaves in --output-dir goes on in main_mtm_finetune.py. All that is not said her
 resuming, logs.
 """
 import argparse
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, under PYTHONSAFEPATH=1 too
 import flags
 import recipe
 from flags import Parser, integer, number

@@ -10,7 +10,9 @@ crop and CutMix), `--aug deit` as DeiT does.
 """
 import argparse
 import difflib
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ import torch
 from timm.layers import to_2tuple
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, under PYTHONSAFEPATH=1 too
 import flags
 import recipe
 from engine import evaluate, evaluate_checkpoint, rank_indices

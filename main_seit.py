@@ -9,12 +9,15 @@ Evaluate:      python main_seit.py --eval --resume output/run/best_checkpoint.pt
 The defaults are the published recipe; `--batch-size` is per process and the learning rate scales with it.
 """
 import argparse
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, under PYTHONSAFEPATH=1 too
 import flags
 import recipe
 from engine import evaluate, evaluate_checkpoint, rank_indices

@@ -34,6 +34,7 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, under PYTHONSAFEPATH=1 too
 from fileio.files import atomic_path, download, is_address, sha256
 from flags import Parser, add_max_pixels, integer
 from image_data.sources import ImageBatch, Source, load_images, open_source
@@ -48,7 +49,7 @@ from utils import (InputError, check_same_on_all_ranks, cores, init_distributed,
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     group = parser.add_argument_group('files')
     add = group.add_argument
     add('--data-path', required=True, metavar='PATH',

@@ -37,7 +37,7 @@ CLASSES = 1000
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
-    parser = common.make_parser(__doc__.split('\n')[0], 5, clock=True)
+    parser = common.make_parser(__doc__, 5, clock=True)
     add = parser.add_argument
     add('--steps', type=integer(1), default=20, help='batches a round')
     add('--grid', type=integer(2), default=32, help='codes on a side')

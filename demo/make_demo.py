@@ -33,7 +33,7 @@ SIDE = 28  # of an image, in pixels
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('--fashion-mnist', required=True, metavar='DIR')
     add('--output-dir', default=str(ROOT / 'demo'), metavar='DIR')

@@ -53,7 +53,7 @@ class Picture(NamedTuple):
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument('--image', default=str(ROOT / 'docs' / 'cat.jpg'), metavar='FILE', help='a picture')
     parser.add_argument('--output', default=str(ROOT / 'docs' / 'pipeline.png'), metavar='FILE.png')
     return parser.parse_args(argv)

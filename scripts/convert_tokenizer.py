@@ -30,7 +30,7 @@ from utils import InputError, print0, run
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('--input', required=True, metavar='FILE', help='published tokenizer file')
     add('--output', required=True, metavar='FILE',

@@ -38,7 +38,7 @@ from utils import InputError, print0, run
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('--token-file', required=True, metavar='FILE', help='a path, a glob or a comma-separated list of shards')
     add('--label-file', metavar='FILE', help='as many, in the same order (default: those beside the token files)')

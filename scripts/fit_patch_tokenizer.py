@@ -34,7 +34,7 @@ SHUFFLED_WHOLE = 1 << 24  # numbers that are shuffled in memory to draw from the
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError for values that cannot be."""
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('--data-path', required=True, metavar='PATH',
         help='class folders of images, a list file .txt, tar shards or parquet files: see image_data/sources.py')

@@ -41,7 +41,7 @@ FILE = 'tokenadapt.ckpt'
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError, also for values that cannot work together."""
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     add_image_flags(parser)
 
     add = parser.add_group('TokenAdapt')

@@ -42,7 +42,7 @@ UNSEEN = 0.4  # share of patches that the encoder never sees, as published
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError for values that cannot be."""
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('--checkpoint', required=True, metavar='FILE', help='of main_mtm_pretrain.py')
     add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',

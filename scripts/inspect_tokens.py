@@ -37,7 +37,7 @@ PATCH_SIZE = 8  # pixels a code covers where no tokenizer says so (the published
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError for values that cannot be."""
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('--token-file', required=True, metavar='FILE', help='NAME.data.bin.gz, or a glob of shards')
     add('--codebook-path', required=True, metavar='FILE')

@@ -17,7 +17,7 @@ from utils import InputError, print0, run
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument('logs', nargs='+', metavar='LOG', help='log.txt of a run')
     parser.add_argument('--output', required=True, metavar='FILE.png')
     return parser.parse_args(argv)

@@ -48,7 +48,7 @@ IMAGE_FLAGS = ('train_path', 'val_path')
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('--checkpoint', required=True, metavar='FILE')
     add('--use-ema', action='store_true', help="take the checkpoint's averaged weights")

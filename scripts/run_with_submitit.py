@@ -85,6 +85,8 @@ def main(args: argparse.Namespace) -> None:
                          'scripts/slurm_train.sbatch does without') from None
     output_dir = training_args(args.training).output_dir
     os.chdir(ROOT)
+    # the job unpickles Training, which imports main_seit, before any line of ours could say where that is
+    os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])
     executor = submitit.AutoExecutor(args.job_dir or Path(output_dir) / 'submitit',
                                      slurm_max_num_timeout=args.requeues)
     executor.update_parameters(**slurm_parameters(args))

@@ -50,7 +50,7 @@ PATCHES_A_CODE = 64  # that new weights are fitted to
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError, also for values that cannot work together."""
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     add = add_image_flags(parser)
     add('--flip', action=flags.ON_OFF, default=True, exact=True, help='mirror half of the training images')
 

@@ -32,7 +32,7 @@ MAX_SYNONYMS = 5  # of each code, which training reads
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('--token-file', required=True, metavar='FILE', help='a path, a glob or a comma-separated list')
     add('--label-file', required=True, metavar='FILE', help='as many, in the same order')

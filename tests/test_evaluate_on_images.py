@@ -114,6 +114,7 @@ def in_two_processes(images, checkpoint, *more):
     return run.returncode, output
 
 
+@pytest.mark.slow
 def test_two_processes_count_each_image_once(images, checkpoint, tmp_path, capsys):
     on_images(images, checkpoint, '--save-predictions', tmp_path / 'one.csv')
     alone = accuracy_lines(capsys.readouterr().out)
@@ -137,6 +138,7 @@ def with_a_bad_image(images, folder, number):
     return victim
 
 
+@pytest.mark.slow
 def test_a_bad_image_that_only_the_second_rank_meets_is_named(images, checkpoint, tmp_path):
     victim = with_a_bad_image(images, tmp_path, 21)
     code, output = in_two_processes(tmp_path, checkpoint)
@@ -255,6 +257,7 @@ def test_images_that_lack_a_class_are_refused_and_those_that_lack_the_last_are_n
 
 # ---------------------------------------------------------------- robustness
 
+@pytest.mark.slow
 def test_corrupted_images(images, checkpoint, tmp_path, capsys):
     """The predictions change with corruption and seed, and not with batches or worker processes."""
     predictions = {}

@@ -303,6 +303,7 @@ def test_a_rank_without_images_evaluates(monkeypatch):
     assert found['acc1'] == 50 and len(found['task_acc1']) == 1
 
 
+@pytest.mark.slow
 def test_two_processes(paths, made, tmp_path):
     """They fit, tokenize, train and remember; evaluation counts each image once."""
     flags = [*TOKENS, *paths, *MEMORY, '--epochs', 1, *made[:-1]]
@@ -360,6 +361,7 @@ def test_mistakes_are_one_line(paths, sets, tmp_path, name):
     assert not list(tmp_path.rglob('*.pth'))
 
 
+@pytest.mark.slow
 def test_runs_that_share_tokens_wait(paths, tmp_path, monkeypatch):
     """For what another makes there, but not for ever; and what a killed fit left is made again."""
     folder = tmp_path / 'tokens'

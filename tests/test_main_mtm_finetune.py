@@ -70,6 +70,7 @@ def published(command, flags):
     return [*words, '--device', 'cpu', *SIZES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('processes', [1, 2])
 def test_the_two_published_commands_one_after_the_other(tmp_path, processes):
     data = make_data(tmp_path, n=18, grid=32, codes=391)

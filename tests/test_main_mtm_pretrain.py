@@ -127,6 +127,7 @@ def test_a_signal_stops_it_and_it_resumes(uninterrupted, tmp_path, monkeypatch, 
     assert_same(states(tmp_path / 'checkpoint-last.pth')['model'], states(whole / 'checkpoint-last.pth')['model'])
 
 
+@pytest.mark.slow
 def test_two_killed_processes_resume_bit_by_bit(data, tmp_path):
     flags = [*SMALL, *data, '--epochs', 4, '--accum-iter', 3, '--save-every', 1, '--resume', 'auto', '--output-dir']
     assert Job('main_mtm_pretrain', [*flags, tmp_path / 'whole'], 2).wait() == [0, 0]

@@ -37,7 +37,7 @@ def train(data, *flags):
     return call(main_pixels, *SMALL, '--train-path', data, '--val-path', data, *flags)
 
 
-@pytest.mark.parametrize('aug, workers', [('tokens', 0), ('deit', 2)])
+@pytest.mark.parametrize('aug, workers', [('tokens', 0), pytest.param('deit', 2, marks=pytest.mark.slow)])
 def test_resumed_within_an_epoch_equals_uninterrupted(data, tmp_path, monkeypatch, aug, workers):
     flags = ['--epochs', 2, '--aug', aug, '--drop-path', 0.3]
     assert train(data, *flags, '--output-dir', tmp_path / 'whole') == 0
@@ -56,6 +56,7 @@ def test_resumed_within_an_epoch_equals_uninterrupted(data, tmp_path, monkeypatc
     assert_same(a, b)
 
 
+@pytest.mark.slow
 def test_two_processes(data, tmp_path):
     """Evaluation shared by two processes equals that of one; 45 images do not divide by 2."""
     command = [sys.executable, *two_processes(), ROOT / 'main_pixels.py', *SMALL, '--train-path', data, '--val-path',
@@ -166,6 +167,7 @@ def test_a_checkpoint_of_other_classes_is_refused(data, tmp_path):
                        tmp_path / 'val'), re.escape(str(tmp_path / 'val')) + ": class 1 is 'dog'")
 
 
+@pytest.mark.slow
 def test_corrupted_images_and_some_classes(data, tmp_path, capsys):
     train(data, '--epochs', 3, '--lr', 0.1, '--output-dir', tmp_path)
     evaluate = [*SMALL, '--eval', '--no-model-ema', '--resume', tmp_path / 'checkpoint.pth', '--val-path', data]

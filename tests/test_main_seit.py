@@ -76,6 +76,7 @@ def test_flags_that_cannot_be(flags, words):
 
 # ---------------------------------------------------------------- the program
 
+@pytest.mark.slow
 def test_published_command_with_two_processes(tmp_path):
     data = make_data(tmp_path, n=10, grid=32, codes=391)
     out = tmp_path / 'out'
@@ -125,6 +126,7 @@ def test_resumed_equals_uninterrupted(data, tmp_path, monkeypatch, capsys):
         assert_same(a, b)
 
 
+@pytest.mark.slow
 def test_seitpp_augmentation_resumes_exactly_in_two_processes(data, adapt, tmp_path):
     flags = [*SMALL, *data, *adapt, '--epochs', 4, '--batch-size', 4, '--save-every', 1, '--warmup-epochs', 0,
              '--dist-eval', '--resume', 'auto', '--output-dir']
@@ -184,6 +186,7 @@ def test_every_switch_runs(data, flags, capsys):
     assert ('best Acc@1' in output) == ('--no-eval' not in flags)
 
 
+@pytest.mark.slow
 def test_slurm_step(data, tmp_path):
     """Two processes with the variables srun sets, and no launcher."""
     port = free_port()
@@ -197,6 +200,7 @@ def test_slurm_step(data, tmp_path):
     assert 'batch: 8 x 2 = 16' in first and second == ''
 
 
+@pytest.mark.slow
 def test_flags_without_effect_say_so_once(data):
     output = seit(*SMALL, *data, '--epochs', 1, '--num_workers', 4, '--use-entire-tokens', '--world_size', 1,
                   launch=two_processes())
@@ -217,6 +221,7 @@ def test_the_program_stops_for_a_signal_and_says_how_to_go_on(data, tmp_path, mo
     assert states(tmp_path / 'checkpoint.pth')['step'] == 1
 
 
+@pytest.mark.slow
 def test_a_closed_standard_output_does_not_stop_it(data, tmp_path):
     command = [sys.executable, str(ROOT / 'main_seit.py'), *map(str, [*SMALL, *data]), '--epochs', '1', '--no-eval',
                '--output-dir', str(tmp_path)]
@@ -228,6 +233,7 @@ def test_a_closed_standard_output_does_not_stop_it(data, tmp_path):
 
 # ---------------------------------------------------------------- bad input
 
+@pytest.mark.slow
 def test_mistakes_get_one_line_and_exit_code_2(data, tmp_path):
     base = [*SMALL, *data, '--epochs', 1]
     assert 'larger than the 10x10' in seit(*base, '--input-size', 96, fails=True)
@@ -266,6 +272,7 @@ def test_without_cuda_auto_is_the_cpu_and_cuda_is_refused(data, capsys):
     assert 'device: 1 x CPU' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_bad_step_ends_the_program_with_3_and_leaves_what_replays_it(data, tmp_path):
     flags = [*SMALL, *data, '--epochs', 2, '--unscale-lr', '--lr', '1e30', '--warmup-epochs', 0, '--opt', 'sgd',
              '--output-dir', tmp_path]
@@ -294,6 +301,7 @@ def two_ranks(words_of_rank, timeout=120):
     return [process.returncode for process in ranks], outputs
 
 
+@pytest.mark.slow
 def test_ranks_with_other_flags_end_with_one_line(data, tmp_path):
     base = [*SMALL, *data, '--epochs', 1, '--no-eval', '--dist-timeout', 1]
     codes, outputs = two_ranks([[*base, '--output-dir', tmp_path / 'a'], [*base, '--output-dir', tmp_path / 'b',
@@ -306,6 +314,7 @@ def test_ranks_with_other_flags_end_with_one_line(data, tmp_path):
     assert not (tmp_path / 'a' / 'checkpoint.pth').exists()
 
 
+@pytest.mark.slow
 def test_ranks_with_other_data_end_with_one_line(data, tmp_path):
     more = tmp_path / 'more'
     more.mkdir()
@@ -315,6 +324,7 @@ def test_ranks_with_other_data_end_with_one_line(data, tmp_path):
     assert codes == [2, 2] and 'training images is 24 on rank 0 and 32 on rank 1' in ''.join(outputs)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_only_rank_0_finds_is_taken_by_all(data, tmp_path):
     base = [*SMALL, *data, '--no-eval', '--dist-timeout', 1]
     assert two_ranks([[*base, '--epochs', 1, '--output-dir', tmp_path / 'a']] * 2)[0] == [0, 0]
@@ -324,6 +334,7 @@ def test_a_checkpoint_that_only_rank_0_finds_is_taken_by_all(data, tmp_path):
     assert [line['epoch'] for line in read_log(tmp_path / 'a')] == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_mistake_of_another_rank_is_printed_once(data, tmp_path):
     """A damaged label file that only rank 1 has."""
     (tmp_path / 'label.txt').write_text('x\n')

@@ -16,8 +16,9 @@ DOCUMENTS = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs
              ROOT / 'demo' / 'README.md', ROOT / 'tables' / 'README.md']
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding='utf-8') for path in DOCUMENTS}
 README = TEXTS['README.md']
-# Flags of torchrun, torch.distributed.launch, sbatch and pytest, which commands hold before our programs' names.
-OTHERS = {'--nproc-per-node', '--use-env', '--nnodes', '--rdzv-backend', '--rdzv-endpoint', '--max-restarts', '--help'}
+# Flags of torchrun, torch.distributed.launch, sbatch, pytest and scripts/test.sh, which are no flags of our programs.
+OTHERS = {'--nproc-per-node', '--use-env', '--nnodes', '--rdzv-backend', '--rdzv-endpoint', '--max-restarts', '--help',
+          '--quick'}
 
 
 # ---------------------------------------------------------------- reading documents
@@ -217,6 +218,7 @@ def test_every_program_and_module_has_its_place():
     assert [path.name for path in sorted(ROOT.glob('*.py')) if f'`{path.name}`' not in where] == []
 
 
+@pytest.mark.slow
 def test_your_own_images_runs_as_it_stands(tmp_path):
     """All blocks under the heading, in a folder that holds links to the project, by a shell that stops at a failure."""
     for path in [*ROOT.glob('*.py'), ROOT / 'scripts', ROOT / 'demo']:

@@ -67,6 +67,7 @@ def whole(data, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', RUNS)
 def test_killed_three_times_equals_uninterrupted(data, whole, name, tmp_path):
     """The kills come when a first, a later and another checkpoint have just appeared, or are being written."""
@@ -86,6 +87,7 @@ def checkpoint_time(folder):
         return (folder / 'checkpoint.pth').stat().st_mtime_ns
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_one_rank_stops_both_and_the_run_goes_on_exactly(data, whole, number, tmp_path):
     words = flags(data, tmp_path, *RUNS['two'][1])
@@ -111,6 +113,7 @@ def test_a_stop_before_the_first_checkpoint_saves_though_no_minute_is_over(data,
     assert states(tmp_path / 'checkpoint.pth')['step'] == 4 and not (tmp_path / '.unsaved').exists()
 
 
+@pytest.mark.slow
 def test_torchrun_restarts_by_itself_after_a_rank_died(data, whole, tmp_path):
     words = [str(word) for word in flags(data, tmp_path, *RUNS['two'][1])]
     launcher = processes.torchrun(['--nproc-per-node=2', '--max-restarts=1', f'--master-port={free_port()}'],
@@ -137,6 +140,7 @@ def stopped(whole, tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_a_half_line_and_a_repeated_epoch_leave_the_log(data, stopped, whole):
     os.replace(stopped / 'checkpoint_previous.pth', stopped / 'checkpoint.pth')  # of the last epoch's step 10
     with open(stopped / 'log.txt', 'a') as file:
@@ -145,6 +149,7 @@ def test_a_half_line_and_a_repeated_epoch_leave_the_log(data, stopped, whole):
     assert processes.log_lines(stopped) == processes.log_lines(whole('alone'))
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_gives_way_and_the_run_ends_the_same(data, stopped, whole, capsys):
     (stopped / 'checkpoint.pth').write_bytes(b'')
     run_here(*flags(data, stopped, *RUNS['alone'][1]))
@@ -154,6 +159,7 @@ def test_a_damaged_checkpoint_gives_way_and_the_run_ends_the_same(data, stopped,
 
 # ---------------------------------------------------------------- another number of processes
 
+@pytest.mark.slow
 def test_another_world_size_is_refused_or_allowed_with_a_warning(data, stopped, tmp_path):
     os.replace(stopped / 'checkpoint_previous.pth', stopped / 'checkpoint.pth')
     words = flags(data, stopped, *RUNS['alone'][1])
@@ -217,6 +223,7 @@ def hidden(folder):
     return [path.name for path in folder.rglob('.*') if path.is_file()]
 
 
+@pytest.mark.slow
 def test_full_disk_while_saving(data, small_disk, tmp_path):
     folder = small_disk(64 << 20)
     words = flags(data, folder, *RUNS['alone'][1])
@@ -236,6 +243,7 @@ def test_full_disk_while_saving(data, small_disk, tmp_path):
     assert [line['epoch'] for line in read_log(folder)] == [0, 1, 2]
 
 
+@pytest.mark.slow
 def test_full_disk_while_decoding_and_tokenizing(data, small_disk, tmp_path):
     folder = small_disk(1 << 20)
     codes = np.random.default_rng(0).integers(0, 391, (2000, 64))

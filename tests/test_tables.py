@@ -257,6 +257,7 @@ def stop_at(path):
     threading.Thread(target=wait, daemon=True).start()
 
 
+@pytest.mark.slow
 def test_a_table_killed_resumed_and_collected(toy, tmp_path, capsys):
     words, started = toy
     out = tmp_path / 'out'
@@ -386,6 +387,7 @@ def test_the_tables_of_robustness_and_speed():
     assert '| tokens loader-bound | 2,000 (1) | 250 | 0.50 |' in text
 
 
+@pytest.mark.slow
 def test_a_program_that_is_stopped_lets_no_other_start(tmp_path):
     good = stub(tmp_path, 'good', '')
     programs = [Program(str(i), (good,), tmp_path / 'log') for i in range(2)]

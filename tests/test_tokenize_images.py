@@ -68,6 +68,7 @@ def test_codes_are_those_of_the_slow_way(data, plain):
 
 # ---------------------------------------------------------------- kinds of input
 
+@pytest.mark.slow
 @pytest.mark.parametrize('make', [as_list, lambda *a: as_list(*a, ' '), as_tars, lambda *a: as_tars(*a, 'json'),
                                   as_parquet], ids=['tabs', 'spaces', 'cls', 'json', 'parquet'])
 def test_every_kind_of_input_gives_the_same_tokens(data, plain, make, tmp_path):
@@ -287,6 +288,7 @@ def test_an_output_folder_among_the_class_folders_is_refused(data, tmp_path, cap
 
 # ---------------------------------------------------------------- processes and interruptions
 
+@pytest.mark.slow
 def test_a_second_process_in_the_same_run_is_refused(data, tmp_path, monkeypatch):
     interrupted(data, tmp_path, monkeypatch)
     holder = subprocess.Popen([sys.executable, '-c', 'import files, sys; held = files.lock_file(sys.argv[1]); '
@@ -350,6 +352,7 @@ def test_ranks_that_see_other_images_are_refused(data, tmp_path, monkeypatch):
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.slow
 def test_a_mistake_that_only_rank_0_meets_is_printed_once(data, tmp_path):
     (tmp_path / 'out').write_text('x')
     run = start('tokenize_images.py', *tokenize_words(data, tmp_path / 'out'), launch=two_processes())
@@ -357,6 +360,7 @@ def test_a_mistake_that_only_rank_0_meets_is_printed_once(data, tmp_path):
     assert run.returncode == 1 and output.count('error: ') == 1 and 'cannot be written' in output
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_files(data, plain, tmp_path):
     words = tokenize_words(data, tmp_path / 'out', num_workers=1)
     run = start('tokenize_images.py', *words, launch=two_processes())
@@ -365,6 +369,7 @@ def test_two_processes_make_the_same_files(data, plain, tmp_path):
     assert contents(tmp_path / 'out') == contents(plain)
 
 
+@pytest.mark.slow
 def test_a_bad_image_that_only_the_second_rank_meets_is_named(data, bad_data, tmp_path):
     listed, bad = bad_data
     listed.write_text('\n'.join(line for line in listed.read_text().splitlines()
@@ -375,6 +380,7 @@ def test_a_bad_image_that_only_the_second_rank_meets_is_named(data, bad_data, tm
     assert sum(f'{bad[2]} is no readable image' in line for line in output.splitlines()) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('moment', ['parts', 'end'])
 def test_killed_then_resumed_makes_the_same_files(data, plain, moment, tmp_path):
     """Killed with -9 once a part is there, or while the final files are written; then with two workers."""
@@ -531,6 +537,7 @@ def test_a_compact_set_holds_what_the_published_one_holds(data, plain, compact):
     assert 'format' not in published['run']
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_compact_files(data, compact, tmp_path):
     words = tokenize_words(data, tmp_path / 'out', num_workers=1, format='compact')
     run = start('tokenize_images.py', *words, launch=two_processes())
@@ -562,6 +569,7 @@ def test_a_compact_run_stopped_after_any_write_resumes_to_the_same_files(data, t
     assert stop == 1 + 3 + 1 + 1 + 3 * 3  # run.json, parts, codebook, model, shards
 
 
+@pytest.mark.slow
 def test_a_killed_compact_run_resumes_to_the_same_files(data, compact, tmp_path):
     words = tokenize_words(data, tmp_path, num_workers=1, format='compact')
     run = start('tokenize_images.py', *words)

@@ -167,6 +167,7 @@ def test_too_few_classes(images, tmp_path):
     fails(lambda: judge(*words(images, tmp_path, '--train-path', tmp_path / 'list.txt')), 'give a folder')
 
 
+@pytest.mark.slow
 def test_programs_run_some_at_a_time_and_one_that_fails_is_quoted(tmp_path):
     (tmp_path / 'bad.py').write_text('import sys\nprint("one")\nsys.exit("error: two")')
     (tmp_path / 'good.py').write_text('import os, sys\nprint(os.environ["OMP_NUM_THREADS"], sys.argv[1])')

@@ -287,6 +287,7 @@ SCENARIOS = [['together'], ['1', 'barrier'], ['1', 'on_main'], ['0', 'barrier'],
              ['1', 'none']]
 
 
+@pytest.mark.slow
 def test_two_ranks(tmp_path):
     """Two real processes for each scenario, forked from one that has imported torch; all scenarios at once."""
     ports = [[str(free_port()), *scenario] for scenario in SCENARIOS]
@@ -325,6 +326,7 @@ utils.run(main, lambda: sys.argv[1])
 """
 
 
+@pytest.mark.slow
 def test_a_closed_standard_output_does_not_stop_a_program(tmp_path):
     """Closed from the start (a daemon), standard input and error too; a pipe that breaks midway."""
     endings = ['"$@" >&- 2>&- <&-', 'set -o pipefail; "$@" | head -1']

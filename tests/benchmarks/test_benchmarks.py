@@ -140,6 +140,7 @@ def test_flops_of_vit_b_are_those_in_the_literature():
 
 # ---------------------------------------------------------------- start
 
+@pytest.mark.slow
 def test_start(capsys, tmp_path):
     words = ['--images', '40', '--grid', '4', '--ranks', '2', '--repeats', '1', '--folder', str(tmp_path)]
     result = measure(capsys, benchmarks.start, 'start', *words)
@@ -160,6 +161,7 @@ def is_decoding(value):
         and value['codes_per_second']['min'] > 0 and value['memory']['min'] > value['memory_added']['max'] >= 0
 
 
+@pytest.mark.slow
 def test_start_compact(capsys, tmp_path):
     """Ranks read the compact set: its cache is the one that is made."""
     words = ['--images', '40', '--grid', '4', '--format', 'compact', '--repeats', '1', '--folder', str(tmp_path)]
@@ -171,6 +173,7 @@ def test_start_compact(capsys, tmp_path):
     assert [path.name.partition('.')[0] for path in tmp_path.glob('*.codes-*.npy')] == ['compact-token']
 
 
+@pytest.mark.slow
 def test_only_decoding(capsys, tmp_path):
     words = ['--images', '40', '--grid', '4', '--format', 'compact', '--repeats', '1', '--folder', str(tmp_path)]
     result = measure(capsys, benchmarks.start, 'start', *words, '--ranks')
@@ -359,6 +362,7 @@ def test_no_file_stands_before_a_module_of_python():
     assert names & set(sys.stdlib_module_names) == set()
 
 
+@pytest.mark.slow
 def test_each_is_a_program():
     """Started by its path from another folder, as the documents have it."""
     assert PROGRAMS == ['data', 'encode', 'evaluate', 'formats', 'masked_tokens', 'start', 'start_probe', 'tokenizers',

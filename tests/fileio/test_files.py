@@ -196,6 +196,7 @@ def test_equal_values_give_equal_torch_files(tmp_path):
 
 # ---------------------------------------------------------------- what killed processes leave, and living ones hold
 
+@pytest.mark.slow
 def test_leftovers_of_killed_processes_go_and_those_of_living_ones_stay(tmp_path):
     def write(ready):
         with files.atomic_path(tmp_path / 'a.npy') as temporary:
@@ -213,6 +214,7 @@ def test_leftovers_of_killed_processes_go_and_those_of_living_ones_stay(tmp_path
     files.remove_leftovers(tmp_path / 'nowhere', '*')
 
 
+@pytest.mark.slow
 def test_a_lock_has_one_holder_and_ends_with_it(tmp_path):
     path = tmp_path / 'lock'
 

@@ -151,6 +151,7 @@ def test_an_image_is_corrupted_by_seed_name_severity_and_index():
     assert torch.equal(Corruption('shot_noise', 2, 1)(clean, 3), corrupt(clean, 'shot_noise', 2, 1, 3))
 
 
+@pytest.mark.slow
 def test_worker_processes_and_batches_change_nothing(tmp_path):
     for i in range(12):
         save_image(tmp_path / f'class-{i % 2}' / f'{i}.png', i, (30, 30))

@@ -1,5 +1,6 @@
 """Images a batch at a time, and their transforms."""
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from timm.data import auto_augment
@@ -10,6 +11,7 @@ from image_data.dataset import ImageDataset, Normalize, eval_transform, posteriz
 CPU = torch.device('cpu')
 
 
+@pytest.mark.slow
 def test_an_image_is_augmented_by_its_draw_alone(tmp_path):
     """Not by its place in a batch, by its neighbors, or by which process decodes it."""
     smooth_images(tmp_path / 'x')

@@ -128,7 +128,7 @@ def test_what_is_left_out_is_said(tmp_path, capsys):
 
 # ---------------------------------------------------------------- loading
 
-@pytest.mark.parametrize('workers', [0, 1, 2])
+@pytest.mark.parametrize('workers', [0, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 2))])
 @pytest.mark.parametrize('kind', ['tabs', 'cls', 'parquet'])
 def test_batches_come_in_order_from_every_source(kind, workers, data, tmp_path):
     source = open_source(KINDS[kind](data, tmp_path))
@@ -160,7 +160,7 @@ def bad_source(tmp_path):
     return open_source(tmp_path / 'list.txt')
 
 
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_bad_images_stop_or_are_skipped(bad_source, workers, capfd):
     batches = [[0, 1, 2], [3, 4], [5, 6, 7, 8], [9, 10, 11]]
     images = load_images(bad_source, batches, SIZE, workers=workers, skip_bad=False)
@@ -210,6 +210,7 @@ class DyingSource(sources.Source):
         return encoded(noise(0))
 
 
+@pytest.mark.slow
 def test_a_worker_process_that_dies_is_one_line():
     fails(lambda: list(load_images(DyingSource(), [[0], [1]], SIZE, workers=1)),
           'in: a process that decodes images failed.*--num-workers')
@@ -217,6 +218,7 @@ def test_a_worker_process_that_dies_is_one_line():
         list(load_images(DyingSource(), [[2]], SIZE, workers=1))
 
 
+@pytest.mark.slow
 def test_shared_memory_that_runs_out_is_one_line(data, monkeypatch):
     def full(self):
         raise RuntimeError('unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)')

@@ -57,6 +57,7 @@ def fresh_process(monkeypatch):
     current_process()._config.pop('tempdir', None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('length', [10, 60, 90, 120, 240])
 def test_temporary_folders_of_every_length(length, tmp_path, fresh_process, many_cores, monkeypatch):
     folder = tmp_path / ('t' * max(1, length - len(str(tmp_path)) - 1))

@@ -49,6 +49,7 @@ def test_other_features_are_not_converted(state, tmp_path, foreign):
         load_running_code(path, folder, convert_tokenizer.convert)
 
 
+@pytest.mark.slow
 def test_convert_pickled_module(state, tmp_path, foreign):
     """In another process, where the classes of the file do not exist."""
     folder, make = foreign

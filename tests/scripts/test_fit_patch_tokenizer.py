@@ -144,7 +144,7 @@ def all_patches(fitted):
     return PatchTokenizer(torch.zeros(48), torch.eye(48), torch.tensor(1.)).patches(images)  # (24, 64, 48)
 
 
-@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_sample_is_that_of_the_slow_way(fitted, workers):
     """All images in memory, all their patches shuffled."""
     patches = all_patches(fitted)
@@ -159,6 +159,7 @@ def test_the_sample_is_that_of_the_slow_way(fitted, workers):
         assert torch.equal(found, slow[order]) and used == len((order // 64).unique())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['list', 'tar', 'parquet'])
 def test_every_kind_of_source_gives_the_same_fit(kind, fitted, tmp_path):
     paths = sorted((fitted / 'images').rglob('*.png'))
@@ -204,6 +205,7 @@ def test_outputs_that_cannot_be_written_are_said_before_the_work(fitted, tmp_pat
           'codebook.ckpt: cannot be written')
 
 
+@pytest.mark.slow
 def test_memory_does_not_go_with_the_number_of_images(fitted, tmp_path):
     """1,500 images of 256 x 256 are 1.2 GB of floats."""
     path = next((fitted / 'images').rglob('*.png'))

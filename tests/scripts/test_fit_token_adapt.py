@@ -96,6 +96,7 @@ def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(data, whole, step,
     assert not differs(whole, tmp_path)
 
 
+@pytest.mark.slow
 def test_two_processes_killed_and_resumed_equal_two_uninterrupted(data, tmp_path):
     run = [*words(data, tmp_path / 'a', '--batch-size', 2, '--save-every', 1), '--model-ema']
     assert Job('scripts.fit_token_adapt', run, 2, tmp_path / 'out').wait() == [0, 0], (tmp_path / 'out').read_text()

@@ -209,6 +209,7 @@ def test_a_damaged_source_image_is_named(fitted, tmp_path, capsys):
         inspect(fitted, capsys, '--data-path', tmp_path / 'images', '--output', tmp_path / 'sheet.png')
 
 
+@pytest.mark.slow
 def test_a_mistake_is_one_line_from_any_folder(tmp_path):
     words = ['--token-file', 'none.data.bin.gz', '--codebook-path', 'none.ckpt']
     done = subprocess.run([sys.executable, ROOT / 'scripts' / 'inspect_tokens.py', *words], cwd=tmp_path,

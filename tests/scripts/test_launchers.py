@@ -39,6 +39,7 @@ def sbatch(folder, code, *words, **env):
     return done.returncode, lines, dict(line.split('=', 1) for line in variables if '=' in line)
 
 
+@pytest.mark.slow
 def test_the_batch_script_requeues_on_75_alone(tmp_path):
     assert subprocess.run(['bash', '-n', SCRIPT]).returncode == 0
     assert '#SBATCH --signal=USR1@' in SCRIPT.read_text()
@@ -51,6 +52,7 @@ def test_the_batch_script_requeues_on_75_alone(tmp_path):
         assert len(calls) == 1
 
 
+@pytest.mark.slow
 def test_the_batch_script_hands_cores_and_environment_to_the_ranks(tmp_path):
     """Since SLURM 22.05 srun takes no --cpus-per-task from the job: each task would get one core."""
     _, calls, env = sbatch(tmp_path, 0, SLURM_CPUS_PER_TASK='6', SLURM_EXPORT_ENV='NONE')
@@ -61,6 +63,7 @@ def test_the_batch_script_hands_cores_and_environment_to_the_ranks(tmp_path):
     assert 'SRUN_CPUS_PER_TASK' not in env
 
 
+@pytest.mark.slow
 def test_words_with_blanks_reach_the_program_whole(tmp_path):
     (tmp_path / 'python').write_text('#!/bin/sh\nfor word; do echo "$word"; done > "$SLURM_SUBMIT_DIR/words"\n')
     (tmp_path / 'srun').write_text('#!/bin/sh\nwhile [ "$1" != python ]; do shift; done\nexec "$@"\n')
@@ -116,6 +119,7 @@ def test_what_submitit_is_given(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setitem(sys.modules, 'submitit', SimpleNamespace(AutoExecutor=Executor))
     monkeypatch.setenv('SUBMITIT_PREEMPT_SIGNAL', '')
+    monkeypatch.setenv('PYTHONPATH', '/elsewhere')
     monkeypatch.chdir(tmp_path)
     words = ['--partition', 'gpu', '--requeues', '3', '--', '--output-dir', str(tmp_path), '--epochs', '3']
     assert not run_with_submitit.main(run_with_submitit.parse_args(words))
@@ -125,6 +129,7 @@ def test_what_submitit_is_given(monkeypatch, tmp_path, capsys):
     assert seen['slurm_signal_delay_s'] == 300
     assert seen['job'].flags == ['--output-dir', str(tmp_path), '--epochs', '3']
     assert os.environ['SUBMITIT_PREEMPT_SIGNAL'] == 'USR1'
+    assert os.environ['PYTHONPATH'] == f'{run_with_submitit.ROOT}{os.pathsep}/elsewhere'
     assert 'submitted job 17' in capsys.readouterr().out
 
 

@@ -207,6 +207,7 @@ def test_a_budget_that_cannot_be_reached(images, tmp_path):
     assert make(images, tmp_path / 'out', '--total-bytes', least, parameter=None)['parameter'] == 2  # the same as 1
 
 
+@pytest.mark.slow
 def test_a_large_set_is_searched_on_some_of_its_images(images, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shrink_images, 'SEARCHED', 5)
     tight = make(images, tmp_path / 'out', '--bytes-per-image', 900, parameter=None, workers=2)
@@ -278,6 +279,7 @@ def test_what_class_folders_cannot_hold(images, tmp_path):
 FORMATS = pytest.mark.parametrize('file_format', ['folder', 'tar'])
 
 
+@pytest.mark.slow
 @FORMATS
 def test_any_number_of_processes_gives_the_same_bytes(images, tmp_path, monkeypatch, file_format):
     monkeypatch.setattr(shrinking, 'CHUNK', 3)
@@ -288,6 +290,7 @@ def test_any_number_of_processes_gives_the_same_bytes(images, tmp_path, monkeypa
     assert contents(tmp_path / '0') == contents(tmp_path / '2')
 
 
+@pytest.mark.slow
 @FORMATS
 @pytest.mark.parametrize('moment', ['write_bytes', 'addfile', 'write_text', 'replace', 'rmtree'])
 def test_a_run_killed_at_any_moment_resumes(images, tmp_path, monkeypatch, file_format, moment):
@@ -356,6 +359,7 @@ def test_an_unfinished_set_takes_only_its_own_flags(images, tmp_path, monkeypatc
     assert contents(out) == contents(tmp_path / 'whole')
 
 
+@pytest.mark.slow
 def test_one_writer_at_a_time(images, tmp_path):
     def hold(ready):
         folder = shrunk_sets.SetFolder(str(tmp_path / 'out'), 'folder', {})
@@ -386,7 +390,7 @@ def test_parameters_that_cannot_be(images, tmp_path, method, parameter):
     assert not (tmp_path / 'out').exists()
 
 
-@pytest.mark.parametrize('workers', [0, 1])
+@pytest.mark.parametrize('workers', [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_an_image_that_cannot_be_read(images, tmp_path, workers):
     shutil.copytree(images, tmp_path / 'in')
     bad = tmp_path / 'in' / 'bee' / '3.png'
@@ -398,6 +402,7 @@ def test_an_image_that_cannot_be_read(images, tmp_path, workers):
     fails(lambda: make(images, tmp_path / 'small', '--max-image-pixels', 1500, workers=workers), 'max-image-pixels')
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_run(images, tmp_path, monkeypatch):
     monkeypatch.setattr(shrink_images.ShrunkImages, '_shrink', lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with limits():

@@ -117,6 +117,7 @@ def test_killed_and_resumed_from_save_every_equals_uninterrupted(images, whole, 
     assert not differs(whole, tmp_path)
 
 
+@pytest.mark.slow
 def test_two_processes_keep_equal_codebooks_and_resume_exactly(images, tmp_path):
     """Rank 0 saves: had rank 1 another codebook, a resumed run, which gives it rank 0's, would end differently."""
     run = [*words(images, tmp_path / 'a', '--batch-size', 2), '--model-ema-force-cpu']

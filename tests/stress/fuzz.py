@@ -633,7 +633,7 @@ def fuzz(name, inputs, folder):
 
 
 def parse_args(words=None):
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     parser.add_argument('--inputs', type=integer(1), default=1200, help='to each reader')
     parser.add_argument('--readers', nargs='+', choices=READERS, default=list(READERS), help='which')
     return parser.parse_args(words)

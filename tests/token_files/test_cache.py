@@ -156,6 +156,7 @@ def big_set(folder):
     return folder / 'big-token.data.bin.gz', codes
 
 
+@pytest.mark.slow
 def test_full_disk_while_decoding(small_disk, tmp_path):
     folder = small_disk(200_000)
     tokens, codes = big_set(tmp_path)
@@ -197,6 +198,7 @@ def killed_decoding(files, allocate, device):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_what_a_killed_decoding_left_is_removed_by_the_next(tmp_path, monkeypatch):
     (tokens, _), x, _ = make_set(tmp_path, name='a[1]')
     cache = tmp_path / 'cache'
@@ -287,6 +289,7 @@ def test_a_cache_folder_that_cannot_be_written(tmp_path, make):
     fails(lambda: open_codes(tokens, folder), 'cannot be written', 'choose another folder with --token-cache')
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason='only root can be somebody else')
 def test_a_cache_of_another_user(tmp_path):
     shared = tmp_path / 'shared'

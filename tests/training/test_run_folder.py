@@ -182,6 +182,7 @@ print('locked', flush=True)
 input()"""
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_folder_is_refused_until_the_first_ends_however_it_ends(tmp_path):
     first = subprocess.Popen([sys.executable, '-c', HOLD, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                              text=True, cwd=ROOT, env=clean_environment())
