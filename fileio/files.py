@@ -353,14 +353,14 @@ def download(url: str, folder: str | Path) -> str:
         InputError: when it cannot be fetched, or is not the file it should be.
     """
     address, _, fragment = url.partition('#')
-    stated = re.fullmatch(r'sha256=([0-9a-f]{64})', fragment)
-    if fragment and not stated:
+    expected = re.fullmatch(r'sha256=([0-9a-f]{64})', fragment)
+    if fragment and not expected:
         raise InputError(f'{url}: after # may stand sha256= and 64 hexadecimal digits, and nothing else')
     try:
         path = os.path.join(folder, Path(urllib.parse.urlparse(address).path).name or 'file')
         torch.hub.download_url_to_file(address, path, progress=is_main() and sys.stderr.isatty())
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise InputError(f'{url}: cannot be fetched ({error})') from None
-    if stated and sha256(path) != stated.group(1):
+    if expected and sha256(path) != expected.group(1):
         raise InputError(f'{url}: what was fetched has SHA-256 {sha256(path)}: fetch it again, or mistrust it')
     return path
