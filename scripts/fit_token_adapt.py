@@ -22,7 +22,9 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import recipe
 from engine import rank_indices, train
-from flags import Parser, integer
+from flags import Parser, add_image_flags, integer
+from image_data.dataset import hold_out
+from samplers import shuffled
 from seitpp.halves import ADAPTED_MIXUP
 from seitpp.token_adapt import FINER, SIZE, RandomGeometry, TokenAdapt, size_of_width
 from seitpp.token_adapt_training import Change, CodePairs, evaluate_token_adapt, save_token_adapt
@@ -33,10 +35,10 @@ from training.loss_meter import NotFinite
 from training.preemption import REQUEUE
 from training.run_folder import RunFolder, RunLog, find_checkpoint
 from training.run_info import print_batch, print_model, run_record
-from scripts.train_tokenizer import add_image_flags, hold_out
 import flags
 from image_tokenizer.vitvqgan import HEAD_DIM
-from utils import InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, on_main, print0, rank, run
+from utils import (InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, on_main, print0, rank, run,
+                   world_size)
 
 FILE = 'tokenadapt.ckpt'
 
@@ -97,7 +99,9 @@ def main(args: argparse.Namespace) -> int:
     tokenizer, codebook = load_models(args.tokenizer_path, None, args.codebook_path, args.image_size, False)
     size = crop_side(args, tokenizer.patch_size)
     grid_size = args.image_size // tokenizer.patch_size
-    images, held_out = hold_out(args, device)
+    images, held_out = hold_out(args.data_path, args.val_path, args.val_images, args.seed, size=args.image_size,
+                                batch_size=args.batch_size, device=device, workers=args.num_workers,
+                                skip_bad=args.skip_bad_images, max_pixels=args.max_image_pixels)
     check_same_on_all_ranks({'the list of images': images.source.digest(), 'held-out images': len(held_out),
                              'codebook': tuple(codebook.shape), **progress_of(checkpoint)})
     keep_freed_memory(device)
@@ -116,21 +120,25 @@ def main(args: argparse.Namespace) -> int:
         kept = np.random.beta(ADAPTED_MIXUP, ADAPTED_MIXUP) if mixed else 1.
         return pairs.loss(model, pixels, Change(geometry.draw(len(pixels), FINER * grid_size, generator), kept))
 
+    def order_of(epoch: int) -> np.ndarray:
+        order = shuffled(len(images), world_size(), rank(), args.seed, epoch)
+        return images.chosen[order[:args.epoch_images // world_size()] if args.epoch_images else order]
+
     def indices_of(epoch: int, start: int, stop: int) -> np.ndarray:
-        return images.order(epoch)[start * args.batch_size:stop * args.batch_size]
+        return order_of(epoch)[start * args.batch_size:stop * args.batch_size]
 
     def batches_of(epoch: int, start: int) -> Iterator[torch.Tensor]:
         return images.batches(indices_of(epoch, start, steps))
 
     def evaluate_of(model: nn.Module, name: str) -> dict[str, float]:
-        batches = held_out.batches(rank_indices(len(held_out), True))
+        batches = held_out.batches(held_out.chosen[rank_indices(len(held_out), True)])
         stats = evaluate_token_adapt(model, pairs, batches, geometry, amp, name)
         if args.output_dir and bool(name) == args.model_ema:
             on_main(save_token_adapt, model, folder.path / FILE)
         return stats
 
     # ------------------------------------------------------------ optimizer and resume
-    steps = recipe.count_steps(args, len(images.order(0)), args.data_path)
+    steps = recipe.count_steps(args, len(order_of(0)), args.data_path)
     state = recipe.make_state(args, model, device, (codebook.shape[1], grid_size, grid_size))
     if checkpoint:
         resume(state, checkpoint, path, vars(args), steps)
@@ -145,7 +153,7 @@ def main(args: argparse.Namespace) -> int:
         finished = train(state, batches_of, loss_of, evaluate_of, folder, log, args.epochs,
                          recipe.step_options(args, steps))
     except NotFinite as error:
-        bad = images.chosen[indices_of(error.epoch, error.step, error.step + 1)]
+        bad = indices_of(error.epoch, error.step, error.step + 1)
         folder.save_bad_step(error, rank(), args.seed, bad.tolist())
         raise
     return 0 if finished else REQUEUE

@@ -41,7 +41,7 @@ from training.preemption import REQUEUE
 from training.run_folder import RunFolder, RunLog, find_checkpoint
 from training.run_info import print_model, run_record
 from utils import (InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, on_main, print0,
-                   rank, run)
+                   rank, run, world_size)
 
 TOKENIZER = 'tokenizer.safetensors'
 CODEBOOK = 'codebook.ckpt'
@@ -120,7 +120,7 @@ def fitted_start(args: argparse.Namespace, training: TokenizerTraining, images: 
     """Fit new weights to the first images of the first epoch; returns them all, on the CPU. Raises InputError."""
     n = (args.image_size // args.patch_size) ** 2
     order = shuffled(len(images), 1, 0, args.seed, 0)[:math.ceil(PATCHES_A_CODE * args.codes / n)]
-    batches = list(images.batches(order))
+    batches = list(images.batches(images.chosen[order]))
     generator = torch.Generator(batches[0].device).manual_seed(args.seed)
     fit_start(training.eval().model, training.quantizer, batches, generator)
     return {name: value.cpu() for name, value in training.state_dict().items()}
@@ -158,7 +158,9 @@ def main(args: argparse.Namespace) -> int:
     checkpoint, path = find_checkpoint(args.output_dir, args.resume, outputs=outputs)
 
     # ------------------------------------------------------------ data and model
-    images, held_out = hold_out(args, device)
+    images, held_out = hold_out(args.data_path, args.val_path, args.val_images, args.seed, size=args.image_size,
+                                batch_size=args.batch_size, device=device, workers=args.num_workers,
+                                skip_bad=args.skip_bad_images, max_pixels=args.max_image_pixels)
     check_same_on_all_ranks({'the list of images': images.source.digest(), 'held-out images': len(held_out),
                              **progress_of(checkpoint)})
     keep_freed_memory(device)
@@ -168,8 +170,12 @@ def main(args: argparse.Namespace) -> int:
            f'{args.image_size // args.patch_size} of {args.codes} codes')
     print_model('ViT-VQGAN', training, device, amp)
 
+    def order_of(epoch: int) -> np.ndarray:
+        order = shuffled(len(images), world_size(), rank(), args.seed, epoch)
+        return images.chosen[order[:args.epoch_images // world_size()] if args.epoch_images else order]
+
     def indices_of(epoch: int, start: int, stop: int) -> np.ndarray:
-        return images.order(epoch)[start * args.batch_size:stop * args.batch_size]
+        return order_of(epoch)[start * args.batch_size:stop * args.batch_size]
 
     def batches_of(epoch: int, start: int) -> Iterator[torch.Tensor]:
         return images.batches(indices_of(epoch, start, steps))
@@ -181,16 +187,18 @@ def main(args: argparse.Namespace) -> int:
             x = torch.where(mirrored, x.flip(-1), x)
         return model(x, torch.rand(args.codes + 1, generator=generator, device=device)).sum()
 
-    drawn = np.linspace(0, len(held_out) - 1, min(SHEET_IMAGES, len(held_out)), dtype=np.int64)  # of all kinds
+    spread = np.linspace(0, len(held_out) - 1, min(SHEET_IMAGES, len(held_out)), dtype=np.int64)  # of all kinds
+    shown = held_out.chosen[spread]
 
     def evaluate_of(model: nn.Module, name: str) -> dict[str, float]:
-        stats = evaluate_tokenizer(model, held_out.batches(rank_indices(len(held_out), True)), amp, name)
+        batches = held_out.batches(held_out.chosen[rank_indices(len(held_out), True)])
+        stats = evaluate_tokenizer(model, batches, amp, name)
         if args.output_dir and bool(name) == args.model_ema:
-            on_main(lambda: write_outputs(model, torch.cat(list(held_out.batches(drawn))), folder.path))
+            on_main(lambda: write_outputs(model, torch.cat(list(held_out.batches(shown))), folder.path))
         return stats
 
     # ------------------------------------------------------------ optimizer and resume
-    steps = recipe.count_steps(args, len(images.order(0)), args.data_path)
+    steps = recipe.count_steps(args, len(order_of(0)), args.data_path)
     if not checkpoint:
         training.load_state_dict(on_main(fitted_start, args, training, images))
     state = recipe.make_state(args, training, device, (3, args.image_size, args.image_size))
@@ -208,7 +216,7 @@ def main(args: argparse.Namespace) -> int:
         finished = train(state, batches_of, loss_of, evaluate_of, folder, log, args.epochs,
                          recipe.step_options(args, steps))
     except NotFinite as error:
-        bad = images.chosen[indices_of(error.epoch, error.step, error.step + 1)]
+        bad = indices_of(error.epoch, error.step, error.step + 1)
         folder.save_bad_step(error, rank(), args.seed, bad.tolist())
         raise
     return 0 if finished else REQUEUE
