@@ -31,7 +31,7 @@ from continual.memory import MAX_CLASSES, ReplayMemory, Sample, check_room, fill
 from continual.results import (MEMORY, RUN, add_result, check_new, digest_of, evaluate_seen, open_memory, read_results,
                                task_folder, write_results)
 from continual.task_flags import add_task_flags, check_program_flags, check_task_flags
-from continual.task_tokens import TokenFiles, fit_tokenizer, hold_folder, open_token_store, tokenize
+from continual.task_tokens import TokenFiles, fit_tokenizer, hold_tokens, open_token_store, tokenize
 from continual.tasks import Tasks, make_tasks, step_batches, step_draws, task_seed
 from engine import evaluate_models, rank_indices
 from fileio.files import check_same, sha256
@@ -200,7 +200,7 @@ def make_tokens(args: argparse.Namespace) -> tuple[argparse.Namespace, TokenFile
     tasks = make_tasks_of(args, {args.train_path: source.labels})
     if args.new == 'tokens' or args.eval_stored:
         splits['val'] = open_source(args.val_path)
-    with hold_folder(folder):
+    with hold_tokens(folder):
         if args.tokenizer_from_task is not None:
             first = tasks.images(tasks.places(source.labels), 0)
             files = fit_tokenizer(TaskImages(source, first, source.labels[first]), folder, args.image_size)

@@ -2,7 +2,6 @@
 import contextlib
 import ctypes
 import datetime
-import hashlib
 import os
 import random
 import re
@@ -18,6 +17,7 @@ from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
 AMP_DTYPE = {'bf16': torch.bfloat16, 'fp16': torch.float16}
+_store = None  # of the process group, once this rank has joined it: there the ranks count their errors
 
 # ---------------------------------------------------------------- errors a user can mend
 
@@ -56,7 +56,7 @@ def run(main: Callable, parse_args: Callable) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except RuntimeError:
-        if not a_rank_reported():
+        if not dist.is_initialized() or _count_errors(0) == 0:
             raise
         leave(2)  # torch's complaint that another rank is gone, which has said why
     if dist.is_initialized():
@@ -76,39 +76,26 @@ def leave(code: int) -> None:
 
 
 def report(error: InputError) -> None:
-    """Print the error once for all ranks: the first that meets it does."""
-    first = local_rank() == 0 or isinstance(error, RankError)
-    if not dist.is_initialized():
-        _print_error(error, first)
-        return
-    store = dist.distributed_c10d._get_default_store()
-    try:
-        key = hashlib.sha256(str(error).encode()).hexdigest()
-        first = store.add(f'error {key}', 1) == 1
-        store.add('errors', 1)
-    except RuntimeError:
-        first = True  # the rank that kept the store is gone: twice is better than never
-    _print_error(error, first)
-    if rank() == 0:
+    """Print an error once for all ranks: the first that meets one does."""
+    if dist.is_initialized():
+        first = _count_errors(1) == 1
+    else:
+        first = local_rank() == 0 or isinstance(error, RankError)
+    if first:
+        with contextlib.suppress(OSError, ValueError):  # standard error that is full or closed
+            print(f'error: {error}', file=sys.stderr, flush=True)
+    if dist.is_initialized() and rank() == 0:
         if dist.get_backend() == 'gloo':
             dist.destroy_process_group()  # ranks that wait for this one learn that it is gone ...
         time.sleep(1)  # ... while the store, which may end with this process, can still tell them why
 
 
-def _print_error(error: InputError, first: bool) -> None:
-    if first:
-        with contextlib.suppress(OSError, ValueError):  # standard error that is full or closed
-            print(f'error: {error}', file=sys.stderr, flush=True)
-
-
-def a_rank_reported() -> bool:
-    """Whether some rank has printed an InputError, so that another's complaint about a lost peer is no news."""
-    if not dist.is_initialized():
-        return False
+def _count_errors(new: int) -> int:
+    """How many ranks have met an InputError, with `new` more of this one."""
     try:
-        return dist.distributed_c10d._get_default_store().add('errors', 0) > 0
+        return _store.add('errors', new)
     except RuntimeError:
-        return False
+        return new  # the rank that kept the store is gone: a line twice is better than none
 
 
 def keep_standard_output() -> None:
@@ -162,6 +149,7 @@ def init_distributed(device: str, dist_url: str = 'env://', minutes: float = 10)
     Raises:
         InputError: for a device that is not there.
     """
+    global _store
     slurm_environment()
     device = device_of_rank(device)
     if int(os.environ.get('WORLD_SIZE', 1)) > 1 and not dist.is_initialized():
@@ -178,6 +166,7 @@ def init_distributed(device: str, dist_url: str = 'env://', minutes: float = 10)
         if os.environ.get('GROUP_WORLD_SIZE') == '1':
             # torchrun on one node keeps its store when it restarts the ranks: the addresses of the dead are still there
             store = dist.PrefixStore(f'restart {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
+        _store = store
         on_gpu = device.type == 'cuda'
         dist.init_process_group('nccl' if on_gpu else 'gloo', store=store, rank=own_rank, world_size=size, timeout=wait,
                                 device_id=device if on_gpu else None)

@@ -4,7 +4,6 @@ A tokenizer fitted on all classes knows what the later tasks' images look like: 
 the first task alone, or it is one that the user gives, and every result says which.
 """
 import contextlib
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,7 +13,7 @@ import torch
 
 import tokenize_images
 from continual.forms import TokenStore
-from fileio.files import check_same, lock_file, sha256
+from fileio.files import check_same, hold_folder, sha256
 from fileio.labels import check_class_names
 from image_data.dataset import ImageDataset
 from image_data.sources import Source
@@ -22,7 +21,6 @@ from image_tokenizer.tokenizers import check_codebook, load_tokenizer
 from scripts import build_synonyms, fit_patch_tokenizer
 from token_dataset import TokenDataset
 from token_files.codebook import load_codebook
-from training.run_folder import LOCK
 from utils import InputError, on_main
 
 PATIENCE = 60  # seconds, for another run that looks whether all tokens are there
@@ -30,29 +28,13 @@ FITTED = 'fitted.json'  # in the folder of tokens: the images that the tokenizer
 
 
 @contextlib.contextmanager
-def hold_folder(folder: Path) -> Iterator[None]:
+def hold_tokens(folder: Path) -> Iterator[None]:
     """Hold a folder of tokens for this process: another waits, a minute at most. Collective. Raises InputError."""
     with contextlib.ExitStack() as held:
-        on_main(_hold, folder, held)
+        def hold() -> None:
+            held.enter_context(hold_folder(folder, 'choose another --tokens-dir', PATIENCE))
+        on_main(hold)
         yield
-
-
-def _hold(folder: Path, held: contextlib.ExitStack) -> None:
-    until = time.monotonic() + PATIENCE
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        while True:
-            try:
-                held.enter_context(lock_file(folder / LOCK) or contextlib.nullcontext())
-                return
-            except BlockingIOError:
-                if time.monotonic() > until:
-                    raise InputError(f'{folder}: another run is making tokens there; wait for it, or give another '
-                                     '--tokens-dir') from None
-                time.sleep(0.2)
-    except OSError as error:
-        raise InputError(f'{folder}: --tokens-dir cannot be written ({error.strerror}); choose another '
-                         'folder') from None
 
 
 class TokenFiles(NamedTuple):

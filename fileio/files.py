@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -28,7 +29,6 @@ MAX_IMAGES = 1 << 27  # of one token file, 100 times ImageNet-1k; larger sets co
 MAX_IMAGE_BYTES = 2 * 1024 ** 2  # two a code, of a grid of 1024 x 1024
 MAX_INDEX_RATIO = 64  # bytes of an index to one of its gzip; a regular one has 8
 MAX_GZIP_RATIO = 1032  # bytes of anything to one of its gzip: what deflate can do
-MAX_COMMAS = 8  # in a file's name, within a list of names
 MAX_TENSOR_RATIO = 4  # bytes of tensors to a byte of their file: those that share memory are stored once
 
 
@@ -38,13 +38,13 @@ def expand_files(spec: str) -> list[Path]:
     """The files that a path, a glob (sorted) or a comma-separated list of both names.
 
     '{000..146}' counts, as in the names of tar shards. What exists under a name with such characters is that file or
-    folder. Raises InputError when a glob matches nothing.
+    folder; within a list, no name has a comma. Raises InputError when a glob matches nothing.
     """
     spec = str(spec)
     if os.path.exists(spec):
         return [Path(spec)]
     files = []
-    for word in _split_list(spec):
+    for word in filter(None, map(str.strip, spec.split(','))):
         matches = _match(word)
         if not matches:
             raise InputError(f'{word}: no file matches')
@@ -52,25 +52,6 @@ def expand_files(spec: str) -> list[Path]:
     if not files:
         raise InputError(f'{spec!r} names no file')
     return files
-
-
-def _split_list(spec: str) -> list[str]:
-    """The words between commas; a comma within a name that is there separates nothing."""
-    pieces = spec.split(',')
-    words = []
-    while pieces:
-        joined = [','.join(pieces[:count]).strip() for count in range(1, min(len(pieces), MAX_COMMAS + 1) + 1)]
-        number = next((number for number, word in enumerate(joined) if _finds_file(word)), 0)
-        words.append(joined[number])
-        del pieces[:number + 1]
-    return [word for word in words if word]
-
-
-def _finds_file(word: str) -> bool:
-    folder = os.path.dirname(word)
-    if ',' in word and not os.path.isdir(folder or '.'):
-        return False
-    return any(map(os.path.isfile, _match(word)))
 
 
 def _match(pattern: str) -> list[Path]:
@@ -250,48 +231,110 @@ def save_torch(value: Any, path: str | Path) -> None:
 
 
 def check_same(path: Path, definition: dict[str, Any], flag: str = '--output-dir') -> None:
-    """Note in a JSON file what results are made of; InputError where the file says something else.
+    """Note in a JSON file what the results in its folder are made of. Raises InputError as `is_noted` does.
 
     Args:
-        path: of the file, in the folder of the results.
+        path: of the file.
         definition: plain values by name.
         flag: that names the folder.
     """
-    definition = json.loads(json.dumps(definition))  # as it is read
-    if not path.exists():
+    if not is_noted(path, definition, f'choose another {flag}, or remove that folder'):
         write_text(path, json.dumps(definition, indent=1) + '\n')
-        return
+
+
+def is_noted(path: Path, definition: dict[str, Any], advice: str, ignored: Sequence[str] = (),
+             field: str | None = None) -> bool:
+    """Whether a JSON file says that results are made of `definition`: a run that begins asks if it is the same run.
+
+    Args:
+        path: of the file.
+        definition: plain values by name.
+        advice: what to do about another run.
+        ignored: names that may differ.
+        field: the one of the file's fields that holds the definition; None where the file holds nothing else.
+
+    Returns:
+        False where there is no file.
+
+    Raises:
+        InputError: where the file says something else, with the names that differ.
+    """
+    if not os.path.exists(path):
+        return False
+    definition = json.loads(json.dumps(definition))  # as it is read
     before = read_json(path)
-    if before != definition:
-        names = [*definition, *(before if isinstance(before, dict) else ())]
-        other = [key for key in dict.fromkeys(names)
-                 if not isinstance(before, dict) or before.get(key) != definition.get(key)]
-        raise InputError(f'{path.parent}: holds results of another {", ".join(other)}; choose another {flag}, or '
-                         'remove that folder')
+    if field and isinstance(before, dict):
+        before = before.get(field)
+    before = before if isinstance(before, dict) else {}
+    differ = [name for name in {**definition, **before}
+              if name not in ignored and before.get(name) != definition.get(name)]
+    if differ:
+        raise InputError(f'{path.parent}: holds results of another {", ".join(differ)}; {advice}')
+    return True
 
 
 # ---------------------------------------------------------------- one writer a folder
 
-def lock_file(path: str | Path) -> BinaryIO | None:
+def hold_folder(folder: str | Path, advice: str = 'choose another --output-dir', wait: float = 0,
+                name: str = '.lock') -> BinaryIO:
+    """Make a folder, and hold it for this process until the returned file is closed or the process ends.
+
+    Args:
+        folder: that only one process may write.
+        advice: what else to do where it cannot be held.
+        wait: seconds, for another process that holds it.
+        name: of the file in the folder that is locked.
+
+    Raises:
+        InputError: when another process holds the folder, or it cannot be written.
+    """
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        return lock_file(Path(folder) / name, wait)
+    except BlockingIOError:
+        raise InputError(f'{folder}: another process is at work there; wait until it ends, or {advice}') from None
+    except OSError as error:
+        raise InputError(f'{folder}: cannot be written ({error.strerror}); {advice}') from None
+
+
+def lock_file(path: str | Path, wait: float = 0) -> BinaryIO:
     """Open `path` and lock it for this process until it is closed or the process ends, however it ends.
 
-    Returns:
-        The open file, or None where the file system has no locks.
+    On a file system without locks every process gets the file.
+
+    Args:
+        path: of the file, which is made where it is not there.
+        wait: seconds, for another process that holds the lock.
 
     Raises:
         BlockingIOError: when another process holds the lock.
         OSError: when the file cannot be opened.
     """
-    file = open(path, 'ab+')  # noqa: SIM115 - it stays open, and so locked
+    file = open(path, 'ab')  # noqa: SIM115 - it stays open, and so locked
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: forked loader processes do not keep it
     except (BlockingIOError, PermissionError):
-        file.close()
-        raise BlockingIOError(f'{path} is locked') from None
+        if not _wait_for_lock(file, wait):
+            file.close()
+            raise BlockingIOError(f'{path} is locked') from None
     except OSError:
-        file.close()
-        return None
+        pass  # no locks here
     return file
+
+
+def _wait_for_lock(file: BinaryIO, seconds: float) -> bool:
+    """Whether this process gets the lock of an open file in that time."""
+    locked = []
+
+    def wait() -> None:
+        with contextlib.suppress(OSError):  # such as the file's being closed when the time is over
+            fcntl.lockf(file, fcntl.LOCK_EX)
+            locked.append(True)
+    if seconds:
+        thread = threading.Thread(target=wait, daemon=True)  # the system's call has no time limit of its own
+        thread.start()
+        thread.join(seconds)
+    return bool(locked)
 
 
 # ---------------------------------------------------------------- the web
@@ -310,14 +353,14 @@ def download(url: str, folder: str | Path) -> str:
         InputError: when it cannot be fetched, or is not the file it should be.
     """
     address, _, fragment = url.partition('#')
-    stated = re.fullmatch(r'sha256=([0-9a-f]{64})', fragment)
-    if fragment and not stated:
+    expected = re.fullmatch(r'sha256=([0-9a-f]{64})', fragment)
+    if fragment and not expected:
         raise InputError(f'{url}: after # may stand sha256= and 64 hexadecimal digits, and nothing else')
     try:
         path = os.path.join(folder, Path(urllib.parse.urlparse(address).path).name or 'file')
         torch.hub.download_url_to_file(address, path, progress=is_main() and sys.stderr.isatty())
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise InputError(f'{url}: cannot be fetched ({error})') from None
-    if stated and sha256(path) != stated.group(1):
+    if expected and sha256(path) != expected.group(1):
         raise InputError(f'{url}: what was fetched has SHA-256 {sha256(path)}: fetch it again, or mistrust it')
     return path

@@ -1,4 +1,4 @@
-"""Classes: how many a model has, and whether two sets of labels mean the same ones."""
+"""Labels: the files that hold them, how many classes they make, and whether two sets mean the same classes."""
 import itertools
 import re
 from collections.abc import Iterable
@@ -12,28 +12,30 @@ from utils import InputError
 MAX_CLASS = 10 ** 6  # a larger label is no class number
 
 
-def check_class_names(ours: list[str] | None, theirs: list[str] | None, our_file: str | Path,
-                      their_file: str | Path) -> None:
+def check_class_names(names: list[str] | None, others: list[str] | None, file: str | Path,
+                      other_file: str | Path) -> None:
     """InputError unless two lists of class names, where both are known, are the same in the same order."""
-    if same_class_names(ours, theirs):
+    if same_class_names(names, others):
         return
-    for label, (our_name, their_name) in enumerate(itertools.zip_longest(ours, theirs)):
-        if our_name != their_name:
-            our_word, their_word = ('missing' if name is None else ascii(name) for name in (our_name, their_name))
-            raise InputError(f'{their_file}: class {label} is {their_word}, but in {our_file} it is {our_word}: labels '
-                             'would mean other classes; make both sets from the same class names')
+    for label, pair in enumerate(itertools.zip_longest(names, others)):
+        if pair[0] != pair[1]:
+            name, other = ('missing' if name is None else ascii(name) for name in pair)
+            raise InputError(f'{other_file}: class {label} is {other}, but in {file} it is {name}: labels would mean '
+                             'other classes; make both sets from the same class names')
 
 
-def same_class_names(ours: list[str] | None, theirs: list[str] | None) -> bool:
+def same_class_names(names: list[str] | None, others: list[str] | None) -> bool:
     """Whether two lists of class names do not contradict one another: they are the same, or one is not known."""
-    return ours is None or theirs is None or list(ours) == list(theirs) or _repeat_labels(ours, theirs) or (
-        _repeat_labels(theirs, ours))
+    return names is None or others is None or list(names) == list(others) or _repeat_labels(names, others) or (
+        _repeat_labels(others, names))
 
 
 def _repeat_labels(names: list[str], others: list[str]) -> bool:
     """Whether names are only the labels, as of folders 0, 1, 2 or 00, 01, 02, which no number in others contradicts."""
-    ours, theirs = ([int(name) if str(name).isdecimal() else None for name in side] for side in (names, others))
-    return bool(ours) and ours == list(range(len(ours))) and all(n in (None, label) for label, n in enumerate(theirs))
+    numbers, other_numbers = ([int(name) if str(name).isdecimal() else None for name in side]
+                              for side in (names, others))
+    return bool(numbers) and numbers == list(range(len(numbers))) and all(
+        number in (None, label) for label, number in enumerate(other_numbers))
 
 
 def count_classes(labels: dict[str, np.ndarray], asked: int | None, trained: int | None) -> int:

@@ -1,12 +1,14 @@
-"""Images and labels, a whole batch at a time: the pixel twin of TokenDataset.
+"""Images a whole batch at a time: with labels, augmented, for classifiers; without labels, as they are, for tokenizers.
 
-Worker processes decode and augment; uint8 pixels travel to the device, and are normalized there. The augmentation of
-an image is a function of (seed, epoch, its number, which of its copies), so a resumed run repeats it exactly, whatever
-the number of processes.
+ImageDataset is the pixel twin of TokenDataset. Worker processes decode and augment; uint8 pixels travel to the device,
+and are normalized there. The augmentation of an image is a function of (seed, epoch, its number, which of its copies),
+so a resumed run repeats it exactly, whatever the number of processes.
+
+Images are some of a source's; `hold_out` keeps some of them from training. In which order they come, programs decide.
 """
-import argparse
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from timm.data.random_erasing import RandomErasing
 from image_data.sources import Source, load_images, open_source
 from utils import InputError
 
-HELD_OUT = 1000  # images, at most a tenth of all
+HELD_OUT = 1000  # images that are held out, where a tenth of all would be more
 
 
 class ImageDataset:
@@ -66,9 +68,9 @@ class ImageDataset:
         """
         slices = [indices[start:start + batch_size] for start in range(0, len(indices), batch_size)]
 
-        def prepare(image: Image.Image, number: int, place: int) -> torch.Tensor:
+        def prepare(image: Image.Image, number: int, position: int) -> torch.Tensor:
             if draws is not None:
-                seed_transform(draws[number * batch_size + place])
+                seed_transform(draws[number * batch_size + position])
             return torch.as_tensor(self.transform(image))  # older versions of timm give an array
 
         for batch in load_images(self.source, slices, self.size, workers=self.workers, max_pixels=self.max_pixels,
@@ -102,7 +104,7 @@ def train_transform(size: int, min_area: float, hflip: float, color_jitter: floa
     Args:
         size: side of the result.
         min_area: smallest area of the crop, as a part of the image's.
-        hflip: share of images that are mirrored.
+        hflip: part of the images that are mirrored.
         color_jitter: its strength. timm leaves it out where there is a policy, as DeiT did.
         policy: timm's name of a policy, such as rand-m9-mstd0.5-inc1 (RandAugment); '' for none.
 
@@ -142,48 +144,68 @@ def random_erasing(probability: float, device: torch.device) -> Callable[[torch.
     return RandomErasing(probability, mode='pixel', device=device)
 
 
+@dataclass(frozen=True)
 class Images:
-    """Some of a source's images, as batches of pixels.
+    """Some of a source's images, without their labels, as batches of pixels.
 
-    Args:
-        args: the command line.
+    Attributes:
         source: of the images.
-        chosen: (N,) int64, which of them.
-        device: where batches go.
+        chosen: (N,) int64, their numbers in the source.
+        size: S, side of the pixels that are yielded; both sides of an image are resized to it.
+        batch_size: the last batch may be smaller.
+        device: of the batches.
+        workers: processes that decode.
+        skip_bad: leave images that cannot be read out, instead of an InputError.
+        max_pixels: larger images cannot be read; None for PIL's limit.
     """
-
-    def __init__(self, args: argparse.Namespace, source: Source, chosen: np.ndarray, device: torch.device):
-        self.args = args
-        self.source = source
-        self.chosen = chosen
-        self.device = device
+    source: Source
+    chosen: np.ndarray
+    size: int
+    batch_size: int
+    device: torch.device
+    workers: int = 0
+    skip_bad: bool = False
+    max_pixels: int | None = None
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     def batches(self, numbers: np.ndarray) -> Iterator[torch.Tensor]:
-        """(B, 3, S, S) uint8 on the device, of images (M,) of the source. Raises InputError."""
-        args = self.args
-        parts = [numbers[first:first + args.batch_size] for first in range(0, len(numbers), args.batch_size)]
+        """Yield pixels (B, 3, S, S) uint8 on the device, of the images of these numbers (M,) in the source.
+
+        Raises:
+            InputError: for an image, or with `skip_bad` all images of a batch, that cannot be read.
+        """
+        batches = [numbers[first:first + self.batch_size] for first in range(0, len(numbers), self.batch_size)]
         pin_memory = self.device.type == 'cuda'
-        for batch in load_images(self.source, parts, args.image_size, workers=args.num_workers,
-                                 skip_bad=args.skip_bad_images, pin_memory=pin_memory,
-                                 max_pixels=args.max_image_pixels):
+        for batch in load_images(self.source, batches, self.size, workers=self.workers, skip_bad=self.skip_bad,
+                                 pin_memory=pin_memory, max_pixels=self.max_pixels):
             if not len(batch.indices):
                 raise InputError(f'{self.source.data_path}: none of the {len(batch.skipped)} images of a batch can be '
                                  'read')
             yield batch.pixels.to(self.device, non_blocking=pin_memory)
 
 
-def hold_out(args: argparse.Namespace, device: torch.device) -> tuple[Images, Images]:
-    """The images that are trained on, and those held out, disjoint. Raises InputError."""
-    source = open_source(args.data_path)
-    val_source = open_source(args.val_path) if args.val_path else source
-    count = args.val_images or min(HELD_OUT, max(1, len(val_source) // 10))
-    if count > len(val_source) or (not args.val_path and count == len(source)):
-        raise InputError(f'{args.val_path or args.data_path}: of its {len(val_source)} images {count} cannot be held '
-                         'out and leave some to train on: give a smaller --val-images')
-    order = torch.randperm(len(val_source), generator=torch.Generator().manual_seed(args.seed)).numpy()
-    trained = np.arange(len(source)) if args.val_path else np.sort(order[count:])
+def hold_out(data_path: str, val_path: str, val_images: int | None, seed: int, **reading: Any) -> tuple[Images, Images]:
+    """The images that are trained on, and those held out: none is in both.
+
+    Args:
+        data_path: images, as in image_data/sources.py.
+        val_path: of the images that are held out; '' for some of `data_path`.
+        val_images: how many are held out, drawn at random; None for a tenth, 1,000 at most.
+        seed: of the draw.
+        reading: what else an `Images` takes, such as its size.
+
+    Raises:
+        InputError: for images that cannot be found, or are too few.
+    """
+    source = open_source(data_path)
+    val_source = open_source(val_path) if val_path else source
+    count = val_images or min(HELD_OUT, max(1, len(val_source) // 10))
+    if count > len(val_source) or (not val_path and count == len(source)):
+        raise InputError(f'{val_path or data_path}: of its {len(val_source)} images {count} cannot be held out and '
+                         'leave some to train on: give a smaller --val-images')
+    order = torch.randperm(len(val_source), generator=torch.Generator().manual_seed(seed)).numpy()
+    trained = np.arange(len(source)) if val_path else np.sort(order[count:])
     held_out = np.sort(order[:count])  # in order, so that row groups of parquet files are read once
-    return Images(args, source, trained, device), Images(args, val_source, held_out, device)
+    return Images(source, trained, **reading), Images(val_source, held_out, **reading)

@@ -1,4 +1,8 @@
-"""Encoded images: which names are images, which are passed over, decoding, and their bytes without headers."""
+"""One encoded image: whether a name is one, decoding by PIL, and bytes without headers.
+
+What PIL reads counts as an image, but for films, data of other sciences, and formats that need another program. Hidden
+files and the folders that systems add are never images. Whatever PIL raises for a damaged file is a BadImage.
+"""
 import functools
 import io
 import re
@@ -47,8 +51,8 @@ def is_hidden(name: str) -> bool:
                for part in name.split('/'))
 
 
-class LeftOut:
-    """What a source leaves out, counted by reason and said once."""
+class IgnoredFiles:
+    """Files and folders that a source does not read, counted by reason, and printed once."""
     HIDDEN = 'hidden names (such as .DS_Store) passed over'
     OTHER = 'files of kinds that are not read left out'
     LOOSE = 'images outside of class folders left out'

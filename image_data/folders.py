@@ -1,15 +1,19 @@
-"""Class folders of images: which images are in them, in the order of torchvision's ImageFolder."""
+"""Class folders of images: which images are in them, in the order of torchvision's ImageFolder.
+
+The label of an image is the number of its class folder in alphabetical order, so that a hidden folder, a broken link or
+an empty class would give all later classes other numbers: the first is ignored, the others are errors.
+"""
 import os
 import stat
 from collections import Counter
 from pathlib import Path, PurePath
 
-from image_data.decoding import LeftOut, is_hidden, is_image
+from image_data.decoding import IgnoredFiles, is_hidden, is_image
 from utils import InputError
 
 
-def read_folder(root: Path, left_out: LeftOut) -> tuple[list[str], list[str], list[int]]:
-    """Find the images in the class folders of `root`; what is left out is added to `left_out`.
+def read_folder(root: Path, ignored: IgnoredFiles) -> tuple[list[str], list[str], list[int]]:
+    """Find the images in the class folders of `root`; what is left out is added to `ignored`.
 
     Returns:
         The classes in alphabetical order, the paths of the images relative to `root`, and their labels: the numbers
@@ -18,14 +22,14 @@ def read_folder(root: Path, left_out: LeftOut) -> tuple[list[str], list[str], li
     Raises:
         InputError: for a folder that cannot be read, no class folders, or a class without images.
     """
-    classes = class_folders(root, left_out)
+    classes = class_folders(root, ignored)
     if not classes:
         more = f'; it has files ({_endings(os.listdir(root))}), which must be in a folder for each class'
         raise InputError(f'{root}: no class folders of images in it{more if os.listdir(root) else ""}')
     names = []
     labels = []
     for label, name in enumerate(classes):
-        images = images_in(root, name, left_out)
+        images = images_in(root, name, ignored)
         if not images:
             seen = [file for _, _, files in os.walk(root / name) for file in files if not is_hidden(file)]
             contents = f' (it has {_endings(seen)} files)' if seen else ', it is empty'
@@ -38,30 +42,30 @@ def read_folder(root: Path, left_out: LeftOut) -> tuple[list[str], list[str], li
 
 def holds_class_folders(root: Path) -> bool:
     """Whether a folder has class folders with an image in one of them."""
-    ignored = LeftOut()
+    ignored = IgnoredFiles()
     return any(images_in(root, name, ignored) for name in class_folders(root, ignored))
 
 
-def class_folders(root: Path, left_out: LeftOut) -> list[str]:
+def class_folders(root: Path, ignored: IgnoredFiles) -> list[str]:
     """The names of the class folders in `root`, sorted."""
     names = []
     for entry in _entries(root):
         if is_hidden(entry.name):
-            left_out.add(LeftOut.HIDDEN, entry.name)
+            ignored.add(IgnoredFiles.HIDDEN, entry.name)
         elif not os.path.isdir(entry.path):
             if not os.path.exists(entry.path):
                 raise InputError(f'{root}: {entry.name} is a link to nothing; mend or remove it, because a class '
                                  'that lacks would give the others other numbers')
             if is_image(entry.name):
-                left_out.add(LeftOut.LOOSE, entry.name)
+                ignored.add(IgnoredFiles.LOOSE, entry.name)
         elif entry.is_symlink() and _leads_back(entry.path, root):
-            left_out.add(LeftOut.LINK, entry.name)
+            ignored.add(IgnoredFiles.LINK, entry.name)
         else:
             names.append(entry.name)
     return names
 
 
-def images_in(root: Path, class_name: str, left_out: LeftOut) -> list[str]:
+def images_in(root: Path, class_name: str, ignored: IgnoredFiles) -> list[str]:
     """Paths, relative to `root`, of the images in one class folder and the folders below it, in ImageFolder's order.
 
     Links are followed, except to folders that are read anyway, so that none is read twice or without end.
@@ -74,7 +78,7 @@ def images_in(root: Path, class_name: str, left_out: LeftOut) -> list[str]:
         folder = folders.pop() if folders else links.pop(0)
         identity = os.stat(root / folder)
         if (identity.st_dev, identity.st_ino) in seen:
-            left_out.add(LeftOut.LINK, folder)
+            ignored.add(IgnoredFiles.LINK, folder)
             continue
         seen.add((identity.st_dev, identity.st_ino))
         files = []
@@ -88,7 +92,7 @@ def images_in(root: Path, class_name: str, left_out: LeftOut) -> list[str]:
             elif kind == 'image':
                 files.append(name)
             else:
-                left_out.add(kind, name)
+                ignored.add(kind, name)
         files_of.append((folder, files))
     return [name for _, files in sorted(files_of) for name in files]
 
@@ -96,16 +100,16 @@ def images_in(root: Path, class_name: str, left_out: LeftOut) -> list[str]:
 def _kind(entry: os.DirEntry, root: Path) -> str:
     """'folder', 'link' (to a folder), 'image', or why the entry of a class folder is left out."""
     if is_hidden(entry.name):
-        return LeftOut.HIDDEN
+        return IgnoredFiles.HIDDEN
     if entry.is_symlink() and os.path.isdir(entry.path):
-        return LeftOut.LINK if _leads_back(entry.path, root) else 'link'
+        return IgnoredFiles.LINK if _leads_back(entry.path, root) else 'link'
     if entry.is_dir(follow_symlinks=False):
         return 'folder'
     if not is_image(entry.name):
-        return LeftOut.OTHER
+        return IgnoredFiles.OTHER
     # A link to nothing is an image that cannot be read: the reader will say so.
     regular = os.path.isfile(entry.path) or (entry.is_symlink() and not os.path.exists(entry.path))
-    return 'image' if regular else LeftOut.SPECIAL
+    return 'image' if regular else IgnoredFiles.SPECIAL
 
 
 def _leads_back(link: str, root: Path) -> bool:

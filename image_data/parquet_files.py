@@ -20,17 +20,17 @@ SPLITS = {'train': 'train', 'training': 'train', 'test': 'test', 'testing': 'tes
 
 
 def split_of(name: str) -> str | None:
-    """The split that a parquet file's name states, as in 'train-00000-of-00005.parquet'; None where it states none."""
+    """The split in a parquet file's name, as in 'train-00000-of-00005.parquet'; None where the name has none."""
     numbered = re.match(r'(.+)-\d+-of-\d+', name.lower())
     parts = re.findall('[a-z]+', name.lower())
-    stated = [SPLITS[word] for word in parts if word in SPLITS]
-    if stated:
-        return stated[0]
+    splits = [SPLITS[word] for word in parts if word in SPLITS]
+    if splits:
+        return splits[0]
     return numbered.group(1) if numbered else None
 
 
 def check_one_split(folder: Path, paths: Sequence[Path]) -> None:
-    """InputError where the names of a folder's parquet files state more than one split."""
+    """InputError where the names of a folder's parquet files are of more than one split."""
     splits = {split_of(path.name): path for path in reversed(paths)}
     splits.pop(None, None)
     if len(splits) > 1:
@@ -77,9 +77,9 @@ def _holds_bytes(kind: Any) -> bool:
 def read_column(path: Path, file: 'ParquetFile', name: str, groups: Sequence[int] | None = None) -> list:
     """One column of an open parquet file, or of some of its row groups. Raises InputError."""
     import pyarrow
-    chosen = list(range(file.num_row_groups)) if groups is None else list(groups)
+    groups = list(range(file.num_row_groups)) if groups is None else list(groups)
     try:
-        return file.read_row_groups(chosen, columns=[name], use_threads=False).column(name).to_pylist()
+        return file.read_row_groups(groups, columns=[name], use_threads=False).column(name).to_pylist()
     except (OSError, pyarrow.ArrowException) as error:
         raise InputError(f'{path}: damaged parquet file ({first_line(error)}); fetch it again') from None
 

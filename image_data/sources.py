@@ -30,13 +30,12 @@ from tqdm import tqdm
 
 from fileio.files import expand_files
 from fileio.labels import MAX_CLASS, check_class_names
-from image_data.decoding import BadImage, LeftOut, decode_rgb, image_formats, is_hidden, resize_square
+from image_data.decoding import BadImage, IgnoredFiles, decode_rgb, image_formats, is_hidden, resize_square
 from image_data.folders import holds_class_folders, read_folder, read_regular_file
 from image_data.parquet_files import (check_one_split, class_names, image_bytes, open_parquet, read_column,
                                       read_labels_of)
 from image_data.tar_shards import read_tar
 from image_data.workers import plan_workers
-from image_tokenizer.tokenizers import unit_range
 from utils import InputError, print0
 
 
@@ -50,7 +49,7 @@ class Source:
         names: of the images, the same wherever the set lies.
         labels: (N,) int64.
         classes: names in the order of the labels, or None.
-        labels_from: where the labels come from, in words.
+        labels_from: where the labels come from, for messages.
         change: what `load_images` does to a prepared image, (pixels (3, S, S) uint8, i) -> pixels, such as a
             corruptions.Corruption; None for nothing.
     """
@@ -65,7 +64,7 @@ class Source:
         return len(self.names)
 
     def read(self, i: int) -> bytes:
-        """The encoded bytes of image i. Raises OSError, BadImage or InputError where they cannot be had."""
+        """The encoded bytes of image i. Raises OSError, BadImage or InputError where they cannot be read."""
         raise NotImplementedError
 
     def sizes(self) -> np.ndarray:
@@ -85,20 +84,20 @@ class Source:
 
 
 def open_source(data_path: str | Path) -> Source:
-    """The Source that `data_path` names, see the module's docstring. Prints what is left out. Raises InputError."""
-    left_out = LeftOut()
-    source = _open(str(data_path), left_out)
+    """The Source that `data_path` names, see the module's docstring. Prints what is ignored. Raises InputError."""
+    ignored = IgnoredFiles()
+    source = _open(str(data_path), ignored)
     source.data_path = str(data_path)
-    left_out.report(source.data_path)
+    ignored.report(source.data_path)
     return source
 
 
-def _open(data_path: str, left_out: LeftOut) -> Source:
+def _open(data_path: str, ignored: IgnoredFiles) -> Source:
     path = Path(data_path)
     if os.path.isdir(data_path):
         parquet = sorted(file for file in path.glob('*.parquet') if not is_hidden(file.name))
         if not parquet:
-            return FolderImages(path, left_out)
+            return FolderImages(path, ignored)
         if holds_class_folders(path):
             raise InputError(f'{path}: holds parquet files ({parquet[0].name}) and class folders of images; give the '
                              f"parquet files as a glob, '{path}/*.parquet', or move them out")
@@ -112,7 +111,7 @@ def _open(data_path: str, left_out: LeftOut) -> Source:
     if kinds == {'.txt'} and len(files) == 1:
         return ListedImages(files[0])
     if kinds == {'.tar'}:
-        return TarImages(files, left_out)
+        return TarImages(files, ignored)
     if kinds == {'.parquet'}:
         return ParquetImages(files)
     if not os.path.exists(files[0]):
@@ -139,9 +138,9 @@ class FolderImages(_ImageFiles):
     """Class folders of images."""
     labels_from = 'class folders in alphabetical order'
 
-    def __init__(self, path: Path, left_out: LeftOut):
+    def __init__(self, path: Path, ignored: IgnoredFiles):
         self.folder = path
-        self.classes, self.names, labels = read_folder(path, left_out)
+        self.classes, self.names, labels = read_folder(path, ignored)
         self.labels = np.array(labels, np.int64)
 
 
@@ -179,19 +178,19 @@ class TarImages(Source):
     """Tar shards in webdataset's layout, read by offset."""
     labels_from = "the members .cls, or .json's 'label', of the tar shards"
 
-    def __init__(self, paths: list[Path], left_out: LeftOut):
+    def __init__(self, paths: list[Path], ignored: IgnoredFiles):
         self.paths = paths
         self.names = []
         labels = []
         locations = []
         for number, path in enumerate(paths):
             before = len(labels)
-            for image in read_tar(path, left_out):
+            for image in read_tar(path, ignored):
                 self.names.append(f'{path.name}/{image.name}')
                 labels.append(image.label)
                 locations.append((number, image.offset, image.size))
             if len(labels) == before:
-                first = left_out.first.get(LeftOut.NO_IMAGE)
+                first = ignored.first.get(IgnoredFiles.NO_IMAGE)
                 raise InputError(f'{path}: no images in it' + (f' (first member: {first})' if first else ''))
         self.labels = np.array(labels, np.int64)
         self.locations = np.array(locations, np.int64)
@@ -285,7 +284,7 @@ def load_images(source: Source, batches: Sequence[Sequence[int]], size: int, *, 
             has no such flag.
         pin_memory: put pixels into page-locked memory, for a GPU.
         max_pixels: larger images cannot be read; None for PIL's limit.
-        prepare: (RGB image, number of its batch, its place there) -> (3, size, size) uint8; None resizes both sides.
+        prepare: (RGB image, number of its batch, position there) -> (3, size, size) uint8; None resizes both sides.
 
     Yields:
         An ImageBatch for each batch, in order.
@@ -334,7 +333,7 @@ class _DecodedBatches(Dataset):
         self.batches = batches
         self.size = size
         self.max_pixels = max_pixels
-        self.prepare = prepare or (lambda image, number, place: resize_square(image, size))
+        self.prepare = prepare or (lambda image, number, position: resize_square(image, size))
 
     def __len__(self) -> int:
         return len(self.batches)
@@ -347,10 +346,10 @@ class _DecodedBatches(Dataset):
         good = []
         sizes = []
         skipped = []
-        for place, i in enumerate(map(int, batch)):
+        for position, i in enumerate(map(int, batch)):
             try:
                 data = self.source.read(i)
-                image = self.prepare(decode_rgb(data, self.max_pixels), number, place)
+                image = self.prepare(decode_rgb(data, self.max_pixels), number, position)
             except OSError as error:
                 skipped.append((i, error.strerror or str(error)))
             except (BadImage, InputError) as error:
@@ -363,6 +362,6 @@ class _DecodedBatches(Dataset):
 
 
 def source_images(source: Source, count: int, size: int, max_pixels: int | None) -> torch.Tensor:
-    """The first images of a source as the tokenizer gets them: (count, 3, size, size) float32 in [0, 1]."""
+    """The first images of a source as a tokenizer gets them: (count, 3, size, size) float32 in [0, 1]."""
     batch = next(load_images(source, [range(count)], size, max_pixels=max_pixels))
-    return unit_range(batch.pixels)
+    return batch.pixels / 255

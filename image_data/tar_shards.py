@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from fileio.files import parse_json
 from fileio.labels import MAX_CLASS
-from image_data.decoding import LeftOut, image_extensions, is_hidden
+from image_data.decoding import IgnoredFiles, image_extensions, is_hidden
 from utils import InputError
 
 LABEL_BYTES = 1 << 20  # more is no label
@@ -22,26 +22,26 @@ MAX_END = END_MARK + tarfile.RECORDSIZE  # with what pads it to a whole record
 
 
 class TarImage(NamedTuple):
-    """An image in a tar shard: member name, place of its bytes in the file, and label."""
+    """An image in a tar shard: member name, where its bytes begin in the file, how many they are, and label."""
     name: str
     offset: int
     size: int
     label: int
 
 
-def read_tar(path: Path, left_out: LeftOut) -> Iterator[TarImage]:
-    """Yield the images of a tar shard in its order; what is not one is added to `left_out`. Raises InputError."""
+def read_tar(path: Path, ignored: IgnoredFiles) -> Iterator[TarImage]:
+    """Yield the images of a tar shard in its order; what is not one is added to `ignored`. Raises InputError."""
     key = None
     members = []
-    for member in _members(path, left_out):
+    for member in _members(path, ignored):
         folder, _, name = member.info.name.rpartition('/')
         stem = name.partition('.')[0]
         if (folder, stem) != key:
-            yield from _sample(path, members, left_out)
+            yield from _sample(path, members, ignored)
             key = folder, stem
             members = []
         members.append(member)
-    yield from _sample(path, members, left_out)
+    yield from _sample(path, members, ignored)
 
 
 class _Member(NamedTuple):
@@ -51,32 +51,32 @@ class _Member(NamedTuple):
     label: int | None
 
 
-def _sample(path: Path, members: list[_Member], left_out: LeftOut) -> Iterator[TarImage]:
+def _sample(path: Path, members: list[_Member], ignored: IgnoredFiles) -> Iterator[TarImage]:
     """The image of a sample, if it has one. Raises InputError when it lacks the label, or has several images."""
     images = [member for member in members if '.' + member.extension in image_extensions()]
     usual = [member for member in images if member.extension in USUAL_IMAGES]
-    chosen = usual or images
-    if len(chosen) > 1:
-        raise InputError(f'{path}: {chosen[0].info.name} and {chosen[1].info.name} are two images of one name; '
+    candidates = usual or images
+    if len(candidates) > 1:
+        raise InputError(f'{path}: {candidates[0].info.name} and {candidates[1].info.name} are two images of one name; '
                          'rename one')
-    if not chosen:
+    if not candidates:
         if members:
             others = [member for member in members if member.extension not in ('cls', 'json')]
-            left_out.add(LeftOut.NO_IMAGE, f'{path.name}/{(others or members)[0].info.name}')
+            ignored.add(IgnoredFiles.NO_IMAGE, f'{path.name}/{(others or members)[0].info.name}')
         return
     for member in images:
-        if member is not chosen[0]:
-            left_out.add(LeftOut.OTHER, f'{path.name}/{member.info.name}')
+        if member is not candidates[0]:
+            ignored.add(IgnoredFiles.OTHER, f'{path.name}/{member.info.name}')
     labels = {member.extension: member.label for member in members if member.label is not None}
-    image = chosen[0].info
+    image = candidates[0].info
     if not labels:
-        key = image.name[:-len(chosen[0].extension) - 1]
+        key = image.name[:-len(candidates[0].extension) - 1]
         raise InputError(f"{path}: {key} has no label: a member {key}.cls with an integer, or {key}.json with an "
                          "integer 'label', must stand next to the image")
     yield TarImage(image.name, image.offset_data, image.size, labels.get('cls', labels.get('json')))
 
 
-def _members(path: Path, left_out: LeftOut) -> Iterator[_Member]:
+def _members(path: Path, ignored: IgnoredFiles) -> Iterator[_Member]:
     """Yield the regular files in a tar, hidden ones left out. Raises InputError."""
     offset = 0
     try:
@@ -87,7 +87,7 @@ def _members(path: Path, left_out: LeftOut) -> Iterator[_Member]:
                     raise InputError(f'{path}: {info.name} claims a negative size: damaged; fetch it again')
                 offset = tar.offset
                 if is_hidden(info.name):
-                    left_out.add(LeftOut.HIDDEN, f'{path.name}/{info.name}')
+                    ignored.add(IgnoredFiles.HIDDEN, f'{path.name}/{info.name}')
                 elif not info.isdir():
                     yield _member(path, tar, info)
             offset = tar.offset

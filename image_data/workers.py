@@ -1,4 +1,8 @@
-"""How many worker processes may decode images, and where they can pass the pixels on."""
+"""How many worker processes may decode images, and where they can pass the pixels on.
+
+Worker processes send pixels through shared memory, and open sockets in a temporary folder for that. A container with
+little shared memory and a TMPDIR with a long path both make a DataLoader hang or die, so both are looked at before.
+"""
 import contextlib
 import multiprocessing.util
 import os

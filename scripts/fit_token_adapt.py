@@ -90,7 +90,9 @@ def main(args: argparse.Namespace) -> int:
     tokenizer, codebook = load_models(args.tokenizer_path, None, args.codebook_path, args.image_size, False)
     size = crop_side(args, tokenizer.patch_size)
     grid_size = args.image_size // tokenizer.patch_size
-    images, held_out = hold_out(args, device)
+    images, held_out = hold_out(args.data_path, args.val_path, args.val_images, args.seed, size=args.image_size,
+                                batch_size=args.batch_size, device=device, workers=args.num_workers,
+                                skip_bad=args.skip_bad_images, max_pixels=args.max_image_pixels)
     check_same_on_all_ranks({'the list of images': images.source.digest(), 'held-out images': len(held_out),
                              'codebook': tuple(codebook.shape), **progress_of(checkpoint)})
     pairs = CodePairs(tokenizer.requires_grad_(False).eval().to(device), codebook.to(device), grid_size, size)

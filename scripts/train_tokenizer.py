@@ -145,7 +145,9 @@ def main(args: argparse.Namespace) -> int:
     device, folder, checkpoint, path = recipe.start(args, outputs=(TOKENIZER, CODEBOOK, SHEET))
 
     # ------------------------------------------------------------ data and model
-    images, held_out = hold_out(args, device)
+    images, held_out = hold_out(args.data_path, args.val_path, args.val_images, args.seed, size=args.image_size,
+                                batch_size=args.batch_size, device=device, workers=args.num_workers,
+                                skip_bad=args.skip_bad_images, max_pixels=args.max_image_pixels)
     check_same_on_all_ranks({'the list of images': images.source.digest(), 'held-out images': len(held_out),
                              **progress_of(checkpoint)})
     training = make_training(args, device)

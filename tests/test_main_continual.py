@@ -368,13 +368,13 @@ def test_runs_that_share_tokens_wait(paths, tmp_path, monkeypatch):
     flags = [*TOKENS, *paths, '--tokenizer-from-task', 0, '--image-size', 64, '--tokens-dir', folder, '--output-dir',
              tmp_path / 'out', '--tokenize-only']
     folder.mkdir()
-    holder = subprocess.Popen([sys.executable, '-c', 'import sys, time\nfrom files import lock_file\n'
+    holder = subprocess.Popen([sys.executable, '-c', 'import sys, time\nfrom fileio.files import lock_file\n'
                                'lock = lock_file(sys.argv[1])\nprint(1, flush=True)\ntime.sleep(600)',
                                str(folder / '.lock')], cwd=ROOT, stdout=subprocess.PIPE)
     holder.stdout.readline()
     with monkeypatch.context() as patch:
         patch.setattr(task_tokens, 'PATIENCE', 0.3)
-        fails(lambda: call(main_continual, *flags), 'tokens: another run is making tokens there')
+        fails(lambda: call(main_continual, *flags), 'tokens: another process is at work there', '--tokens-dir')
     threading.Timer(1, holder.kill).start()
     assert call(main_continual, *flags) == 0
     holder.wait()

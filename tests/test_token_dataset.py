@@ -8,7 +8,7 @@ import torch
 
 from helpers import (codes_of_kind, fails, make_checked_set, make_compact_set, make_set, make_shards, make_wide_set,
                      npy, refused, write_manifest, write_raw_set)
-from token_dataset import TokenDataset, check_class_names
+from token_dataset import TokenDataset
 from token_files.codebook import load_codebook
 from token_files.published import index_path
 from token_files.token_file import manifest_path
@@ -140,7 +140,7 @@ def test_bad_shards_are_named(tmp_path):
     fails(load, 's-1-token', 'gzip')
 
 
-@pytest.mark.parametrize('name', ['a[1]', 'a,b', 'a*b', 'a{0..1}b', 'a?'])
+@pytest.mark.parametrize('name', ['a[1]', 'a*b', 'a{0..1}b', 'a?'])
 def test_folders_whose_names_look_like_patterns(tmp_path, name):
     folder = tmp_path / name
     folder.mkdir()
@@ -182,23 +182,6 @@ def test_shards_that_agree_on_classes(tmp_path, classes, expected):
 def test_shards_that_differ_in_classes_are_refused(tmp_path, first, second, words):
     spec = named_shards(tmp_path, first, second)
     fails(lambda: TokenDataset(*spec, 391, 'none'), 's-1-token.data.bin.gz: ' + words, 'would mean other classes')
-
-
-@pytest.mark.parametrize('ours, theirs, differ', [
-    (['0', '1'], ['cat', 'dog'], False), (['cat', 'dog'], ['00', '01'], False), (['0', '1', '2'], ['0', '1'], False),
-    (['0', '1'], ['1', '0'], True), (['0', '2'], ['0', '1'], True), (['cat', 'dog'], ['0', '2'], True)])
-def test_folders_called_by_their_labels_name_no_class(ours, theirs, differ):
-    if differ:
-        fails(lambda: check_class_names(ours, theirs, 'a', 'b'), '^b: class .* but in a it is ')
-    else:
-        check_class_names(ours, theirs, 'a', 'b')
-
-
-def test_class_names_where_one_side_knows_none():
-    check_class_names(None, ['cat'], 'a', 'b')
-    check_class_names(['cat'], None, 'a', 'b')
-    check_class_names([], [], 'a', 'b')
-    fails(lambda: check_class_names(['x'], [], 'our.json', 'their.json'), 'their.json: class 0 is missing.*our.json')
 
 
 # ---------------------------------------------------------------- labels, checksums, codebooks
@@ -244,7 +227,7 @@ def test_what_differs_from_its_manifest_is_refused(tmp_path, cache, damage):
 def test_line_endings_of_labels_under_a_manifest(tmp_path):
     path, labels = make_checked_set(tmp_path)
     labels.write_bytes(b'0\r\n1\r\n')
-    fails(lambda: TokenDataset(path, labels, 256), str(labels), 'changed to CRLF')
+    fails(lambda: TokenDataset(path, labels, 256), str(labels), 'changed or damaged')
     manifest_path(path).unlink()  # nothing says that they were others
     assert TokenDataset(path, labels, 256).labels.tolist() == [0, 1]
 

@@ -10,7 +10,6 @@ What is ours is said in a manifest beside the stream, NAME.json, as tokenize_ima
 names, checksums. A set without one is a published one. A set may also come as shards, each a whole set. The files of
 the format 'compact', which has a model in place of an index, are in token_files/compact.py.
 """
-import hashlib
 import json
 import math
 import os
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fileio.files import MAX_LABEL_BYTES, read_bytes, read_json, sha256
+from fileio.files import read_json, sha256
 from fileio.labels import read_labels, write_labels
 from token_files import compact
 from token_files.compact import CPU, CompactStream, open_compact
@@ -92,17 +91,8 @@ def check_checksums(path: Path, manifest: dict[str, Any], manifest_path: Path) -
         raise InputError(f'{manifest_path}: says nothing of {path.name}: it or the manifest is of another set')
     actual = {'sha256': sha256(path), 'bytes': os.path.getsize(path)}
     if actual != stated:
-        why = 'changed or damaged, fetch or make it again'
-        before = stated.get('sha256') if isinstance(stated, dict) else None
-        if path.suffix not in ('.gz', '.bin') and _sha256_with_lf(path) == before:
-            why = 'its line endings were changed to CRLF (by git?): change them back to LF'
         raise InputError(f'{path}: {actual["bytes"]} bytes, SHA-256 {actual["sha256"][:12]}..., where its manifest '
-                         f'says {reprlib.repr(stated)}: {why}')
-
-
-def _sha256_with_lf(path: Path) -> str:
-    """SHA-256 of a text file as it was before its line endings became CRLF."""
-    return hashlib.sha256(read_bytes(path, MAX_LABEL_BYTES).replace(b'\r\n', b'\n')).hexdigest()
+                         f'says {reprlib.repr(stated)}: changed or damaged, fetch or make it again')
 
 
 # ---------------------------------------------------------------- opening

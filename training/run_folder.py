@@ -20,13 +20,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fileio.files import MAX_JSON_BYTES, lock_file, parse_json, read_bytes, remove_leftovers, save_torch, write_text
+from fileio.files import MAX_JSON_BYTES, hold_folder, parse_json, read_bytes, remove_leftovers, save_torch, write_text
 from training.checkpoints import TrainState, load_checkpoint
 from utils import InputError, is_main, on_main, print0
 
 COMPLETE = '.checkpoint.pth.new'  # the next newest, whole, about to be renamed
 LOG = 'log.txt'
-LOCK = '.lock'
 UNSAVED = '.unsaved'
 SUMMARY = '.summary.json'  # behind the name of a checkpoint
 
@@ -214,15 +213,7 @@ class RunFolder:
         """Lock the folder, and remove what a run killed while it wrote has left."""
         if not self.saves:
             return
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self.lock = lock_file(self.path / LOCK)
-        except BlockingIOError:
-            raise InputError(f'{self.path}: another run is writing there; choose another --output-dir, or end that '
-                             'run first') from None
-        except OSError as error:
-            raise InputError(f'{self.path}: --output-dir cannot be written ({error.strerror}); choose another '
-                             'folder') from None
+        self.lock = hold_folder(self.path)
         for name in (*self.files.newest, COMPLETE, *self.files.best.values(), LOG, 'args.json', *self.outputs):
             remove_leftovers(self.path, f'.{name}.*.tmp')
 

@@ -6,7 +6,9 @@ from PIL import Image
 from timm.data import auto_augment
 
 from helpers import fails, smooth_images
-from image_data.dataset import ImageDataset, Normalize, eval_transform, posterize, random_erasing, train_transform
+from image_data.dataset import (ImageDataset, Normalize, eval_transform, hold_out, posterize, random_erasing,
+                                train_transform)
+from image_data.decoding import decode_image
 
 CPU = torch.device('cpu')
 
@@ -62,3 +64,42 @@ def test_erasing_is_of_a_step():
 
 def test_a_policy_that_timm_lacks_is_one_line():
     fails(lambda: train_transform(16, 0.1, 0., 0., 'randy'), '--aa randy: is no policy of timm')
+
+
+READING = {'size': 8, 'batch_size': 5, 'device': CPU}
+
+
+@pytest.mark.parametrize('val_images, expected', [(None, 2), (7, 7), (23, 23)])
+def test_no_image_is_both_trained_on_and_held_out(tmp_path, val_images, expected):
+    smooth_images(tmp_path / 'x')
+    draws = []
+    for seed in 0, 0, 1:
+        images, held_out = hold_out(str(tmp_path / 'x'), '', val_images, seed, **READING)
+        assert len(held_out) == expected and sorted([*images.chosen, *held_out.chosen]) == list(range(24))
+        draws.append(held_out.chosen.tolist())
+    assert draws[0] == draws[1] != draws[2] and draws[0] == sorted(draws[0])
+    images, held_out = hold_out(str(tmp_path / 'x'), str(tmp_path / 'x'), val_images, 0, **READING)
+    assert len(images) == 24 and held_out.chosen.tolist() == draws[0]
+
+
+def test_too_few_images_to_hold_some_out(tmp_path):
+    smooth_images(tmp_path / 'x')
+    fails(lambda: hold_out(str(tmp_path / 'x'), '', 24, 0, **READING), 'x: of its 24 images 24 cannot be held out')
+    fails(lambda: hold_out(str(tmp_path / 'x'), str(tmp_path / 'x'), 25, 0, **READING), 'smaller --val-images')
+
+
+def test_images_come_in_the_order_that_is_asked_for(tmp_path):
+    paths = smooth_images(tmp_path / 'x')
+    images, _ = hold_out(str(tmp_path / 'x'), str(tmp_path / 'x'), 1, 0, **READING)
+    order = np.random.default_rng(0).permutation(24)
+    batches = list(images.batches(order))
+    assert [len(pixels) for pixels in batches] == [5, 5, 5, 5, 4] and batches[0].dtype == torch.uint8
+    expected = [decode_image(images.source.read(i), 8) for i in order]
+    assert torch.equal(torch.cat(batches), torch.stack(expected))
+    for path in paths[:2]:
+        path.write_bytes(b'')
+    fails(lambda: list(images.batches(np.arange(3))), 'is no readable image')
+    skipping, _ = hold_out(str(tmp_path / 'x'), str(tmp_path / 'x'), 1, 0, skip_bad=True, **READING)
+    bad = [skipping.source.names.index(path.relative_to(tmp_path / 'x').as_posix()) for path in paths[:2]]
+    assert len(next(skipping.batches(np.array([*bad, 5])))) == 1
+    fails(lambda: list(skipping.batches(np.array(bad))), 'none of the 2 images of a batch can be read')

@@ -7,8 +7,8 @@ from PIL import Image
 from torchvision.datasets.folder import default_loader
 
 from helpers import encoded, noise, odd_images, published_transform
-from image_data.decoding import (BadImage, LeftOut, bare_bytes, decode_image, image_extensions, is_hidden, is_image,
-                                 scan_bytes, webp_bytes)
+from image_data.decoding import (BadImage, IgnoredFiles, bare_bytes, decode_image, image_extensions, is_hidden,
+                                 is_image, scan_bytes, webp_bytes)
 
 SIZE = 16
 
@@ -35,11 +35,11 @@ def test_extensions():
 
 
 def test_what_is_left_out_is_said_once_and_counted(capsys):
-    left_out = LeftOut()
+    ignored = IgnoredFiles()
     for name in ('a/b.txt', 'c/\udce9.txt', 'd.doc'):
-        left_out.add(LeftOut.OTHER, name)
-    left_out.add(LeftOut.HIDDEN, '\udce9.DS_Store')
-    left_out.report('in')
+        ignored.add(IgnoredFiles.OTHER, name)
+    ignored.add(IgnoredFiles.HIDDEN, '\udce9.DS_Store')
+    ignored.report('in')
     assert capsys.readouterr().out.splitlines() == [
         'note: in: files of kinds that are not read left out: 3 (first: a/b.txt)',
         r'note: in: hidden names (such as .DS_Store) passed over: 1 (first: \udce9.DS_Store)']

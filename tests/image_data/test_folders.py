@@ -6,14 +6,14 @@ import pytest
 from torchvision.datasets import ImageFolder
 
 from helpers import fails, save_image
-from image_data.decoding import LeftOut
+from image_data.decoding import IgnoredFiles
 from image_data.folders import holds_class_folders, read_folder, read_regular_file
 
 
 def read(root):
     """(classes, names, labels) of a folder, and what was left out by reason."""
-    left_out = LeftOut()
-    return *read_folder(root, left_out), left_out.counts
+    ignored = IgnoredFiles()
+    return *read_folder(root, ignored), ignored.counts
 
 
 def make(root, *names):
@@ -34,8 +34,8 @@ def test_the_order_is_that_of_torchvision(tmp_path):
     os.symlink(make(tmp_path.parent / 'elsewhere', 'x/1.png', 'x/y/2.png', '0.png'), tmp_path / 'linked')
     os.symlink(tmp_path.parent / 'elsewhere' / 'x', tmp_path / 'b' / 'more')
     theirs = ImageFolder(tmp_path)
-    classes, names, labels, left_out = read(tmp_path)
-    assert classes == theirs.classes and labels == theirs.targets and not left_out
+    classes, names, labels, ignored = read(tmp_path)
+    assert classes == theirs.classes and labels == theirs.targets and not ignored
     assert [os.path.join(tmp_path, name) for name in names] == [path for path, _ in theirs.samples]
 
 
@@ -43,16 +43,16 @@ def test_hidden_names_are_no_classes_and_no_images(tmp_path):
     make(tmp_path, 'a/0.png', 'b/0.png', '.ipynb_checkpoints/0-checkpoint.png', 'a/.ipynb_checkpoints/0.png',
          '__MACOSX/a/._0.png', 'a/._0.png', 'b/.DS_Store', '.DS_Store', '.x.parts/000000.npz', 'b/@eaDir/0.png',
          'a/.hidden.png')
-    classes, names, labels, left_out = read(tmp_path)
+    classes, names, labels, ignored = read(tmp_path)
     assert (classes, names, labels) == (['a', 'b'], ['a/0.png', 'b/0.png'], [0, 1])
-    assert left_out == {LeftOut.HIDDEN: 9}
+    assert ignored == {IgnoredFiles.HIDDEN: 9}
 
 
 def test_other_kinds_are_read_where_pil_reads_them_and_else_counted(tmp_path):
     make(tmp_path, 'a/0.png', 'a/1.gif', 'a/2.bmp', 'b/0.heic', 'b/boxes.txt', 'b/0.png', 'loose.png', 'README.md')
-    _, names, _, left_out = read(tmp_path)
+    _, names, _, ignored = read(tmp_path)
     assert names == ['a/0.png', 'a/1.gif', 'a/2.bmp', 'b/0.png']
-    assert left_out == {LeftOut.OTHER: 2, LeftOut.LOOSE: 1}
+    assert ignored == {IgnoredFiles.OTHER: 2, IgnoredFiles.LOOSE: 1}
 
 
 @pytest.mark.parametrize('files, message', [
@@ -82,9 +82,9 @@ def test_links_to_what_is_read_already_are_not_followed(link, target, tmp_path):
     make(tmp_path / 'in', 'a/0.png', 'a/sub/1.png', 'b/2.png')
     make(tmp_path, 'val/a/3.png')  # beside it: no part of the set
     os.symlink(target, tmp_path / 'in' / link)
-    classes, names, _, left_out = read(tmp_path / 'in')
+    classes, names, _, ignored = read(tmp_path / 'in')
     assert (classes, names) == (['a', 'b'], ['a/0.png', 'a/sub/1.png', 'b/2.png'])
-    assert left_out == {LeftOut.LINK: 1}
+    assert ignored == {IgnoredFiles.LINK: 1}
 
 
 def test_loops_outside_of_the_folder_end_too(tmp_path):
@@ -93,8 +93,8 @@ def test_loops_outside_of_the_folder_end_too(tmp_path):
     make(tmp_path / 'in', 'a/1.png')
     os.symlink(tmp_path / 'store', tmp_path / 'in' / 'a' / 'more')
     os.symlink(tmp_path / 'store', tmp_path / 'in' / 'a' / 'twice')
-    _, names, _, left_out = read(tmp_path / 'in')
-    assert names == ['a/1.png', 'a/more/x/0.png'] and left_out == {LeftOut.LINK: 2}
+    _, names, _, ignored = read(tmp_path / 'in')
+    assert names == ['a/1.png', 'a/more/x/0.png'] and ignored == {IgnoredFiles.LINK: 2}
 
 
 def test_links_to_files_and_to_hidden_stores_are_followed(tmp_path):
@@ -121,8 +121,8 @@ def test_pipes_and_sockets_are_no_images(tmp_path):
     os.symlink('1.png', tmp_path / 'a' / '2.png')
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(os.path.relpath(tmp_path / 'a' / '3.png'))
-    _, names, _, left_out = read(tmp_path)
-    assert names == ['a/0.png'] and left_out == {LeftOut.SPECIAL: 3, LeftOut.OTHER: 1}
+    _, names, _, ignored = read(tmp_path)
+    assert names == ['a/0.png'] and ignored == {IgnoredFiles.SPECIAL: 3, IgnoredFiles.OTHER: 1}
 
 
 def test_only_regular_files_are_read(tmp_path):

@@ -98,7 +98,7 @@ def test_lists(tmp_path):
     fails(lambda: source.encoded_bytes(), 'a b.png: No such file')
 
 
-@pytest.mark.parametrize('name', ['a[1]', 'a,b', 'a*', '{00..01}', 'a?b', '[1],b'])
+@pytest.mark.parametrize('name', ['a[1]', 'a*', '{00..01}', 'a?b', '[1]b'])
 def test_folders_whose_names_look_like_patterns(name, tmp_path):
     save_image(tmp_path / name / 'cat' / '0.png', 0)
     write_tar(tmp_path / name / 'x-00.tar', tar_samples(2))

@@ -7,14 +7,14 @@ import pytest
 
 from fileio.labels import MAX_CLASS
 from helpers import encoded, fails, noise, tar_samples, write_tar
-from image_data.decoding import LeftOut
+from image_data.decoding import IgnoredFiles
 from image_data.tar_shards import BLOCK, MAX_END, read_tar
 
 
 def read(path):
     """The images of a shard, and what was left out by reason."""
-    left_out = LeftOut()
-    return list(read_tar(path, left_out)), left_out.counts
+    ignored = IgnoredFiles()
+    return list(read_tar(path, ignored)), ignored.counts
 
 
 def headers(path):
@@ -38,9 +38,9 @@ def test_images_are_found_by_offset(form, tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(data)
             tar.addfile(info, io.BytesIO(data))
-    images, left_out = read(tmp_path / 'a.tar')
+    images, ignored = read(tmp_path / 'a.tar')
     raw = (tmp_path / 'a.tar').read_bytes()
-    assert [image.label for image in images] == [0, 1, 2, 0] and not left_out
+    assert [image.label for image in images] == [0, 1, 2, 0] and not ignored
     assert [image.name for image in images] == [name for name, _ in members if name.endswith('.jpg')]
     assert [raw[image.offset:image.offset + image.size] for image in images] == [
         data for name, data in members if name.endswith('.jpg')]
@@ -52,31 +52,31 @@ def test_hidden_members_are_passed_over(tmp_path):
         for ending, data in (('cls', b'%d' % i), ('jpg', encoded(noise(i), 'JPEG'))):
             members += [(f'./x/._{i:04d}.{ending}', b'\0\5\x16\7' + bytes(100)), (f'./x/{i:04d}.{ending}', data)]
     members.append(('.hidden/0.jpg', b'x'))
-    images, left_out = read(write_tar(tmp_path / 'a.tar', members))
-    assert [image.label for image in images] == [0, 1, 2] and left_out == {LeftOut.HIDDEN: 9}
+    images, ignored = read(write_tar(tmp_path / 'a.tar', members))
+    assert [image.label for image in images] == [0, 1, 2] and ignored == {IgnoredFiles.HIDDEN: 9}
 
 
 @pytest.mark.parametrize('ending', ['bmp', 'gif', 'tif', 'tiff', 'ppm', 'jp2', 'BMP', 'JPEG', 'jfif'])
 def test_images_of_every_kind_that_pil_reads(ending, tmp_path):
     members = [('0.jpg', b'x'), ('0.cls', b'0'), (f'1.{ending}', b'x'), ('1.cls', b'1'), ('2.png', b'x'),
                ('2.cls', b'2')]
-    images, left_out = read(write_tar(tmp_path / 'a.tar', members))
-    assert [image.label for image in images] == [0, 1, 2] and not left_out
+    images, ignored = read(write_tar(tmp_path / 'a.tar', members))
+    assert [image.label for image in images] == [0, 1, 2] and not ignored
 
 
 @pytest.mark.parametrize('name', ['1.heic', '1.raw.png', '1', '1.mp4', '1.eps'])
 def test_samples_without_an_image_are_named_and_counted(name, tmp_path):
     members = [('0.jpg', b'x'), ('0.cls', b'0'), (name, b'x'), ('1.cls', b'1'), ('2.cls', b'1'), ('3.txt', b'hello')]
-    left_out = LeftOut()
-    images = list(read_tar(write_tar(tmp_path / 'a.tar', members), left_out))
-    assert len(images) == 1 and left_out.counts == {LeftOut.NO_IMAGE: 3}
-    assert left_out.first[LeftOut.NO_IMAGE] == f'a.tar/{name}'
+    ignored = IgnoredFiles()
+    images = list(read_tar(write_tar(tmp_path / 'a.tar', members), ignored))
+    assert len(images) == 1 and ignored.counts == {IgnoredFiles.NO_IMAGE: 3}
+    assert ignored.first[IgnoredFiles.NO_IMAGE] == f'a.tar/{name}'
 
 
 def test_of_a_usual_and_an_unusual_image_the_usual_one_is_taken(tmp_path):
-    images, left_out = read(write_tar(tmp_path / 'a.tar', [
+    images, ignored = read(write_tar(tmp_path / 'a.tar', [
         ('1.bmp', b'x'), ('1.cls', b'1'), ('1.jpg', b'y'), ('1.txt', b'a caption')]))
-    assert [image.name for image in images] == ['1.jpg'] and left_out == {LeftOut.OTHER: 1}
+    assert [image.name for image in images] == ['1.jpg'] and ignored == {IgnoredFiles.OTHER: 1}
     fails(lambda: read(write_tar(tmp_path / 'a.tar', [('1.bmp', b'x'), ('1.gif', b'x'), ('1.cls', b'1')])),
           '1.bmp and 1.gif are two images')
 

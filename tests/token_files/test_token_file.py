@@ -8,10 +8,10 @@ import os
 import numpy as np
 import pytest
 
-from fileio.labels import read_labels
 from fileio.files import sha256
+from fileio.labels import read_labels
 from helpers import (failing_open, fails, make_checked_set, make_set, make_wide_set, npy, open_codes, refused, rewrite,
-                     unpack, write_manifest, write_raw_set)
+                     unpack, write_raw_set)
 from token_files import published as bs, token_file as tf
 from token_files.prefetching import prefetch
 from token_files.token_codecs import CODECS, PUBLISHED, encode
@@ -158,20 +158,6 @@ def test_checksums_are_compared(tmp_path):
         part.write_bytes(whole + b'\0')
         fails(lambda: file.check_checksums(part), str(part), 'changed or damaged, fetch or make it again')
         part.write_bytes(whole)
-
-
-@pytest.mark.parametrize('name', ['labels.txt', 'labels'])
-def test_line_endings_changed_under_a_manifest_are_named(tmp_path, name):
-    """Git's autocrlf does that to text."""
-    path = write_raw_set(tmp_path, bytes(8), [0, 4, 8])
-    labels = tmp_path / name
-    labels.write_bytes(b'0\n1\n')
-    write_manifest(path, labels)
-    file = tf.open_token_file(path)
-    labels.write_bytes(b'0\r\n1\r\n')
-    fails(lambda: file.check_checksums(labels), name, 'line endings were changed to CRLF', 'change them back to LF')
-    labels.write_bytes(b'0\r\n2\r\n')  # other labels: CRLF is not all that differs
-    fails(lambda: file.check_checksums(labels), name, 'changed or damaged')
 
 
 @pytest.mark.parametrize('stated', [None, 5, 'x', [], {}, {'sha256': None}])
@@ -334,43 +320,6 @@ def test_one_large_image_does_not_make_all_large(tmp_path, monkeypatch):
     for cache in 'none', '':
         refused(path, open_codes, path, cache, match='are more than the 1148576 bytes')
     assert not list(tmp_path.glob('*.npy')) and not list(tmp_path.glob('.*'))
-
-
-# ---------------------------------------------------------------- labels
-
-@pytest.mark.parametrize('text', [b'1\n2\n3\n', b'1\n2\n3', b'1\r\n2\r\n3\r\n', b'\xef\xbb\xbf1\n2\n3\n',
-                                  b'1\n2\n3\n\n', b'1\n2\n3\n\n\n \t\r\n', b' 1\n+2 \n03\t\n'])
-def test_labels_read(tmp_path, text):
-    """With a byte-order mark, Windows's line endings, blank last lines."""
-    (tmp_path / 'labels').write_bytes(text)
-    labels = read_labels(tmp_path / 'labels')
-    assert labels.dtype == np.int64 and labels.tolist() == [1, 2, 3]
-
-
-@pytest.mark.parametrize('text, words', [
-    (b'1\ncat\n', "line 2 is not an integer class: 'cat'"), (b'1\n1_0\n', "line 2 .*'1_0'"),
-    (b'9' * 18 + b'\n' + b'9' * 19, 'line 2'), (b'9223372036854775807\nx', 'line 1'), (b'1\n\n2', 'line 2'),
-    (b'\n1\n', 'line 1'), (b'\xff\n', 'line 1'), (b'\xff\xfe', 'line 1'), (b'1 2\n', 'line 1'), (b'1.0\n', 'line 1'),
-    (b'nan\n', 'line 1'), (b'', 'no labels'), (b'\n\n', 'no labels'), (b' \r\n', 'no labels'),
-    (b'\xef\xbb\xbf', 'no labels'), ('١\n'.encode(), 'line 1'), (b'1\r2\r3\r', 'line 1')])
-def test_labels_that_are_no_classes(tmp_path, text, words):
-    (tmp_path / 'labels').write_bytes(text)
-    fails(lambda: read_labels(tmp_path / 'labels'), str(tmp_path / 'labels'), words)
-
-
-@pytest.mark.parametrize('label', ['-1', '1000001', '999999999', '9' * 18])
-def test_labels_out_of_range(tmp_path, label):
-    """An id is no class number: the head of the model has one output for each."""
-    (tmp_path / 'labels').write_text(f'0\n1000000\n{label}\n2\n')
-    fails(lambda: read_labels(tmp_path / 'labels'), f'line 3: class {label} is not from 0 to 1,000,000')
-
-
-def test_labels_are_bounded(tmp_path, monkeypatch):
-    monkeypatch.setattr(tf, 'MAX_LABEL_BYTES', 10)
-    (tmp_path / 'labels').write_bytes(b'1\n' * 6)
-    fails(lambda: read_labels(tmp_path / 'labels'), str(tmp_path / 'labels'), 'more than 10 bytes')
-    fails(lambda: read_labels(tmp_path), str(tmp_path), 'directory')
-    fails(lambda: read_labels(tmp_path / 'none'), 'none: No such file')
 
 
 def test_checksum_of_what_is_written(tmp_path):
