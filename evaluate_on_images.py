@@ -30,6 +30,7 @@ from image_data.class_subsets import OnlyClasses, match_classes
 from image_data.corruptions import add_robustness_flags, make_corruption
 from image_data.sources import ImageBatch, Source, load_images, open_source
 from image_tokenizer.tokenizers import encode_images, load_tokenizer
+from inference.models import weights_of
 from models_seit import MODELS, create_model
 from recipe import default_amp
 from token_augment import EvalTransform
@@ -88,23 +89,26 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 # ---------------------------------------------------------------- the model
 
-def load_model(args: argparse.Namespace, code_dim: int) -> tuple[nn.Module, list[str] | None]:
-    """The ViT with the checkpoint's weights, and its class names where the checkpoint has them. Raises InputError.
+def load_model(path: str, use_ema: bool, name: str, model_kwargs: dict[str, Any], num_classes: int | None,
+               input_size: int, code_dim: int) -> tuple[nn.Module, list[str] | None]:
+    """The ViT with a checkpoint's weights, and its class names where the checkpoint has them. Raises InputError.
+
+    Unlike inference/models.py, which reads sizes off the checkpoint, this takes them as the flags say, as published.
 
     Args:
-        args: the command line.
+        path: of the checkpoint.
+        use_ema: take the averaged weights.
+        name, model_kwargs: of --model.
+        num_classes: None for the checkpoint's.
+        input_size: codes on a side that the model reads.
         code_dim: elements of a codebook row.
     """
-    checkpoint = load_checkpoint(args.model_path)
-    state = checkpoint['model']
-    if args.use_ema:
-        state = checkpoint.get('model_ema')
-        if not isinstance(state, dict):
-            raise InputError(f'{args.model_path}: holds no EMA weights; leave --use-ema out')
-    bias = state.get('head.bias')
-    num_classes = args.nb_classes or (bias.numel() if isinstance(bias, torch.Tensor) else 0)
-    model = create_model(args.model, args.model_kwargs, num_classes, args.vit_input_size, code_dim)
-    load_weights(model, state, args.model_path)
+    checkpoint = load_checkpoint(path)
+    weights = weights_of(checkpoint, path, use_ema)
+    bias = weights.get('head.bias')
+    num_classes = num_classes or (bias.numel() if isinstance(bias, torch.Tensor) else 0)
+    model = create_model(name, model_kwargs, num_classes, input_size, code_dim)
+    load_weights(model, weights, path)
     return model, checkpoint.get('classes')
 
 
@@ -191,7 +195,8 @@ def main(args: argparse.Namespace) -> None:
 
     # model, tokenizer and images, which must belong together
     codebook = load_codebook(args.codebook_path)
-    model, names = load_model(args, codebook.shape[1])
+    model, names = load_model(args.model_path, args.use_ema, args.model, args.model_kwargs, args.nb_classes,
+                              args.vit_input_size, codebook.shape[1])
     tokenizer = load_tokenizer(args.tokenizer_path, args.tokenizer_code_path)
     if tokenizer.embed_dim != codebook.shape[1]:
         raise InputError(f'{args.codebook_path}: rows of {codebook.shape[1]} elements, but the tokenizer gives '
@@ -199,7 +204,7 @@ def main(args: argparse.Namespace) -> None:
     source = open_source(args.data_path)
     source.change = change
     check_same_on_all_ranks({'the list of images': source.digest()})
-    labels, classes, chosen = match_classes(source, names, model.num_classes, args.model_path, args.classes)
+    labels, classes, subset = match_classes(source, names, model.num_classes, args.model_path, args.classes)
     print0(f'{len(source):,} images in {classes} classes; {world_size()} x {device}, amp {amp}'
            + (f'; corrupted by {source.change}' if source.change else ''))
 
@@ -211,8 +216,8 @@ def main(args: argparse.Namespace) -> None:
     if args.compile:
         model = torch.compile(model)
         tokenizer = torch.compile(tokenizer)
-    if chosen is not None:
-        model = OnlyClasses(model, chosen, num_classes).to(device)
+    if subset is not None:
+        model = OnlyClasses(model, subset, num_classes).to(device)
     indices = rank_indices(len(source), args.dist_eval)
     split = [indices[start:start + args.batch_size] for start in range(0, len(indices), args.batch_size)]
     images = load_images(source, split, args.tokenizer_input_size, workers=args.num_workers,
@@ -224,7 +229,7 @@ def main(args: argparse.Namespace) -> None:
     rows = []
 
     def record(logits: torch.Tensor) -> None:
-        probability, top = logits.softmax(1).topk(min(5, num_classes if chosen is None else len(chosen)))
+        probability, top = logits.softmax(1).topk(min(5, num_classes if subset is None else len(subset)))
         rows.extend(zip(top.tolist(), probability[:, 0].tolist()))
 
     evaluate(model, batches, EvalTransform(codebook, args.vit_input_size, device), amp=amp, distributed=args.dist_eval,

@@ -9,7 +9,6 @@ is as in main_seit.py: many nodes, resuming, checkpoints, logs. `--aug tokens` a
 crop and CutMix), `--aug deit` as DeiT does.
 """
 import argparse
-import difflib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,6 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-from timm.layers import to_2tuple
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, under PYTHONSAFEPATH=1 too
@@ -30,7 +28,7 @@ from flags import Parser, add_max_pixels, integer, number
 from image_data.class_subsets import OnlyClasses, match_classes
 from image_data.corruptions import add_robustness_flags, make_corruption
 from image_data.dataset import ImageDataset, Normalize, eval_transform, random_erasing, train_transform
-from models_seit import MODELS
+from inference.pixel_models import create_pixel_model
 from samplers import REPEATS, repeated_augmentation, shuffled
 from training.checkpoints import head_size, progress_of
 from training.pretrained import freeze_all_but_attention, load_pretrained
@@ -101,30 +99,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def create_model(args: argparse.Namespace, classes: int) -> nn.Module:
     """The model of the flags, (B, 3, --input-size, --input-size) -> (B, classes). Raises InputError."""
-    if not timm.is_model(args.model):
-        near = difflib.get_close_matches(args.model, timm.list_models(), 3)
-        raise InputError(f'--model {args.model}: timm has no such model'
-                         + (f'; near it are {", ".join(near)}' if near else ', and none of a name like it'))
-    if args.model in MODELS:
-        raise InputError(f'--model {args.model} reads tokens; train it with main_seit.py')
-    cfg = timm.get_pretrained_cfg(args.model)
-    size = {'img_size': args.input_size} if cfg and cfg.fixed_input_size else {}  # others take any
-    flags = f'--model {args.model} with --model-kwargs {args.model_kwargs}, --drop {args.drop:g}'
-    flags += f', --drop-path {args.drop_path:g}, --input-size {args.input_size}'
-    try:
-        model = timm.create_model(args.model, num_classes=classes, drop_rate=args.drop or None,
-                                  drop_path_rate=args.drop_path or None, **(size | args.model_kwargs))
-        with torch.no_grad():  # sizes that do not fit show here
-            shape = model.eval()(torch.zeros(1, 3, args.input_size, args.input_size)).shape
-        if shape != (1, classes):
-            raise TypeError(f'gives {tuple(shape)} for an image')
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError,
-            ValueError) as error:
-        raise InputError(f'{flags}: {" ".join(str(error).split()) or repr(error)}') from None
-    patch_size = to_2tuple(getattr(getattr(model, 'patch_embed', None), 'patch_size', None) or 1)
-    if any(args.input_size % side for side in patch_size):  # timm would leave out the pixels that remain
-        raise InputError(f'{flags}: patches of {patch_size[0]} pixels do not divide the image')
-    return model
+    return create_pixel_model(args.model, args.model_kwargs, classes, args.input_size, args.drop, args.drop_path)
 
 
 # ---------------------------------------------------------------- data

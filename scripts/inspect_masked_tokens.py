@@ -22,18 +22,17 @@ from torchvision.utils import make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import atomic_path, check_writable, expand_files
-from flags import SEED, Parser, integer, number
-from image_data.sources import open_source
+from flags import SEED, KeyValues, Parser, integer, number
+from image_data.sources import open_source, source_images
 from image_tokenizer.tokenizers import decode_codes, load_tokenizer
-from token_files.codebook import load_codebook
-from training.checkpoints import load_checkpoint, load_weights, saved_flags
-from scripts.inspect_tokens import source_images
-from flags import KeyValues
+from inference.models import grid_size_of
 from seitpp.models_mtm import MODELS, PATCH, MaskedTokenModel, create_model, masked_token_loss, masks_of
 from token_augment import center_crop, check_crop
 from token_files.cache import open_codes
+from token_files.codebook import load_codebook
 from token_files.token_file import open_token_file
-from training.checkpoints import PRETRAIN, check_codes, check_origin, without_token_adapt
+from training.checkpoints import (PRETRAIN, check_codes, check_origin, load_checkpoint, load_weights, saved_flags,
+                                  without_token_adapt)
 from utils import InputError, print0, run
 
 GRAY = 0.5
@@ -65,13 +64,10 @@ def load_model(path: str, model_kwargs: dict, codebook_size: int) -> tuple[Maske
     weights = without_token_adapt(checkpoint['model'])
     check_origin(weights, (PRETRAIN,), path)
     check_codes(weights, codebook_size, path)
-    positions = weights.get('pos_embed')
-    if not isinstance(positions, torch.Tensor) or positions.ndim != 3:
-        raise InputError(f'{path}: has no position embeddings (pos_embed): give another checkpoint')
-    size = PATCH * math.isqrt(positions.shape[1] - 1)
-    written = saved_flags(checkpoint)
-    name = written.get('model') if written.get('model') in MODELS else MODELS[0]
-    model = create_model(name, model_kwargs or written.get('model_kwargs') or {}, codebook_size, size)
+    size = grid_size_of(weights, path)
+    flags = saved_flags(checkpoint)
+    name = flags.get('model') if flags.get('model') in MODELS else MODELS[0]
+    model = create_model(name, model_kwargs or flags.get('model_kwargs') or {}, codebook_size, size)
     load_weights(model, weights, path)
     return model.eval(), size
 
@@ -88,8 +84,8 @@ def predict(model: MaskedTokenModel, codes: torch.Tensor, ratio: float,
     masks = masks_of(torch.rand(len(codes), side ** 2, generator=generator), ratio, min(ratio, UNSEEN))
     logits = model(codes, *masks)
     masked = masks.masked.view(-1, side, side).repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)
-    found = torch.where(masked, logits.argmax(-1).view_as(codes), codes)
-    return found, masked, masked_token_loss(logits, codes, masks.masked).item()
+    filled = torch.where(masked, logits.argmax(-1).view_as(codes), codes)
+    return filled, masked, masked_token_loss(logits, codes, masks.masked).item()
 
 
 @torch.no_grad()
@@ -101,11 +97,11 @@ def class_attention(model: MaskedTokenModel, codes: torch.Tensor) -> torch.Tenso
     side = codes.shape[1] // PATCH
     layer = model.blocks[-1].attn
     layer.fused_attn = False  # the fused kernel never has the matrix
-    found = []
-    hook = layer.attn_drop.register_forward_hook(lambda module, inputs, output: found.append(output))
+    captured = []
+    hook = layer.attn_drop.register_forward_hook(lambda module, inputs, output: captured.append(output))
     model.encode(codes, masks_of(torch.zeros(len(codes), side ** 2), 0., 0.))
     hook.remove()
-    attention = found[0].mean(1)[:, 0, 1:]
+    attention = captured[0].mean(1)[:, 0, 1:]
     return (attention / attention.amax(1, keepdim=True)).view(-1, side, side)
 
 
@@ -132,8 +128,8 @@ def main(args: argparse.Namespace) -> None:
     grid_size = math.isqrt(codes.shape[1])
     check_crop(size, grid_size)
     codes = center_crop(codes.view(-1, grid_size, grid_size), size)
-    found, masked, loss = predict(model, codes, args.mask_ratio, torch.Generator().manual_seed(args.seed))
-    tokens, predicted = (decode_codes(tokenizer, codebook, each.flatten(1)) for each in (codes, found))
+    filled, masked, loss = predict(model, codes, args.mask_ratio, torch.Generator().manual_seed(args.seed))
+    tokens, predicted = (decode_codes(tokenizer, codebook, each.flatten(1)) for each in (codes, filled))
     if tokens is None:
         raise InputError(f'{args.tokenizer_path}: has no decoder, so that tokens cannot be drawn; give one that has')
 
@@ -148,7 +144,7 @@ def main(args: argparse.Namespace) -> None:
     sheet = to_pil_image(make_grid(cells, nrow=math.ceil((len(cells) / len(parts)) ** 0.5), pad_value=1))
     with atomic_path(args.output) as temporary:
         sheet.save(temporary, 'PNG')
-    right = (found == codes)[masked].double().mean()
+    right = (filled == codes)[masked].double().mean()
     print0(f'{len(codes)} images, {int(masked.sum()):,} of {masked.numel():,} codes masked: {right:.1%} predicted '
            f'right, cross-entropy {loss:.3f}; {args.output}')
 

@@ -7,43 +7,43 @@
 
 Takes checkpoints of main_seit.py, main_mtm_pretrain.py and main_mtm_finetune.py on tokens, and of main_pixels.py on
 images. The classes may be others than those of the training. Features are what the head reads, of images as they are
-evaluated: without augmentation, in float32. feature_probes.py says how they are judged.
+evaluated: without augmentation, in float32.
+
+Neighbors vote as in DINO (arXiv 2104.14294) and Wu et al., 2018 (arXiv 1805.01978): with exp(cosine / temperature).
+The linear probe is multinomial logistic regression on standardized features, by L-BFGS; nothing about it is random but
+which tenth of the training features is held out to choose the weight decay, always the same one.
 """
 import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import main_pixels
-import models_seit
-from fileio.labels import check_class_names, count_classes
-from seitpp import models_mtm_finetune
-from token_files.codebook import load_codebook
-from training.checkpoints import head_size, load_checkpoint, load_weights, saved_flags
-from feature_probes import TEMPERATURE, accuracies, linear_probe, neighbor_votes
 from fileio.files import check_writable, write_text
+from fileio.labels import check_class_names, count_classes
 from flags import KeyValues, Parser, integer, number
-from image_data.dataset import ImageDataset, Normalize, eval_transform
+from image_data.dataset import ImageDataset, eval_transform
+from inference.models import PIXELS, load_model, make_prepare, program_of
 from samplers import in_order
-from seitpp.mtm_recipe import canonical_codes
-from token_augment import EvalTransform, center_crop, check_crop
 from token_dataset import TokenDataset
-from training.checkpoints import PRETRAIN, SEIT, check_codes, origin
-from training.pretrained import POSITIONS, prefix_tokens, prefixes
+from token_files.codebook import load_codebook
+from training.checkpoints import FINETUNE, load_checkpoint
 from training.run_info import print_model
 from utils import InputError, init_distributed, print0, run
 
-PIXELS = 'main_pixels.py'
-CLASSIFIER = 'deit_base_token_32'  # what main_mtm_finetune.py makes of main_mtm_pretrain.py's one model
 PROBES = ('knn', 'linear')
 TOKEN_FLAGS = ('train_token_file', 'train_label_file', 'val_token_file', 'val_label_file', 'codebook_path')
 IMAGE_FLAGS = ('train_path', 'val_path')
+TEMPERATURE = 0.07
+DECAYS = (1., 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # tried by the linear probe, the strongest first
+MAX_ITERATIONS = 200  # of L-BFGS
+CHUNK_ELEMENTS = 1 << 26  # of similarities or logits in memory at a time
+HELD_OUT = 10  # one training feature in so many
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -77,80 +77,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# ---------------------------------------------------------------- the model
-
-def weights_of(checkpoint: dict[str, Any], path: str, ema: bool) -> dict[str, Any]:
-    """The weights of a checkpoint, or its averaged ones. Raises InputError where it has none of these."""
-    if not ema:
-        return checkpoint['model']
-    if not isinstance(checkpoint.get('model_ema'), dict):
-        raise InputError(f'{path}: holds no EMA weights; leave --use-ema out')
-    return checkpoint['model_ema']
-
-
-def model_words(args: argparse.Namespace, flags: dict[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Name and arguments of the model: those of the command line, or of the run that wrote the checkpoint."""
-    name = args.model or flags.get('model')
-    kwargs = args.model_kwargs or (flags.get('model_kwargs') if not args.model else None) or {}
-    if not isinstance(name, str) or not isinstance(kwargs, dict):
-        raise InputError(f'{args.checkpoint}: does not say of which model it is: give --model')
-    return name, kwargs
-
-
-def grid_of(weights: dict[str, Any], path: str) -> int:
-    """Codes on a side that a model of tokens reads: its patches are of 2x2. Raises InputError."""
-    positions = weights.get(POSITIONS)
-    prefix = prefix_tokens(positions.shape[1]) if isinstance(positions, torch.Tensor) and positions.ndim == 3 else None
-    if prefix is None:
-        raise InputError(f'{path}: has no position embeddings of a square grid: give another checkpoint')
-    return 2 * round((positions.shape[1] - prefix) ** 0.5)
-
-
-def token_model(args: argparse.Namespace, checkpoint: dict[str, Any], codebook: torch.Tensor,
-                device: torch.device) -> tuple[nn.Module, Callable]:
-    """A model of tokens, and (codes (B, g, g) uint16) -> what it reads. Raises InputError."""
-    path = args.checkpoint
-    weights = weights_of(checkpoint, path, args.use_ema)
-    name, kwargs = model_words(args, saved_flags(checkpoint))
-    size = grid_of(weights, path)
-    if origin(weights) == SEIT:
-        model = models_seit.create_model(name, kwargs, head_size(weights, 'head', path), size, codebook.shape[1])
-        prepare = EvalTransform(codebook, size, device)
-    else:
-        check_codes(weights, len(codebook), path)
-        if origin(weights) == PRETRAIN and not args.model:  # its classifier's name and arguments
-            name = CLASSIFIER
-            kwargs = {key: value for key, value in kwargs.items() if not str(key).startswith('decoder_')}
-        model = models_mtm_finetune.create_model(name, kwargs, codebook_size=len(codebook), img_size=size,
-                                                 num_classes=0)
-        weights = models_mtm_finetune.encoder_weights(weights)
-        same = canonical_codes(codebook).to(device)
-
-        def prepare(codes: torch.Tensor) -> torch.Tensor:
-            check_crop(size, codes.shape[-1])
-            return same[center_crop(codes.long(), size)]
-    load_weights(model, weights, path)
-    return model, prepare
-
-
-def pixel_model(args: argparse.Namespace, checkpoint: dict[str, Any]) -> tuple[nn.Module, int, float]:
-    """A model of images, and the size and crop with which it reads them. Raises InputError."""
-    path = args.checkpoint
-    weights = weights_of(checkpoint, path, args.use_ema)
-    flags = saved_flags(checkpoint)
-    name, kwargs = model_words(args, flags)
-    size = args.input_size or flags.get('input_size')
-    crop = args.eval_crop_ratio or flags.get('eval_crop_ratio') or 0.875
-    if type(size) is not int or size < 1 or not isinstance(crop, int | float) or not 0 < crop <= 1:
-        raise InputError(f'{path}: does not say how it reads images: give --input-size and --eval-crop-ratio')
-    words = argparse.Namespace(model=name, model_kwargs=kwargs, drop=0., drop_path=0., input_size=size)
-    bare = main_pixels.create_model(words, 1)
-    heads = prefixes(bare, 'classifier')
-    model = main_pixels.create_model(words, head_size(weights, heads[0][:-1], path)) if heads else bare
-    load_weights(model, weights, path)
-    return model, size, crop
-
-
 # ---------------------------------------------------------------- features
 
 @torch.no_grad()
@@ -171,14 +97,137 @@ def features_of(model: nn.Module, data: TokenDataset | ImageDataset, prepare: Ca
     return torch.cat(features), torch.cat(labels)
 
 
-def probe(args: argparse.Namespace, splits: dict[str, tuple[torch.Tensor, torch.Tensor]], classes: int) -> dict:
-    """The results of the probes of the flags, on features and labels of 'train' and 'val'. Prints a line for each."""
+# ---------------------------------------------------------------- k nearest neighbors
+
+def neighbor_votes(train: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, classes: int, k: int = 20,
+                   temperature: float = TEMPERATURE) -> torch.Tensor:
+    """What the k training features of largest cosine similarity vote, for each query.
+
+    Args:
+        train: (N, D) float32 features.
+        labels: (N,) int64, of the training features.
+        queries: (M, D) float32 features.
+        classes: how many there are.
+        k: neighbors, N at most.
+        temperature: a neighbor of similarity s votes with exp((s - s_max) / temperature), so that none overflows.
+
+    Returns:
+        (M, classes) float32.
+
+    Raises:
+        InputError: for more neighbors than training features.
+    """
+    if k > len(train):
+        raise InputError(f'{k} neighbors of {len(train)} training images: ask for fewer')
+    keys = F.normalize(train, dim=1).T
+    votes = []
+    for part in F.normalize(queries, dim=1).split(max(1, CHUNK_ELEMENTS // len(train))):
+        similarity, nearest = (part @ keys).topk(k, dim=1)
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()
+        votes.append(weights.new_zeros(len(part), classes).scatter_add_(1, labels[nearest], weights))
+    return torch.cat(votes)
+
+
+# ---------------------------------------------------------------- linear probe
+
+def standardize(train: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two sets of features, (N, D) and (M, D), minus the mean of the first, divided by its deviation."""
+    std, mean = torch.std_mean(train, dim=0, correction=0)
+    std = torch.where(std > 0, std, 1.)
+    return (train - mean) / std, (other - mean) / std
+
+
+def scores_of(weights: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Logits (N, classes) of weights (D + 1, classes), the last row of which is the bias, for features (N, D)."""
+    return features @ weights[:-1] + weights[-1]
+
+
+def fit_linear(features: torch.Tensor, labels: torch.Tensor, decay: float, start: torch.Tensor) -> torch.Tensor:
+    """Minimize mean cross-entropy + decay / 2 · |weights|², the bias without decay, by L-BFGS.
+
+    Args:
+        features: (N, D) float32, standardized.
+        labels: (N,) int64.
+        decay: above 0, so that there is one minimum.
+        start: (D + 1, classes) weights to begin from, see `scores_of`.
+
+    Returns:
+        (D + 1, classes).
+    """
+    weights = torch.nn.Parameter(start.clone())
+    chunk = max(1, CHUNK_ELEMENTS // start.shape[1])
+    optimizer = torch.optim.LBFGS([weights], max_iter=MAX_ITERATIONS, history_size=10, tolerance_grad=1e-6,
+                                  tolerance_change=1e-9, line_search_fn='strong_wolfe')
+
+    @torch.no_grad()
+    def loss_and_gradient() -> torch.Tensor:
+        """In chunks, so that never all logits are in memory."""
+        penalty = decay * weights
+        penalty[-1] = 0
+        loss = (penalty * weights).sum() / 2
+        weights.grad = penalty
+        for x, y in zip(features.split(chunk), labels.split(chunk)):
+            logits = scores_of(weights, x)
+            loss += F.cross_entropy(logits, y, reduction='sum') / len(features)
+            errors = logits.softmax(1)
+            errors[torch.arange(len(y), device=y.device), y] -= 1
+            errors /= len(features)
+            weights.grad[:-1] += x.T @ errors
+            weights.grad[-1] += errors.sum(0)
+        return loss
+
+    optimizer.step(loss_and_gradient)
+    return weights.detach()
+
+
+def linear_probe(train: torch.Tensor, labels: torch.Tensor, queries: torch.Tensor, classes: int,
+                 decays: tuple[float, ...] = DECAYS) -> tuple[torch.Tensor, float]:
+    """Scores (M, classes) of queries (M, D), and the weight decay of the least loss on a held-out tenth.
+
+    The loss and not the accuracy, because that of a few images is mostly chance.
+
+    Args:
+        train: (N, D) float32 features.
+        labels: (N,) int64, of the training features.
+        queries: (M, D) float32 features.
+        classes: how many there are.
+        decays: to try.
+
+    Raises:
+        InputError: for fewer than ten training features.
+    """
+    if len(train) < HELD_OUT:
+        raise InputError(f'{len(train)} training images: a linear probe holds one in {HELD_OUT} of them out')
+    train, queries = standardize(train, queries)
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).to(train.device)
+    held, rest = order[:len(train) // HELD_OUT], order[len(train) // HELD_OUT:]
+    weights = train.new_zeros(train.shape[1] + 1, classes)
+    losses = {}
+    for decay in decays:
+        weights = fit_linear(train[rest], labels[rest], decay, weights)
+        losses[decay] = F.cross_entropy(scores_of(weights, train[held]), labels[held]).item()
+    best = min(losses, key=losses.get)
+    weights = fit_linear(train, labels, best, torch.zeros_like(weights))
+    return scores_of(weights, queries), best
+
+
+# ---------------------------------------------------------------- results
+
+def accuracies(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """Top-1 and top-5 (%) of scores (N, classes) for labels (N,): {'acc1', 'acc5'}."""
+    top = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
+    return {'acc1': 100 * top[:, 0].double().mean().item(), 'acc5': 100 * top.any(1).double().mean().item()}
+
+
+def judge(splits: dict[str, tuple[torch.Tensor, torch.Tensor]], classes: int, probes: Sequence[str], neighbors: int,
+          temperature: float) -> dict[str, dict[str, float]]:
+    """The results of some of PROBES, on features and labels of 'train' and 'val'. Prints a line for each."""
     train, val = splits['train'], splits['val']
     results = {}
-    if 'knn' in args.probes:
-        votes = neighbor_votes(*train, val[0], classes, args.neighbors, args.temperature)
-        results['knn'] = accuracies(votes, val[1]) | {'neighbors': args.neighbors, 'temperature': args.temperature}
-    if 'linear' in args.probes:
+    if 'knn' in probes:
+        votes = neighbor_votes(*train, val[0], classes, neighbors, temperature)
+        results['knn'] = accuracies(votes, val[1]) | {'neighbors': neighbors, 'temperature': temperature}
+    if 'linear' in probes:
         scores, decay = linear_probe(*train, val[0], classes)
         results['linear'] = accuracies(scores, val[1]) | {'weight_decay': decay}
     for name, result in results.items():
@@ -197,19 +246,23 @@ def main(args: argparse.Namespace) -> None:
         check_writable(args.output, inputs=list(filter(None, inputs)))
     device = init_distributed(args.device)
     checkpoint = load_checkpoint(args.checkpoint)
-    program = origin(checkpoint['model']) or PIXELS
+    program = program_of(checkpoint)
     if bool(args.train_path) != (program == PIXELS):
         reads, flag = ('images', 'train-path') if program == PIXELS else ('tokens', 'train-token-file')
         raise InputError(f'{args.checkpoint}: is of {program}, which reads {reads}: give --{flag} and the others')
+    codebook = load_codebook(args.codebook_path) if args.codebook_path else None
+    trained = load_model(checkpoint, args.checkpoint, codebook, args.use_ema, args.model, args.model_kwargs,
+                         args.input_size, args.eval_crop_ratio)
+    model = trained.model
+    if program == FINETUNE:
+        model.reset_classifier(0)  # only its features are read
+    prepare = make_prepare(trained, device, codebook)
     if program == PIXELS:
-        model, size, crop = pixel_model(args, checkpoint)
-        prepare = Normalize(device)
         paths = {'train': args.train_path, 'val': args.val_path}
-        data = {split: ImageDataset(path, size, eval_transform(size, crop), args.num_workers)
+        transform = eval_transform(trained.input_size, trained.crop_ratio)
+        data = {split: ImageDataset(path, trained.input_size, transform, args.num_workers)
                 for split, path in paths.items()}
     else:
-        codebook = load_codebook(args.codebook_path)
-        model, prepare = token_model(args, checkpoint, codebook, device)
         paths = {'train': args.train_token_file, 'val': args.val_token_file}
         data = {split: TokenDataset(path, getattr(args, f'{split}_label_file'), len(codebook), args.token_cache, device)
                 for split, path in paths.items()}
@@ -218,7 +271,7 @@ def main(args: argparse.Namespace) -> None:
     if 'knn' in args.probes and args.neighbors > len(data['train']):
         raise InputError(f'--neighbors {args.neighbors}: {paths["train"]} has {len(data["train"])} images')
 
-    print_model(f'{program} {args.model or saved_flags(checkpoint)["model"]}', model.to(device), device, 'off')
+    print_model(f'{program} {trained.name}', model.to(device), device, 'off')
     splits = {split: features_of(model, data[split], prepare, args.batch_size, device) for split in data}
     if not all(features.isfinite().all() for features, _ in splits.values()):
         raise InputError(f'{args.checkpoint}: gives features that are not finite: its weights are damaged, or '
@@ -227,7 +280,7 @@ def main(args: argparse.Namespace) -> None:
     facts |= {'classes': classes, 'dim': splits['train'][0].shape[1]}
     print0(f'features: {facts["train"]:,} for training and {facts["val"]:,} for validation, {facts["dim"]} numbers '
            f'each, {classes} classes')
-    results = probe(args, splits, classes)
+    results = judge(splits, classes, args.probes, args.neighbors, args.temperature)
     if args.output:
         write_text(args.output, json.dumps({'checkpoint': args.checkpoint, **facts, **results}) + '\n')
 

@@ -75,14 +75,14 @@ def test_agrees_with_evaluation_on_tokens_of_the_same_images(images, checkpoint,
 
 def test_logits_agree_with_those_on_tokens(images, checkpoint, tmp_path):
     data = TokenDataset(*tokenize(images, tmp_path), 391, 'none')
-    args = evaluate_on_images.parse_args(words(images, checkpoint))
-    codebook = load_codebook(args.codebook_path)
-    model, _ = evaluate_on_images.load_model(args, codebook.shape[1])
+    codebook = load_codebook(DEMO / 'codebook.ckpt')
+    sizes = {'depth': 1, 'embed_dim': 32, 'num_heads': 2}
+    model, _ = evaluate_on_images.load_model(checkpoint, False, 'deit_tiny_token_32', sizes, None, 6, 32)
     model.eval()
     source = open_source(images)
     loaded = load_images(source, [list(part) for part in np.array_split(np.arange(70), 9)], 64)
     batches = evaluate_on_images.CodeBatches(loaded, torch.from_numpy(source.labels),
-                                             load_tokenizer(args.tokenizer_path), codebook, 'off')
+                                             load_tokenizer(DEMO / 'tokenizer.pt'), codebook, 'off')
     transform = EvalTransform(codebook, 6, torch.device('cpu'))
     with torch.no_grad():
         ours = torch.cat([model(transform(codes)) for codes, _ in batches])
