@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
+CPU = torch.device('cpu')
 AMP_DTYPE = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 
 # ---------------------------------------------------------------- errors a user can mend
