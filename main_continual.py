@@ -42,7 +42,7 @@ from image_data.sources import open_source
 from token_augment import EvalTransform
 from token_dataset import TokenDataset, choose_data_device, open_splits
 from token_files.codebook import load_codebook
-from token_files.token_codecs import codec_for
+from token_files.published import codec_for
 from tokenize_images import check_folder
 from training.checkpoints import compare_flags, load_checkpoint, load_weights
 from training.preemption import REQUEUE, StopSignal

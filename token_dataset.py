@@ -14,10 +14,9 @@ from fileio.files import expand_files
 from fileio.labels import check_class_names
 from token_augment import check_crop
 from token_files.cache import open_codes
-from token_files.compact import CPU
 from token_files.prefetching import prefetch
 from token_files.token_file import TokenFile, bytes_on_disk, labels_of, open_token_file
-from utils import InputError, print0
+from utils import CPU, InputError, print0
 
 
 class TokenDataset:

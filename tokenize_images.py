@@ -39,10 +39,10 @@ from fileio.files import atomic_path, download, is_address, sha256
 from flags import Parser, add_max_pixels, integer
 from image_data.sources import ImageBatch, Source, load_images, open_source
 from image_tokenizer.tokenizers import check_codebook, encode_images, load_tokenizer
-from token_files import compact, parts
+from token_files import parts
 from token_files.codebook import load_codebook
 from token_files.parts import FinishedParts, Output, Parts, plan, write_sets
-from token_files.token_codecs import MAX_CODES, codec_for
+from token_files.token_file import FORMATS, MAX_CODES, format_for, largest_grid
 from utils import (InputError, check_same_on_all_ranks, cores, init_distributed, is_main, on_main, print0, rank, run,
                    world_size)
 
@@ -63,7 +63,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--codebook-path', metavar='FILE', help="default: the tokenizer's own, also written to DIR/codebook.ckpt")
     add('--limit-codes', action='store_true',
         help='keep and renumber only the codes in use, and write that codebook to DIR/codebook.ckpt (training split)')
-    add('--format', choices=('published', 'compact'), default='published',
+    add('--format', choices=FORMATS, default='published',
         help="published: the paper's files, which other programs read; compact: a third smaller (docs/token_format.md)")
     add('--shard-size', type=integer(), default=0, metavar='N', help='images to a numbered shard; 0: one set of files')
     add('--skip-bad-images', action='store_true', help='leave out unreadable images, instead of stopping at one')
@@ -108,9 +108,10 @@ def load_models(tokenizer_path: str, code_path: str | None, codebook_path: str |
 
 def check_grid(format_name: str, grid: int) -> None:
     """InputError for a token grid that the format does not hold."""
-    if format_name == 'compact' and grid > compact.MAX_GRID:
-        raise InputError(f'--format compact holds grids of up to {compact.MAX_GRID} codes on a side, not {grid}: '
-                         'choose --format published, or a smaller --image-size')
+    largest = largest_grid(format_name)
+    if grid > largest:
+        raise InputError(f'--format {format_name} holds grids of up to {largest} codes on a side, not {grid}: choose a '
+                         'smaller --image-size, or another --format')
 
 
 def identity(path: str | Path) -> dict[str, str]:
@@ -283,7 +284,7 @@ def write_codebook(codebook: torch.Tensor, path: Path) -> dict[str, str]:
 def finish(args: argparse.Namespace, source: Source, finished: FinishedParts, codebook: torch.Tensor,
            run_id: dict[str, Any]) -> str:
     """Write the final files from the parts; returns the line that says what was made. Raises InputError."""
-    output = Output(Path(args.output_dir), args.name, args.shard_size, args.format == 'compact')
+    output = Output(Path(args.output_dir), args.name, args.shard_size, args.format)
     check_skipped(finished, source, args.data_path, args.skip_bad_images)
     new_codes = None
     codebook_id = run_id['codebook']
@@ -291,7 +292,7 @@ def finish(args: argparse.Namespace, source: Source, finished: FinishedParts, co
         codebook, new_codes = limited_codebook(codebook, finished.used, args.data_path)
     if args.limit_codes or not args.codebook_path:
         codebook_id = write_codebook(codebook, output.codebook)
-    name = compact.NAME if output.compact else codec_for(len(codebook)).name
+    name = format_for(output.format, len(codebook))
     grid = finished.grid_size()
     skipped = int((~finished.good).sum())
     manifest = {'format': name, 'grid': grid, 'codes': len(codebook), 'image_size': args.image_size,
@@ -330,7 +331,7 @@ def main(args: argparse.Namespace) -> None:
     check_same_on_all_ranks(run_id)
 
     # what is to do
-    output = Output(Path(args.output_dir), args.name, args.shard_size, args.format == 'compact')
+    output = Output(Path(args.output_dir), args.name, args.shard_size, args.format)
     parts = Parts(output.parts_folder, len(source), args.batch_size)
     todo = on_main(plan, output, parts, run_id, args.codebook_path is None)
     if todo is None:

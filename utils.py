@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.rendezvous import rendezvous
 
+CPU = torch.device('cpu')
 AMP_DTYPE = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 _store = None  # of the process group, once this rank has joined it: there the ranks count their errors
 

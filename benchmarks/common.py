@@ -7,7 +7,7 @@ import os
 import socket
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,11 @@ from torch import nn
 
 import main_seit
 from fileio.files import save_torch, write_text
-from fileio.labels import write_labels
 from flags import Parser, integer
 from image_tokenizer.tokenizers import PatchTokenizer, lift_rows
 from image_tokenizer.vitvqgan import ViTVQGAN
 from recipe import default_amp
-from token_files import compact
-from token_files.compact import write_compact, write_model
-from token_files.context_model import ContextModel, fit
-from token_files.published import write_stream
-from token_files.token_file import files_of_manifest, manifest_path, manifest_text
+from token_files.token_file import format_for, stream_ending, write_model, write_set
 from training.run_info import VERSIONS
 from utils import device_of_rank
 
@@ -197,53 +192,32 @@ def make_codes(images: int, grid_size: int) -> Iterator[np.ndarray]:
         yield np.ascontiguousarray(codes.reshape(-1, shape[2]).T)
 
 
-def make_tokens(folder: Path, images: int, grid_size: int, classes: int, compact: bool = False) -> list[str]:
+def make_tokens(folder: Path, images: int, grid_size: int, classes: int, format_name: str = 'published') -> list[str]:
     """Write a synthetic set, its codebook and synonyms; returns main_seit.py's flags that name the files."""
     codes = functools.partial(make_codes, images, grid_size)
-    tokens = token_file(folder, compact)
-    if compact:
-        write_compact_set(tokens, codes(), fit(codes(), images), {'images': images, 'grid': grid_size})
-    else:
-        write_stream(tokens, codes())
-    write_labels(folder / 'set-label.txt', np.arange(images) % classes)
+    tokens = token_file(folder, format_name)
+    name = format_for(format_name, CODES)
+    model = write_model(tokens, name, codes(), images)
+    manifest = {'format': name, **model} if model else None  # published sets are as the paper's, without a manifest
+    write_set(tokens, codes(), images, folder / 'set-label.txt', np.arange(images) % classes, manifest)
     rng = np.random.default_rng(0)
     codebook = rng.standard_normal((CODES, CODE_DIM), np.float32)
     save_torch(torch.from_numpy(codebook), folder / 'codebook.ckpt')
     synonyms = {str(code): rng.permutation(CODES)[:5].tolist() for code in range(CODES)}
     write_text(folder / 'synonyms.json', json.dumps(synonyms))
-    return token_flags(folder, compact)
+    return token_flags(folder, format_name)
 
 
-def write_compact_set(tokens: Path, runs: Iterable[np.ndarray], model: ContextModel, manifest: dict[str, Any]) -> None:
-    """Write stream, model and manifest of a compact set.
-
-    Args:
-        tokens: path of the stream.
-        runs: codes (m, n).
-        model: fitted to them.
-        manifest: 'images', and what else it is to say.
-    """
-    model_path = tokens.with_name(tokens.name.replace('data.bin', 'model.bin'))
-    write_compact(tokens, runs, manifest['images'], model, write_model(model, model_path))
-    write_manifest(tokens, manifest | {'format': compact.NAME, 'model': model_path.name}, (tokens, model_path))
-
-
-def write_manifest(tokens: Path, manifest: dict[str, Any], files: Sequence[Path]) -> None:
-    """Write the manifest of a stream, with the checksums of `files` beside those that it has."""
-    stated = manifest.get('files', {}) | files_of_manifest(files)
-    write_text(manifest_path(tokens), manifest_text(manifest | {'files': stated}))
-
-
-def token_file(folder: Path, compact: bool = False) -> Path:
+def token_file(folder: Path, format_name: str = 'published') -> Path:
     """Path of the stream that `make_tokens` writes."""
-    return folder / ('compact-token.data.bin' if compact else 'set-token.data.bin.gz')
+    return folder / f'{format_name}-token.{stream_ending(format_name)}'
 
 
-def token_flags(folder: Path, compact: bool = False) -> list[str]:
+def token_flags(folder: Path, format_name: str = 'published') -> list[str]:
     """main_seit.py's flags for the files of `make_tokens`, for training and for evaluation alike."""
     flags = ['--codebook-path', folder / 'codebook.ckpt', '--token-synonym-dict', folder / 'synonyms.json']
     for split in ('train', 'val'):
-        flags += [f'--{split}-token-file', token_file(folder, compact), f'--{split}-label-file',
+        flags += [f'--{split}-token-file', token_file(folder, format_name), f'--{split}-label-file',
                   folder / 'set-label.txt']
     return [str(flag) for flag in flags]
 

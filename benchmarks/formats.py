@@ -35,11 +35,10 @@ from fileio.files import atomic_path, expand_files
 from flags import integer
 from image_data.sources import open_source
 from token_files.cache import open_codes
-from token_files.context_model import ContextModel, bits, fit
-from token_files.published import CHUNK_BYTES, index_path, parse_npy, write_stream
-from token_files.token_codecs import MAX_CODES, PUBLISHED, Codec, codec_for, encode
-from token_files.token_file import (count_codes, decode, entropy_bits, manifest_path, open_token_file,
-                                    stated_source_bytes)
+from token_files.context_model import ContextModel, bits
+from token_files.published import CHUNK_BYTES, Codec, codec_for, encode, parse_npy
+from token_files.token_file import (FORMATS, MAX_CODES, count_codes, decode, entropy_bits, format_for, format_of,
+                                    open_token_file, stated_source_bytes, stream_ending, write_model, write_set)
 from utils import InputError, run
 
 RUN_CODES = 1 << 23  # handled at a time
@@ -73,61 +72,30 @@ def runs_of(codes: np.ndarray) -> Iterator[np.ndarray]:
     yield from (codes[first:first + step] for first in range(0, len(codes), step))
 
 
-def read_set(tokens: Path, codes: np.ndarray) -> None:
-    """Decode a set into codes (N, n) uint16."""
-    for first, run_ in decode(open_token_file(tokens)):
-        codes[first:first + len(run_)] = run_
-
-
-def sizes_of(tokens: Path, second: str) -> dict[str, int]:
-    """Bytes of a stream, of the file that belongs to it (`second` in place of data.bin), and of the manifest."""
-    paths = tokens, tokens.with_name(tokens.name.replace('data.bin', second)), manifest_path(tokens)
-    return {name: path.stat().st_size if path.exists() else 0
-            for name, path in zip(('stream', 'index or model', 'manifest'), paths)}
-
-
 @dataclass(frozen=True)
-class Published:
-    """The published files, or their like with 16-bit codes, with a manifest where that says something.
+class TokenSet:
+    """The files that programs of this project read.
 
     Attributes:
         tokens: path of the stream.
-        codec: of the stream.
-        manifest: but for what depends on the files.
+        manifest: but for what depends on the files; {} for none.
     """
     tokens: Path
-    codec: Codec
     manifest: dict[str, Any]
 
     def write(self, codes: np.ndarray) -> None:
-        write_stream(self.tokens, runs_of(codes), self.codec)
-        if self.manifest or self.codec is not PUBLISHED:
-            manifest = self.manifest | {'format': self.codec.name, 'images': len(codes)}
-            common.write_manifest(self.tokens, manifest, (self.tokens, index_path(self.tokens)))
+        manifest = self.manifest and self.manifest | {'images': len(codes)}
+        write_set(self.tokens, runs_of(codes), len(codes), manifest=manifest)
 
     def read(self, codes: np.ndarray) -> None:
-        read_set(self.tokens, codes)
+        for first, run_ in decode(open_token_file(self.tokens)):
+            codes[first:first + len(run_)] = run_
 
     def sizes(self) -> dict[str, int]:
-        return sizes_of(self.tokens, 'index.npy')
-
-
-@dataclass(frozen=True)
-class Compact:
-    """The compact files; attributes as in `Published`, and the model."""
-    tokens: Path
-    model: ContextModel
-    manifest: dict[str, Any]
-
-    def write(self, codes: np.ndarray) -> None:
-        facts = {'images': len(codes), 'grid': math.isqrt(codes.shape[1])}
-        common.write_compact_set(self.tokens, runs_of(codes), self.model, self.manifest | facts)
-
-    def read(self, codes: np.ndarray) -> None:
-        read_set(self.tokens, codes)
-
-    def sizes(self) -> dict[str, int]:
-        return sizes_of(self.tokens, 'model.bin')
+        file = open_token_file(self.tokens)
+        paths = *file.files, file.manifest_path
+        return {name: path.stat().st_size if path.exists() else 0
+                for name, path in zip(('stream', 'index or model', 'manifest'), paths)}
 
 
 @dataclass(frozen=True)
@@ -136,17 +104,19 @@ class Compressed:
 
     Attributes:
         folder: for the two files.
-        published: whose codec and manifest it has.
+        codec: of the published stream.
+        published: whose manifest is counted.
         compress: bytes -> bytes.
         decompress: bytes -> bytes.
     """
     folder: Path
-    published: Published
+    codec: Codec
+    published: TokenSet
     compress: Callable[[bytes], bytes]
     decompress: Callable[[bytes], bytes]
 
     def write(self, codes: np.ndarray) -> None:
-        encoded = [encode(self.published.codec, run_) for run_ in runs_of(codes)]
+        encoded = [encode(self.codec, run_) for run_ in runs_of(codes)]
         lengths = np.concatenate([np.diff(index) for _, index in encoded])
         npy = io.BytesIO()
         np.save(npy, np.concatenate([[0], np.cumsum(lengths)]))
@@ -161,7 +131,7 @@ class Compressed:
         step = max(1, CHUNK_BYTES // codes.shape[1])
         for first in range(0, len(codes), step):
             offsets = index[first:first + step + 1]
-            part, _ = self.published.codec.decode(stream[offsets[0]:offsets[-1]], offsets - offsets[0])
+            part, _ = self.codec.decode(stream[offsets[0]:offsets[-1]], offsets - offsets[0])
             codes[first:first + step] = part.reshape(-1, codes.shape[1])
 
     def sizes(self) -> dict[str, int]:
@@ -188,32 +158,40 @@ def import_first(*names: str) -> ModuleType | None:
     return None
 
 
-def make_formats(folder: Path, stem: str, manifest: dict[str, Any], codec: Codec,
-                 model: ContextModel) -> dict[str, Published | Compact | Compressed]:
-    """The formats that can be had, by name, each with a folder of its own.
+def make_formats(folder: Path, stem: str, manifest: dict[str, Any], codes: np.ndarray,
+                 codebook_size: int) -> dict[str, TokenSet | Compressed]:
+    """The formats that can be had, by name, each with a folder of its own. A model is fitted and written here.
 
     Args:
         folder: for theirs.
-        stem: file name of a compact stream.
+        stem: first part of the files' names.
         manifest: of the set, {} for none.
-        codec: that holds its codes.
-        model: fitted to it.
+        codes: (N, n), that will be written.
+        codebook_size: rows of their codebook.
     """
     manifest = {key: value for key, value in manifest.items() if key not in ('format', 'model')}
     if 'files' in manifest:  # labels stay
         manifest['files'] = {name: stated for name, stated in manifest['files'].items() if name.endswith('.txt')}
-    formats = {'published': Published(folder / 'published' / f'{stem}.gz', codec, manifest)}
-    for name, functions in find_compressors().items():
-        formats[name] = Compressed(folder / name, formats['published'], *functions)
-    return formats | {'compact': Compact(folder / 'compact' / stem, model, manifest)}
+    formats = {}
+    for name in FORMATS:
+        tokens = folder / name / f'{stem}.{stream_ending(name)}'
+        format_name = format_for(name, codebook_size)
+        entries = manifest | write_model(tokens, format_name, runs_of(codes), len(codes))
+        if entries or format_name != format_of({}):  # else the paper's files, which need no manifest
+            entries['format'] = format_name
+        formats[name] = TokenSet(tokens, entries)
+    codec = codec_for(codebook_size)
+    others = {name: Compressed(folder / name, codec, formats['published'], *functions)
+              for name, functions in find_compressors().items()}
+    return formats | others
 
 
 # ---------------------------------------------------------------- measuring
 
 def load_codes(args: argparse.Namespace, folder: Path) -> tuple[np.ndarray, str, dict[str, Any], int | None]:
-    """What is measured: codes (N, n) uint16, file name of a compact stream of them, manifest, bytes of their images."""
+    """What is measured: codes (N, n) uint16, first part of their files' names, manifest, bytes of their images."""
     if args.token_file is None:
-        return np.concatenate(list(common.make_codes(args.images, args.grid))), 'set-token.data.bin', {}, None
+        return np.concatenate(list(common.make_codes(args.images, args.grid))), 'set-token', {}, None
     files = [open_token_file(path) for path in expand_files(args.token_file)]
     source = open_source(args.data_path) if args.data_path else None
     codes = open_codes(files, str(folder))
@@ -221,22 +199,18 @@ def load_codes(args: argparse.Namespace, folder: Path) -> tuple[np.ndarray, str,
         raise InputError(f'{args.data_path}: has {len(source)} images, but {args.token_file} {len(codes)}: give the '
                          'images that the tokens were made from')
     source_bytes = source.encoded_bytes() if source else stated_source_bytes(files)
-    return codes, files[0].stream.name.removesuffix('.gz'), files[0].manifest, source_bytes
+    return codes, files[0].stream.name.partition('.data.bin')[0], files[0].manifest, source_bytes
 
 
-def fit_model(codes: np.ndarray, clock: str) -> tuple[ContextModel, dict[str, Any]]:
-    """The model of codes (N, n), and what there is to say of it: groups, bits a code, seconds of fitting by a clock."""
-    began = common.CLOCKS[clock]()
-    model = fit(runs_of(codes), len(codes))
-    seconds = common.CLOCKS[clock]() - began
+def of_model(model: ContextModel, codes: np.ndarray) -> dict[str, Any]:
+    """What there is to say of the model of codes (N, n): its groups, and bits a code by it."""
     grid = math.isqrt(codes.shape[1])
     symbol_of = model.symbol_of()
     total = sum(bits(model, symbol_of[part].reshape(-1, grid, grid)) for part in runs_of(codes))
-    return model, {'groups': [len(table) for table in model.tables], 'model_bits': round(total / codes.size, 4),
-                   'fit_seconds': round(seconds, 2)}
+    return {'groups': [len(table) for table in model.tables], 'model_bits': round(total / codes.size, 4)}
 
 
-def measure_sizes(formats: dict[str, Published | Compact | Compressed], codes: np.ndarray) -> dict[str, Any]:
+def measure_sizes(formats: dict[str, TokenSet | Compressed], codes: np.ndarray) -> dict[str, Any]:
     """Bytes an image of each file of each format, and bits a code of all together."""
     size = {}
     for name, format_ in formats.items():
@@ -249,7 +223,7 @@ def measure_sizes(formats: dict[str, Published | Compact | Compressed], codes: n
     return {'bytes_an_image': size, 'bits_a_code': bits_a_code}
 
 
-def measure_speeds(args: argparse.Namespace, formats: dict[str, Published | Compact | Compressed], codes: np.ndarray,
+def measure_speeds(args: argparse.Namespace, formats: dict[str, TokenSet | Compressed], codes: np.ndarray,
                    device: torch.device) -> dict[str, Any]:
     """Codes a second of encoding and decoding in turn. Raises RuntimeError for codes that are not as they were."""
     decoded = {name: np.zeros(codes.shape, np.uint16) for name in formats}
@@ -274,9 +248,12 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
               'entropy_bits': round(entropy_bits(counts), 4)}
     if of_images is not None:
         result['source_bytes_an_image'] = round(of_images / len(codes), 1)
-    model, of_model = fit_model(codes, args.clock)
-    formats = make_formats(folder, stem, manifest, codec_for(int(counts.nonzero()[0][-1]) + 1), model)
-    result |= of_model | measure_sizes(formats, codes)
+    began = common.CLOCKS[args.clock]()
+    formats = make_formats(folder, stem, manifest, codes, int(counts.nonzero()[0][-1]) + 1)
+    fit_seconds = common.CLOCKS[args.clock]() - began
+    sizes = measure_sizes(formats, codes)
+    model = open_token_file(formats['compact'].tokens).content.model
+    result |= of_model(model, codes) | {'fit_seconds': round(fit_seconds, 2)} | sizes
     result['not_installed'] = [name for name in NAMES if name not in formats]
     some = np.array(codes[:max(1, SPEED_CODES // codes.shape[1])])
     return result | measure_speeds(args, {name: format_ for name, format_ in formats.items() if name != WITHOUT_SPEED},

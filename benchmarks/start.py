@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
 from flags import integer
 from token_files.cache import cache_path, open_codes
-from token_files.token_file import open_token_file
+from token_files.token_file import FORMATS, open_token_file
 from utils import InputError, cores, run
 
 PROBE = Path(__file__).with_name('start_probe.py')
@@ -40,7 +40,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--images', type=integer(1), default=1_281_167)
     add('--grid', type=integer(2), default=32, help='codes on a side')
     add('--device', default='cpu', help='that decodes alone: cpu, or cuda, which helps with the compact format')
-    add('--format', choices=('published', 'compact'), default='published')
+    add('--format', choices=FORMATS, default='published')
     add('--ranks', type=integer(1), nargs='*', default=[1, 4], help='none: only decoding')
     add('--folder', metavar='DIR', help='keep the synthetic set here, and use one that is here already')
     return parser.parse_args(argv)
@@ -144,17 +144,17 @@ def combine(runs: list[list[dict[str, float]]]) -> dict[str, dict[str, float]]:
 
 def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
     """The numbers of the JSON line; the set is made in `folder` where there is none."""
-    compact = args.format == 'compact'
-    tokens = common.token_file(folder, compact)
+    tokens = common.token_file(folder, args.format)
     if not tokens.exists():
         print(f'writing {args.images:,} images of synthetic codes into {folder}', flush=True)
-        common.make_tokens(folder, args.images, args.grid, 1000, compact)
+        common.make_tokens(folder, args.images, args.grid, 1000, args.format)
     file = open_token_file(tokens)
-    sizes = [path.stat().st_size / 1e6 for path in file.files]
-    result = {'stream_mb': round(sizes[0], 2), 'model_mb' if compact else 'index_mb': round(sizes[1], 2),
+    stream, companion = (round(path.stat().st_size / 1e6, 2) for path in file.files)
+    kind = 'model' if 'model' in file.manifest else 'index'
+    result = {'stream_mb': stream, f'{kind}_mb': companion,
               'decode': decode_alone(tokens, args.threads, device, args.repeats)}
     cache = cache_path([file])
-    flags = common.token_flags(folder, compact)
+    flags = common.token_flags(folder, args.format)
     for ranks in args.ranks:
         for state in ('cold', 'warm'):
             runs = []

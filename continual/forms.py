@@ -3,7 +3,7 @@
     pixels   RGB as it is, 3 bytes a pixel, without any header: its sides are in the sample's index
     resize   the same with the short side at most so long
     jpeg     a JPEG of a quality with its headers, as scripts/shrink_images.py makes it
-    tokens   codes as the published format has them (token_files/token_codecs.py), each image on its own
+    tokens   codes as the published format has them (token_files/published.py), each image on its own
 
 The compact format needs a model of the whole set and saves less for a few images at a time; samples of a memory come
 and go one by one, so each is stored alone.
@@ -24,7 +24,7 @@ from image_data.shrinking import shrink
 from image_data.sources import Source
 from image_tokenizer.tokenizers import decode_codes
 from token_dataset import TokenDataset
-from token_files.token_codecs import Codec, codec_for, encode
+from token_files.published import Codec, codec_for, encode
 from utils import InputError
 
 RAW = ('pixels', 'resize')

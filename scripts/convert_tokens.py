@@ -23,16 +23,10 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from fileio.files import check_writable, expand_files, lock_file, write_text
-from fileio.labels import write_labels
+from fileio.files import check_writable, expand_files, lock_file
 from flags import Parser
-from token_files import compact
-from token_files.compact import write_compact, write_model
-from token_files.context_model import fit
-from token_files.published import index_path, write_stream
-from token_files.token_codecs import MAX_CODES, codec_for
-from token_files.token_file import (TokenFile, bytes_on_disk, decode, files_of_manifest, labels_of, manifest_path,
-                                    manifest_text, open_token_file)
+from token_files.token_file import (FORMATS, MAX_CODES, TokenFile, bytes_on_disk, decode, format_for, labels_of,
+                                    largest_grid, open_token_file, paths_beside, stream_ending, write_model, write_set)
 from utils import InputError, print0, run
 
 
@@ -42,7 +36,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add('--token-file', required=True, metavar='FILE', help='a path, a glob or a comma-separated list of shards')
     add('--label-file', metavar='FILE', help='as many, in the same order (default: those beside the token files)')
-    add('--format', required=True, choices=('published', 'compact'))
+    add('--format', required=True, choices=FORMATS)
     add('--output-dir', required=True, metavar='DIR')
     return parser.parse_args(argv)
 
@@ -57,36 +51,23 @@ class Shard:
         file: the old set.
         labels: (N,) int64, or None.
         stream: name of the new stream.
-        used: (65536,) bool, the codes that occur, when they have been counted.
-        digest: SHA-256 of the codes, likewise.
-        n: codes an image, likewise.
+        largest: its largest code, as `read_all` leaves it.
+        digest: SHA-256 of its codes, as `read_all` leaves it.
     """
     file: TokenFile
     labels: np.ndarray | None
     stream: str
-    used: np.ndarray
+    largest: int = 0
     digest: str = ''
-    n: int = 0
 
     def codes(self) -> Iterator[np.ndarray]:
-        """Yield the codes (m, n) uint16, run after run, and count them on the way. Raises InputError."""
-        digest = hashlib.sha256()
-        for _, codes in decode(self.file):
-            self.used[codes] = True
-            self.n = codes.shape[1]
-            digest.update(codes.astype('<u2').tobytes())
-            yield codes
-        self.digest = digest.hexdigest()
+        """Yield the codes (m, n) uint16, run after run. Raises InputError."""
+        return (codes for _, codes in decode(self.file))
 
 
 def label_name(stream: str) -> str:
     """Name of the labels of a stream, as tokenize_images.py has it."""
     return re.sub(r'data\.bin(\.gz)?$', 'txt', stream.replace('-token', '-label'))
-
-
-def model_name(stream: str) -> str:
-    """Name of the model of compact shards, from the name of the first."""
-    return re.sub(r'(-\d+)?\.data\.bin$', '.model.bin', stream)
 
 
 def open_shards(args: argparse.Namespace) -> list[Shard]:
@@ -99,9 +80,9 @@ def open_shards(args: argparse.Namespace) -> list[Shard]:
     else:
         beside = [file.stream.with_name(label_name(file.stream.name)) for file in files]
         paths = [path if path.exists() else None for path in beside]
-    ending = 'data.bin' if args.format == 'compact' else 'data.bin.gz'
+    ending = stream_ending(args.format)
     shards = [Shard(file, labels_of(file, path) if path else None,
-                    re.sub(r'data\.bin(\.gz)?$', ending, file.stream.name), np.zeros(MAX_CODES, bool))
+                    re.sub(r'data\.bin(\.gz)?$', ending, file.stream.name))
               for file, path in zip(files, paths)]
     names = [shard.stream for shard in shards]
     if len(set(names)) < len(names):
@@ -109,51 +90,57 @@ def open_shards(args: argparse.Namespace) -> list[Shard]:
     return shards
 
 
-# ---------------------------------------------------------------- writing
-
-def write_shards(shards: Sequence[Shard], folder: Path, format_name: str) -> list[Path]:
-    """Write the files of all sets into a folder; returns their paths, manifests last. Raises InputError."""
-    for shard in shards:
-        shard.file.check_content()
-    model_file = folder / model_name(shards[0].stream)
-    if format_name == 'compact':
-        model = fit(same_grids(shards), sum(len(shard.file) for shard in shards))
-        identity = write_model(model, model_file)
-    else:
-        largest = max(int(codes.max()) for codes in same_grids(shards))
-        codec = codec_for(max(largest + 1, *(stated_codes(shard.file) for shard in shards)))
-    written, manifests = [], []
+def check_free(shards: Sequence[Shard], folder: Path, format_name: str) -> None:
+    """InputError where a file that will be written is there."""
     for shard in shards:
         stream = folder / shard.stream
-        if format_name == 'compact':
-            write_compact(stream, shard.codes(), len(shard.file), model, identity)
-            second, more = model_file, {'format': compact.NAME, 'model': model_file.name}
-        else:
-            write_stream(stream, shard.codes(), codec)
-            second, more = index_path(stream), {'format': codec.name}
-        files = [stream, second]
-        if shard.labels is not None:
-            files.append(folder / label_name(shard.stream))
-            write_labels(files[-1], shard.labels)
-        manifest = new_manifest(shard, more | {'files': files_of_manifest(files)})
-        write_text(manifest_path(stream), manifest_text(manifest))
-        compare(shard, stream)
-        written += [path for path in files if path not in written]
-        manifests.append(manifest_path(stream))
-        print0(f'{shard.file.stream}: {len(shard.file):,} images compared, all codes are the same')
-    return written + manifests
+        for path in stream, *paths_beside(stream, format_name), folder / label_name(shard.stream):
+            if os.path.lexists(path):
+                raise InputError(f'{path}: is there already; choose another --output-dir')
 
 
-def same_grids(shards: Sequence[Shard]) -> Iterator[np.ndarray]:
-    """Yield the codes of all sets, run after run. Raises InputError where their grids differ."""
+def read_all(shards: Sequence[Shard]) -> int:
+    """Read all codes once, and note of each set what the new one must hold.
+
+    Returns:
+        Codes on a side.
+
+    Raises:
+        InputError: for damaged sets, and grids that are not the same.
+    """
     n = None
     for shard in shards:
+        shard.file.check_content()
+        digest = hashlib.sha256()
         for codes in shard.codes():
             n = n or codes.shape[1]
             if codes.shape[1] != n:
                 raise InputError(f'{shard.file.stream}: {codes.shape[1]} codes an image, where '
                                  f'{shards[0].file.stream} has {n}: they are no shards of one set')
-            yield codes
+            shard.largest = max(shard.largest, int(codes.max()))
+            digest.update(codes.astype('<u2').tobytes())
+        shard.digest = digest.hexdigest()
+    return math.isqrt(n)
+
+
+# ---------------------------------------------------------------- writing
+
+def write_shards(shards: Sequence[Shard], folder: Path, format_name: str) -> None:
+    """Write the files of all sets into a folder, and compare what they hold. Raises InputError."""
+    grid_size = read_all(shards)
+    if grid_size > largest_grid(format_name):
+        raise InputError(f'{shards[0].file.stream}: {grid_size} codes on a side; --format {format_name} holds '
+                         f'{largest_grid(format_name)} at most')
+    name = format_for(format_name, max(max(shard.largest + 1, stated_codes(shard.file)) for shard in shards))
+    all_codes = (codes for shard in shards for codes in shard.codes())
+    images = sum(len(shard.file) for shard in shards)
+    model = write_model(folder / shards[0].stream, name, all_codes, images)
+    for shard in shards:
+        manifest = {'codes': shard.largest + 1} | kept_entries(shard.file, format_name) | {'format': name} | model
+        write_set(folder / shard.stream, shard.codes(), len(shard.file), folder / label_name(shard.stream),
+                  shard.labels, manifest)
+        compare(shard, folder / shard.stream)
+        print0(f'{shard.file.stream}: {len(shard.file):,} images compared, all codes are the same')
 
 
 def stated_codes(file: TokenFile) -> int:
@@ -162,34 +149,22 @@ def stated_codes(file: TokenFile) -> int:
     return codes if type(codes) is int and codes <= MAX_CODES else 0
 
 
-def new_manifest(shard: Shard, more: dict[str, Any]) -> dict[str, Any]:
-    """What the old manifest says, with what the new format changes; what a set without one does not say, is counted."""
-    old = {key: value for key, value in shard.file.manifest.items() if key not in ('format', 'model', 'files')}
-    counted = {'images': len(shard.file), 'grid': math.isqrt(shard.n), 'codes': int(shard.used.nonzero()[0][-1]) + 1,
-               'codes_used': int(shard.used.sum())}
-    if isinstance(old.get('run'), dict):  # which tokenize_images.py knows its sets by
-        named = {'format': compact.NAME} if more['format'] == compact.NAME else {}
-        old['run'] = {key: value for key, value in old['run'].items() if key != 'format'} | named
-    return counted | old | more
+def kept_entries(file: TokenFile, format_name: str) -> dict[str, Any]:
+    """What the manifest says, but for its format and files."""
+    kept = {key: value for key, value in file.manifest.items() if key not in ('format', 'model', 'files')}
+    if isinstance(kept.get('run'), dict):  # tokenize_images.py knows its sets by it, and names other formats there
+        run_id = {key: value for key, value in kept['run'].items() if key != 'format'}
+        kept['run'] = run_id if format_name == 'published' else run_id | {'format': format_name}
+    return kept
 
 
 def compare(shard: Shard, stream: Path) -> None:
-    """Read a new set again, and compare it with the old one. Raises RuntimeError where they differ."""
-    again = Shard(open_token_file(stream), None, '', np.zeros(MAX_CODES, bool))
-    for _ in again.codes():
-        pass
-    if again.digest != shard.digest:
+    """RuntimeError unless a new set has the codes of the old one."""
+    digest = hashlib.sha256()
+    for _, codes in decode(open_token_file(stream)):
+        digest.update(codes.astype('<u2').tobytes())
+    if digest.hexdigest() != shard.digest:
         raise RuntimeError(f'{stream}: does not hold the codes of {shard.file.stream}: please report this')
-
-
-def check_free(shards: Sequence[Shard], folder: Path, format_name: str) -> None:
-    """InputError where a file that will be written is there."""
-    for shard in shards:
-        stream = folder / shard.stream
-        second = folder / model_name(shards[0].stream) if format_name == 'compact' else index_path(stream)
-        for path in stream, second, manifest_path(stream), folder / label_name(shard.stream):
-            if os.path.lexists(path):
-                raise InputError(f'{path}: is there already; choose another --output-dir')
 
 
 def main(args: argparse.Namespace) -> None:
@@ -205,8 +180,8 @@ def main(args: argparse.Namespace) -> None:
     new = work / 'files'
     shutil.rmtree(new, ignore_errors=True)  # of a killed run
     try:
-        written = write_shards(shards, new, args.format)
-        for path in written:
+        write_shards(shards, new, args.format)
+        for path in sorted(new.iterdir(), key=lambda path: path.suffix == '.json'):  # manifests last
             path.rename(folder / path.name)
     finally:
         shutil.rmtree(work, ignore_errors=True)

@@ -23,8 +23,8 @@ from fileio.files import expand_files, sha256
 from fileio.labels import check_class_names, read_labels
 from flags import Parser
 from token_files.codebook import load_codebook, load_synonyms
-from token_files.token_codecs import MAX_CODES
-from token_files.token_file import TokenFile, check_checksums, decode, manifest_path, open_token_file, read_manifest
+from token_files.token_file import (MAX_CODES, TokenFile, check_checksums, decode, manifest_path, open_token_file,
+                                    read_manifest)
 from utils import InputError, print0, run
 
 MAX_SYNONYMS = 5  # of each code, which training reads

@@ -18,9 +18,9 @@ from fileio.files import check_writable, expand_files, write_text
 from flags import Parser
 from image_data.decoding import BadImage, bare_bytes
 from image_data.sources import open_source
+from token_files import compact
 from token_files.cache import open_codes
 from token_files.codebook import load_codebook
-from token_files.compact import CompactStream
 from token_files.token_file import bytes_on_disk, bytes_per_image, count_codes, open_token_file
 from utils import InputError, print0, run
 
@@ -66,7 +66,7 @@ def token_bytes(token_file: str, codebook_path: str) -> dict[str, int]:
         raise InputError(f'{token_file}: {error}; give the codebook the tokens were made with') from None
     size = bytes_per_image(files, codes.shape, counts)
     bare = round(size['entropy'] * len(codes))
-    if isinstance(files[0].content, CompactStream):  # its words, and the model that they cannot be read without
+    if isinstance(files[0].content, compact.Stream):  # its words, and the model that they cannot be read without
         bare = sum(4 * int(file.content.lengths.sum()) for file in files) + files[0].content.model_path.stat().st_size
     return {'images': len(codes), 'files': bytes_on_disk(files), 'without_headers': bare}
 

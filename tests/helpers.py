@@ -27,14 +27,11 @@ import main_seit
 import tokenize_images
 from benchmarks.common import free_port
 from fileio.files import expand_files, sha256
-from fileio.labels import write_labels
 from image_tokenizer.vitvqgan import Size, position_table
 from token_files import cache as token_cache
-from token_files.compact import write_compact, write_model
-from token_files.context_model import HEADER, MAGIC, fit
-from token_files.published import gzip_bytes, index_path
-from token_files.token_codecs import CODECS
-from token_files.token_file import files_of_manifest, manifest_path, open_token_file, write_tokens
+from token_files.context_model import HEADER, MAGIC
+from token_files.published import companion_path, gzip_bytes
+from token_files.token_file import manifest_path, open_token_file, write_model, write_set
 from utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,7 +51,7 @@ def make_data(folder, n=24, grid=10, codes=30, classes=4, width=32, seed=0):
         y = rng.integers(0, classes, count)
         y[:classes] = range(classes)
         x = y[:, None] + classes * rng.integers(0, codes // classes, (count, grid * grid))
-        write_tokens(folder / f'{split}-token.data.bin.gz', folder / f'{split}-label.txt', x, y)
+        write_set(folder / f'{split}-token.data.bin.gz', [x], count, folder / f'{split}-label.txt', y)
     torch.save(torch.from_numpy(rng.standard_normal((codes, width)).astype(np.float32)), folder / 'codebook.ckpt')
     (folder / 'synonyms.json').write_text(json.dumps({c: [(c + i) % codes for i in range(1, 6)] for c in range(codes)}))
     return ['--codebook-path', folder / 'codebook.ckpt', '--token-synonym-dict', folder / 'synonyms.json',
@@ -440,7 +437,7 @@ def make_set(folder, n=12, grid=4, codes=391, name='a', seed=0):
     x = rng.integers(0, codes, (n, grid * grid)).astype(np.uint16)
     y = rng.integers(0, 10, n)
     files = folder / f'{name}-token.data.bin.gz', folder / f'{name}-label.txt'
-    write_tokens(*files, x, y)
+    write_set(files[0], [x], n, files[1], y)
     return files, x, y
 
 
@@ -449,7 +446,7 @@ def make_wide_set(folder, n=12, grid=4, codes=8192, name='w', **manifest):
     x = np.random.default_rng(1).integers(0, codes, (n, grid * grid))
     x[0, 0] = codes - 1
     files = folder / f'{name}-token.data.bin.gz', folder / f'{name}-label.txt'
-    write_tokens(*files, x, np.zeros(n, int), CODECS['uint16-le'])
+    write_set(files[0], [x], n, files[1], np.zeros(n, int), {'format': 'uint16-le'})
     manifest_path(files[0]).write_text(json.dumps({'format': 'uint16-le', **manifest}))
     return files, x
 
@@ -481,13 +478,10 @@ def codes_of_kind(kind, images, grid, seed=0):
 def make_compact_set(folder, codes, /, labels=None, name='a', checked=False, **entries):
     """Write a compact set of codes (N, n), its manifest with checksums if `checked`; returns (token, label) files."""
     files = folder / f'{name}-token.data.bin', folder / f'{name}-label.txt'
-    model_path = folder / f'{name}-token.model.bin'
-    model = fit([codes], len(codes))
-    write_compact(files[0], [codes], len(codes), model, write_model(model, model_path))
-    write_labels(files[1], [0] * len(codes) if labels is None else labels)
-    if checked:
-        entries['files'] = files_of_manifest([files[0], model_path, files[1]])
-    manifest_path(files[0]).write_text(json.dumps({'format': 'compact', 'model': model_path.name, **entries}))
+    manifest = {'format': 'compact', **write_model(files[0], 'compact', [codes], len(codes)), **entries}
+    write_set(files[0], [codes], len(codes), files[1], [0] * len(codes) if labels is None else labels, manifest)
+    if not checked:
+        manifest_path(files[0]).write_text(json.dumps(manifest))
     return files
 
 
@@ -509,7 +503,7 @@ def make_checked_set(folder):
 def write_manifest(token_file, *more, **entries):
     """Write a manifest with the checksums of a token file, its index and `more` files."""
     files = {file.name: {'bytes': file.stat().st_size, 'sha256': sha256(file)}
-             for file in (token_file, index_path(token_file), *more)}
+             for file in (token_file, companion_path(token_file), *more)}
     manifest_path(token_file).write_text(json.dumps({'format': 'escaped-bytes', 'files': files, **entries}))
 
 
@@ -524,7 +518,7 @@ def write_raw_set(folder, stream, index):
     """Write a token file and its index of any content; returns the token file."""
     path = folder / 'a.data.bin.gz'
     path.write_bytes(gzip.compress(stream, 1))
-    index_path(path).write_bytes(gzip.compress(index if isinstance(index, bytes) else npy(index), 1))
+    companion_path(path).write_bytes(gzip.compress(index if isinstance(index, bytes) else npy(index), 1))
     return path
 
 
@@ -533,7 +527,7 @@ def rewrite(token_file, stream=None, index=None):
     if stream is not None:
         token_file.write_bytes(gzip_bytes(bytes(stream)))
     if index is not None:
-        index_path(token_file).write_bytes(gzip_bytes(npy(index)))
+        companion_path(token_file).write_bytes(gzip_bytes(npy(index)))
 
 
 def unpack(token_file):

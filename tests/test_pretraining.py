@@ -10,7 +10,7 @@ from helpers import SMALL as SEIT_SMALL, call, make_data, mistake, read_log, run
 from tables import collect, presets, pretraining, report, rows
 from tables.table import planned
 from test_tables import TOY, Forked
-from token_files.token_file import write_tokens
+from token_files.token_file import write_set
 
 SIZES = ('deit_tiny_patch16_224', '--model-kwargs', 'img_size=64', 'patch_size=16', 'global_pool=avg', 'depth=1',
          'embed_dim=32', 'num_heads=2')
@@ -84,8 +84,8 @@ def test_shards_of_many_classes_start_a_set_of_few(tmp_path, capsys):
     for shard in range(3):
         labels = rng.integers(20 * shard, 20 * shard + 20, 9)
         labels[-1] = 20 * shard + 19
-        write_tokens(tmp_path / f'big-{shard}-token.data.bin.gz', tmp_path / f'big-{shard}-label.txt',
-                     rng.integers(0, 30, (9, 100)), labels)
+        write_set(tmp_path / f'big-{shard}-token.data.bin.gz', [rng.integers(0, 30, (9, 100))], 9,
+                  tmp_path / f'big-{shard}-label.txt', labels)
     flags = [*SEIT_SMALL, *data[:4], '--train-token-file', tmp_path / 'big-*-token.data.bin.gz', '--train-label-file',
              tmp_path / 'big-*-label.txt', '--no-eval', '--epochs', 1]
     run_here(*flags, '--output-dir', tmp_path / 'before')

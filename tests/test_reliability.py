@@ -16,7 +16,7 @@ import tokenize_images
 from helpers import SMALL, call, free_port, make_data, open_codes, read_log, run_here, states
 from processes import Job
 from samplers import shuffled
-from token_files.token_file import write_tokens
+from token_files.token_file import write_set
 from training import checkpoints
 from training.loss_meter import NotFinite
 from training.preemption import REQUEUE
@@ -248,8 +248,7 @@ def test_full_disk_while_decoding_and_tokenizing(data, small_disk, tmp_path):
     folder = small_disk(1 << 20)
     codes = np.random.default_rng(0).integers(0, 391, (2000, 64))
     tokens = tmp_path / 'big-token.data.bin.gz'
-    labels = tmp_path / 'big-label.txt'
-    write_tokens(tokens, labels, codes, np.zeros(len(codes), int))
+    write_set(tokens, [codes], len(codes))
     fill(folder, 100_000)
     with pytest.raises(InputError, match='cannot be written .No space left'):
         open_codes(tokens, folder)

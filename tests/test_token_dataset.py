@@ -10,7 +10,7 @@ from helpers import (codes_of_kind, fails, make_checked_set, make_compact_set, m
                      npy, refused, write_manifest, write_raw_set)
 from token_dataset import TokenDataset
 from token_files.codebook import load_codebook
-from token_files.published import index_path
+from token_files.published import companion_path
 from token_files.token_file import manifest_path
 
 CPU = torch.device('cpu')
@@ -70,7 +70,7 @@ def test_shards_read_as_one_set(tmp_path):
     for cache in ('none', tmp_path / 'cache'):
         data = TokenDataset(tokens, labels, 391, cache)
         assert np.array_equal(data.codes, x) and np.array_equal(data.labels, y)
-    assert data.bytes_on_disk() == sum(p.stat().st_size for f, _ in files for p in (f, index_path(f)))
+    assert data.bytes_on_disk() == sum(p.stat().st_size for f, _ in files for p in (f, companion_path(f)))
     data = TokenDataset(','.join(str(f) for f, _ in files[::-1]), ', '.join(str(f) for _, f in files[::-1]), 391)
     assert np.array_equal(data.codes, np.r_[x[9:], x[5:9], x[:5]])  # a list keeps its order
 
@@ -220,7 +220,7 @@ def test_what_differs_from_its_manifest_is_refused(tmp_path, cache, damage):
         labels.write_text('0\n2\n')
     else:  # right in structure, but other codes
         write_raw_set(tmp_path, *((b'\1' * 8, [0, 4, 8]) if damage == 'stream' else (bytes(8), [0, 1, 8])))
-    bad = {'stream': path, 'index': index_path(path), 'labels': labels}[damage]
+    bad = {'stream': path, 'index': companion_path(path), 'labels': labels}[damage]
     refused(bad, TokenDataset, path, labels, 256, cache, match='changed or damaged, fetch or make it again')
 
 

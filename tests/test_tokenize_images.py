@@ -26,7 +26,7 @@ from image_tokenizer.tokenizers import load_tokenizer
 from image_tokenizer.vitvqgan import Size, ViTVQGAN
 from token_dataset import TokenDataset
 from token_files.cache import open_codes
-from token_files.token_codecs import PUBLISHED
+from token_files.published import PUBLISHED
 from token_files.token_file import open_token_file
 
 
@@ -611,7 +611,7 @@ def test_leftovers_of_a_killed_compact_run_go(data, tmp_path):
     for name in left:
         (tmp_path / name).write_text('x')
     for size in (0, 5):
-        parts.Output(tmp_path, 'my', size, True).remove_leftovers()
+        parts.Output(tmp_path, 'my', size, 'compact').remove_leftovers()
     assert not [*tmp_path.iterdir()]
 
 

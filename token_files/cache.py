@@ -12,9 +12,8 @@ import numpy as np
 import torch
 
 from fileio.files import atomic_path, remove_leftovers
-from token_files.compact import CPU
 from token_files.token_file import TokenFile, decode
-from utils import InputError, local_rank, one_first, print0
+from utils import CPU, InputError, local_rank, one_first, print0
 
 
 def _fingerprint(path: Path) -> tuple[int, int, str]:
@@ -101,7 +100,7 @@ def open_codes(files: Sequence[TokenFile], cache: str = '', device: torch.device
         files: the shards of one set.
         cache: folder of the decoded file; '' puts it beside the (first) token file; 'none' decodes into this
             process's own memory instead.
-        device: that decodes, see `token_files.decode`.
+        device: that decodes, see `token_file.decode`.
 
     Raises:
         InputError: for damaged files, or a cache that cannot be written or read.

@@ -3,7 +3,8 @@
     NAME.data.bin    header, words of each block, blocks; an image set, or one shard of it
     NAME.model.bin   the context model, one for all shards of a set
 
-The manifest says that a set is compact, and where its model is. docs/token_format.md has the bytes.
+The manifest says that a set is compact, and where its model is. docs/token_format.md has the bytes. The names that
+token_file.py uses of this module are those of published.py.
 
 Most damage shows in the index, or in a block that does not end in the state that its encoding began with. Checksums of
 the manifest find the rest: a bit that swaps two codes of equal likelihood, blocks of equal length that changed places,
@@ -13,6 +14,7 @@ import functools
 import hashlib
 import math
 import os
+import re
 import reprlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,12 +25,14 @@ import numpy as np
 import torch
 
 from fileio.files import MAX_IMAGES, atomic_path, read_bytes
-from token_files.context_model import ContextModel
+from token_files.context_model import MAX_SYMBOLS, ContextModel, fit
 from token_files.prefetching import prefetch
 from token_files.rans import decode_blocks, decode_blocks_on, encode_blocks
-from utils import InputError, cores
+from utils import CPU, InputError, cores
 
-NAME = 'compact'  # as a manifest's "format" states it
+NAMES = ('compact',)  # as a manifest's "format" states them
+ENDING = 'data.bin'  # of a stream's name
+MAX_CODES = MAX_SYMBOLS
 MAGIC = b'SeiTcmp1'
 HEADER = np.dtype([('magic', 'S8'), ('images', '<u4'), ('grid', '<u2'), ('block_images', '<u2'), ('model', 'V16')])
 BLOCK_CODES = 4096  # a block has as many images as have no more codes than this, or one
@@ -39,12 +43,11 @@ ENCODE_CODES = 1 << 22  # at a time: bounds memory
 DECODE_CODES = 1 << 24
 MAX_THREADS = 8  # each has its codes in memory
 GPU_CODES = 1 << 28  # 1.5 GB there
-CPU = torch.device('cpu')
 LEAST_WORDS = 2  # of a block: its state
 
 
 @dataclass(frozen=True)
-class CompactStream:
+class Stream:
     """A compact stream whose header, index and model have been read and checked.
 
     Attributes:
@@ -124,6 +127,21 @@ class CompactStream:
 
 # ---------------------------------------------------------------- reading
 
+def format_for(codebook_size: int) -> str:
+    """Name of the format of codes of a codebook. Raises InputError where it cannot hold them."""
+    if codebook_size > MAX_CODES:
+        raise InputError(f'{codebook_size} codes are more than token files hold ({MAX_CODES})')
+    return NAMES[0]
+
+
+def companion_path(token_file: str | Path) -> Path:
+    """Path of the model that is written beside a stream, without a shard's number. Raises InputError."""
+    path = Path(token_file)
+    if not path.name.endswith(f'.{ENDING}'):
+        raise InputError(f'{path}: a compact token file is named NAME.{ENDING}')
+    return path.with_name(re.sub(r'(-\d+)?\.data\.bin$', '.model.bin', path.name))
+
+
 def is_compact(path: Path) -> bool:
     """Whether a file begins as a compact stream does."""
     try:
@@ -133,20 +151,29 @@ def is_compact(path: Path) -> bool:
         return False
 
 
-def open_compact(path: Path, manifest: dict[str, Any], manifest_path: Path) -> CompactStream:
-    """Read header, index and model of a stream. Raises InputError."""
+def open_stream(path: Path, manifest: dict[str, Any], manifest_path: Path) -> Stream:
+    """Read header and index of a stream, and the model that the manifest names. Raises InputError."""
     header, lengths = _read_header(path)
     model_path = _model_path(path, manifest, manifest_path)
     data = read_bytes(model_path, MAX_MODEL_BYTES)
-    if hashlib.sha256(data).digest()[:16] != header['model'].tobytes():
+    if identity_of(data) != header['model'].tobytes():
         raise InputError(f'{model_path}: is not the model that {path} was encoded with: it is damaged, or of another '
                          'set; fetch or make it again')
+    return Stream(path, model_path, _parse_model(data, model_path), int(header['images']), int(header['grid']),
+                  int(header['block_images']), lengths)
+
+
+def identity_of(model_data: bytes) -> bytes:
+    """What streams state of the file of their model: 16 bytes."""
+    return hashlib.sha256(model_data).digest()[:16]
+
+
+def _parse_model(data: bytes, path: Path) -> ContextModel:
+    """The model in the bytes of a file. Raises InputError."""
     try:
-        model = ContextModel.from_bytes(data)
+        return ContextModel.from_bytes(data)
     except ValueError as error:
-        raise InputError(f'{model_path}: no context model: {error}; fetch or make it again') from None
-    return CompactStream(path, model_path, model, int(header['images']), int(header['grid']),
-                         int(header['block_images']), lengths)
+        raise InputError(f'{path}: no context model: {error}; fetch or make it again') from None
 
 
 def _read_header(path: Path) -> tuple[np.void, np.ndarray]:
@@ -197,45 +224,62 @@ def _is_file_name(name: Any) -> bool:
 
 # ---------------------------------------------------------------- writing
 
-def write_model(model: ContextModel, path: Path) -> bytes:
-    """Write a model atomically; returns what streams state of it. Raises InputError."""
-    data = model.to_bytes()
+def write_model(token_file: Path, codes: Iterable[np.ndarray], images: int) -> dict[str, str]:
+    """Fit the model of a set and write it atomically; returns what manifests say of it. Raises InputError.
+
+    Args:
+        token_file: path of the stream, or of the first shard.
+        codes: of all shards: (m, n) integers, run after run; `images` rows together.
+        images: more than 0.
+    """
+    path = companion_path(token_file)
+    data = fit(codes, images).to_bytes()
     with atomic_path(path) as temporary:
         Path(temporary).write_bytes(data)
-    return hashlib.sha256(data).digest()[:16]
+    return {'model': path.name}
 
 
-def write_compact(path: Path, runs: Iterable[np.ndarray], images: int, model: ContextModel, identity: bytes) -> None:
+def write_stream(path: Path, codes: Iterable[np.ndarray], images: int, manifest: dict[str, Any]) -> Path:
     """Write a stream atomically. The same codes give the same bytes, however they are cut into runs.
 
     Args:
         path: of the stream.
-        runs: codes (m, n) integers that the model has, `images` rows together.
+        codes: (m, n) integers that the model has, run after run; `images` rows together.
         images: more than 0.
-        model: of the set.
-        identity: what `write_model` returned.
+        manifest: its 'model' names the model, which `write_model` left beside the stream.
+
+    Returns:
+        Path of the model.
 
     Raises:
-        ValueError: for a grid that is too large.
-        InputError: for a file that cannot be written.
+        ValueError: for a grid that is too large, a code that the model lacks, another number of images.
+        InputError: for a file that cannot be written, or a model that cannot be read.
     """
+    model_path = path.with_name(manifest['model'])
+    data = read_bytes(model_path, MAX_MODEL_BYTES)
+    model = _parse_model(data, model_path)
     ends = model.ends()
     lengths = []
+    written = 0
     with atomic_path(path) as temporary, open(temporary, 'wb') as file:
-        n = None
-        for codes, block_images in _whole_blocks(runs):
-            if n is None:
-                n = codes.shape[1]
-                grid = math.isqrt(n)
+        for chunk, block_images in _whole_blocks(codes):
+            if not written:
+                grid = math.isqrt(chunk.shape[1])
                 if grid > MAX_GRID:
-                    raise ValueError(f'grids of {grid}x{grid} codes; the format {NAME} holds {MAX_GRID}x{MAX_GRID}')
-                file.write(np.array([(MAGIC, images, grid, block_images, identity)], HEADER).tobytes())
+                    raise ValueError(f'grids of {grid}x{grid} codes; the format {NAMES[0]} holds '
+                                     f'{MAX_GRID}x{MAX_GRID}')
+                header = np.array([(MAGIC, images, grid, block_images, identity_of(data))], HEADER)
+                file.write(header.tobytes())
                 file.seek(4 * -(-images // block_images), os.SEEK_CUR)  # the index, which comes last
-            words, run_lengths = encode_blocks(model, ends, codes, block_images)
+            words, chunk_lengths = encode_blocks(model, ends, chunk, block_images)
             file.write(words.astype('<u4').tobytes())
-            lengths.append(run_lengths)
+            lengths.append(chunk_lengths)
+            written += len(chunk)
+        if written != images:
+            raise ValueError(f'{written} images, where {images} were to be written')
         file.seek(HEADER.itemsize)
         file.write(np.concatenate(lengths).astype('<u4').tobytes())
+    return model_path
 
 
 def _block_images(n: int) -> int:

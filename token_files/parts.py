@@ -3,13 +3,14 @@
 Images are cut into parts of a fixed number of fixed batches. Each finished part is one file in DIR/.NAME.parts, written
 whole or not at all. When all are there, the token sets are written and the folder of parts is removed.
 """
+import glob
 import json
 import math
 import os
 import re
 import shutil
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +18,7 @@ from typing import Any
 import numpy as np
 
 from fileio.files import atomic_path, check_writable, lock_file, read_json, remove_leftovers, sha256, write_text
-from fileio.labels import write_labels
-from token_files.compact import write_compact, write_model
-from token_files.context_model import fit
-from token_files.published import index_path
-from token_files.token_codecs import CODECS, MAX_CODES
-from token_files.token_file import files_of_manifest, manifest_path, manifest_text, write_tokens
+from token_files.token_file import paths_beside, stream_ending, write_model, write_set
 from utils import InputError
 
 # Batches lost if killed. Few enough that all ranks have parts, many enough that writing hides behind encoding.
@@ -39,12 +35,12 @@ class Output:
         folder: of the token sets.
         name: first part of their file names.
         shard_size: images to a numbered shard; 0 for one set.
-        compact: the format of the sets is compact.
+        format: of the sets, as --format names it.
     """
     folder: Path
     name: str
     shard_size: int = 0
-    compact: bool = False
+    format: str = 'published'
 
     @property
     def parts_folder(self) -> Path:
@@ -58,12 +54,7 @@ class Output:
 
     def token_file(self, shard: int) -> Path:
         """Path of the stream of a shard."""
-        return self.folder / f'{self.name}-token{self._number(shard)}.data.bin{"" if self.compact else ".gz"}'
-
-    @property
-    def model_file(self) -> Path:
-        """Path of the context model of compact sets."""
-        return self.folder / f'{self.name}-token.model.bin'
+        return self.folder / f'{self.name}-token{self._number(shard)}.{stream_ending(self.format)}'
 
     def label_file(self, shard: int) -> Path:
         """Path of the labels of a shard."""
@@ -134,8 +125,7 @@ class Output:
         """
         last = max(0, math.ceil(images / self.shard_size) - 1) if self.shard_size else 0
         tokens = self.token_file(last)
-        second = self.model_file if self.compact else index_path(tokens)
-        for path in (tokens, second, manifest_path(tokens), self.label_file(last)):
+        for path in (tokens, *paths_beside(tokens, self.format), self.label_file(last)):
             check_writable(path, 'choose a shorter --name or another --output-dir')
         if codebook:
             check_writable(self.codebook, 'choose another --output-dir')
@@ -143,8 +133,9 @@ class Output:
     def remove_leftovers(self) -> None:
         """Remove what killed runs left; temporary files that a living process writes stay."""
         shutil.rmtree(_retired(self.parts_folder), ignore_errors=True)
-        for path in (self.token_file(0), self.label_file(0), self.model_file, self.codebook):
-            pattern = path.name.replace('-00000', '-*').removesuffix('.gz').replace('.data.bin', '.*')
+        name = glob.escape(self.name)
+        for pattern in (f'{name}-token.*', f'{name}-token-*', f'{name}-label.txt', f'{name}-label-*',
+                        self.codebook.name):
             remove_leftovers(self.folder, f'.{pattern}.*.tmp')
         remove_leftovers(self.parts_folder, '.*.tmp')
 
@@ -330,37 +321,16 @@ def write_sets(output: Output, finished: FinishedParts, labels: np.ndarray, new_
     Returns:
         Bytes of streams and what belongs to them, once each.
     """
-    stored = {}
+    def runs(first: int, last: int) -> Iterator[np.ndarray]:
+        return (codes if new_codes is None else new_codes[codes] for codes in finished.runs(first, last))
+
+    manifest = manifest | write_model(output.token_file(0), manifest['format'], runs(0, len(labels)), len(labels))
     size = output.shard_size or len(labels)
-    if output.compact:
-        model = fit(_final_codes(finished.runs(0, len(labels)), new_codes), len(labels))
-        identity = write_model(model, output.model_file)
-        manifest = manifest | {'model': output.model_file.name}
+    stored = {}
     for shard, first in enumerate(range(0, len(labels), size)):
-        chosen = labels[first:first + size]
-        tokens = output.token_file(shard)
-        label_file = output.label_file(shard)
-        used = np.zeros(MAX_CODES, bool)
-        runs = _final_codes(finished.runs(first, first + size), new_codes, used)
-        if output.compact:
-            write_compact(tokens, runs, len(chosen), model, identity)
-            write_labels(label_file, chosen)
-        else:
-            write_tokens(tokens, label_file, runs, chosen, CODECS[manifest['format']])
-        files = [tokens, output.model_file if output.compact else index_path(tokens), label_file]
-        of_shard = {'images': len(chosen), 'codes_used': int(used.sum()),
-                    'source_bytes': int(finished.sizes[first:first + size].sum()), 'files': files_of_manifest(files)}
-        write_text(manifest_path(tokens), manifest_text(manifest | of_shard))
-        stored |= {path: path.stat().st_size for path in files[:2]}
+        of_shard = labels[first:first + size]
+        source_bytes = int(finished.sizes[first:first + size].sum())
+        files = write_set(output.token_file(shard), runs(first, first + size), len(of_shard), output.label_file(shard),
+                          of_shard, manifest | {'source_bytes': source_bytes})
+        stored |= {path: path.stat().st_size for path in files}
     return sum(stored.values())
-
-
-def _final_codes(runs: Iterable[np.ndarray], new_codes: np.ndarray | None,
-                 used: np.ndarray | None = None) -> Iterator[np.ndarray]:
-    """Yield the codes as files have them, and mark them in `used`."""
-    for codes in runs:
-        if new_codes is not None:
-            codes = new_codes[codes]
-        if used is not None:
-            used[codes] = True
-        yield codes

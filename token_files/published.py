@@ -1,7 +1,16 @@
-"""The published token stream on disk, a gzip of codes as bytes, and its index (SeiT, arXiv 2303.11114, sec. 3).
+"""The published token stream: codes as bytes, a gzip of them, and an index (SeiT, arXiv 2303.11114, sec. 3).
 
-    NAME.data.bin.gz    gzip of a stream of codes, see token_files/token_codecs.py
+    NAME.data.bin.gz    gzip of a stream of codes, one image after the other
     NAME.index.npy.gz   gzip of a .npy with N + 1 integer offsets into the decompressed stream
+
+There are two ways to store a code as bytes, which a manifest's "format" tells apart:
+
+    escaped-bytes   the paper's: code c < 255 is byte c; c >= 255 is byte 255, then byte c - 255. The largest code is
+                    therefore 509.
+    uint16-le       this project's, for larger codebooks: each code is two bytes, little-endian.
+
+This module and compact.py have the same names for what token_file.py uses of them: NAMES, ENDING, MAX_CODES, MAX_GRID,
+format_for, companion_path, open_stream, Stream, write_model and write_stream.
 """
 import contextlib
 import gzip
@@ -9,24 +18,131 @@ import io
 import math
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
 
 from fileio.files import MAX_GZIP_RATIO, MAX_IMAGES, MAX_IMAGE_BYTES, MAX_INDEX_RATIO, SMALL, atomic_path
 from token_files.prefetching import prefetch
-from token_files.token_codecs import PUBLISHED, Codec, encode
-from utils import InputError, first_line
+from utils import CPU, InputError, first_line
 
+ESCAPE = 255
+ENDING = 'data.bin.gz'  # of a stream's name
+MAX_GRID = math.isqrt(MAX_IMAGE_BYTES)  # codes on a side: no image of more bytes is read, and a code has one at least
 CHUNK_BYTES = 1 << 24  # of stream decoded at a time: bounds memory, long enough for numpy to be fast
 
 
+class Codec(NamedTuple):
+    """One way to store codes.
+
+    Attributes:
+        name: as a manifest's "format" states it.
+        largest_code: that it can hold.
+        encode: codes (N, n) integers, one row an image -> (stream (bytes,) uint8, index (N + 1,) int64).
+        decode: stream (bytes,) uint8 of whole images, their offsets (m + 1,) int64 from 0 -> (codes, one image after
+            the other, (sum,) uint16; codes of each image (m,) int64). Raises ValueError(image, complaint).
+    """
+    name: str
+    largest_code: int
+    encode: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    decode: Callable[[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+# ---------------------------------------------------------------- escaped bytes
+
+def encode_escaped(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """See `Codec.encode`; codes in [0, 509]."""
+    escaped = codes >= ESCAPE
+    index = np.concatenate([[0], np.cumsum(codes.shape[1] + escaped.sum(1))]).astype(np.int64)
+    flat = codes.ravel()
+    escaped = escaped.ravel()
+    position = np.arange(flat.size) + np.cumsum(escaped)  # of each code's own byte
+    stream = np.full(index[-1], ESCAPE, np.uint8)
+    stream[position] = flat - ESCAPE * escaped
+    return stream, index
+
+
+def decode_escaped(stream: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """See `Codec.decode`. An escape byte without a code byte after it, within its image, is refused."""
+    is_escape = stream == ESCAPE
+    follows_escape = np.empty_like(is_escape)
+    follows_escape[:1] = False
+    follows_escape[1:] = is_escape[:-1]
+    dangling = is_escape & follows_escape
+    dangling[offsets[1:] - 1] |= is_escape[offsets[1:] - 1]  # an escape as an image's last byte
+    if dangling.any():
+        image = int(np.searchsorted(offsets, np.argmax(dangling), side='right')) - 1
+        raise ValueError(image, 'has a dangling escape byte')
+    codes = stream.astype(np.uint16) + follows_escape * np.uint16(ESCAPE)
+    is_code = ~is_escape
+    lengths = np.add.reduceat(is_code, offsets[:-1], dtype=np.int64)
+    return codes[np.flatnonzero(is_code)], lengths  # places: four times as fast as a mask
+
+
+# ---------------------------------------------------------------- 16 bits
+
+def encode_uint16(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """See `Codec.encode`; codes in [0, 65535]."""
+    index = np.arange(len(codes) + 1, dtype=np.int64) * 2 * codes.shape[1]
+    return codes.astype('<u2').view(np.uint8).ravel(), index
+
+
+def decode_uint16(stream: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """See `Codec.decode`. An image with half a code is refused."""
+    odd = offsets[1:] % 2 != 0
+    if odd.any():
+        raise ValueError(int(np.argmax(odd)), 'has an odd number of bytes')
+    return stream.view('<u2'), np.diff(offsets) // 2
+
+
+# ---------------------------------------------------------------- which there are
+
+CODECS = {codec.name: codec for codec in (
+    Codec('escaped-bytes', 2 * ESCAPE - 1, encode_escaped, decode_escaped),
+    Codec('uint16-le', 0xffff, encode_uint16, decode_uint16),
+)}
+PUBLISHED = CODECS['escaped-bytes']
+NAMES = tuple(CODECS)  # as a manifest's "format" states them
+MAX_CODES = max(codec.largest_code for codec in CODECS.values()) + 1
+
+
+def codec_for(codebook_size: int) -> Codec:
+    """The codec for codes of a codebook: the first that can hold them. Raises InputError where none can."""
+    for codec in CODECS.values():
+        if codebook_size <= codec.largest_code + 1:
+            return codec
+    raise InputError(f'{codebook_size} codes are more than token files hold ({MAX_CODES})')
+
+
+def format_for(codebook_size: int) -> str:
+    """Name of the format of codes of a codebook. Raises InputError where none can hold them."""
+    return codec_for(codebook_size).name
+
+
+def encode(codec: Codec, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(stream, index) of codes (N, n), see `Codec.encode`. Raises ValueError for a code the codec cannot hold."""
+    codes = np.asarray(codes)
+    if codes.size and not 0 <= codes.min() <= codes.max() <= codec.largest_code:
+        raise ValueError(f'codes run from {codes.min()} to {codes.max()}; the format {codec.name} holds 0 to '
+                         f'{codec.largest_code}')
+    return codec.encode(codes)
+
+
+def raw_bytes(counts: np.ndarray) -> int:
+    """Bytes of a stream, before gzip, of the codes that occur `counts` (K,) times."""
+    if codec_for(len(counts)) is PUBLISHED:
+        return int(counts.sum() + counts[ESCAPE:].sum())
+    return 2 * int(counts.sum())
+
+
+# ---------------------------------------------------------------- reading
+
 @dataclass(frozen=True)
-class ByteStream:
+class Stream:
     """A gzip of a stream of bytes, and its index, which has been read and checked.
 
     Attributes:
@@ -45,9 +161,9 @@ class ByteStream:
     @property
     def files(self) -> tuple[Path, Path]:
         """Stream and index."""
-        return self.path, index_path(self.path)
+        return self.path, companion_path(self.path)
 
-    def decode(self, device: torch.device | None = None) -> Iterator[tuple[int, np.ndarray]]:
+    def decode(self, device: torch.device = CPU) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first, codes (m, n) uint16) for one run of images after another, n the same square for all.
 
         There is nothing in it for another device than the CPU.
@@ -57,10 +173,8 @@ class ByteStream:
         return _decode_bytes(self)
 
 
-# ---------------------------------------------------------------- reading
-
-def index_path(token_file: str | Path) -> Path:
-    """Path of the index that belongs to a token file. Raises InputError for a name without 'data.bin'."""
+def companion_path(token_file: str | Path) -> Path:
+    """Path of the index of a stream. Raises InputError for a name without 'data.bin'."""
     path = Path(token_file)
     if 'data.bin' not in path.name:
         raise InputError(f'{path}: a token file is named NAME.data.bin.gz (its index is found by that name)')
@@ -123,6 +237,12 @@ def read_index(path: Path) -> np.ndarray:
     return index
 
 
+def open_stream(path: Path, manifest: dict[str, Any], manifest_path: Path) -> Stream:
+    """Read the index of a stream, which is in the format that the manifest states. Raises InputError."""
+    codec = CODECS[manifest.get('format', PUBLISHED.name)]
+    return Stream(path, read_index(companion_path(path)), codec)
+
+
 # ---------------------------------------------------------------- decoding
 
 def _image_chunks(index: np.ndarray) -> Iterator[tuple[int, int]]:
@@ -135,8 +255,8 @@ def _image_chunks(index: np.ndarray) -> Iterator[tuple[int, int]]:
         first = last
 
 
-def _decode_bytes(stream: ByteStream) -> Iterator[tuple[int, np.ndarray]]:
-    """See `ByteStream.decode`."""
+def _decode_bytes(stream: Stream) -> Iterator[tuple[int, np.ndarray]]:
+    """See `Stream.decode`."""
     path, index = stream.path, stream.index
     codes_an_image = None
     with open_gzip(path) as file:
@@ -163,7 +283,7 @@ def _decode_bytes(stream: ByteStream) -> Iterator[tuple[int, np.ndarray]]:
             raise InputError(f'{path}: the stream goes on after byte {index[-1]}, where its index ends')
 
 
-def _decode_images(stream: ByteStream, data: np.ndarray, first: int, last: int, n: int | None) -> np.ndarray:
+def _decode_images(stream: Stream, data: np.ndarray, first: int, last: int, n: int | None) -> np.ndarray:
     """Codes (images, n) of images `first` to `last` - 1, whose bytes are `data`; the first image of all tells n."""
     try:
         codes, lengths = stream.codec.decode(data, stream.index[first:last + 1] - stream.index[first])
@@ -187,29 +307,43 @@ def gzip_bytes(data: bytes) -> bytes:
     return gzip.compress(data, compresslevel=9, mtime=0)
 
 
-def write_stream(path: str | Path, codes: np.ndarray | Iterable[np.ndarray], codec: Codec = PUBLISHED) -> None:
-    """Write a stream and its index, each atomically.
+def write_model(token_file: Path, codes: Iterable[np.ndarray], images: int) -> dict[str, str]:
+    """Nothing: streams of this format have no model, and a manifest says nothing of one. See compact.py."""
+    return {}
+
+
+def write_stream(path: Path, codes: Iterable[np.ndarray], images: int, manifest: dict[str, Any]) -> Path:
+    """Write a stream and its index, each atomically. The same codes give the same bytes.
 
     Args:
         path: of the stream.
-        codes: (N, n) integers, or an iterable of such runs of images, for what does not fit in memory.
-        codec: of the stream.
+        codes: (m, n) integers, run after run; `images` rows together.
+        images: more than 0.
+        manifest: its 'format' says which codec.
+
+    Returns:
+        Path of the index.
 
     Raises:
-        ValueError: for a code that the codec cannot hold.
+        ValueError: for a code that the codec cannot hold, another number of images.
         InputError: for a file that cannot be written.
     """
+    codec = CODECS[manifest.get('format', PUBLISHED.name)]
     offsets = [np.zeros(1, np.int64)]
     end = 0
     with atomic_path(path) as temporary, open(temporary, 'wb') as file:
         compress = zlib.compressobj(9, zlib.DEFLATED, 31)  # 31: as gzip, without name or time
-        for run in [codes] if isinstance(codes, np.ndarray) else codes:
+        for run in codes:
             stream, index = encode(codec, run)
             offsets.append(index[1:] + end)
             end += index[-1]
             file.write(compress.compress(stream.tobytes()))
         file.write(compress.flush())
+        index = np.concatenate(offsets)
+        if len(index) - 1 != images:
+            raise ValueError(f'{len(index) - 1} images, where {images} were to be written')
     npy = io.BytesIO()
-    np.save(npy, np.concatenate(offsets))
-    with atomic_path(index_path(path)) as temporary:
+    np.save(npy, index)
+    with atomic_path(companion_path(path)) as temporary:
         Path(temporary).write_bytes(gzip_bytes(npy.getvalue()))
+    return companion_path(path)

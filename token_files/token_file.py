@@ -1,14 +1,17 @@
-"""Token files: one image set on disk as a grid of codes an image.
+"""Token sets: one split of images, each a square grid of codes, and their labels. Whatever the format of the files.
 
-The published files (SeiT, arXiv 2303.11114, sec. 3):
+The published files (SeiT, arXiv 2303.11114, sec. 3), see published.py:
 
-    NAME.data.bin.gz    gzip of a stream of codes, see token_files/token_codecs.py
-    NAME.index.npy.gz   gzip of a .npy with N + 1 integer offsets into the decompressed stream
+    NAME.data.bin.gz    the codes
+    NAME.index.npy.gz   where the codes of each image begin
     labels              text, one integer class a line
 
-What is ours is said in a manifest beside the stream, NAME.json, as tokenize_images.py writes it: format, grid, class
-names, checksums. A set without one is a published one. A set may also come as shards, each a whole set. The files of
-the format 'compact', which has a model in place of an index, are in token_files/compact.py.
+The compact format has a model in place of the index, see compact.py. What this project adds is said in a manifest
+beside the stream, NAME.json, as tokenize_images.py writes it: format, grid, class names, checksums. A set without one
+is a published one. A set may also come as shards, each a whole set.
+
+`open_token_file` and `decode` read a set, `write_set` writes one. They ask the manifest, or whoever writes, which
+format it is; no other module needs to know what formats there are.
 """
 import json
 import math
@@ -18,20 +21,20 @@ import reprlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 
-from fileio.files import read_json, sha256
+from fileio.files import read_json, sha256, write_text
 from fileio.labels import read_labels, write_labels
-from token_files import compact
-from token_files.compact import CPU, CompactStream, open_compact
-from token_files.published import ByteStream, index_path, read_index, write_stream
-from token_files.token_codecs import CODECS, ESCAPE, PUBLISHED, Codec, codec_for
-from utils import InputError
+from token_files import compact, published
+from utils import CPU, InputError
 
-FORMATS = (*CODECS, compact.NAME)
+FORMATS = 'published', 'compact'  # as the flag --format names them
+NAMES = *published.NAMES, *compact.NAMES  # as a manifest's "format" names them
+MAX_CODES = 1 << 16  # rows of a codebook, at most: a decoded code is a uint16
 IMAGES_AT_ONCE = 4096  # counted at a time: bounds memory
 
 
@@ -46,7 +49,7 @@ class TokenFile:
     """
     stream: Path
     manifest: dict[str, Any]
-    content: ByteStream | CompactStream
+    content: published.Stream | compact.Stream
 
     def __len__(self) -> int:
         """Number of images."""
@@ -95,18 +98,45 @@ def check_checksums(path: Path, manifest: dict[str, Any], manifest_path: Path) -
                          f'says {reprlib.repr(stated)}: changed or damaged, fetch or make it again')
 
 
+# ---------------------------------------------------------------- formats
+
+def _module_of(name: str) -> ModuleType:
+    """The module of a format, by its name in --format or in a manifest."""
+    return compact if name in compact.NAMES else published
+
+
+def format_for(name: str, codebook_size: int) -> str:
+    """What a manifest calls the format `name` of --format, for codes of a codebook. Raises InputError for too many."""
+    return _module_of(name).format_for(codebook_size)
+
+
+def largest_grid(name: str) -> int:
+    """Codes on a side, at most, in a format of --format."""
+    return _module_of(name).MAX_GRID
+
+
+def stream_ending(name: str) -> str:
+    """How the name of a stream ends in a format of --format."""
+    return _module_of(name).ENDING
+
+
+def paths_beside(token_file: str | Path, name: str) -> tuple[Path, Path]:
+    """Paths of the index or model, and of the manifest, that go with a stream in a format of --format."""
+    return _module_of(name).companion_path(token_file), manifest_path(token_file)
+
+
 # ---------------------------------------------------------------- opening
 
 def manifest_path(token_file: str | Path) -> Path:
-    """Path of the manifest that may lie beside a token file. Raises InputError, see `index_path`."""
-    index_path(token_file)
+    """Path of the manifest that may lie beside a token file. Raises InputError for a name without 'data.bin'."""
+    published.companion_path(token_file)
     path = Path(token_file)
     return path.with_name(re.sub(r'data\.bin(\.gz)?', 'json', path.name))
 
 
 def format_of(manifest: dict[str, Any]) -> str:
     """Name of the format that a manifest states; the published one where it states none."""
-    return manifest.get('format', PUBLISHED.name)
+    return manifest.get('format', published.PUBLISHED.name)
 
 
 def open_token_file(path: str | Path) -> TokenFile:
@@ -117,13 +147,11 @@ def open_token_file(path: str | Path) -> TokenFile:
         path.stat()
     except OSError as error:
         raise InputError(f'{path}: {error.strerror}') from None
-    name = format_of(manifest)
-    if name == compact.NAME:
-        return TokenFile(path, manifest, open_compact(path, manifest, manifest_path(path)))
     if not manifest and compact.is_compact(path):
         raise InputError(f'{path}: is compact, and its manifest {manifest_path(path).name}, which names its model, is '
                          'not there; fetch it too')
-    return TokenFile(path, manifest, ByteStream(path, read_index(index_path(path)), CODECS[name]))
+    content = _module_of(format_of(manifest)).open_stream(path, manifest, manifest_path(path))
+    return TokenFile(path, manifest, content)
 
 
 def bytes_on_disk(files: Iterable[TokenFile]) -> int:
@@ -140,9 +168,9 @@ def read_manifest(token_file: str | Path) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise InputError(f'{path}: no JSON object; fetch or make the set again')
     name = format_of(manifest)
-    if not isinstance(name, str) or name not in FORMATS:
+    if not isinstance(name, str) or name not in NAMES:
         raise InputError(f'{path}: format {reprlib.repr(name)} is none of the token formats read here '
-                         f'({", ".join(FORMATS)}); fetch or make the set again, or update this program')
+                         f'({", ".join(NAMES)}); fetch or make the set again, or update this program')
     if not isinstance(manifest.get('files', {}), dict):
         raise InputError(f"{path}: 'files' is no object; fetch or make the set again")
     return manifest
@@ -187,23 +215,66 @@ def _check_manifest(file: TokenFile, n: int) -> None:
 
 # ---------------------------------------------------------------- writing
 
-def write_tokens(token_file: str | Path, label_file: str | Path, codes: np.ndarray | Iterable[np.ndarray],
-                 labels: Iterable[int], codec: Codec = PUBLISHED) -> None:
-    """Write the three files of a set, each atomically; a codec other than PUBLISHED needs a manifest that names it.
+def write_model(token_file: str | Path, format_name: str, codes: Iterable[np.ndarray], images: int) -> dict[str, str]:
+    """Write what all shards of a set need, where their format has that: called once, before `write_set`.
+
+    Args:
+        token_file: path of the stream, or of the first shard.
+        format_name: as the manifest will state it.
+        codes: of all shards: (m, n) integers, run after run; `images` rows together.
+        images: more than 0.
+
+    Returns:
+        What manifests say of it: {'model': its name}, or {}.
+
+    Raises:
+        InputError: for a file that cannot be written.
+    """
+    return _module_of(format_name).write_model(Path(token_file), codes, images)
+
+
+def write_set(token_file: str | Path, codes: Iterable[np.ndarray], images: int, label_file: str | Path | None = None,
+              labels: Iterable[int] | None = None, manifest: dict[str, Any] | None = None) -> tuple[Path, Path]:
+    """Write the files of a set, or of one of its shards, each atomically and the manifest last.
 
     Args:
         token_file: path of the stream.
-        label_file: path of the labels.
-        codes: (N, n) integers, or an iterable of such runs of images, for what does not fit in memory.
-        labels: (N,) integers.
-        codec: of the stream.
+        codes: (m, n) integers, run after run, since all need not fit into memory; `images` rows together.
+        images: more than 0.
+        label_file, labels: (N,) integers and where they go; None for a set without labels.
+        manifest: 'format', what `write_model` returned, and what else it is to say. What it leaves out is added: number
+            of images, grid, codes that occur, and the files with their checksums. None or {} writes a published set
+            without a manifest.
+
+    Returns:
+        The stream, and its index or model.
 
     Raises:
-        ValueError: for a code that the codec cannot hold.
+        ValueError: for a code that the format cannot hold.
         InputError: for a file that cannot be written.
     """
-    write_stream(token_file, codes, codec)
-    write_labels(label_file, labels)
+    path = Path(token_file)
+    manifest = manifest or {}
+    used = np.zeros(MAX_CODES, bool)
+    grid = 0
+
+    def counted() -> Iterator[np.ndarray]:
+        nonlocal grid
+        for run in codes:
+            yield run  # the format refuses what it cannot hold, before that is counted
+            used[run] = True
+            grid = math.isqrt(run.shape[1])
+
+    companion = _module_of(format_of(manifest)).write_stream(path, counted(), images, manifest)
+    files = [path, companion]
+    if labels is not None:
+        write_labels(label_file, labels)
+        files.append(Path(label_file))
+    if manifest:
+        manifest = {'images': images, 'grid': grid, 'codes_used': int(used.sum())} | manifest
+        of_files = manifest.get('files', {}) | files_of_manifest(files)
+        write_text(manifest_path(path), manifest_text(manifest | {'files': of_files}))
+    return path, companion
 
 
 def files_of_manifest(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
@@ -249,7 +320,7 @@ def bytes_per_image(files: Sequence[TokenFile], shape: tuple[int, int], counts: 
         a coder can reach that sees each code on its own; `source`, where it is known, the source images.
     """
     images, n = shape
-    size = {'raw': raw_bytes(counts) / images,
+    size = {'raw': published.raw_bytes(counts) / images,
             'stored': bytes_on_disk(files) / images,
             'fixed': n * math.log2(len(counts)) / 8,
             'entropy': n * entropy_bits(counts) / 8}
@@ -264,10 +335,3 @@ def entropy_bits(counts: np.ndarray) -> float:
     """Entropy in bits of one code drawn by counts (K,): from 0 (one code only) to log2(K) (all equally frequent)."""
     shares = counts[counts > 0] / counts.sum()
     return float(np.log2(1 / shares) @ shares)
-
-
-def raw_bytes(counts: np.ndarray) -> int:
-    """Bytes of the codes with `counts` (K,) uses as a stream of bytes, see token_files/token_codecs.py."""
-    if codec_for(len(counts)).name == 'uint16-le':
-        return 2 * int(counts.sum())
-    return int(counts.sum() + counts[ESCAPE:].sum())

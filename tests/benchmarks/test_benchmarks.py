@@ -29,7 +29,7 @@ from token_files.codebook import load_codebook, load_synonyms
 from conftest import ROOT
 from token_augment import RandomResizedCrop
 from token_files.context_model import bits, fit
-from token_files.token_file import count_codes, entropy_bits, open_token_file
+from token_files.token_file import count_codes, entropy_bits, open_token_file, write_model, write_set
 from utils import InputError
 
 MODEL = ['--model', 'deit_tiny_token_32', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2', '--input-size',
@@ -151,7 +151,7 @@ def test_start(capsys, tmp_path):
         assert result[state]['rest']['median'] > result[state]['map']['median'] > 0
     assert is_decoding(result['decode'])
     assert result.keys() >= {'stream_mb', 'index_mb'}
-    assert (tmp_path / 'set-token.data.bin.gz').exists()  # kept for the next time
+    assert (tmp_path / 'published-token.data.bin.gz').exists()  # kept for the next time
     assert holds_the_codes(tmp_path)
     assert 'folder' not in result['asked']
 
@@ -246,18 +246,18 @@ def test_formats(capsys):
     assert 'source_bytes_an_image' not in result
 
 
-@pytest.mark.parametrize('compact', [False, True])
-def test_bytes_are_those_of_the_files(capsys, tmp_path, compact):
+@pytest.mark.parametrize('name', ['published', 'compact'])
+def test_bytes_are_those_of_the_files(capsys, tmp_path, name):
     """A set that is there, in either format, has the bytes that its files have; as shards, those of one set."""
-    benchmarks.common.make_tokens(tmp_path, 60, 4, 10, compact)
-    tokens = benchmarks.common.token_file(tmp_path, compact)
+    benchmarks.common.make_tokens(tmp_path, 60, 4, 10, name)
+    tokens = benchmarks.common.token_file(tmp_path, name)
     benchmarks.common.make_images(tmp_path / 'images', 60, width=32, height=24)
     result = measure(capsys, benchmarks.formats, 'formats', '--repeats', '1', '--token-file', str(tokens),
                      '--data-path', str(tmp_path / 'images'))
     of_files = [path.stat().st_size for path in open_token_file(tokens).files]
-    size = result['bytes_an_image']['compact' if compact else 'published']
+    size = result['bytes_an_image'][name]
     assert (size['stream'] * 60, size['index or model'] * 60) == pytest.approx(of_files, abs=0.1)
-    assert (size['manifest'] > 0) is compact  # a published set without a manifest needs none
+    assert (size['manifest'] > 0) is (name == 'compact')  # a published set without a manifest needs none
     assert result['bytes_an_image']['compact']['manifest'] > 0
     source_bytes = sum(path.stat().st_size for path in (tmp_path / 'images').rglob('*.jpg'))
     assert result['source_bytes_an_image'] == pytest.approx(source_bytes / 60, abs=0.1)
@@ -281,7 +281,8 @@ def test_codes_of_sixteen_bits(capsys, tmp_path):
     codes = np.random.default_rng(0).integers(600, size=(50, 16), dtype=np.uint16)
     codes[0, 0] = 599
     tokens = tmp_path / 'large-token.data.bin'
-    benchmarks.common.write_compact_set(tokens, [codes], fit([codes], 50), {'images': 50, 'grid': 4})
+    manifest = {'format': 'compact', **write_model(tokens, 'compact', [codes], 50)}
+    write_set(tokens, [codes], 50, manifest=manifest)
     result = measure(capsys, benchmarks.formats, 'formats', '--repeats', '1', '--token-file', str(tokens))
     assert result['bytes_an_image']['published']['manifest'] > 0  # which names the format
     assert result['codes_used'] == len(np.unique(codes))

@@ -15,7 +15,7 @@ from helpers import fails, noise
 from image_data.dataset import ImageDataset, eval_transform
 from image_data.decoding import decode_rgb, pixels_of
 from image_tokenizer.tokenizers import PatchTokenizer
-from token_files.token_codecs import CODECS
+from token_files.published import CODECS
 
 
 class Watched(ReplayMemory):

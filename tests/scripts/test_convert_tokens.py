@@ -7,7 +7,7 @@ import pytest
 
 from scripts import convert_tokens
 from helpers import ROOT, call, contents, fails, make_checked_set, make_set, make_shards, make_wide_set, open_codes
-from token_files.compact import CompactStream
+from token_files import compact
 from token_files.token_file import open_token_file
 
 DEMO = ROOT / 'demo'
@@ -40,7 +40,7 @@ def test_sets_of_all_kinds(tmp_path, make):
     convert(path, tmp_path / 'compact', 'compact', '--label-file', labels)
     name = path.name.replace('.gz', '')
     file = open_token_file(tmp_path / 'compact' / name)
-    assert isinstance(file.content, CompactStream) and file.format == 'compact'
+    assert isinstance(file.content, compact.Stream) and file.format == 'compact'
     assert np.array_equal(open_codes(file.stream, 'none'), open_codes(path, 'none'))
     back = tmp_path / 'back'
     convert(file.stream, back, 'published')
@@ -75,9 +75,9 @@ def test_a_killed_conversion_leaves_no_set(tmp_path, monkeypatch):
 
 def test_a_difference_is_found(tmp_path, monkeypatch):
     (path, _), *_ = make_set(tmp_path)
-    write = convert_tokens.write_compact
-    monkeypatch.setattr(convert_tokens, 'write_compact', lambda path, runs, *rest: write(
-        path, (run[::-1] for run in runs), *rest))
+    write = convert_tokens.write_set
+    monkeypatch.setattr(convert_tokens, 'write_set', lambda path, codes, *rest: write(
+        path, (run[::-1] for run in codes), *rest))
     with pytest.raises(RuntimeError, match='does not hold the codes'):
         convert(path, tmp_path / 'out', 'compact')
     assert not contents(tmp_path / 'out')

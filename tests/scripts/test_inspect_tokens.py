@@ -21,8 +21,8 @@ from helpers import call, fails, make_compact_set, published_transform, smooth_i
 from image_tokenizer.tokenizers import load_tokenizer
 from image_tokenizer.vitvqgan import Size, ViTVQGAN
 from token_files.cache import open_codes
-from token_files.published import index_path
-from token_files.token_file import open_token_file, write_tokens
+from token_files.published import companion_path
+from token_files.token_file import open_token_file, write_set
 from utils import InputError
 
 FIT = ['--image-size', '32', '--patch-size', '4', '--dim', '12', '--codes', '20', '--iterations', '5']
@@ -47,7 +47,8 @@ def fitted(tmp_path_factory):
     codebook = load_codebook(folder / 'codebook.ckpt')
     images = torch.stack([published_transform(32)(Image.open(path)) for path in paths])
     codes = quantize(tokenizer(images), codebook)
-    write_tokens(folder / 'my-token.data.bin.gz', folder / 'my-label.txt', codes.numpy(), np.repeat([0, 1, 2], 8))
+    write_set(folder / 'my-token.data.bin.gz', [codes.numpy()], len(codes), folder / 'my-label.txt',
+              np.repeat([0, 1, 2], 8))
     return folder
 
 
@@ -74,7 +75,8 @@ def test_numbers_are_the_slow_ones_on_the_golden_file(golden, tmp_path, capsys):
     assert found['most_bits'] == pytest.approx(math.log2(510), abs=1e-4)
     size = found['bytes_per_image']
     assert size['raw'] == pytest.approx(len(stream) / images, abs=0.01)
-    assert size['stored'] == pytest.approx((file.stat().st_size + index_path(file).stat().st_size) / images, abs=0.01)
+    stored = file.stat().st_size + companion_path(file).stat().st_size
+    assert size['stored'] == pytest.approx(stored / images, abs=0.01)
     assert size['entropy'] == pytest.approx(total / images * entropy / 8, abs=0.01)
     assert size['fixed'] == pytest.approx(total / images * math.log2(510) / 8, abs=0.01)
     assert 'source' not in size and 'class_counts' not in found
@@ -91,7 +93,8 @@ def test_counting_in_runs_is_counting_at_once(monkeypatch):
 def test_shards_are_one_set(fitted, tmp_path, capsys):
     codes = open_codes([open_token_file(fitted / 'my-token.data.bin.gz')], 'none')
     for name, part in (('s-0', codes[:20]), ('s-1', codes[20:])):
-        write_tokens(tmp_path / f'{name}-token.data.bin.gz', tmp_path / f'{name}-label.txt', part, [7] * len(part))
+        write_set(tmp_path / f'{name}-token.data.bin.gz', [part], len(part), tmp_path / f'{name}-label.txt',
+                  [7] * len(part))
         (tmp_path / f'{name}-token.json').write_text('{"source_bytes": 1200}')
     flags = ['--codebook-path', fitted / 'codebook.ckpt', '--label-file', tmp_path / 's-*-label.txt']
     _, found = inspect(tmp_path, capsys, *flags, name='s-*')

@@ -8,7 +8,7 @@ import torch
 
 from scripts import verify_tokens
 from helpers import DIM, call, fails, make_images, tokenize
-from token_files.token_file import write_tokens
+from token_files.token_file import write_set
 
 
 @pytest.fixture(scope='module')
@@ -74,8 +74,8 @@ def test_the_stream_is_checked_beside_a_damaged_index(data, tmp_path, capsys):
 
 
 def make_set(folder, name, codes, manifest=None, labels=None):
-    write_tokens(folder / f'{name}-token.data.bin.gz', folder / f'{name}-label.txt', codes,
-                 [0] * len(codes) if labels is None else labels)
+    write_set(folder / f'{name}-token.data.bin.gz', [codes], len(codes), folder / f'{name}-label.txt',
+              [0] * len(codes) if labels is None else labels)
     if manifest:
         (folder / f'{name}-token.json').write_text(json.dumps(manifest))
 

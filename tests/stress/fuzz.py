@@ -46,9 +46,9 @@ from image_data.sources import open_source  # noqa: E402
 from image_tokenizer.tokenizers import PatchTokenizer, load_tokenizer  # noqa: E402
 from training.run_folder import RunLog  # noqa: E402
 from token_files.cache import map_cache  # noqa: E402
-from token_files.token_codecs import CODECS, encode  # noqa: E402
-from token_files.published import gzip_bytes, index_path, read_index  # noqa: E402
-from token_files.token_file import manifest_path, write_tokens  # noqa: E402
+from token_files.published import CODECS, encode  # noqa: E402
+from token_files.published import gzip_bytes, companion_path, read_index  # noqa: E402
+from token_files.token_file import manifest_path, write_set as write_files  # noqa: E402
 from fileio.labels import read_labels  # noqa: E402
 from twins import SLOW_DECODERS, slow_decode_compact  # noqa: E402
 from utils import InputError, run  # noqa: E402
@@ -204,7 +204,7 @@ def write_set(draw, folder):
     codes = draw(st.lists(st.integers(0, codec.largest_code), min_size=images * grid ** 2, max_size=images * grid ** 2))
     codes = np.array(codes).reshape(images, -1)
     path = folder / 'a.data.bin.gz'
-    write_tokens(path, folder / 'labels', codes, [0] * images, codec)
+    write_files(path, [codes], images, folder / 'labels', [0] * images, {'format': codec.name})
     stream, index = encode(codec, codes)
     manifest = folder / 'a.json'
     manifest.unlink(missing_ok=True)
@@ -215,7 +215,7 @@ def write_set(draw, folder):
 
 def check_codes(path, index):
     """Read a set and compare with the slow reader, which must refuse what is refused."""
-    codes = outcome([path, index_path(path), manifest_path(path)], open_codes, path, 'none')
+    codes = outcome([path, companion_path(path), manifest_path(path)], open_codes, path, 'none')
     slow = slow_read(path, index)
     assert (codes is REFUSED) == (slow is REFUSED), 'refused though right' if codes is REFUSED else 'taken though wrong'
     assert codes is REFUSED or codes.tolist() == slow
@@ -244,7 +244,7 @@ def stream(draw, folder):
 def manifest(draw, folder):
     path, _, index, name = write_set(draw, folder)
     files = {file.name: {'bytes': len(file.read_bytes()), 'sha256': sha256(file)}
-             for file in (path, index_path(path), folder / 'labels')}
+             for file in (path, companion_path(path), folder / 'labels')}
     value = {'format': name, 'images': len(index) - 1, 'files': files}
     kind = draw(st.sampled_from(['text', 'value', 'file', 'arbitrary']))
     if kind == 'value':
@@ -313,7 +313,7 @@ def check_compact(path, model):
         actual = {'images': len(slow), 'grid': math.isqrt(len(slow[0]))}
         slow = slow if all(manifest.get(key, value) == value for key, value in actual.items()) else None
     others = [f'{path.parent}/{manifest["model"]}'] if manifest and isinstance(manifest.get('model'), str) else []
-    codes = outcome([path, model, manifest_path(path), index_path(path), *others], open_codes, path, 'none')
+    codes = outcome([path, model, manifest_path(path), companion_path(path), *others], open_codes, path, 'none')
     assert (codes is REFUSED) == (slow is None), 'refused though right' if codes is REFUSED else 'taken though wrong'
     assert codes is REFUSED or codes.tolist() == slow
     return codes

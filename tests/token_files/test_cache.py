@@ -14,8 +14,8 @@ import pytest
 from helpers import (codes_of_kind, failing_open, fails, in_child, make_compact_set, make_set, make_shards,
                      make_wide_set, no_space, npy, open_codes, refused, rewrite, unpack, write_raw_set)
 from token_files import cache as token_cache
-from token_files.published import index_path
-from token_files.token_file import open_token_file, write_tokens
+from token_files.published import companion_path
+from token_files.token_file import open_token_file, write_set
 
 
 def cached(folder):
@@ -152,7 +152,7 @@ def test_a_failed_decode_leaves_nothing_behind(tmp_path):
 
 def big_set(folder):
     codes = np.random.default_rng(0).integers(0, 391, (2000, 64))
-    write_tokens(folder / 'big-token.data.bin.gz', folder / 'big-label.txt', codes, np.zeros(len(codes), int))
+    write_set(folder / 'big-token.data.bin.gz', [codes], len(codes))
     return folder / 'big-token.data.bin.gz', codes
 
 
@@ -332,7 +332,7 @@ def test_memory_that_is_not_there(monkeypatch, tmp_path):
 def test_a_source_that_vanishes(tmp_path):
     (tokens, _), *_ = make_set(tmp_path)
     file = open_token_file(tokens)
-    index_path(tokens).unlink()
+    companion_path(tokens).unlink()
     fails(lambda: token_cache.open_codes([file]), 'a-token.index.npy.gz: No such file')
     tokens.unlink()
     fails(lambda: token_cache.open_codes([file]), 'a-token.data.bin.gz: No such file')

@@ -16,9 +16,8 @@ from fileio.labels import read_labels
 from helpers import (CODE_KINDS, codes_of_kind, failing_open, fails, make_compact_set, no_space, open_codes, packed,
                      refused, structured)
 from token_files import compact
-from token_files.compact import HEADER, LEAST_WORDS, write_compact, write_model
-from token_files.context_model import fit
-from token_files.token_file import manifest_path, open_token_file
+from token_files.compact import HEADER, LEAST_WORDS, write_model, write_stream
+from token_files.token_file import manifest_path, open_token_file, write_set
 from twins import slow_decode_compact
 from utils import InputError
 
@@ -103,10 +102,10 @@ def test_the_largest_grid(tmp_path):
 
 def test_grids_that_are_too_large_leave_nothing(tmp_path):
     codes = np.zeros((1, 257 ** 2), int)
-    model = fit([codes], 1)
+    model = write_model(tmp_path / 'a.data.bin', [codes], 1)
     with pytest.raises(ValueError, match='grids of 257x257 codes; the format compact holds 256x256'):
-        write_compact(tmp_path / 'a.data.bin', [codes], 1, model, bytes(16))
-    assert not [*tmp_path.iterdir()]
+        write_stream(tmp_path / 'a.data.bin', [codes], 1, model)
+    assert [path.name for path in tmp_path.iterdir()] == ['a.model.bin']
 
 
 @settings(SETTINGS, max_examples=15)
@@ -119,13 +118,12 @@ def test_the_same_bytes_however_codes_come(tmp_path, monkeypatch, kind, images, 
         patch.setattr(compact, 'ENCODE_CODES', at_a_time)
         patch.setattr(compact, 'BLOCK_CODES', 100)
         again = [tmp_path / f'{i}.data.bin' for i in range(3)]
-        model = fit([codes], images)
-        for name, part in zip(again, ([codes], runs, (one.astype(np.uint16) for one in runs))):
-            write_compact(name, part, images, model, write_model(model, tmp_path / 'again.model.bin'))
+        for name, part in zip(again, ([codes], runs, [one.astype(np.uint16) for one in runs])):
+            write_stream(name, iter(part), images, write_model(name, iter(part), images))
         assert again[0].read_bytes() == again[1].read_bytes() == again[2].read_bytes()
-    write_compact(again[0], runs, images, model, write_model(model, tmp_path / 'again.model.bin'))
+    write_stream(again[0], runs, images, write_model(again[0], runs, images))
     assert again[0].read_bytes() == path.read_bytes()
-    assert (tmp_path / 'again.model.bin').read_bytes() == model_of(path).read_bytes()
+    assert model_of(again[0]).read_bytes() == model_of(path).read_bytes()
 
 
 @pytest.mark.parametrize('threads', [1, 2, 5])
@@ -183,11 +181,10 @@ def test_a_block_is_decoded_from_its_own_bytes(short_blocks, tmp_path, monkeypat
 
 def test_shards_share_a_model(tmp_path):
     codes = structured(90)
-    model = fit([codes], 90)
-    identity = write_model(model, tmp_path / 'all.model.bin')
+    manifest = {'format': 'compact', **write_model(tmp_path / 'all-00000.data.bin', [codes], 90)}
+    assert manifest['model'] == 'all.model.bin'
     for shard, part in enumerate(np.split(codes, (50, 80))):
-        write_compact(tmp_path / f'{shard}.data.bin', [part], len(part), model, identity)
-        (tmp_path / f'{shard}.json').write_text('{"format": "compact", "model": "all.model.bin"}')
+        write_set(tmp_path / f'all-{shard:05d}.data.bin', [part], len(part), manifest=manifest)
     assert np.array_equal(open_codes(f'{tmp_path}/*.data.bin', 'none'), codes)
     assert not any('.tmp' in path.name for path in tmp_path.iterdir())
 
@@ -452,20 +449,24 @@ def test_decoding_takes_memory_for_a_part_at_a_time(tmp_path, monkeypatch):
 
 
 def test_a_code_that_the_model_lacks_leaves_nothing(tmp_path):
-    model = fit([np.array([[1, 2, 3, 4]])], 1)
+    model = write_model(tmp_path / 'a.data.bin', [np.array([[1, 2, 3, 4]])], 1)
     with pytest.raises(ValueError, match='code 9 is none that the model was fitted to'):
-        write_compact(tmp_path / 'a.data.bin', [np.array([[1, 9, 3, 4]])], 1, model, bytes(16))
-    assert not [*tmp_path.iterdir()]
+        write_stream(tmp_path / 'a.data.bin', [np.array([[1, 9, 3, 4]])], 1, model)
+    assert [path.name for path in tmp_path.iterdir()] == ['a.model.bin']
 
 
 @pytest.mark.parametrize('limit', [0, 100, 3000])
 def test_files_that_cannot_grow_leave_nothing(tmp_path, limit):
     codes = codes_of_kind('random', 40, 16)
-    model = fit([codes], 40)
+    path = tmp_path / 'a.data.bin'
+    model = write_model(path, [codes], 40)
+    size = model_of(path).stat().st_size
     with no_space(limit):
-        fails(lambda: write_compact(tmp_path / 'a.data.bin', [codes], 40, model, bytes(16)), 'a.data.bin: cannot be')
-        if limit < len(model.to_bytes()):
-            fails(lambda: write_model(model, tmp_path / 'a.model.bin'), 'a.model.bin: cannot be written')
+        fails(lambda: write_stream(path, [codes], 40, model), 'a.data.bin: cannot be')
+        assert [path.name for path in tmp_path.iterdir()] == ['a.model.bin']
+        if limit < size:
+            model_of(path).unlink()
+            fails(lambda: write_model(path, [codes], 40), 'a.model.bin: cannot be written')
             assert not [*tmp_path.iterdir()]
 
 

@@ -14,7 +14,7 @@ from helpers import (failing_open, fails, make_checked_set, make_set, make_wide_
                      unpack, write_raw_set)
 from token_files import published as bs, token_file as tf
 from token_files.prefetching import prefetch
-from token_files.token_codecs import CODECS, PUBLISHED, encode
+from token_files.published import PUBLISHED, encode
 
 # ---------------------------------------------------------------- reading and writing
 
@@ -24,7 +24,7 @@ def test_golden_file_reads(golden):
     path = golden.folder / 'sample-token.data.bin.gz'
     file = tf.open_token_file(path)
     assert (len(file), file.manifest, file.format, file.classes) == (len(z['tokens']), {}, PUBLISHED.name, None)
-    assert tf.bytes_on_disk([file]) == sum(p.stat().st_size for p in (path, bs.index_path(path)))
+    assert tf.bytes_on_disk([file]) == sum(p.stat().st_size for p in (path, bs.companion_path(path)))
     (first, codes), = tf.decode(file)
     assert first == 0 and codes.dtype == np.uint16 and np.array_equal(codes, z['tokens'])
     assert np.array_equal(read_labels(golden.folder / 'sample-label.txt'), z['labels'])
@@ -32,7 +32,8 @@ def test_golden_file_reads(golden):
 
 def test_golden_file_is_written_byte_for_byte(golden, tmp_path):
     z = golden('codec.npz')
-    tf.write_tokens(tmp_path / 'sample-token.data.bin.gz', tmp_path / 'sample-label.txt', z['tokens'], z['labels'])
+    tf.write_set(tmp_path / 'sample-token.data.bin.gz', [z['tokens']], 64, tmp_path / 'sample-label.txt', z['labels'])
+    assert len([*tmp_path.iterdir()]) == 3  # and no manifest
     for name in ('sample-token.data.bin.gz', 'sample-token.index.npy.gz'):
         assert gzip.decompress((tmp_path / name).read_bytes()) == \
             gzip.decompress((golden.folder / name).read_bytes()), name
@@ -45,7 +46,7 @@ def test_equal_content_gives_equal_files(tmp_path):
     (a, la), *_ = make_set(tmp_path / 'one', name='first')
     (b, lb), *_ = make_set(tmp_path / 'two', name='second')
     assert a.read_bytes() == b.read_bytes() and la.read_bytes() == lb.read_bytes()
-    assert bs.index_path(a).read_bytes() == bs.index_path(b).read_bytes()
+    assert bs.companion_path(a).read_bytes() == bs.companion_path(b).read_bytes()
 
 
 def test_many_chunks_decode_like_one(tmp_path, monkeypatch):
@@ -63,7 +64,7 @@ def test_runs_of_images_are_written_like_one_array(tmp_path):
     stream, index = encode(PUBLISHED, x)
     assert tokens.read_bytes() == bs.gzip_bytes(stream.tobytes())
     runs = tmp_path / 'runs-token.data.bin.gz'
-    tf.write_tokens(runs, tmp_path / 'runs-label.txt', (x[i:i + 7] for i in range(0, 50, 7)), y)
+    tf.write_set(runs, (x[i:i + 7] for i in range(0, 50, 7)), 50, tmp_path / 'runs-label.txt', y)
     assert np.array_equal(tf.open_token_file(runs).content.index, index)
     assert gzip.decompress(runs.read_bytes()) == stream.tobytes()
 
@@ -77,7 +78,7 @@ def test_16_bit_codes_round_trip(tmp_path, codes, monkeypatch):
     monkeypatch.setattr(bs, 'CHUNK_BYTES', 70)
     assert np.array_equal(open_codes(files[0], 'none'), x)
     with pytest.raises(ValueError, match='0 to 65535'):
-        tf.write_tokens(*files, np.array([[65536]]), [0], CODECS['uint16-le'])
+        tf.write_set(files[0], [np.array([[65536]])], 1, manifest={'format': 'uint16-le'})
 
 
 def test_several_gzip_members_are_one_stream(tmp_path):
@@ -89,9 +90,9 @@ def test_several_gzip_members_are_one_stream(tmp_path):
 
 
 def test_names_of_the_files_of_a_set(tmp_path):
-    for make_name in bs.index_path, tf.manifest_path:
+    for make_name in bs.companion_path, tf.manifest_path:
         fails(lambda: make_name(tmp_path / 'odd.gz'), 'odd.gz', 'NAME.data.bin.gz')
-    assert bs.index_path('x/a-token.data.bin.gz').as_posix() == 'x/a-token.index.npy.gz'
+    assert bs.companion_path('x/a-token.data.bin.gz').as_posix() == 'x/a-token.index.npy.gz'
     assert tf.manifest_path('x/a-token.data.bin.gz').as_posix() == 'x/a-token.json'
 
 
@@ -131,7 +132,7 @@ def test_codes_of_another_format_than_the_manifest_says(tmp_path):
             manifest.write_text(text)
         fails(lambda: open_codes(files[0], 'none'), 'w-token.data.bin.gz', 'escape|codes')
     manifest.write_text('{"format": "uint16-le"}')
-    tf.write_tokens(*files, x % 300, np.zeros(12, int))  # escaped bytes under a manifest of 16-bit codes
+    tf.write_set(files[0], [x % 300], 12)  # escaped bytes under a manifest of 16-bit codes
     fails(lambda: open_codes(files[0], 'none'), 'w-token.data.bin.gz', 'odd number|codes')
 
 
@@ -152,7 +153,7 @@ def test_a_manifest_of_another_set_is_refused(tmp_path):
 def test_checksums_are_compared(tmp_path):
     path, labels = make_checked_set(tmp_path)
     file = tf.open_token_file(path)
-    for part in path, bs.index_path(path), labels:
+    for part in path, bs.companion_path(path), labels:
         file.check_checksums(part)
         whole = part.read_bytes()
         part.write_bytes(whole + b'\0')
@@ -198,8 +199,8 @@ def test_files_that_are_not_there_or_no_gzip(tmp_path):
     fails(load, tokens.name, 'truncated')
     tokens.write_bytes(b'no gzip at all')
     fails(load, tokens.name, 'gzip')
-    bs.index_path(tokens).unlink()
-    fails(load, bs.index_path(tokens).name, 'o such file')
+    bs.companion_path(tokens).unlink()
+    fails(load, bs.companion_path(tokens).name, 'o such file')
     tokens.unlink()
     tokens.mkdir()
     rewrite(tokens, index=np.arange(3))
@@ -210,7 +211,7 @@ def test_files_that_are_not_there_or_no_gzip(tmp_path):
 def test_files_that_cannot_be_read(tmp_path, monkeypatch, number):
     (tokens, labels), *_ = make_set(tmp_path)
     tf.manifest_path(tokens).write_text('{}')
-    for path in tokens, bs.index_path(tokens), tf.manifest_path(tokens), labels:
+    for path in tokens, bs.companion_path(tokens), tf.manifest_path(tokens), labels:
         with monkeypatch.context() as patch:
             failing_open(patch, path, number)
             fails(lambda: (open_codes(tokens, 'none'), read_labels(labels)), f'{path}: {os.strerror(number)}')
@@ -253,7 +254,7 @@ def test_bad_images_are_numbered_in_later_chunks_too(tmp_path, monkeypatch):
 def test_bad_indices(tmp_path):
     (tokens, _), *_ = make_set(tmp_path)
     stream, index = unpack(tokens)
-    name = bs.index_path(tokens).name
+    name = bs.companion_path(tokens).name
 
     def load():
         return open_codes(tokens, 'none')
@@ -263,7 +264,7 @@ def test_bad_indices(tmp_path):
                        (index[:, None], 'integer offsets'), (index[:1], 'integer offsets')):
         rewrite(tokens, index=bad)
         fails(load, name, words)
-    bs.index_path(tokens).write_bytes(bs.gzip_bytes(b'not numpy'))
+    bs.companion_path(tokens).write_bytes(bs.gzip_bytes(b'not numpy'))
     fails(load, name, 'not a .npy')
     rewrite(tokens, index=np.array([{}], dtype=object))  # a pickle inside a .npy
     fails(load, name, 'not a .npy')
@@ -293,14 +294,14 @@ def header(text):
 ])
 def test_index_claims_too_much(tmp_path, index, match):
     path = write_raw_set(tmp_path, bytes(16), index)
-    refused(bs.index_path(path), open_codes, path, 'none', match=match)
+    refused(bs.companion_path(path), open_codes, path, 'none', match=match)
 
 
 def test_npz_is_no_index(tmp_path):
     file = io.BytesIO()
     np.savez(file, np.arange(3))
     path = write_raw_set(tmp_path, bytes(2), file.getvalue())
-    refused(bs.index_path(path), tf.open_token_file, path, match='not a .npy array')
+    refused(bs.companion_path(path), tf.open_token_file, path, match='not a .npy array')
 
 
 def test_stream_bomb_is_read_only_as_far_as_its_index_says(tmp_path):
@@ -324,6 +325,6 @@ def test_one_large_image_does_not_make_all_large(tmp_path, monkeypatch):
 
 def test_checksum_of_what_is_written(tmp_path):
     (tokens, labels), x, y = make_set(tmp_path)
-    before = [sha256(path) for path in (tokens, bs.index_path(tokens), labels)]
-    tf.write_tokens(tokens, labels, [x], list(y))  # an iterable of runs, labels of any integers
-    assert [sha256(path) for path in (tokens, bs.index_path(tokens), labels)] == before
+    before = [sha256(path) for path in (tokens, bs.companion_path(tokens), labels)]
+    tf.write_set(tokens, [x], 12, labels, list(y))  # labels of any integers
+    assert [sha256(path) for path in (tokens, bs.companion_path(tokens), labels)] == before

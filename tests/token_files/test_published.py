@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from helpers import fails
-from token_files.token_codecs import CODECS, PUBLISHED, codec_for, decode_escaped, decode_uint16, encode
+from token_files.published import CODECS, PUBLISHED, codec_for, decode_escaped, decode_uint16, encode
 from twins import SLOW_DECODERS, slow_decode_escaped
 
 
