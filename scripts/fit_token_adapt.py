@@ -27,7 +27,6 @@ from seitpp.halves import ADAPTED_MIXUP
 from seitpp.token_adapt import FINER, SIZE, RandomGeometry, TokenAdapt, size_of_width
 from seitpp.token_adapt_training import Change, CodePairs, evaluate_token_adapt, save_token_adapt
 from token_augment import RandomResizedCrop
-from tokenize_images import load_models
 from training.checkpoints import flags_to_save, progress_of, resume
 from training.loss_meter import NotFinite
 from training.preemption import REQUEUE
@@ -36,6 +35,7 @@ from training.run_info import print_batch, print_model, run_record
 from scripts.train_tokenizer import add_image_flags, hold_out
 import flags
 from image_tokenizer.vitvqgan import HEAD_DIM
+from image_tokenizer.tokenizing import load_models
 from utils import InputError, check_same_on_all_ranks, init_distributed, keep_freed_memory, on_main, print0, rank, run
 
 FILE = 'tokenadapt.ckpt'
