@@ -31,7 +31,7 @@ from continual.memory import MAX_CLASSES, ReplayMemory, Sample, check_room, fill
 from continual.results import (MEMORY, RUN, add_result, check_new, digest_of, evaluate_seen, open_memory, read_results,
                                task_folder, write_results)
 from continual.task_flags import add_task_flags, check_program_flags, check_task_flags
-from continual.task_tokens import TokenFiles, fit_tokenizer, hold_tokens, open_token_store, tokenize
+from continual.task_tokens import TokenFiles, fit_tokenizer, hold_tokens, open_token_store, tokenize_splits
 from continual.tasks import Tasks, make_tasks, step_batches, step_draws, task_seed
 from engine import evaluate_models, rank_indices
 from fileio.files import check_same, sha256
@@ -39,11 +39,11 @@ from fileio.labels import check_class_names, count_classes
 from flags import Parser
 from image_data.dataset import ImageDataset, Normalize, random_erasing
 from image_data.sources import open_source
+from image_tokenizer.tokenizing import check_folder
 from token_augment import EvalTransform
 from token_dataset import TokenDataset, choose_data_device, open_splits
 from token_files.codebook import load_codebook
 from token_files.published import codec_for
-from tokenize_images import check_folder
 from training.checkpoints import compare_flags, load_checkpoint, load_weights
 from training.preemption import REQUEUE, StopSignal
 from training.pretrained import freeze_all_but_attention, load_pretrained
@@ -188,7 +188,7 @@ def pixel_kind(args: argparse.Namespace, device: torch.device) -> tuple[Kind, Ta
                 lambda number: store.store('train', number), join, batches, val_stored), tasks
 
 
-def make_tokens(args: argparse.Namespace) -> tuple[argparse.Namespace, TokenFiles, str]:
+def make_tokens(args: argparse.Namespace, device: torch.device) -> tuple[argparse.Namespace, TokenFiles, str]:
     """Make the tokens that the flags ask for; returns the flags with their files, these, and the tokenizer in words."""
     files = TokenFiles(args.tokenizer_path, args.codebook_path, '', args.train_token_file)
     if 'tokens' not in (args.new, args.memory) or files.train:
@@ -204,7 +204,7 @@ def make_tokens(args: argparse.Namespace) -> tuple[argparse.Namespace, TokenFile
         if args.tokenizer_from_task is not None:
             first = tasks.images(tasks.places(source.labels), 0)
             files = fit_tokenizer(TaskImages(source, first, source.labels[first]), folder, args.image_size)
-        files = tokenize(files, folder, splits, args.image_size, args.device, args.max_image_pixels)
+        files = tokenize_splits(files, folder, splits, args.image_size, device, args.max_image_pixels)
     paths = {'tokenizer_path': files.tokenizer, 'codebook_path': files.codebook, 'token_synonym_dict': files.synonyms,
              'train_token_file': files.train, 'train_label_file': files.train_labels,
              'val_token_file': files.val, 'val_label_file': files.val_labels}
@@ -340,7 +340,7 @@ def main(args: argparse.Namespace) -> int:
     device = init_distributed(args.device, args.dist_url, args.dist_timeout)
     check_same_on_all_ranks(recipe.flags_alike(args))
     on_main(check_new, args.output_dir, args.resume == 'auto')
-    args, files, tokenizer = make_tokens(args)
+    args, files, tokenizer = make_tokens(args, device)
     if args.tokenize_only:
         return 0
     recipe.set_up_torch(args)

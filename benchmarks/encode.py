@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
 from flags import integer
 from image_data.sources import Source, load_images, open_source
+from image_tokenizer.tokenizing import Encoder, encode_part
 from token_files.parts import Parts
-from tokenize_images import Encoder, encode_part
 from utils import cores, keep_freed_memory, run
 
 

@@ -36,12 +36,12 @@ from fileio.files import lock_file, write_text
 from flags import SEED, integer, number
 from image_data.sources import open_source
 from image_tokenizer.tokenizers import decode_codes
+from image_tokenizer.tokenizing import identity, load_models
 from scripts.inspect_tokens import describe, summarize
 from tables.rows import check_same
 from token_files.cache import open_codes
 from token_files.codebook import load_codebook
 from token_files.token_file import count_codes, open_token_file
-from tokenize_images import identity, load_models
 from utils import InputError, cores, run
 
 # What every arm is trained with, unless the command says otherwise. The published schedule holds --warmup-lr for two

@@ -11,16 +11,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-import tokenize_images
 from continual.forms import TokenStore
 from fileio.files import check_same, hold_folder, sha256
 from fileio.labels import check_class_names
 from image_data.dataset import ImageDataset
 from image_data.sources import Source
+from image_tokenizer.patch_fit import FitOptions, fit_to_folder
 from image_tokenizer.tokenizers import check_codebook, load_tokenizer
-from scripts import build_synonyms, fit_patch_tokenizer
+from image_tokenizer.tokenizing import EncodingOptions, tokenize
 from token_dataset import TokenDataset
-from token_files.codebook import load_codebook
+from token_files.codebook import SYNONYMS, build_synonyms, load_codebook
+from token_files.parts import Output
 from utils import InputError, on_main
 
 PATIENCE = 60  # seconds, for another run that looks whether all tokens are there
@@ -83,12 +84,11 @@ def _fit(first: Source, folder: Path, image_size: int) -> None:
         return
     for path in files:
         path.unlink(missing_ok=True)  # of a run killed between the two
-    words = ['--data-path', first.data_path, '--output-dir', str(folder), '--image-size', str(image_size)]
-    fit_patch_tokenizer.fit(first, fit_patch_tokenizer.parse_args(words))
+    fit_to_folder(first, folder, FitOptions(image_size))
 
 
-def tokenize(files: TokenFiles, folder: Path, splits: dict[str, Source], image_size: int, device: str,
-             max_pixels: int | None = None) -> TokenFiles:
+def tokenize_splits(files: TokenFiles, folder: Path, splits: dict[str, Source], image_size: int, device: torch.device,
+                    max_pixels: int | None = None) -> TokenFiles:
     """Tokenize images into a folder, or find that it was done; returns where all is. Collective. Raises InputError.
 
     Killed at any moment, it resumes.
@@ -98,20 +98,15 @@ def tokenize(files: TokenFiles, folder: Path, splits: dict[str, Source], image_s
         folder: of the token files.
         splits: images by 'train' and 'val'.
         image_size: images are resized to this, both sides.
-        device: --device.
+        device: of the tokenizer.
         max_pixels: larger images are an InputError; None for PIL's limit.
     """
+    options = EncodingOptions(files.tokenizer, image_size, files.codebook or None)
     tokenizer = sha256(files.tokenizer)
     for name, source in splits.items():
         made_of = {f'images of {name}': source.digest(), 'tokenizer': tokenizer, 'image size': image_size}
         on_main(check_same, folder / f'{name}-images.json', made_of, '--tokens-dir')
-        words = ['--data-path', source.data_path, '--name', name, '--output-dir', str(folder),
-                 '--image-size', str(image_size), '--tokenizer-path', files.tokenizer, '--device', device]
-        if files.codebook:
-            words += ['--codebook-path', files.codebook]
-        if max_pixels:
-            words += ['--max-image-pixels', str(max_pixels)]
-        tokenize_images.main(tokenize_images.parse_args(words))
+        tokenize(source, Output(folder, name), options, device, max_pixels=max_pixels)
         files = files._replace(**{name: str(folder / f'{name}-token.data.bin.gz'),
                                   f'{name}_labels': str(folder / f'{name}-label.txt')})
     files = files._replace(codebook=files.codebook or str(folder / 'codebook.ckpt'),
@@ -121,9 +116,8 @@ def tokenize(files: TokenFiles, folder: Path, splits: dict[str, Source], image_s
 
 
 def _write_synonyms(files: TokenFiles) -> None:
-    words = ['--codebook-path', files.codebook, '--output', files.synonyms]
-    build_synonyms.main(build_synonyms.parse_args([*words, '--top-k', str(min(5, len(load_codebook(files.codebook)) -
-                                                                              1))]))
+    other_codes = len(load_codebook(files.codebook)) - 1
+    build_synonyms(files.codebook, files.synonyms, min(SYNONYMS, other_codes))
 
 
 def open_token_store(images: dict[str, ImageDataset], files: dict[str, tuple[str, str]], tokenizer_path: str,

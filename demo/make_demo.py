@@ -11,19 +11,20 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from scripts import build_synonyms  # noqa: E402
-from scripts import fit_patch_tokenizer  # noqa: E402
-import tokenize_images  # noqa: E402
 from fileio.files import check_writable  # noqa: E402
 from flags import Parser, integer  # noqa: E402
+from image_data.sources import open_source  # noqa: E402
+from image_tokenizer.patch_fit import FitOptions, fit_to_folder  # noqa: E402
+from image_tokenizer.tokenizing import EncodingOptions, tokenize  # noqa: E402
+from token_files.codebook import build_synonyms  # noqa: E402
+from token_files.parts import Output  # noqa: E402
 from token_files.published import open_gzip  # noqa: E402
 from utils import InputError, run  # noqa: E402
 
@@ -74,11 +75,6 @@ def export(images: np.ndarray, labels: np.ndarray, folder: Path) -> None:
         Image.fromarray(image).save(path, optimize=True)
 
 
-def call(program: ModuleType, *flags: Any) -> None:
-    """Run another program of the repository in this process. Raises InputError."""
-    program.main(program.parse_args([str(flag) for flag in flags]))
-
-
 def main(args: argparse.Namespace) -> None:
     source = Path(args.fashion_mnist)
     output = Path(args.output_dir)
@@ -90,17 +86,16 @@ def main(args: argparse.Namespace) -> None:
         export(*train, images / 'train')
         export(val[0][:args.val_images], val[1][:args.val_images], images / 'val')
         if args.fit:
-            for name in ('tokenizer.pt', 'codebook.ckpt'):  # fit_patch_tokenizer.py refuses to overwrite others
+            for name in ('tokenizer.pt', 'codebook.ckpt'):  # fitting refuses to overwrite others
                 (output / name).unlink(missing_ok=True)
-            call(fit_patch_tokenizer, '--data-path', images / 'train', '--image-size', args.image_size,
-                 '--output-dir', output)
-        call(build_synonyms, '--codebook-path', output / 'codebook.ckpt', '--output', output / 'synonyms.json')
+            fit_to_folder(open_source(images / 'train'), output, FitOptions(args.image_size))
+        build_synonyms(output / 'codebook.ckpt', output / 'synonyms.json')
+        options = EncodingOptions(output / 'tokenizer.pt', args.image_size, output / 'codebook.ckpt')
         for split in ('train', 'val'):
-            for old in output.glob(f'fashion-{split}-[tl]*'):  # tokenize_images.py refuses to overwrite another set
+            for old in output.glob(f'fashion-{split}-[tl]*'):  # tokenizing refuses to overwrite another set
                 old.unlink()
-            call(tokenize_images, '--data-path', images / split, '--name', f'fashion-{split}', '--output-dir', output,
-                 '--tokenizer-path', output / 'tokenizer.pt', '--codebook-path', output / 'codebook.ckpt',
-                 '--image-size', args.image_size, '--device', 'cpu', '--format', 'compact')
+            tokenize(open_source(images / split), Output(output, f'fashion-{split}', format='compact'), options,
+                     torch.device('cpu'))
     export(val[0][:args.png_images], val[1][:args.png_images], output / 'images' / 'val')
 
 

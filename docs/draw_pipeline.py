@@ -6,8 +6,6 @@ Codes, embeddings and the decoded picture are real: a patch tokenizer with 391 c
 Stem-adaptor and ViT are drawn as boxes. Needs matplotlib (requirements-plot.txt).
 """
 import argparse
-import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -19,10 +17,11 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from token_files.codebook import load_codebook, quantize  # noqa: E402
 from fileio.files import atomic_path  # noqa: E402
 from flags import Parser  # noqa: E402
-from image_tokenizer.tokenizers import load_tokenizer  # noqa: E402
+from image_data.sources import open_source  # noqa: E402
+from image_tokenizer.patch_fit import FitOptions, fit  # noqa: E402
+from token_files.codebook import quantize  # noqa: E402
 from utils import InputError, print0, run  # noqa: E402
 
 SIZE = 256  # pixels of the picture, each side
@@ -62,19 +61,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def tokenize_picture(path: str | Path) -> Picture:
     """Fit a patch tokenizer to a picture and tokenize the picture with it."""
     with tempfile.TemporaryDirectory() as folder:
-        images = Path(folder, 'images', 'picture')
-        images.mkdir(parents=True)
-        shutil.copy(path, images)
-        command = [sys.executable, str(ROOT / 'scripts' / 'fit_patch_tokenizer.py'), '--data-path', str(images.parent),
-                   '--image-size', str(SIZE), '--output-dir', folder]
-        if subprocess.run(command, stdout=subprocess.DEVNULL).returncode:
-            raise InputError(f'{path}: no tokenizer can be fitted to it, see above')
-        tokenizer = load_tokenizer(Path(folder, 'tokenizer.pt'))
-        codebook = load_codebook(Path(folder, 'codebook.ckpt'))
+        images = Path(folder, 'images.txt')
+        images.write_text(f'{Path(path).resolve()}\t0\n')
+        tokenizer, _ = fit(open_source(images), FitOptions(SIZE))
     with Image.open(path) as image:
         pixels = np.asarray(image.convert('RGB').resize((SIZE, SIZE), Image.Resampling.BICUBIC)) / np.float32(255)
-    codes = quantize(tokenizer(torch.from_numpy(pixels).permute(2, 0, 1)[None]), codebook)
-    embeddings = codebook[codes]  # (1, 1024, d)
+    codes = quantize(tokenizer(torch.from_numpy(pixels).permute(2, 0, 1)[None]), tokenizer.codebook)
+    embeddings = tokenizer.codebook[codes]  # (1, 1024, d)
     decoded = tokenizer.decode(embeddings)[0].clamp(0, 1).permute(1, 2, 0)
     return Picture(pixels, codes.view(GRID, GRID).numpy(), embeddings[0].view(GRID, GRID, -1).numpy(), decoded.numpy())
 

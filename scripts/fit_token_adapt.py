@@ -25,13 +25,13 @@ import recipe
 from engine import rank_indices
 from flags import Parser, add_image_flags, integer
 from image_data.dataset import hold_out
+from image_tokenizer.tokenizing import load_models
 from image_tokenizer.vitvqgan import HEAD_DIM
 from samplers import shuffled
 from seitpp.halves import ADAPTED_MIXUP
 from seitpp.token_adapt import FINER, SIZE, RandomGeometry, TokenAdapt, size_of_width
 from seitpp.token_adapt_training import Change, CodePairs, evaluate_token_adapt, save_token_adapt
 from token_augment import RandomResizedCrop
-from tokenize_images import load_models
 from training.checkpoints import progress_of
 from training.run_info import print_model
 from utils import InputError, check_same_on_all_ranks, on_main, print0, rank, run, world_size

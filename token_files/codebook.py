@@ -1,12 +1,15 @@
 """The codebook: reading it, finding codes of features, and the synonyms of codes that Token-EDA uses."""
+import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from fileio.files import read_json
+from fileio.files import check_writable, read_json, write_text
 from fileio.torch_files import load_torch
-from utils import InputError
+from utils import InputError, print0
+
+SYNONYMS = 5  # of a code: as many as training uses
 
 
 def load_codebook(path: str | Path) -> torch.Tensor:
@@ -64,6 +67,18 @@ def nearest_codes(codebook: torch.Tensor, top_k: int) -> torch.Tensor:
     unit = F.normalize(codebook.double(), dim=-1)
     similarity = (unit @ unit.T).fill_diagonal_(-torch.inf)
     return similarity.argsort(dim=1, descending=True, stable=True)[:, :top_k]
+
+
+def build_synonyms(codebook_path: str | Path, output: str | Path, top_k: int = SYNONYMS) -> None:
+    """Write the `top_k` synonyms of each code of a codebook, as `load_synonyms` reads them. Raises InputError."""
+    codebook = load_codebook(codebook_path)
+    if top_k >= len(codebook):
+        raise InputError(f'--top-k {top_k}: choose 1 to {len(codebook) - 1}, the other codes in {codebook_path}')
+    check_writable(output, inputs=[codebook_path])
+    lists = nearest_codes(codebook, top_k).tolist()
+    rows = ',\n'.join(f'"{code}": {json.dumps(row)}' for code, row in enumerate(lists))
+    write_text(output, '{\n' + rows + '\n}\n')
+    print0(f'{len(lists)} codes, {top_k} synonyms each: {output}')
 
 
 def load_synonyms(path: str | Path, codes: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:

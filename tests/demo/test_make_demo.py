@@ -107,7 +107,7 @@ def test_it_is_made_again(fashion, output):
 
 
 def test_mistakes_get_one_line(fashion, output, tmp_path, monkeypatch):
-    monkeypatch.setattr(make_demo, 'call', None)
+    monkeypatch.setattr(make_demo, 'build_synonyms', None)  # the first step that writes
     fails(lambda: make(tmp_path / 'none', output), 'none/train-images-idx3-ubyte.gz: no such file')
     fails(lambda: make(fashion, output, '--train-images', 401), 'train-images.*: 400 images; 401 are wanted')
     fails(lambda: make(fashion, output, '--png-images', 401), 't10k-images.*: 400 images; 401 are wanted')

@@ -7,7 +7,7 @@ import torch
 
 from scripts import build_synonyms
 from helpers import call, contents, fails
-from token_files.codebook import load_synonyms, nearest_codes
+from token_files.codebook import load_synonyms
 
 
 @pytest.fixture
@@ -48,12 +48,6 @@ def test_five_synonyms_unless_told_otherwise(codebook, tmp_path):
     assert {len(row) for row in json.loads((tmp_path / 's.json').read_text()).values()} == {5}
 
 
-def test_a_code_is_never_its_own_synonym_and_ties_go_to_the_lowest_code():
-    codebook = torch.tensor([[1., 0], [2, 0], [4, 0], [0, 1], [0, 0]])  # three equal directions, and a row of zeros
-    assert nearest_codes(codebook, 4).tolist() == [
-        [1, 2, 3, 4], [0, 2, 3, 4], [0, 1, 3, 4], [0, 1, 2, 4], [0, 1, 2, 3]]
-
-
 def test_top_k_beyond_the_codebook_is_refused(codebook, tmp_path):
     fails(lambda: build(tmp_path, '--top-k', 60), '--top-k 60: choose 1 to 59, the other codes in .*codebook.ckpt')
     fails(lambda: build(tmp_path, '--top-k', 0), '--top-k: 0: give a value of 1 or more')
@@ -67,7 +61,7 @@ def test_a_codebook_that_is_not_finite_is_refused(codebook, tmp_path):
 
 
 def test_an_output_that_cannot_be_written_is_refused_before_the_work(codebook, tmp_path, monkeypatch):
-    monkeypatch.setattr(build_synonyms, 'nearest_codes', None)
+    monkeypatch.setattr('token_files.codebook.nearest_codes', None)
     for output in ('codebook.ckpt/s.json', 'n' * 250, '.'):
         fails(lambda: build(tmp_path, output=output), 'cannot be written')
     assert contents(tmp_path).keys() == {'codebook.ckpt'}

@@ -33,6 +33,12 @@ def test_nearest_codes_against_a_slow_search(top_k):
     assert found.shape == (30, top_k) and found.tolist() == slow_nearest_codes(codebook, top_k)
 
 
+def test_a_code_is_never_its_own_synonym_and_ties_go_to_the_lowest_code():
+    codebook = torch.tensor([[1., 0], [2, 0], [4, 0], [0, 1], [0, 0]])  # three equal directions, and a row of zeros
+    assert cb.nearest_codes(codebook, 4).tolist() == [
+        [1, 2, 3, 4], [0, 2, 3, 4], [0, 1, 3, 4], [0, 1, 2, 4], [0, 1, 2, 3]]
+
+
 # ---------------------------------------------------------------- files
 
 def test_a_codebook_is_read_as_float32(tmp_path):
