@@ -71,12 +71,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 # ---------------------------------------------------------------- what is trained on
 
-class Kind(NamedTuple):
+class Modality(NamedTuple):
     """What differs between tokens and pixels.
 
     Attributes:
         path: of the training set, for errors.
-        train, val: data sets; their labels are places in the order of the classes.
+        train, val: data sets; their labels are positions in the order of the classes.
         input_shape: of an image, for the model.
         make_model: () -> the model for all classes, on the CPU.
         make_augment: timm's Mixup or None -> ((inputs, labels), generator) -> model input, targets.
@@ -112,7 +112,7 @@ def make_tasks_of(args: argparse.Namespace, labels: dict[str, np.ndarray]) -> Ta
     return make_tasks(classes, args.base_classes, args.inc_classes, args.order_seed)
 
 
-def token_kind(args: argparse.Namespace, device: torch.device) -> tuple[Kind, Tasks]:
+def token_modality(args: argparse.Namespace, device: torch.device) -> tuple[Modality, Tasks]:
     """Training on tokens, as in main_seit.py."""
     codebook = load_codebook(args.codebook_path)
     size = args.input_size // args.token_patch_size
@@ -120,7 +120,7 @@ def token_kind(args: argparse.Namespace, device: torch.device) -> tuple[Kind, Ta
     train_data, val_data = datasets['train'], datasets['val']
     tasks = make_tasks_of(args, {args.train_label_file: train_data.labels, args.val_label_file: val_data.labels})
     for data in datasets.values():
-        data.labels = tasks.places(data.labels)
+        data.labels = tasks.positions(data.labels)
     choose_data_device({'val': val_data}, args.data_device, device)
     codec = codec_for(len(codebook))
 
@@ -144,11 +144,11 @@ def token_kind(args: argparse.Namespace, device: torch.device) -> tuple[Kind, Ta
     def batches(data: TokenDataset, indices: np.ndarray, _: tuple) -> Iterator:
         return data.batches(indices, args.batch_size, device, args.pin_mem)
 
-    return Kind(args.train_token_file, train_data, val_data, (codebook.shape[1], size, size), make_model,
+    return Modality(args.train_token_file, train_data, val_data, (codebook.shape[1], size, size), make_model,
                 make_augment, EvalTransform(codebook, size, device), store, join, batches), tasks
 
 
-def pixel_kind(args: argparse.Namespace, device: torch.device) -> tuple[Kind, Tasks]:
+def pixel_modality(args: argparse.Namespace, device: torch.device) -> tuple[Modality, Tasks]:
     """Training on images, as in main_pixels.py."""
     train_data, val_data = (main_pixels.load_split(args, split) for split in ('train', 'val'))
     check_class_names(train_data.classes, val_data.classes, args.train_path, args.val_path)
@@ -163,7 +163,7 @@ def pixel_kind(args: argparse.Namespace, device: torch.device) -> tuple[Kind, Ta
     else:
         store = PixelStore(images, args.memory, args.memory_quality, args.memory_side)
     for data in (train_data, val_data):
-        data.labels = tasks.places(data.labels)
+        data.labels = tasks.positions(data.labels)
     normalize = Normalize(device)
 
     def make_augment(mixup: Callable | None) -> Callable:
@@ -183,7 +183,7 @@ def pixel_kind(args: argparse.Namespace, device: torch.device) -> tuple[Kind, Ta
         return data.batches(indices, args.batch_size, device, args.pin_mem, draws)
 
     val_stored = StoredImages(val_data, 'val', store) if args.eval_stored else None
-    return Kind(args.train_path, train_data, val_data, (3, args.input_size, args.input_size),
+    return Modality(args.train_path, train_data, val_data, (3, args.input_size, args.input_size),
                 lambda: main_pixels.create_model(args, len(tasks.order)), make_augment, normalize,
                 lambda number: store.store('train', number), join, batches, val_stored), tasks
 
@@ -202,7 +202,7 @@ def make_tokens(args: argparse.Namespace, device: torch.device) -> tuple[argpars
         splits['val'] = open_source(args.val_path)
     with hold_tokens(folder):
         if args.tokenizer_from_task is not None:
-            first = tasks.images(tasks.places(source.labels), 0)
+            first = tasks.images(tasks.positions(source.labels), 0)
             files = fit_tokenizer(TaskImages(source, first, source.labels[first]), folder, args.image_size)
         files = tokenize_splits(files, folder, splits, args.image_size, device, args.max_image_pixels)
     paths = {'tokenizer_path': files.tokenizer, 'codebook_path': files.codebook, 'token_synonym_dict': files.synonyms,
@@ -213,9 +213,9 @@ def make_tokens(args: argparse.Namespace, device: torch.device) -> tuple[argpars
 
 # ---------------------------------------------------------------- one task
 
-def start_model(args: argparse.Namespace, kind: Kind, task: int) -> nn.Module:
+def start_model(args: argparse.Namespace, modality: Modality, task: int) -> nn.Module:
     """The model that a task begins with: the last task's, or a new one."""
-    model = kind.make_model()
+    model = modality.make_model()
     if task:
         path = str(task_folder(args.output_dir, task - 1) / FILES.newest[0])
         checkpoint = load_checkpoint(path)
@@ -228,25 +228,26 @@ def start_model(args: argparse.Namespace, kind: Kind, task: int) -> nn.Module:
     return model
 
 
-def steps_of(args: argparse.Namespace, kind: Kind, tasks: Tasks, task: int) -> int:
+def steps_of(args: argparse.Namespace, modality: Modality, tasks: Tasks, task: int) -> int:
     """Batches in an epoch of a task: as many as its own images make, in all arms. Raises InputError."""
-    images = tasks.images(kind.train.labels, task)
-    return recipe.count_steps(args, -(-len(images) // world_size()), kind.path)
+    images = tasks.images(modality.train.labels, task)
+    return recipe.count_steps(args, -(-len(images) // world_size()), modality.path)
 
 
-def check_tasks(args: argparse.Namespace, kind: Kind, tasks: Tasks, device: torch.device) -> None:
+def check_tasks(args: argparse.Namespace, modality: Modality, tasks: Tasks, device: torch.device) -> None:
     """InputError for what would end the run later: in its last task, or in the first one after its folder is made."""
     for task in range(len(tasks)):
-        steps_of(args, kind, tasks, task)
+        steps_of(args, modality, tasks, task)
     begun = Path(args.output_dir, RUN).exists()
-    model = (kind.make_model() if begun else start_model(args, kind, 0)).to(device)
+    model = (modality.make_model() if begun else start_model(args, modality, 0)).to(device)
     print_model(args.model, model, device, args.amp or recipe.default_amp(device))
     recipe.make_optimizer(args, model)
     if args.memory != 'none':
-        check_room(args.memory_bytes, kind.train.labels, kind.store, args.memory)
+        check_room(args.memory_bytes, modality.train.labels, modality.store, args.memory)
 
 
-def train_task(args: argparse.Namespace, kind: Kind, tasks: Tasks, task: int, device: torch.device) -> dict | None:
+def train_task(args: argparse.Namespace, modality: Modality, tasks: Tasks, task: int,
+               device: torch.device) -> dict | None:
     """Train a task from where it was left, evaluate it, and fill the memory; returns its line of RESULTS.
 
     None where a signal stopped it, after saving.
@@ -257,21 +258,21 @@ def train_task(args: argparse.Namespace, kind: Kind, tasks: Tasks, task: int, de
 
     # data: the number of steps is that of all arms
     memory = open_memory(args.output_dir, task, args.memory, args.memory_bytes)
-    images = tasks.images(kind.train.labels, task)
-    chosen = tasks.images(kind.train.labels, task, args.joint)
-    data = kind.join(chosen, memory)
-    steps = steps_of(args, kind, tasks, task)
+    images = tasks.images(modality.train.labels, task)
+    chosen = tasks.images(modality.train.labels, task, args.joint)
+    data = modality.join(chosen, memory)
+    steps = steps_of(args, modality, tasks, task)
     seen = tasks.ends[task]
     print0(f'task {task + 1} of {len(tasks)}: {len(tasks.classes(task))} new classes, {seen} in all, '
            f'{len(chosen):,} images, and {len(memory):,} in {memory.size:,} bytes of memory')
 
     # model and optimizer
-    state = recipe.make_state(args, start_model(args, kind, task).to(device), device, kind.input_shape)
+    state = recipe.make_state(args, start_model(args, modality, task).to(device), device, modality.input_shape)
     recipe.resume_run(args, state, checkpoint, checkpoint_path, steps)
 
     # loss: over the classes seen so far, which are the model's first outputs
     mixup, criterion = recipe.make_loss(args, seen)
-    augment = kind.make_augment(mixup)
+    augment = modality.make_augment(mixup)
 
     def loss_of(model: nn.Module, batch: tuple, generator: torch.Generator) -> torch.Tensor:
         x, targets = augment(batch, generator)
@@ -285,15 +286,15 @@ def train_task(args: argparse.Namespace, kind: Kind, tasks: Tasks, task: int, de
         return batches[:, rank()::world_size()].ravel()
 
     def batches_of(indices: np.ndarray, epoch: int, start: int) -> Iterator:
-        return kind.batches(data, indices, (seed, epoch * steps + start))
+        return modality.batches(data, indices, (seed, epoch * steps + start))
 
     # train, evaluate, remember
-    names = kind.train.classes and [kind.train.classes[label] for label in tasks.order.tolist()]
+    names = modality.train.classes and [modality.train.classes[label] for label in tasks.order.tolist()]
     if recipe.fit(args, state, folder, steps, order_of, batches_of, loss_of, classes=names, seed=seed):
         return None
-    stats = evaluate_models(state, make_evaluate(args, kind, tasks, task, device, state.amp))
+    stats = evaluate_models(state, make_evaluate(args, modality, tasks, task, device, state.amp))
     if args.memory != 'none':
-        large = fill(memory, args.memory_policy, images, kind.train.labels, kind.store, (args.seed, task))
+        large = fill(memory, args.memory_policy, images, modality.train.labels, modality.store, (args.seed, task))
         if large:
             print0(f'note: {large} images are not stored, for each takes more than an equal share of the memory for a '
                    'class')
@@ -305,32 +306,33 @@ def train_task(args: argparse.Namespace, kind: Kind, tasks: Tasks, task: int, de
             'memory_images_per_class': [int(counts.min()), int(counts.max())]}
 
 
-def make_evaluate(args: argparse.Namespace, kind: Kind, tasks: Tasks, task: int, device: torch.device,
+def make_evaluate(args: argparse.Namespace, modality: Modality, tasks: Tasks, task: int, device: torch.device,
                   amp: str) -> Callable:
     """The engine's evaluate_of after a task: on the validation images of all classes seen, and on them as stored."""
-    seen = np.flatnonzero(kind.val.labels < tasks.ends[task])
+    seen = np.flatnonzero(modality.val.labels < tasks.ends[task])
     indices = seen[rank_indices(len(seen), args.dist_eval)]
-    sets = {'': kind.val} | ({'stored': kind.val_stored} if kind.val_stored else {})
+    sets = {'': modality.val} | ({'stored': modality.val_stored} if modality.val_stored else {})
 
     def evaluate_of(model: nn.Module, name: str) -> dict[str, Any]:
         stats = {}
         for form, data in sets.items():
             batches = data.batches(indices, int(1.5 * args.batch_size), device, args.pin_mem)
-            found = evaluate_seen(model, tasks, task, kind.val.labels[indices], batches, prepare=kind.prepare, amp=amp,
-                                  distributed=args.dist_eval, name=' '.join(filter(None, (name, form))))
-            stats |= {f'{form}_{key}' if form else key: value for key, value in found.items()}
+            of_form = evaluate_seen(model, tasks, task, modality.val.labels[indices], batches,
+                                    prepare=modality.prepare, amp=amp, distributed=args.dist_eval,
+                                    name=' '.join(filter(None, (name, form))))
+            stats |= {f'{form}_{key}' if form else key: value for key, value in of_form.items()}
         return stats
     return evaluate_of
 
 
 # ---------------------------------------------------------------- the program
 
-def identity_of(args: argparse.Namespace, kind: Kind, tasks: Tasks, tokenizer: str) -> dict[str, Any]:
+def identity_of(args: argparse.Namespace, modality: Modality, tasks: Tasks, tokenizer: str) -> dict[str, Any]:
     """What a run keeps when it resumes."""
     flags = ('new', 'joint', 'memory', 'memory_bytes', 'memory_policy', 'memory_quality', 'memory_side',
              'replay_share', 'base_classes', 'inc_classes', 'order_seed', 'epochs', 'eval_stored')
     sets = {name: data.source.digest() if args.new == 'pixels' else digest_of(data.codes, tasks.order[data.labels])
-            for name, data in (('training images', kind.train), ('validation images', kind.val))}
+            for name, data in (('training images', modality.train), ('validation images', modality.val))}
     return {**{f'--{name.replace("_", "-")}': getattr(args, name) for name in flags}, 'classes': len(tasks.order),
             **sets, 'tokenizer': tokenizer, 'codebook': sha256(args.codebook_path) if args.codebook_path else None}
 
@@ -344,18 +346,18 @@ def main(args: argparse.Namespace) -> int:
     if args.tokenize_only:
         return 0
     recipe.set_up_torch(args)
-    kind, tasks = (token_kind if args.new == 'tokens' else pixel_kind)(args, device)
-    check_tasks(args, kind, tasks, device)
+    modality, tasks = (token_modality if args.new == 'tokens' else pixel_modality)(args, device)
+    check_tasks(args, modality, tasks, device)
     print0(f'tokenizer: {tokenizer}')
     folder = RunFolder(args.output_dir)  # no other run writes there while this one lasts
-    on_main(lambda: check_same(folder.path / RUN, identity_of(args, kind, tasks, tokenizer)))
+    on_main(lambda: check_same(folder.path / RUN, identity_of(args, modality, tasks, tokenizer)))
 
     lines = on_main(read_results, args.output_dir)
     with StopSignal() as stop:  # between trainings, which have their own
         for task in range(len(lines), len(tasks)):
             torch.manual_seed(args.seed)
             began = time.monotonic()
-            line = train_task(args, kind, tasks, task, device)
+            line = train_task(args, modality, tasks, task, device)
             if line is None:
                 return REQUEUE
             lines = add_result(lines, line | {'tokenizer': tokenizer, **files.sizes(),

@@ -88,9 +88,9 @@ class ReplayMemory:
         self.samples.append(sample)
         self.size += sample.size
 
-    def remove(self, place: int) -> None:
-        """Drop the sample at a place."""
-        self.size -= self.samples.pop(place).size
+    def remove(self, position: int) -> None:
+        """Drop the sample at a position."""
+        self.size -= self.samples.pop(position).size
 
     def labels(self) -> np.ndarray:
         """(n,) int64."""
@@ -146,10 +146,10 @@ def fill_reservoir(memory: ReplayMemory, stream: Iterable[int], encode: Encode, 
         while not memory.fits(sample):
             together = len(memory) + 1
             memory.largest_key *= rng.random() ** (1 / together)  # the largest of so many uniform keys ...
-            place = int(rng.integers(together))  # ... which is equally likely to be any sample's
-            if place == len(memory):
+            position = int(rng.integers(together))  # ... which is equally likely to be any sample's
+            if position == len(memory):
                 break
-            memory.remove(place)
+            memory.remove(position)
         else:
             memory.add(sample)
     return large
@@ -158,7 +158,7 @@ def fill_reservoir(memory: ReplayMemory, stream: Iterable[int], encode: Encode, 
 def fill_balanced(memory: ReplayMemory, new: dict[int, Sequence[int]], encode: Encode, share: int) -> int:
     """Make room for new classes, in place, and take as many of them as of the others.
 
-    Samples are ranked by their place within their class, and then by class; those that come first are held, as many as
+    Samples are ordered by their rank within their class, and then by class; those that come first are held, as many as
     fit. New ones come in this order, and the last of the old ones go until each fits.
 
     Args:
@@ -174,19 +174,19 @@ def fill_balanced(memory: ReplayMemory, new: dict[int, Sequence[int]], encode: E
     end = memory.most, 0  # samples from this rank on do not fit
     large = []
     waiting = {label: small_samples(images, encode, share, large) for label, images in sorted(new.items())}
-    for place in range(memory.most):
+    for position in range(memory.most):
         for label in list(waiting):
-            sample = next(waiting[label], None) if (place, label) < end else None
+            sample = next(waiting[label], None) if (position, label) < end else None
             if sample is None:
                 del waiting[label]
                 continue
-            while not memory.fits(sample) and ranks and ranks[-1] > (place, label):
+            while not memory.fits(sample) and ranks and ranks[-1] > (position, label):
                 end = ranks.pop()
                 memory.remove(len(ranks))
             if memory.fits(sample):
                 memory.add(sample)
             else:
-                end = place, label
+                end = position, label
         if not waiting:
             break
     memory.most = min(memory.most, end[0] + 1)
@@ -194,7 +194,7 @@ def fill_balanced(memory: ReplayMemory, new: dict[int, Sequence[int]], encode: E
 
 
 def rank_samples(memory: ReplayMemory) -> list[tuple[int, int]]:
-    """Sort a memory's samples by (place within their class, label), and return these."""
+    """Sort a memory's samples by (position within their class, label), and return these."""
     counts = Counter()
     ranked = []
     for sample in memory.samples:

@@ -102,14 +102,14 @@ def write_results(folder: str, lines: list[dict[str, Any]]) -> None:
     write_text(Path(folder, RESULTS), ''.join(json.dumps(line) + '\n' for line in lines))
 
 
-def evaluate_seen(model: nn.Module, tasks: Tasks, task: int, places: np.ndarray, batches: Iterable,
+def evaluate_seen(model: nn.Module, tasks: Tasks, task: int, positions: np.ndarray, batches: Iterable,
                   **options: Any) -> dict[str, Any]:
     """Top-1 (%) among the classes seen after a task.
 
     Args:
         model: for all classes.
         tasks, task: which have been seen.
-        places: (n,) in the order of classes, of this rank's validation images, none of a class to come.
+        positions: (n,) in the order of classes, of this rank's validation images, none of a class to come.
         batches: of these images.
         **options: of `engine.evaluate`; `distributed` where the ranks' images are shares.
 
@@ -119,8 +119,8 @@ def evaluate_seen(model: nn.Module, tasks: Tasks, task: int, places: np.ndarray,
     predictions = [torch.empty(0, dtype=torch.int64, device=device_of(model))]  # a rank may have no image
     scored = OnlyClasses(model, list(range(tasks.ends[task])), len(tasks.order)).to(device_of(model))
     stats = evaluate(scored, batches, record=lambda logits: predictions.append(logits.argmax(1)), **options)
-    right = torch.cat(predictions) == torch.from_numpy(places).to(device_of(model))
-    of_task = torch.from_numpy(np.searchsorted(tasks.ends, places, side='right')).to(device_of(model))
+    right = torch.cat(predictions) == torch.from_numpy(positions).to(device_of(model))
+    of_task = torch.from_numpy(np.searchsorted(tasks.ends, positions, side='right')).to(device_of(model))
     counts = torch.zeros(2, task + 1, dtype=torch.float64, device=device_of(model))
     counts.index_add_(1, of_task, torch.stack([right, torch.ones_like(right)]).double())
     if options.get('distributed') and dist.is_initialized():

@@ -14,7 +14,7 @@ NOT_HERE = {
     'no_eval': 'each task is evaluated when it ends',
     'start_epoch': 'tasks begin where they were left',
     'nb_classes': 'the tasks must divide the classes of the labels',
-    'repeated_aug': 'steps draw from two places, each without repeats; beside --aug deit give --no-repeated-aug',
+    'repeated_aug': 'steps draw from two sources, each without repeats; beside --aug deit give --no-repeated-aug',
 }
 
 

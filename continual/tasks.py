@@ -2,7 +2,7 @@
 
 Protocols are named B10-Inc10: ten classes in the first task, ten more in each later one. The order of the classes is
 numpy's RandomState(seed).permutation, with seed 1993 as in iCaRL and those who followed (Rebuffi et al., CVPR 2017).
-A model's label of a class is its place in that order, so that the classes seen so far are its first outputs.
+A model's label of a class is its position in that order, so that the classes seen so far are its first outputs.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,25 +30,25 @@ class Tasks:
         return len(self.ends)
 
     def classes(self, task: int) -> range:
-        """The places in the order of a task's classes."""
+        """The positions in the order of a task's classes."""
         return range(self.ends[task - 1] if task else 0, self.ends[task])
 
-    def places(self, labels: np.ndarray) -> np.ndarray:
-        """The place in the order, (N,) int64, of the class of each label (N,)."""
-        place_of = np.empty(len(self.order), np.int64)
-        place_of[self.order] = np.arange(len(self.order))
-        return place_of[labels]
+    def positions(self, labels: np.ndarray) -> np.ndarray:
+        """The position in the order, (N,) int64, of the class of each label (N,)."""
+        position_of = np.empty(len(self.order), np.int64)
+        position_of[self.order] = np.arange(len(self.order))
+        return position_of[labels]
 
-    def images(self, places: np.ndarray, task: int, joint: bool = False) -> np.ndarray:
+    def images(self, positions: np.ndarray, task: int, joint: bool = False) -> np.ndarray:
         """The images, rising int64, of a task's classes, or of all classes seen by then if `joint`.
 
         Args:
-            places: (N,), of each image's class.
+            positions: (N,), of each image's class.
             task: its number.
             joint: see above.
         """
         classes = self.classes(task)
-        return np.flatnonzero((places < classes.stop) & (joint | (places >= classes.start)))
+        return np.flatnonzero((positions < classes.stop) & (joint | (positions >= classes.start)))
 
 
 def make_tasks(classes: int, base: int, increment: int, seed: int = ORDER_SEED) -> Tasks:
@@ -76,8 +76,8 @@ def endless(n: int, start: int, stop: int, seed: Sequence[int]) -> np.ndarray:
 def step_batches(new: int, held: int, batch_size: int, share: float, steps: range, seed: int) -> np.ndarray:
     """Which images each step sees, (steps, batch_size) int64: below `new` the task's own, then those of the memory.
 
-    All images of a kind are seen equally often, to within one; the places within a batch are shuffled, because CutMix
-    and Mixup pair them.
+    All images of a kind are seen equally often, to within one. Each batch is shuffled, because CutMix and Mixup pair
+    its images.
 
     Args:
         new: images of the task.
@@ -102,15 +102,15 @@ def step_batches(new: int, held: int, batch_size: int, share: float, steps: rang
 def step_draws(shape: tuple[int, int], seed: int, first: int) -> np.ndarray:
     """What the augmentation of each image of some steps is seeded by, (steps · B, 4) int64.
 
-    The step and the place in it, and not the image: one of a small memory comes more than once in an epoch.
+    The step and the position in it, and not the image: one of a small memory comes more than once in an epoch.
 
     Args:
         shape: (steps, B) of this rank.
         seed: of the task.
         first: number of the first step.
     """
-    steps, places = np.indices(shape)
-    return np.stack([np.full(shape, seed), np.full(shape, rank()), first + steps, places], -1).reshape(-1, 4)
+    steps, positions = np.indices(shape)
+    return np.stack([np.full(shape, seed), np.full(shape, rank()), first + steps, positions], -1).reshape(-1, 4)
 
 
 def task_seed(seed: int, task: int) -> int:

@@ -29,8 +29,8 @@ class Watched(ReplayMemory):
         super().add(sample)
         self.check()
 
-    def remove(self, place):
-        super().remove(place)
+    def remove(self, position):
+        super().remove(position)
         self.check()
 
 
@@ -66,7 +66,7 @@ def test_never_above_its_bytes_and_balanced_to_within_one(policy):
 
 
 def test_balanced_holds_the_first_that_fit():
-    """Of samples ranked by their place within their class, then by class: found another way, all of them at once."""
+    """Of samples ranked by their position within their class, then by class: found another way, all of them at once."""
     rng = np.random.default_rng(1)
     for run in range(60):
         labels = rng.integers(0, 6, 150)
@@ -80,7 +80,7 @@ def test_balanced_holds_the_first_that_fit():
             for label in (2 * task, 2 * task + 1):
                 held[label] = [i for i in order[labels[order] == label] if sizes[i] + 6 <= share]
             fill(memory, 'balanced', images, labels, sized(labels, sizes), (run, task))
-            ranked = sorted((place, label, i) for label in held for place, i in enumerate(held[label][:most]))
+            ranked = sorted((position, label, i) for label in held for position, i in enumerate(held[label][:most]))
             fit = int((np.cumsum([sizes[i] + 6 for *_, i in ranked]) <= memory.limit).sum())
             if fit < len(ranked):
                 most = ranked[fit][0] + 1

@@ -13,9 +13,9 @@ from helpers import fails
 def test_each_class_comes_once(classes, base, increment, tasks):
     made = make_tasks(classes, base, increment)
     assert len(made) == tasks and made.ends[-1] == classes
-    places = [place for task in range(tasks) for place in made.classes(task)]
-    assert places == list(range(classes))
-    assert sorted(made.order[places]) == list(range(classes))
+    positions = [position for task in range(tasks) for position in made.classes(task)]
+    assert positions == list(range(classes))
+    assert sorted(made.order[positions]) == list(range(classes))
 
 
 def test_the_order_is_that_of_the_field():
@@ -27,12 +27,12 @@ def test_the_order_is_that_of_the_field():
 def test_each_image_is_in_one_task():
     labels = np.random.default_rng(0).integers(0, 9, 200)
     tasks = make_tasks(9, 3, 2)
-    places = tasks.places(labels)
-    assert (tasks.order[places] == labels).all()
-    parts = [tasks.images(places, task) for task in range(len(tasks))]
+    positions = tasks.positions(labels)
+    assert (tasks.order[positions] == labels).all()
+    parts = [tasks.images(positions, task) for task in range(len(tasks))]
     assert sorted(np.concatenate(parts)) == list(range(200))
     for task in range(len(tasks)):
-        assert sorted(np.concatenate(parts[:task + 1])) == tasks.images(places, task, joint=True).tolist()
+        assert sorted(np.concatenate(parts[:task + 1])) == tasks.images(positions, task, joint=True).tolist()
 
 
 def test_protocols_that_do_not_divide_are_one_line():
