@@ -48,9 +48,7 @@ from training.checkpoints import compare_flags, load_checkpoint, load_weights
 from training.preemption import REQUEUE, StopSignal
 from training.pretrained import freeze_all_but_attention, load_pretrained
 from training.run_folder import FILES, RunFolder, find_checkpoint
-from training.run_info import print_model
-from utils import (InputError, check_same_on_all_ranks, init_distributed, on_main, print0, rank, run,
-                   world_size)
+from utils import InputError, check_same_on_all_ranks, init_distributed, on_main, print0, rank, run, world_size
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -240,7 +238,7 @@ def check_tasks(args: argparse.Namespace, modality: Modality, tasks: Tasks, devi
         steps_of(args, modality, tasks, task)
     begun = Path(args.output_dir, RUN).exists()
     model = (modality.make_model() if begun else start_model(args, modality, 0)).to(device)
-    print_model(args.model, model, device, args.amp or recipe.default_amp(device))
+    recipe.print_model(args, args.model, model, device)
     recipe.make_optimizer(args, model)
     if args.memory != 'none':
         check_room(args.memory_bytes, modality.train.labels, modality.store, args.memory)

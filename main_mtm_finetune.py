@@ -34,10 +34,8 @@ from seitpp.mtm_recipe import (NO_EFFECT_ON_MTM, add_augmentation_flags, add_per
 from token_augment import center_crop
 from token_dataset import TokenDataset, choose_data_device, open_splits
 from token_files.codebook import load_codebook
-from training.checkpoints import (FINETUNE, check_codes, check_origin, head_size, progress_of,
-                                  without_token_adapt)
+from training.checkpoints import FINETUNE, check_codes, check_origin, head_size, progress_of, without_token_adapt
 from training.run_folder import checkpoint_files
-from training.run_info import print_model
 from utils import check_same_on_all_ranks, rank, run, world_size
 
 NO_EFFECT = {
@@ -109,7 +107,7 @@ def evaluate_only(args: argparse.Namespace, checkpoint: dict[str, Any], path: st
     check_class_names(checkpoint.get('classes'), data.classes, path, args.val_token_file)
     choose_data_device({'val': data}, args.data_device, device)
     model = make_model(args, len(codebook), size, classes).to(device)
-    print_model(args.model, model, device, args.amp or recipe.default_amp(device))
+    recipe.print_model(args, args.model, model, device)
     weights = {'model': without_token_adapt(checkpoint['model'])}
     evaluate_checkpoint(model, weights, path, False, make_evaluate(args, data, codebook, size, device))
 
@@ -163,8 +161,7 @@ def main(args: argparse.Namespace) -> int:
     if args.finetune:
         load_encoder(model, args.finetune)
     model.to(device)
-    amp = args.amp or recipe.default_amp(device)
-    print_model(args.model, model, device, amp)
+    amp = recipe.print_model(args, args.model, model, device)
 
     # loss and evaluation
     mixup, criterion = recipe.make_loss(args, classes)

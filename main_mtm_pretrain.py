@@ -29,11 +29,9 @@ from seitpp.mtm_recipe import (NO_EFFECT_ON_MTM, add_augmentation_flags, add_per
 from token_augment import check_crop
 from token_dataset import TokenDataset, choose_data_device
 from token_files.codebook import load_codebook
-from training.checkpoints import (PRETRAIN, check_codes, check_origin, progress_of)
+from training.checkpoints import PRETRAIN, check_codes, check_origin, progress_of
 from training.run_folder import checkpoint_files
-from training.run_info import print_model
-from utils import (InputError, check_same_on_all_ranks, print0, rank, run,
-                   world_size)
+from utils import InputError, check_same_on_all_ranks, print0, rank, run, world_size
 
 # Accepted because published commands may hold them: flag -> why it changes nothing.
 NO_EFFECT = {
@@ -108,8 +106,7 @@ def main(args: argparse.Namespace) -> int:
 
     # model
     model = create_model(args.model, args.model_kwargs, len(codebook), size).to(device)
-    amp = args.amp or recipe.default_amp(device)
-    print_model(args.model, model, device, amp)
+    amp = recipe.print_model(args, args.model, model, device)
 
     # loss
     mask_ratio = make_mask_ratio(args)

@@ -32,9 +32,7 @@ from inference.pixel_models import create_pixel_model
 from samplers import REPEATS, repeated_augmentation, shuffled
 from training.checkpoints import head_size, progress_of
 from training.pretrained import freeze_all_but_attention, load_pretrained
-from training.run_info import print_model
-from utils import (InputError, check_same_on_all_ranks, print0, rank, run,
-                   world_size)
+from utils import InputError, check_same_on_all_ranks, print0, rank, run, world_size
 
 # Defaults of the augmentation flags under each --aug.
 AUGMENTATIONS = {
@@ -155,8 +153,7 @@ def evaluate_only(args: argparse.Namespace, checkpoint: dict[str, Any], path: st
     classes = args.nb_classes or head_size(checkpoint['model'], cfg.classifier if cfg else 'head', path)
     data.labels, _, chosen = match_classes(data.source, checkpoint.get('classes'), classes, path, args.classes)
     model = create_model(args, classes).to(device)
-    amp = args.amp or recipe.default_amp(device)
-    print_model(args.model, model, device, amp)
+    amp = recipe.print_model(args, args.model, model, device)
     evaluate_of = make_evaluate(args, data, device, amp)
     scored = model if chosen is None else OnlyClasses(model, chosen, classes).to(device)
     evaluate_checkpoint(model, checkpoint, path, args.model_ema, lambda _, name: evaluate_of(scored, name))
@@ -190,8 +187,7 @@ def main(args: argparse.Namespace) -> int:
     if args.attn_only:
         freeze_all_but_attention(model)
     model.to(device)
-    amp = args.amp or recipe.default_amp(device)
-    print_model(args.model, model, device, amp)
+    amp = recipe.print_model(args, args.model, model, device)
     evaluate_of = make_evaluate(args, val_data, device, amp) if val_data else None
 
     # loss

@@ -33,9 +33,7 @@ from token_dataset import choose_data_device, open_splits
 from token_files.codebook import load_codebook, load_synonyms, look_up
 from training.checkpoints import head_size, progress_of
 from training.pretrained import freeze_all_but_attention, load_pretrained
-from training.run_info import print_model, print_recipe_batch
-from utils import (InputError, check_same_on_all_ranks, rank, run,
-                   world_size)
+from utils import InputError, check_same_on_all_ranks, rank, run, world_size
 
 # Accepted because published commands may hold them: flag -> why it changes nothing.
 NO_EFFECT = {
@@ -147,8 +145,7 @@ def main(args: argparse.Namespace) -> int:
     if args.attn_only:
         freeze_all_but_attention(model)
     model.to(device)
-    amp = args.amp or recipe.default_amp(device)
-    print_model(args.model, model, device, amp)
+    amp = recipe.print_model(args, args.model, model, device)
 
     # ------------------------------------------------------------ evaluation
     transform = EvalTransform(codebook, size, device)
@@ -181,7 +178,7 @@ def main(args: argparse.Namespace) -> int:
     steps = recipe.count_steps(args, len(order_of(0)), args.train_token_file)
     state = recipe.make_state(args, model, device, (codebook.shape[1], size, size))
     recipe.resume_run(args, state, checkpoint, path, steps)
-    print_recipe_batch(recipe.effective_batch(args), args.unscale_lr)
+    recipe.print_recipe_batch(args)
     return recipe.fit(args, state, folder, steps, order_of, batches_of, loss_of, None if args.no_eval else evaluate_of,
                       names)
 

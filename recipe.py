@@ -20,11 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine import StepOptions, train
 from flags import Flags, print_no_effect
+from training import run_info
 from training.checkpoints import TrainState, flags_to_save, resume
 from training.loss_meter import NotFinite
 from training.preemption import REQUEUE
 from training.run_folder import FILES, CheckpointFiles, RunFolder, RunLog, find_checkpoint
-from training.run_info import print_batch, run_record
 from utils import (InputError, autocast, check_same_on_all_ranks, device_of, init_distributed, keep_freed_memory,
                    print0, rank, world_size)
 
@@ -146,6 +146,18 @@ def make_scheduler(args: Flags, optimizer: torch.optim.Optimizer) -> Any:
         noise=args.lr_noise, noise_pct=args.lr_noise_pct, noise_std=args.lr_noise_std)[0]
 
 
+def print_model(args: Flags, name: str, model: nn.Module, device: torch.device) -> str:
+    """Print a model's size, the device, the precision and the versions; returns the precision."""
+    amp = args.amp or default_amp(device)
+    run_info.print_model(name, model, device, amp)
+    return amp
+
+
+def print_recipe_batch(args: Flags) -> None:
+    """Say what another effective batch than the published recipe's means."""
+    run_info.print_recipe_batch(effective_batch(args), args.unscale_lr)
+
+
 def make_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
     """Gradient scaler: fp16's dynamic one, else one of constant scale 1.
 
@@ -261,9 +273,9 @@ def fit(args: Flags, state: TrainState, folder: RunFolder, steps: int, order_of:
         NotFinite: after noting the bad step in the folder.
     """
     device = device_of(state.model)
-    print_batch(args.batch_size, args.accum_iter, steps, args.epochs, state.optimizer.defaults['lr'])
+    run_info.print_batch(args.batch_size, args.accum_iter, steps, args.epochs, state.optimizer.defaults['lr'])
     keep_freed_memory(device)  # only now: reading data frees much that need not be kept
-    folder.begin(run_record(vars(args), device), {'args': flags_to_save(vars(args)), 'classes': classes})
+    folder.begin(run_info.run_record(vars(args), device), {'args': flags_to_save(vars(args)), 'classes': classes})
     log = RunLog(str(folder.path) if folder.saves else '', state.epoch, args.tensorboard)
     seed = args.seed if seed is None else seed
     options = dataclasses.replace(step_options(args, steps), seed=seed)

@@ -16,12 +16,11 @@ from torch import nn
 import models_seit
 from image_data.dataset import Normalize
 from inference.pixel_models import create_pixel_model
-from seitpp.models_mtm_finetune import create_model as create_code_model
-from seitpp.models_mtm_finetune import encoder_weights
+from seitpp.models_mtm_finetune import create_model as create_code_model, encoder_weights
 from seitpp.mtm_recipe import canonical_codes
 from token_augment import EvalTransform, center_crop, check_crop
-from training.checkpoints import (CODES, PRETRAIN, SEIT, check_codes, head_size, load_weights, origin,
-                                  saved_flags, without_token_adapt)
+from training.checkpoints import (CODES, PRETRAIN, SEIT, check_codes, head_size, load_weights, origin, saved_flags,
+                                  without_token_adapt)
 from training.pretrained import POSITIONS, prefix_tokens, prefixes
 from utils import InputError
 

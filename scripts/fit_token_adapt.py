@@ -33,7 +33,6 @@ from seitpp.token_adapt import FINER, SIZE, RandomGeometry, TokenAdapt, size_of_
 from seitpp.token_adapt_training import Change, CodePairs, evaluate_token_adapt, save_token_adapt
 from token_augment import RandomResizedCrop
 from training.checkpoints import progress_of
-from training.run_info import print_model
 from utils import InputError, check_same_on_all_ranks, on_main, print0, rank, run, world_size
 
 FILE = 'tokenadapt.ckpt'
@@ -98,10 +97,9 @@ def main(args: argparse.Namespace) -> int:
     pairs = CodePairs(tokenizer.requires_grad_(False).eval().to(device), codebook.to(device), grid_size, size)
     width = size_of_width(args.width, args.depth)
     model = TokenAdapt(*codebook.shape, grid_size, size, width).to(device)
-    amp = args.amp or recipe.default_amp(device)
     print0(f'{len(images):,} images to train on, {len(held_out):,} held out; {grid_size}x{grid_size} of '
            f'{len(codebook)} codes, crops of {size}x{size}')
-    print_model('TokenAdapt', model, device, amp)
+    amp = recipe.print_model(args, 'TokenAdapt', model, device)
     crop = RandomResizedCrop(codebook, FINER * grid_size, FINER * size, args.rrc_ratio, device)
     geometry = RandomGeometry(crop.draw, FINER * size)
 

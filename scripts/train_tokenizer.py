@@ -36,7 +36,6 @@ from image_tokenizer.vq_start import fit_start
 from image_tokenizer.vq_training import LossWeights, TokenizerTraining, evaluate_tokenizer, save_tokenizer
 from samplers import shuffled
 from training.checkpoints import progress_of
-from training.run_info import print_model
 from utils import InputError, check_same_on_all_ranks, on_main, print0, rank, run, world_size
 
 TOKENIZER = 'tokenizer.safetensors'
@@ -151,10 +150,9 @@ def main(args: argparse.Namespace) -> int:
     check_same_on_all_ranks({'the list of images': images.source.digest(), 'held-out images': len(held_out),
                              **progress_of(checkpoint)})
     training = make_training(args, device)
-    amp = args.amp or recipe.default_amp(device)
     print0(f'{len(images):,} images to train on, {len(held_out):,} held out; {args.image_size // args.patch_size} x '
            f'{args.image_size // args.patch_size} of {args.codes} codes')
-    print_model('ViT-VQGAN', training, device, amp)
+    amp = recipe.print_model(args, 'ViT-VQGAN', training, device)
 
     def order_of(epoch: int) -> np.ndarray:
         order = shuffled(len(images), world_size(), rank(), args.seed, epoch)

@@ -14,10 +14,9 @@ import torch
 from PIL import Image
 
 import engine
-from continual import results as task_results, task_tokens
-from scripts import fit_patch_tokenizer
 import main_continual
 import tokenize_images
+from continual import results as task_results, task_tokens
 from continual.forms import length_of
 from continual.memory import load_memory
 from continual.results import evaluate_seen
@@ -25,6 +24,7 @@ from continual.tasks import make_tasks
 from fileio.labels import read_labels, write_labels
 from helpers import (ROOT, accuracy_lines, assert_same, call, clean_environment, fails, make_data, read_log, states,
                      two_processes, without_times)
+from scripts import fit_patch_tokenizer
 
 SMALL = ['--device', 'cpu', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2', '--batch-size', 8, '--epochs',
          2, '--warmup-epochs', 0, '--base-classes', 2, '--inc-classes', 2]

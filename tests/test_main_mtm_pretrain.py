@@ -8,8 +8,7 @@ import torch
 import engine
 import main_mtm_finetune
 import main_mtm_pretrain
-from helpers import (assert_same, call, fails, make_data, read_log, signal_in_second_epoch,
-                     states, without_times)
+from helpers import assert_same, call, fails, make_data, read_log, signal_in_second_epoch, states, without_times
 from masked import PUBLISHED_FINETUNE, PUBLISHED_PRETRAIN, SMALL, split_flags, token_adapt_flags
 from processes import Job, until
 from seitpp import mtm_recipe

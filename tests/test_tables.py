@@ -17,8 +17,7 @@ from PIL import Image
 import processes
 from helpers import call, fails, make_images, read_log, save_image, smooth_images, tokenize
 from tables import (ablation, choose_images, collect, count_bytes, draw_rows, presets, pretraining, report, robustness,
-                    rows, seitpp, speed, storage)
-from tables import table as shared
+                    rows, seitpp, speed, storage, table as shared)
 from tables.plan import Plan
 from tables.rows import Program, Row, run_programs, run_rows
 

@@ -7,14 +7,13 @@ import torch
 from PIL import Image
 
 import benchmarks.tokenizers as tokenizers
-from scripts import build_synonyms
-from scripts import fit_patch_tokenizer
 import main_seit
 import tokenize_images
 from benchmarks import arms
 from helpers import call, fails, smooth_images, without_times
 from image_data.sources import load_images, open_source
 from image_tokenizer.tokenizers import unit_range
+from scripts import build_synonyms, fit_patch_tokenizer
 
 TRAINING = ['--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2', '--batch-size', '8', '--epochs', '2',
             '--device', 'cpu']

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from scripts import build_synonyms
 from helpers import call, contents, fails
+from scripts import build_synonyms
 from token_files.codebook import load_synonyms
 
 

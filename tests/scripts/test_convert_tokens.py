@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from scripts import convert_tokens
 from helpers import ROOT, call, contents, fails, make_checked_set, make_set, make_shards, make_wide_set, open_codes
+from scripts import convert_tokens
 from token_files import compact
 from token_files.token_file import open_token_file
 

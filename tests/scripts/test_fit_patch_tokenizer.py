@@ -11,10 +11,10 @@ from PIL import Image
 from scripts import fit_patch_tokenizer
 from token_files.codebook import load_codebook, quantize
 from conftest import ROOT
-from scripts.fit_patch_tokenizer import draw, parse_args, sample_patches
 from helpers import call, fails, published_transform, smooth_images, write_parquet, write_tar
 from image_data.sources import open_source
 from image_tokenizer.tokenizers import PatchTokenizer, load_tokenizer
+from scripts.fit_patch_tokenizer import draw, parse_args, sample_patches
 from utils import InputError
 
 FIT = ['--image-size', '32', '--patch-size', '4', '--dim', '12', '--codes', '20', '--iterations', '5']

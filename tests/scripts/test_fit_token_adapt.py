@@ -7,13 +7,12 @@ import pytest
 import torch
 
 import engine
-from scripts import fit_patch_tokenizer
-from scripts import fit_token_adapt
 import main_seit
 import processes
 import tokenize_images
 from helpers import call, contents, fails, read_log, smooth_images, states
 from processes import Job
+from scripts import fit_patch_tokenizer, fit_token_adapt
 from seitpp.token_adapt import load_token_adapt
 from seitpp.token_adapt_training import MEASURED
 from token_files.codebook import load_codebook

@@ -7,13 +7,12 @@ import torch
 from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor
 
-from scripts import fit_patch_tokenizer
-from scripts import inspect_masked_tokens
 import main_mtm_pretrain
 import main_seit
 import tokenize_images
 from helpers import call, contents, fails, smooth_images
 from image_tokenizer.tokenizers import decode_codes, load_tokenizer
+from scripts import fit_patch_tokenizer, inspect_masked_tokens
 from token_files.codebook import load_codebook
 
 SIDE = 32  # pixels of an image, 8x8 codes

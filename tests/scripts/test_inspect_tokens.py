@@ -11,8 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from scripts import fit_patch_tokenizer
-from scripts import inspect_tokens
+from scripts import fit_patch_tokenizer, inspect_tokens
 from token_files import token_file
 from token_files.codebook import load_codebook, quantize
 from conftest import ROOT

@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-from scripts import plot_log
 from helpers import call, contents, fails
+from scripts import plot_log
 
 
 def write_log(path, epochs=3, **more):

@@ -12,8 +12,8 @@ from sklearn.neighbors import KNeighborsClassifier
 
 import main_mtm_pretrain
 import main_pixels
-from scripts import probe
 from helpers import SMALL, call, fails, make_data, run_here, smooth_images, states
+from scripts import probe
 from masked import DECODER, SIZES
 from scripts.probe import accuracies, fit_linear, linear_probe, neighbor_votes, scores_of, standardize
 from seitpp.models_mtm import create_model as create_masked

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from image_data import shrinking, shrunk_sets
-from scripts import shrink_images
 from helpers import (call, contents, encoded, fails, forked, limits, no_space, noise, odd_images, save_image,
                      smooth_images, tar_samples, write_parquet, write_tar)
+from image_data import shrinking, shrunk_sets
 from image_data.decoding import scan_bytes
 from image_data.shrinking import Ranking, Unreachable, largest_within
 from image_data.sources import open_source
+from scripts import shrink_images
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 

@@ -14,11 +14,11 @@ import evaluate_on_images
 import main_seit
 import processes
 import tokenize_images
-from scripts import train_tokenizer
 from helpers import accuracy_lines, call, contents, fails, read_log, smooth_images, states
 from image_tokenizer.tokenizers import load_tokenizer
 from image_tokenizer.vq_training import Collapsed
 from processes import Job
+from scripts import train_tokenizer
 from token_files.codebook import load_codebook
 from training.preemption import REQUEUE
 

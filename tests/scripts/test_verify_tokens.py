@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from scripts import verify_tokens
 from helpers import DIM, call, fails, make_images, tokenize
+from scripts import verify_tokens
 from token_files.token_file import write_set
 
 

@@ -6,8 +6,7 @@ from hypothesis import given, settings, strategies as st
 
 from helpers import CODE_KINDS, codes_of_kind, limits, packed, signed, structured
 from token_files import context_model
-from token_files.context_model import (BITS, HEADER, TOTAL, ContextModel, bits, cluster, fit, fit_proportions,
-                                       neighbors)
+from token_files.context_model import BITS, HEADER, TOTAL, ContextModel, bits, cluster, fit, fit_proportions, neighbors
 from twins import slow_context_model, slow_ends
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True, database=None)
