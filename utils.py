@@ -280,14 +280,14 @@ def on_main(function: Callable, *args: Any) -> Any:
 
 
 def check_same_on_all_ranks(facts: dict[str, Any]) -> None:
-    """InputError on every rank unless all ranks state the same facts (plain values by name). Collective."""
+    """InputError on every rank unless all ranks have the same facts (plain values by name). Collective."""
     if world_size() == 1:
         return
-    stated = [None] * world_size()
-    dist.all_gather_object(stated, facts)
-    for other, theirs in enumerate(stated):
-        for name in stated[0] | theirs:
-            first, value = stated[0].get(name), theirs.get(name)
+    facts_of = [None] * world_size()
+    dist.all_gather_object(facts_of, facts)
+    for other, other_facts in enumerate(facts_of):
+        for name in facts_of[0] | other_facts:
+            first, value = facts_of[0].get(name), other_facts.get(name)
             if first != value:
                 raise InputError(f'the ranks are not of one run: {name} is {first} on rank 0 and {value} on '
                                  f'rank {other}: start all with the same flags, on folders that all nodes share')

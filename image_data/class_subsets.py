@@ -62,7 +62,7 @@ def read_classes(value: str, names: list[str] | None, num_classes: int, model_pa
     Raises:
         InputError: the model lacks a class, or the file cannot be read, holds none, or one twice.
     """
-    names = _telling(names)
+    names = _meaningful(names)
     if not names and num_classes == IMAGENET_CLASSES:
         names = ImageNetInfo('imagenet-1k').label_names()
     wanted = _known_synsets(value) if value in KNOWN else _read_lines(value)
@@ -80,8 +80,8 @@ def read_classes(value: str, names: list[str] | None, num_classes: int, model_pa
     return ClassSubset(value, indices, [names[index] for index in indices] if names else None)
 
 
-def _telling(names: list[str] | None) -> list[str] | None:
-    """Class names that tell something: None for those of folders that are called by their labels, as 0, 1, 2."""
+def _meaningful(names: list[str] | None) -> list[str] | None:
+    """Class names that mean something: None for those of folders that are called by their labels, as 0, 1, 2."""
     repeated = names and all(name.isdecimal() and int(name) == label for label, name in enumerate(names))
     return None if repeated else names
 
@@ -130,7 +130,7 @@ def map_labels(subset: ClassSubset, source: Source) -> np.ndarray:
     Raises:
         InputError: the images have other classes, or not all of them.
     """
-    classes = _telling(source.classes)
+    classes = _meaningful(source.classes)
     if classes and subset.names:
         _check_names(subset, classes, source.data_path)
         numbers = dict(zip(subset.names, subset.indices))
@@ -149,10 +149,10 @@ def _check_names(subset: ClassSubset, classes: list[str], data_path: str) -> Non
     missing = sorted(set(subset.names) - set(classes))
     more = sorted(set(classes) - set(subset.names))
     if missing or more:
-        said = [f'{len(some):,} are {what} (first: {ascii(some[0])})'
-                for some, what in ((missing, 'missing'), (more, 'not of it')) if some]
+        wrong = [f'{len(some):,} are {what} (first: {ascii(some[0])})'
+                 for some, what in ((missing, 'missing'), (more, 'not of it')) if some]
         raise InputError(f'{data_path}: its classes are not the {len(subset)} of --classes {subset.value}: '
-                         f'{" and ".join(said)}; give the images that belong to it, or other --classes')
+                         f'{" and ".join(wrong)}; give the images that belong to it, or other --classes')
 
 
 def match_classes(source: Source, names: list[str] | None, num_classes: int, model_path: str,
@@ -226,9 +226,9 @@ class OnlyClasses(nn.Module):
     def __init__(self, model: nn.Module, indices: list[int], num_classes: int):
         super().__init__()
         self.model = model
-        left_out = torch.ones(num_classes, dtype=torch.bool)
-        left_out[indices] = False
-        self.register_buffer('left_out', left_out, persistent=False)
+        masked = torch.ones(num_classes, dtype=torch.bool)
+        masked[indices] = False
+        self.register_buffer('masked', masked, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.model(x).masked_fill(self.left_out, float('-inf'))
+        return self.model(x).masked_fill(self.masked, float('-inf'))

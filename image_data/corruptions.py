@@ -28,7 +28,7 @@ from utils import InputError
 # Strengths by severity, from 1 to 5.
 GAUSSIAN_NOISE = .08, .12, .18, .26, .38  # standard deviation; values are in [0, 1]
 SHOT_NOISE = 60, 25, 12, 5, 3  # photons that make white
-IMPULSE_NOISE = .03, .06, .09, .17, .27  # share of values
+IMPULSE_NOISE = .03, .06, .09, .17, .27  # part of the values
 SPECKLE_NOISE = .15, .2, .35, .45, .6  # standard deviation, as a part of the value
 GAUSSIAN_BLUR = 1, 2, 3, 4, 6  # standard deviation in pixels
 DEFOCUS_BLUR = (3, .1), (4, .5), (6, .5), (8, .5), (10, .5)  # radius in pixels, deviation that softens the disk's edge
@@ -192,7 +192,7 @@ def corrupt(pixels: torch.Tensor, name: str, severity: int, seed: int = 0, index
 
 @dataclass(frozen=True)
 class Corruption:
-    """`corrupt` with all but the image chosen: (pixels, index) -> pixels. See there for the attributes."""
+    """`corrupt` with all but the image given: (pixels, index) -> pixels."""
     name: str
     severity: int
     seed: int = 0

@@ -1,4 +1,7 @@
-"""How close images are to their originals: PSNR, and SSIM as Wang et al. (2004) define it."""
+"""How close images are to their originals: PSNR, and SSIM as Wang et al. (2004) define it.
+
+Both are of each image in a batch, on any device, so that means over images do not depend on the batches.
+"""
 import torch
 import torch.nn.functional as F
 
@@ -15,7 +18,7 @@ def psnr(images: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
 
     Args:
         images: (B, 3, H, W) float in [0, 1].
-        reconstruction: likewise; what lies outside [0, 1] is clamped.
+        reconstruction: (B, 3, H, W) float; what lies outside [0, 1] is clamped.
 
     Returns:
         (B,) float32.
@@ -29,7 +32,7 @@ def ssim(images: torch.Tensor, reconstruction: torch.Tensor) -> torch.Tensor:
 
     Args:
         images: (B, 3, H, W) float in [0, 1], both sides of 11 pixels or more.
-        reconstruction: likewise; what lies outside [0, 1] is clamped.
+        reconstruction: (B, 3, H, W) float; what lies outside [0, 1] is clamped.
 
     Returns:
         (B,) float32.

@@ -1,20 +1,23 @@
-"""Smaller sets of encoded images: how each image is made smaller, which are kept, and what a budget allows.
+"""Smaller sets of encoded images: how an image is made smaller, which are kept, and what a budget allows.
 
-    sample   a share of each class is kept, with the bytes unchanged
+    sample   a fraction of each class is kept, with the bytes unchanged
     resize   both sides times a factor, by PIL, bicubic with its antialias; then a JPEG of quality 95
     jpeg     a JPEG at the image's own size, of a quality
     webp     a lossy WebP at the image's own size, of a quality
 
 Encoders are PIL's: a JPEG has one scan, its chroma at half the resolution, and Huffman tables made for the image, by
-which small ones take a third less for the same pixels. All images become RGB,
-and what they hold beside pixels (EXIF, color profiles) is dropped, but by `sample`.
+which small ones take a third less for the same pixels. All images become RGB, and what they hold beside pixels (EXIF,
+color profiles) is dropped, but by `sample`.
+
+Each method has one parameter. For a budget of bytes the largest parameter within it is found by bisection, on all
+images or on some of them; worker processes make them, in chunks, and give them back in order.
 """
 import contextlib
 import ctypes
 import io
 import math
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import PurePath
 from typing import NamedTuple
 
@@ -23,27 +26,26 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from fileio.files import read_bytes
 from image_data.decoding import BadImage, bare_bytes, decode_rgb, image_extensions, image_formats, is_image, pixels_of
 from image_data.quality import psnr
 from image_data.sources import Source, next_batch
 from image_data.workers import plan_workers
-from utils import InputError
+from utils import InputError, print0
 
 RESIZED_QUALITY = 95  # of the JPEGs that resized images become
-SHARES = 1000  # steps in which shares and factors are searched
+STEPS = 1000  # in which fractions and factors are searched
+SEARCHED = 2000  # images on which a budget's parameter is searched, at most
 EQUAL = 100.  # what psnr gives for equal images
-MAX_SCORE_BYTES = 1 << 30  # of a file of scores: ImageNet-21k's is of 600 MB
 CHUNK = 32  # images that a process makes at a time
 
 
 class Method(NamedTuple):
-    """A way to make image sets smaller. Parameters that are searched are numbers from `lowest` to `highest`.
+    """A way to make image sets smaller.
 
     Attributes:
-        lowest, highest: whole numbers.
+        lowest, highest: whole numbers between which a budget's parameter is searched.
         scale: what they are divided by; 1 where the parameter is a whole number.
-        encoder: what writes the images, in words.
+        encoder: what writes the images, for the manifest.
     """
     lowest: int
     highest: int
@@ -51,13 +53,13 @@ class Method(NamedTuple):
     encoder: str
 
     def parameter(self, number: int) -> float | int:
-        """The parameter of a number: 500 is 0.5 of a share."""
+        """The parameter of a number: 500 is a fraction of 0.5."""
         return number if self.scale == 1 else number / self.scale
 
 
 METHODS = {
-    'sample': Method(1, SHARES, SHARES, 'none: bytes unchanged'),
-    'resize': Method(1, SHARES, SHARES, f'PIL, bicubic; JPEG of quality {RESIZED_QUALITY}, chroma 4:2:0, optimized'),
+    'sample': Method(1, STEPS, STEPS, 'none: bytes unchanged'),
+    'resize': Method(1, STEPS, STEPS, f'PIL, bicubic; JPEG of quality {RESIZED_QUALITY}, chroma 4:2:0, optimized'),
     'jpeg': Method(1, 95, 1, 'PIL, JPEG, chroma 4:2:0, optimized'),
     'webp': Method(0, 100, 1, 'PIL, lossy WebP'),
 }
@@ -85,7 +87,7 @@ class Shrunk(NamedTuple):
         data: of the file; b'' where only its size was asked for.
         ending: of its name, as in '.jpg'.
         size: bytes of the file.
-        bare: bytes without headers (image_files.bare_bytes), or None.
+        bare: bytes without headers (decoding.bare_bytes), or None.
         psnr: against the source at the source's size, in dB; NaN where it was not asked for.
     """
     data: bytes
@@ -137,112 +139,22 @@ def ending_of(name: str, data: bytes) -> str:
     return ending
 
 
-class ShrunkImages(Dataset):
-    """Chunks of a source's images made smaller, for a DataLoader.
-
-    Item i is the list of Shrunk of chunks[i]; or a text: which image cannot be read, and why.
-
-    Args:
-        source: of the images.
-        chunks: indices into the source.
-        method, parameter: see METHODS.
-        max_pixels: larger images cannot be read; None for PIL's limit.
-        only_sizes: leave the files' bytes and PSNR out.
-    """
-
-    def __init__(self, source: Source, chunks: Sequence[Sequence[int]], method: str, parameter: float,
-                 max_pixels: int | None = None, only_sizes: bool = False):
-        self.source = source
-        self.chunks = chunks
-        self.method = method
-        self.parameter = parameter
-        self.max_pixels = max_pixels
-        self.only_sizes = only_sizes
-
-    def __len__(self) -> int:
-        return len(self.chunks)
-
-    def __getitem__(self, number: int) -> list[Shrunk] | str:
-        made = []
-        for i in map(int, self.chunks[number]):
-            try:
-                made.append(self._shrink(i))
-            except OSError as error:
-                return f'{self.source.names[i]} is no readable image ({error.strerror or error})'
-            except (BadImage, InputError) as error:
-                return f'{self.source.names[i]} is no readable image ({error})'
-        return made
-
-    def _shrink(self, i: int) -> Shrunk:
-        data = self.source.read(i)
-        if self.method == 'sample':
-            return Shrunk(data, ending_of(self.source.names[i], data), len(data), bare_bytes(data), EQUAL)
-        image = decode_rgb(data, self.max_pixels)
-        data = shrink(image, self.method, self.parameter)
-        ending = '.webp' if self.method == 'webp' else '.jpg'
-        if self.only_sizes:
-            return Shrunk(b'', ending, len(data), None, math.nan)
-        return Shrunk(data, ending, len(data), bare_bytes(data), distance(image, data))
-
-
 # ---------------------------------------------------------------- which images are kept
 
-def read_scores(path: str, source: Source) -> np.ndarray:
-    """A score for each image, (N,) float64, from lines 'name<TAB>score' of the source's names in any order.
-
-    Raises:
-        InputError: for a line that is none, a name with two scores, and images that lack.
-    """
-    try:
-        lines = read_bytes(path, MAX_SCORE_BYTES).decode('utf-8-sig', 'surrogateescape').split('\n')
-    except UnicodeDecodeError as error:
-        raise InputError(f'{path}: no UTF-8 text ({error.reason})') from None
-    scores = {}
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        name, tab, score = line.rstrip('\r').rpartition('\t')
-        try:
-            value = float(score) if tab else math.nan
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value):
-            raise InputError(f"{path}: line {number} is not 'name<TAB>score' with a finite number: {line[:60]!r}")
-        if scores.setdefault(name, value) != value:
-            raise InputError(f'{path}: line {number}: {name} has two scores')
-    missing = [name for name in source.names if name not in scores]
-    if missing:
-        raise InputError(f'{path}: lacks {len(missing):,} of the {len(source):,} images of {source.data_path} (first: '
-                         f'{missing[0]}); give a line for each, with the name as it stands here')
-    return np.array([scores[name] for name in source.names])
-
-
-class Ranking:
-    """The images of each class in the order in which they are kept: a larger share has all of a smaller one.
+def sample_classes(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """The images, rising, of a fraction of each class: rounded, one at least; a larger fraction has all of a smaller.
 
     Args:
         labels: (N,) of the images.
-        seed: of the order, where there are no scores.
-        scores: (N,), or None. Of equal ones, the first image comes first.
-        keep: 'best' (the highest scores) or 'worst'.
+        fraction: above 0, 1 at most.
+        seed: of the draw.
     """
-
-    def __init__(self, labels: np.ndarray, seed: int, scores: np.ndarray | None = None, keep: str = 'best'):
-        if scores is None:
-            order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).numpy()
-        else:
-            order = np.argsort(-scores if keep == 'best' else scores, kind='stable')
-        by_class = order[np.argsort(labels[order], kind='stable')]
-        counts = np.unique(labels, return_counts=True)[1]
-        starts = np.repeat(np.cumsum(counts) - counts, counts)
-        self.place = np.empty(len(labels), np.int64)  # of each image within its class
-        self.place[by_class] = np.arange(len(labels)) - starts
-        self.of_class = np.empty(len(labels), np.int64)  # images of its class
-        self.of_class[by_class] = np.repeat(counts, counts)
-
-    def kept(self, share: float) -> np.ndarray:
-        """The images, rising, of a share of each class: rounded, and one at least."""
-        return np.flatnonzero(self.place < np.maximum(1, np.floor(self.of_class * share + 0.5)))
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).numpy()
+    by_class = order[np.argsort(labels[order], kind='stable')]
+    counts = np.unique(labels, return_counts=True)[1]
+    positions = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # of each within its class
+    kept = np.maximum(1, np.floor(counts * fraction + 0.5))
+    return np.sort(by_class[positions < np.repeat(kept, counts)])
 
 
 # ---------------------------------------------------------------- budgets
@@ -282,13 +194,97 @@ def largest_within(lowest: int, highest: int, measure: Callable[[int], float], b
     return lowest
 
 
-def make_chunks(images: np.ndarray) -> list[np.ndarray]:
-    """Indices (N,) cut into chunks of CHUNK."""
-    return [images[first:first + CHUNK] for first in range(0, len(images), CHUNK)]
+def find_parameter(source: Source, method: str, budget: float, seed: int, workers: int,
+                   max_pixels: int | None) -> tuple[float | int, int]:
+    """The largest parameter whose set keeps within a budget, and on how many images it was measured.
+
+    Args:
+        source: of the images.
+        method: of METHODS.
+        budget: bytes of all files together.
+        seed: draws the images that are kept, and those that are measured where there are more than SEARCHED.
+        workers: processes that make images smaller.
+        max_pixels: larger images cannot be read; None for PIL's limit.
+
+    Raises:
+        InputError: naming an image that cannot be read.
+        Unreachable: when no parameter keeps within the budget.
+    """
+    takes = METHODS[method]
+    measured = np.arange(len(source))
+    if method == 'sample':
+        sizes = source.sizes()
+    elif len(source) > SEARCHED:
+        measured = np.sort(torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:SEARCHED])
+
+    def total_of(number: int) -> float:
+        """Bytes that the set comes to, all images together."""
+        parameter = takes.parameter(number)
+        if method == 'sample':
+            total = int(sizes[sample_classes(source.labels, parameter, seed)].sum())
+        else:
+            made = ShrunkImages(source, measured, method, parameter, max_pixels, only_sizes=True)
+            total = sum(image.size for image in shrink_images(made, workers)) * len(source) / len(measured)
+        print0(f'{method} {parameter:g}: {total:,.0f} bytes, {total / len(source):,.1f} an image of the source')
+        return total
+    number = largest_within(takes.lowest, takes.highest, total_of, budget)
+    if number == takes.highest:
+        print0(f'note: the largest parameter, {takes.parameter(number):g}, keeps within the budget')
+    return takes.parameter(number), len(measured)
 
 
-def shrink_chunks(made: ShrunkImages, workers: int) -> Iterator[list[Shrunk]]:
-    """Yield the chunks of `made`, in order, made in worker processes. Raises InputError."""
+# ---------------------------------------------------------------- in worker processes
+
+class ShrunkImages(Dataset):
+    """Images of a source made smaller, in chunks of CHUNK, for a DataLoader.
+
+    An item is a list of Shrunk; or a text: which image cannot be read, and why.
+
+    Args:
+        source: of the images.
+        images: (N,) numbers in the source.
+        method, parameter: see METHODS.
+        max_pixels: larger images cannot be read; None for PIL's limit.
+        only_sizes: leave the files' bytes and PSNR out.
+    """
+
+    def __init__(self, source: Source, images: np.ndarray, method: str, parameter: float,
+                 max_pixels: int | None = None, only_sizes: bool = False):
+        self.source = source
+        self.chunks = [images[first:first + CHUNK] for first in range(0, len(images), CHUNK)]
+        self.method = method
+        self.parameter = parameter
+        self.max_pixels = max_pixels
+        self.only_sizes = only_sizes
+
+    def __len__(self) -> int:
+        return len(self.chunks)
+
+    def __getitem__(self, number: int) -> list[Shrunk] | str:
+        made = []
+        for i in map(int, self.chunks[number]):
+            try:
+                made.append(self._shrink(i))
+            except OSError as error:
+                return f'{self.source.names[i]} is no readable image ({error.strerror or error})'
+            except (BadImage, InputError) as error:
+                return f'{self.source.names[i]} is no readable image ({error})'
+        return made
+
+    def _shrink(self, i: int) -> Shrunk:
+        data = self.source.read(i)
+        if self.method == 'sample':
+            return Shrunk(data, ending_of(self.source.names[i], data), len(data), bare_bytes(data), EQUAL)
+        image = decode_rgb(data, self.max_pixels)
+        data = shrink(image, self.method, self.parameter)
+        ending = '.webp' if self.method == 'webp' else '.jpg'
+        if self.only_sizes:
+            return Shrunk(b'', ending, len(data), None, math.nan)
+        return Shrunk(data, ending, len(data), bare_bytes(data), distance(image, data))
+
+
+def shrink_images(made: ShrunkImages, workers: int) -> Iterator[Shrunk]:
+    """Yield images made smaller, in order, by worker processes. Raises InputError for one that cannot be read."""
     image_formats()  # once, before the processes fork
     processes, ahead = plan_workers(min(workers, len(made)), 0)  # nothing passes through shared memory
     loader = iter(DataLoader(made, batch_size=None, num_workers=processes, collate_fn=_unchanged,
@@ -299,7 +295,7 @@ def shrink_chunks(made: ShrunkImages, workers: int) -> Iterator[list[Shrunk]]:
         chunk = next_batch(loader, made.source)
         if isinstance(chunk, str):
             raise InputError(f'{made.source.data_path}: {chunk}: replace or remove it')
-        yield chunk
+        yield from chunk
 
 
 def _end_with_parent(_: int) -> None:

@@ -1,50 +1,56 @@
-"""A set of images that is being written: names, class folders or tar shards, and how a killed run is resumed.
+"""A set of smaller images as class folders, and how a killed run of it is resumed.
 
-    DIR/images/CLASS/NAME.jpg           class folders, or
-    DIR/images-000000.tar               shards with members CLASS/NAME.jpg and CLASS/NAME.cls
+    DIR/images/CLASS/NAME.jpg           the set
     DIR/manifest.json                   what the set is, written last
     DIR/.lock                           locked by the process that writes here
     DIR/.unfinished                     all of a set that is not finished
 
-Images are cut into parts. Once its files are written, a part gets a record, and is not made again. When all are there,
-they are moved to their place: who sees DIR/images sees the whole set.
+Images are cut into parts. Once its files are written, a part gets a record, and is not made again. When all parts are
+there, the images are moved to DIR/images in one step: who sees that folder sees the whole set.
 """
-import contextlib
-import io
 import json
+import math
 import os
 import shutil
-import tarfile
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL
+from PIL import features
+from tqdm import tqdm
 
-from fileio.files import atomic_path, check_writable, lock_file, read_json, remove_leftovers, write_text
+from fileio.files import (check_writable, expand_files, hold_folder, is_noted, read_json, remove_leftovers,
+                          write_text)
 from image_data.decoding import is_hidden
-from image_data.shrinking import Shrunk
-from image_data.sources import Source
-from utils import InputError
+from image_data.shrinking import METHODS, Shrunk, ShrunkImages, sample_classes, shrink_images
+from image_data.sources import Source, TarImages
+from utils import InputError, print0
 
-PART = {'folder': 512, 'tar': 10_000}  # images lost if killed, at most, by format; those of a tar are a shard
+PART = 512  # images lost if killed, at most
 WORK = '.unfinished'
+IMAGES = 'images'
+MANIFEST = 'manifest.json'
 CHOOSE = 'choose another --output-dir'
 
 
 # ---------------------------------------------------------------- names
 
-def class_folders(source: Source, file_format: str) -> dict[int, str]:
+def class_folders(source: Source) -> dict[int, str]:
     """The name of the folder of each class that has images, by label.
+
+    Classes without names, or with names that are not in alphabetical order, become 0000, 0001 and so on: labels stay.
 
     Raises:
         InputError: where class folders would give other labels, as a class among them has no images.
     """
     labels = np.unique(source.labels).tolist()
-    if file_format == 'folder' and labels[-1] != len(labels) - 1:
-        gap = next(label for place, label in enumerate(labels) if place != label) - 1
+    if labels[-1] != len(labels) - 1:
+        gap = next(label for number, label in enumerate(labels) if number != label) - 1
         raise InputError(f'{source.data_path}: class {gap} has no images, so that class folders would give those after '
-                         'it other numbers; add --format tar, which keeps labels')
+                         'it other numbers; number the classes without gaps')
     names = source.classes
     plain = names and names == sorted(set(names)) and not any(
         '/' in name or '\0' in name or is_hidden(name) or name in ('', '.', '..') for name in names)
@@ -52,20 +58,13 @@ def class_folders(source: Source, file_format: str) -> dict[int, str]:
     return {label: names[label] if plain else f'{label:0{digits}d}' for label in labels}
 
 
-def image_names(source: Source, images: np.ndarray, file_format: str) -> list[str]:
-    """CLASS/STEM of each image, none twice: the stem of the source's name.
-
-    Where two of a class share one, the later gets its number in the source too. A tar's keys end at the first dot, so
-    that dots become underscores there.
-    """
-    folders = class_folders(source, file_format)
+def image_names(source: Source, images: np.ndarray) -> list[str]:
+    """CLASS/STEM of each image, none twice: the stem of the source's name, and where that is taken the number too."""
+    folders = class_folders(source)
     names = []
     taken = set()
     for i in images.tolist():
-        stem = PurePosixPath(source.names[i]).stem.lstrip('.') or 'image'
-        if file_format == 'tar':
-            stem = stem.replace('.', '_')
-        name = f'{folders[int(source.labels[i])]}/{stem}'
+        name = f'{folders[int(source.labels[i])]}/{PurePosixPath(source.names[i]).stem.lstrip(".") or "image"}'
         while name in taken:
             name += f'-{i}'
         taken.add(name)
@@ -73,7 +72,38 @@ def image_names(source: Source, images: np.ndarray, file_format: str) -> list[st
     return names
 
 
+def check_outside(output_dir: str, source: Source) -> None:
+    """InputError when the output would be taken for a part of the source by the next run."""
+    output = os.path.realpath(output_dir)
+    if os.path.isdir(source.data_path):
+        home = os.path.realpath(source.data_path)
+        inside = output == home or output.startswith(os.path.join(home, ''))
+    else:
+        inside = isinstance(source, TarImages) and output in {
+            os.path.realpath(path.parent) for path in expand_files(source.data_path)}
+    if inside:
+        raise InputError(f'--output-dir {output_dir}: lies in {source.data_path}, and would be taken for a part of it; '
+                         'choose a folder outside')
+
+
 # ---------------------------------------------------------------- the set on disk
+
+def identify_run(source: Source, method: str, parameter: float | None, budget: dict[str, float],
+                 seed: int) -> dict[str, Any]:
+    """All that a set depends on, by names that an error can give.
+
+    Args:
+        source: of the images.
+        method: of shrinking.METHODS.
+        parameter: of the method; None where a budget decides.
+        budget: {'total_bytes': ...} or {'bytes_per_image': ...}; {} without one.
+        seed: of what is drawn.
+    """
+    versions = {'PIL': PIL.__version__, **{name: features.version(name) for name in ('jpg', 'libjpeg_turbo', 'webp')}}
+    # an earlier version of this program made tar shards, and sampled by scores: it noted so, and its sets differ
+    return {'method': method, 'parameter': parameter, 'budget': budget or None, 'format': 'folder', 'scores': None,
+            'seed': seed, 'images': source.digest(), 'versions': versions}
+
 
 class Record(NamedTuple):
     """What is noted of an image that is written: name in the set, bytes, bytes without headers, PSNR in dB."""
@@ -88,76 +118,50 @@ class SetFolder:
 
     Args:
         path: of the set.
-        file_format: 'folder' or 'tar'.
-        run_id: all that the set depends on.
+        run_id: all that the set depends on, of `identify_run`.
     """
 
-    def __init__(self, path: str, file_format: str, run_id: dict[str, Any]):
+    def __init__(self, path: str, run_id: dict[str, Any]):
         self.path = Path(path)
         self.work = self.path / WORK
-        self.file_format = file_format
         self.run_id = run_id
         self.lock = None
 
     def is_complete(self) -> bool:
-        """Whether the set is there. Raises InputError for another set, and for one that lacks files."""
-        manifest = self.path / 'manifest.json'
-        if not os.path.exists(manifest):
+        """Whether the set is there. Raises InputError for another set, and for one that lacks its images."""
+        manifest = self.path / MANIFEST
+        advice = f'{CHOOSE}, or give the same flags and images again'
+        if not is_noted(manifest, self.run_id, advice, ignored=('versions',), field='run'):
             return False
-        stated = read_json(manifest)
-        self._check_same(stated, manifest, f'{CHOOSE}, or give the same flags and images again', 'versions')
-        missing = [name for name in stated.get('files', []) if not os.path.exists(self.path / name)]
-        if missing:
-            raise InputError(f'{manifest}: the set is finished, but {missing[0]} is not there: fetch it again, or '
-                             f'remove the rest of {self.path} to make it again')
+        if not os.path.exists(self.path / IMAGES):
+            raise InputError(f'{manifest}: the set is finished, but {IMAGES} is not there: fetch it again, or remove '
+                             f'the rest of {self.path} to make it again')
         return True
 
-    def begun(self) -> Any:
+    def begun(self) -> dict[str, Any] | None:
         """What `begin` noted when this run began; None where it did not yet. Raises InputError for another run."""
+        check_writable(self.path / MANIFEST, CHOOSE)
         path = self.work / 'run.json'
-        check_writable(self.path / 'manifest.json', CHOOSE)
-        if not os.path.exists(path):
-            existing = [*self.path.glob('images-*.tar'), *self.path.glob('images')]
-            if existing:
-                raise InputError(f'{existing[0]}: is there already; {CHOOSE}, or remove it')
-            return None
-        stated = read_json(path)
-        self._check_same(stated, path, f'give the same flags and images again to finish it, or remove {self.work}')
-        return stated.get('noted')
+        advice = f'give the same flags and images again to finish it, or remove {self.work}'
+        if is_noted(path, self.run_id, advice, field='run'):
+            return read_json(path).get('noted')
+        if os.path.exists(self.path / IMAGES):
+            raise InputError(f'{self.path / IMAGES}: is there already; {CHOOSE}, or remove it')
+        return None
 
-    def begin(self, noted: Any) -> None:
-        """Lock the folder for this process, and write down which run it is. Raises InputError.
+    def begin(self, noted: dict[str, Any]) -> None:
+        """Hold the folder for this process, and write down which run it is. Raises InputError.
 
         Args:
-            noted: a JSON value for `begun`.
+            noted: what `begun` returns from now on: the parameter, and on how many images it was searched.
         """
-        try:
-            self.lock = lock_file(self.path / '.lock')
-        except BlockingIOError:
-            raise InputError(f'{self.path}: another process is writing this set; wait for it, or {CHOOSE}') from None
-        except OSError as error:
-            raise InputError(f'{self.path}: cannot be locked ({error.strerror}); {CHOOSE}') from None
+        self.lock = hold_folder(self.path, CHOOSE)
         if self.begun() is None:
             write_text(self.work / 'run.json', json.dumps({'run': self.run_id, 'noted': noted}, indent=1) + '\n')
         remove_leftovers(self.work, '.*.tmp')
 
-    def _check_same(self, stated: Any, path: Path, advice: str, *ignored: str) -> None:
-        before = stated.get('run') if isinstance(stated, dict) else None
-        before = before if isinstance(before, dict) else {}
-        differs = [key for key in self.run_id if key not in ignored and before.get(key) != self.run_id[key]]
-        if differs:
-            raise InputError(f'{path}: is of another set, which differs in {", ".join(differs)}: {advice}')
-
     def _record_path(self, part: int) -> Path:
         return self.work / f'part-{part:06d}.json'
-
-    def shard(self, part: int) -> str:
-        """The file name of the tar shard of a part."""
-        return f'images-{part:06d}.tar'
-
-    def outputs(self, parts: int) -> list[str]:
-        """What a set of so many parts has beside its manifest, as names in the folder."""
-        return ['images'] if self.file_format == 'folder' else [self.shard(part) for part in range(parts)]
 
     def read_records(self, part: int) -> list[Record]:
         """The images of a part that is written. Raises InputError."""
@@ -167,71 +171,44 @@ class SetFolder:
         """Whether a part has its record, and its files are there. Raises InputError."""
         if not os.path.exists(self._record_path(part)):
             return False
-        if self.file_format == 'tar':
-            return os.path.exists(self.work / self.shard(part))
         # a machine that went down may have lost what was not on disk yet
-        return all(_size(self.work / 'images' / record.name) == record.size for record in self.read_records(part))
+        return all(_size(self.work / IMAGES / record.name) == record.size for record in self.read_records(part))
 
-    def write_part(self, part: int, names: list[str], labels: np.ndarray, images: Iterator[Shrunk]) -> None:
+    def write_part(self, part: int, names: list[str], images: Iterator[Shrunk]) -> None:
         """Write the files of a part, then its record. Raises InputError.
 
         Args:
             part: its number.
             names: of its images, without endings.
-            labels: of its images.
             images: the next ones are those of the part.
         """
         records = []
-        with self._writer(part) as write:
-            for name, label in zip(names, labels.tolist()):
-                image = next(images)
-                write(name, image.ending, label, image.data)
-                records.append(Record(name + image.ending, image.size, image.bare, image.psnr))
-        write_text(self._record_path(part), json.dumps(records) + '\n')
-
-    @contextlib.contextmanager
-    def _writer(self, part: int) -> Iterator[Callable[[str, str, int, bytes], None]]:
-        """Yields a function of name, ending, label and data that writes an image."""
-        def write_file(name: str, ending: str, label: int, data: bytes) -> None:
-            path = self.work / 'images' / (name + ending)
+        for name in names:
+            image = next(images)
+            path = self.work / IMAGES / (name + image.ending)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(data)
+                path.write_bytes(image.data)
             except OSError as error:
-                raise InputError(f'{path}: cannot be written ({error.strerror}); make room, or choose another '
-                                 '--output-dir') from None
-
-        def add_sample(name: str, ending: str, label: int, data: bytes) -> None:
-            for member, content in ((name + ending, data), (f'{name}.cls', b'%d' % label)):
-                info = tarfile.TarInfo(member)  # owner, time and mode are tarfile's constants
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-
-        if self.file_format == 'folder':
-            yield write_file
-            return
-        with atomic_path(self.work / self.shard(part)) as temporary, \
-                tarfile.open(temporary, 'w', format=tarfile.GNU_FORMAT) as tar:
-            yield add_sample
+                raise InputError(f'{path}: cannot be written ({error.strerror}); make room, or {CHOOSE}') from None
+            records.append(Record(name + image.ending, image.size, image.bare, image.psnr))
+        write_text(self._record_path(part), json.dumps(records) + '\n')
 
     def has_manifest(self) -> bool:
-        """Whether all is written, and only has to be moved to its place."""
-        return os.path.exists(self.work / 'manifest.json')
+        """Whether all is written, and only has to be moved to where it belongs."""
+        return os.path.exists(self.work / MANIFEST)
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
-        """Write the manifest of a set all of whose parts are written; with 'run' and 'files'. Raises InputError."""
-        write_text(self.work / 'manifest.json', json.dumps(manifest, indent=1) + '\n')
+        """Write the manifest of a set all of whose parts are written; its 'run' is the run_id. Raises InputError."""
+        write_text(self.work / MANIFEST, json.dumps(manifest, indent=1) + '\n')
 
     def finish(self) -> None:
-        """Move a set that has its manifest to its place. Raises InputError."""
-        manifest = self.work / 'manifest.json'
-        names = read_json(manifest)['files']
+        """Move a set that has its manifest to where it belongs. Raises InputError."""
         try:
             os.sync()  # once: an image alone would wait for the disk longer than it takes to make it
-            for name in names:
+            for name in IMAGES, MANIFEST:
                 if os.path.exists(self.work / name):  # else a run killed here has moved it
                     os.replace(self.work / name, self.path / name)
-            os.replace(manifest, self.path / 'manifest.json')
         except OSError as error:
             raise InputError(f'{error.filename}: cannot be moved to {self.path} ({error.strerror})') from None
         self.remove_leftovers()
@@ -246,3 +223,52 @@ class SetFolder:
 def _size(path: Path) -> int | None:
     """Bytes of a file; None where it is not there."""
     return path.stat().st_size if os.path.exists(path) else None
+
+
+# ---------------------------------------------------------------- making the set
+
+def write_set(folder: SetFolder, source: Source, noted: dict[str, Any], workers: int, max_pixels: int | None) -> None:
+    """Make what is left of a set, and its manifest. Raises InputError.
+
+    Args:
+        folder: of the set, held by this process.
+        source: of the images.
+        noted: the 'parameter', and on how many images a budget's was searched, 'searched_images', or None.
+        workers: processes that make images smaller.
+        max_pixels: larger images cannot be read; None for PIL's limit.
+    """
+    method = folder.run_id['method']
+    images = np.arange(len(source))
+    if method == 'sample':
+        images = sample_classes(source.labels, noted['parameter'], folder.run_id['seed'])
+    names = image_names(source, images)
+    starts = range(0, len(images), PART)
+    left = [(part, slice(start, start + PART)) for part, start in enumerate(starts) if not folder.is_written(part)]
+    if len(left) < len(starts):
+        print0(f'{folder.path}: resumed with {len(starts) - len(left):,} of {len(starts):,} parts')
+    to_make = [images[part_images] for _, part_images in left]
+    to_make = np.concatenate(to_make) if to_make else images[:0]
+    smaller = shrink_images(ShrunkImages(source, to_make, method, noted['parameter'], max_pixels), workers)
+    with tqdm(total=len(images), initial=len(images) - len(to_make), unit=' images', unit_scale=True,
+              mininterval=0.1 if sys.stderr.isatty() else 60) as bar:
+        for part, part_images in left:
+            folder.write_part(part, names[part_images], smaller)
+            bar.update(len(names[part_images]))
+    records = [record for part in range(len(starts)) for record in folder.read_records(part)]
+    folder.write_manifest(make_manifest(folder.run_id, records, source, noted))
+
+
+def make_manifest(run_id: dict[str, Any], records: list[Record], source: Source,
+                  noted: dict[str, Any]) -> dict[str, Any]:
+    """The manifest of a set: what it was made of, and the bytes and PSNR of its images. Raises InputError."""
+    bare = [record.bare for record in records]
+    total = sum(record.size for record in records)
+    return {'method': run_id['method'], **noted, 'budget': run_id['budget'], 'images': len(records),
+            'bytes_per_image': total / len(records), 'total_bytes': total,
+            'scan_bytes_per_image': None if None in bare else sum(bare) / len(bare),
+            'psnr': math.fsum(record.psnr for record in records) / len(records),
+            'encoder': METHODS[run_id['method']].encoder, 'format': run_id['format'],
+            'source': source.data_path, 'source_images': len(source),
+            'source_bytes_per_image': source.encoded_bytes() / len(source), 'classes': source.classes,
+            'seed': run_id['seed'], 'scores': run_id['scores'], 'versions': run_id['versions'], 'run': run_id,
+            'files': [IMAGES]}

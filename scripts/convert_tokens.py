@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from fileio.files import check_writable, expand_files, lock_file
+from fileio.files import expand_files, hold_folder
 from flags import Parser
 from token_files.token_file import (FORMATS, MAX_CODES, TokenFile, bytes_on_disk, decode, format_for, labels_of,
                                     largest_grid, open_token_file, paths_beside, stream_ending, write_model, write_set)
@@ -172,11 +172,7 @@ def main(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir)
     check_free(shards, folder, args.format)
     work = folder / f'.{shards[0].stream}.converting'
-    check_writable(work / 'lock', 'choose another --output-dir')
-    try:
-        lock = lock_file(work / 'lock')
-    except BlockingIOError:
-        raise InputError(f'{work}: another process is at work on this; wait for it') from None
+    lock = hold_folder(work, 'choose another --output-dir', name='lock')
     new = work / 'files'
     shutil.rmtree(new, ignore_errors=True)  # of a killed run
     try:
@@ -185,8 +181,7 @@ def main(args: argparse.Namespace) -> None:
             path.rename(folder / path.name)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        if lock:
-            lock.close()
+        lock.close()
     before = bytes_on_disk(shard.file for shard in shards)
     after = bytes_on_disk(open_token_file(folder / shard.stream) for shard in shards)
     images = sum(len(shard.file) for shard in shards)

@@ -296,7 +296,7 @@ def test_a_second_process_in_the_same_run_is_refused(data, tmp_path, monkeypatch
                               stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     try:
         assert holder.stdout.readline() == 'held\n'
-        fails(lambda: tokenize(data, tmp_path), '.my.parts: another process is at work on this run')
+        fails(lambda: tokenize(data, tmp_path), '.my.parts: another process is at work there')
         tokenize(data, tmp_path, 'val', name='other')
     finally:
         holder.kill()
@@ -446,7 +446,7 @@ def test_a_changed_run_is_not_resumed(data, tmp_path, monkeypatch):
     for options, said in (({'batch_size': 4}, 'batch_size'), ({'source': 'val'}, 'source'),
                           ({'image_size': 20}, 'image_size'), ({'amp': 'bf16'}, 'precision'),
                           ({'limit_codes': True}, 'limit_codes')):
-        fails(lambda: tokenize(data, tmp_path / 'out', **options), '.my.parts: holds an unfinished run', said)
+        fails(lambda: tokenize(data, tmp_path / 'out', **options), '.my.parts: holds results of another', said)
     part, = (tmp_path / 'out' / '.my.parts').glob('000001.npz')
     part.write_bytes(part.read_bytes()[:100])
     fails(lambda: tokenize(data, tmp_path / 'out'), '000001.npz: damaged; delete it')
@@ -599,7 +599,7 @@ def test_a_part_whose_images_are_all_bad_at_any_place(data, tmp_path, monkeypatc
 
 def test_a_run_of_one_format_is_not_resumed_as_another(data, tmp_path, monkeypatch):
     interrupted(data, tmp_path, monkeypatch, format='compact')
-    fails(lambda: tokenize(data, tmp_path), 'belongs to another|unfinished run')
+    fails(lambda: tokenize(data, tmp_path), 'belongs to another|holds results of another')
     tokenize(data, tmp_path, format='compact')
     fails(lambda: tokenize(data, tmp_path), 'my-label.txt|my-token', 'another run')
     assert contents(tmp_path).keys() == COMPACT_FILES

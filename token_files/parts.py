@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from fileio.files import atomic_path, check_writable, lock_file, read_json, remove_leftovers, sha256, write_text
+from fileio.files import (atomic_path, check_writable, hold_folder, is_noted, read_json, remove_leftovers, sha256,
+                          write_text)
 from token_files.token_file import paths_beside, stream_ending, write_model, write_set
 from utils import InputError
 
 # Batches lost if killed. Few enough that all ranks have parts, many enough that writing hides behind encoding.
 PART_BATCHES = 16
+RUN = 'run.json'  # in the folder of parts: all that the codes depend on
 
 
 # ---------------------------------------------------------------- names
@@ -182,28 +184,13 @@ class Parts:
 
     def is_begun(self, run_id: dict[str, Any]) -> bool:
         """Whether the folder holds parts of the run `run_id`. Raises InputError when it holds another run's."""
-        path = self.folder / 'run.json'
-        if not os.path.exists(path):
-            return False
-        before = read_json(path)
-        if before != run_id:
-            differs = [key for key in run_id if not isinstance(before, dict) or before.get(key) != run_id[key]]
-            raise InputError(f'{self.folder}: holds an unfinished run that differs in {", ".join(differs)}: give the '
-                             'same inputs and options to finish it, or delete that folder to start from scratch')
-        return True
+        return is_noted(self.folder / RUN, run_id, 'give the same inputs and options to finish that run, or delete the '
+                        'folder to start from scratch')
 
     def begin(self, run_id: dict[str, Any]) -> None:
-        """Lock the folder for this process, and write down what the run is. Raises InputError."""
-        path = self.folder / 'run.json'
-        check_writable(path, 'choose another --output-dir')
-        try:
-            self.lock = lock_file(self.folder / 'lock')
-        except BlockingIOError:
-            raise InputError(f'{self.folder}: another process is at work on this run; wait for it, or choose another '
-                             '--name') from None
-        except OSError as error:
-            raise InputError(f'{self.folder}: cannot be locked ({error.strerror})') from None
-        write_text(path, json.dumps(run_id, indent=1) + '\n')
+        """Hold the folder for this process, and note what the run is. Raises InputError."""
+        self.lock = hold_folder(self.folder, 'choose another --name or --output-dir', name='lock')
+        write_text(self.folder / RUN, json.dumps(run_id, indent=1) + '\n')
 
     def write(self, part: int, **arrays: np.ndarray) -> None:
         """Write a finished part. Raises InputError."""
@@ -225,8 +212,7 @@ class Parts:
     def remove(self) -> None:
         """Remove the folder of a complete run."""
         self.folder.rename(_retired(self.folder))
-        if self.lock:
-            self.lock.close()
+        self.lock.close()
         shutil.rmtree(_retired(self.folder), ignore_errors=True)
 
 

@@ -7,14 +7,16 @@ import signal
 import time
 
 import numpy as np
+import PIL
 import pytest
+import torch
 from PIL import Image
 
 from helpers import (call, contents, encoded, fails, forked, limits, no_space, noise, odd_images, save_image,
                      smooth_images, tar_samples, write_parquet, write_tar)
 from image_data import shrinking, shrunk_sets
 from image_data.decoding import scan_bytes
-from image_data.shrinking import Ranking, Unreachable, largest_within
+from image_data.shrinking import Unreachable, largest_within, sample_classes
 from image_data.sources import open_source
 from scripts import shrink_images
 
@@ -121,37 +123,15 @@ def test_a_share_of_each_class_is_kept_unchanged(images, tmp_path):
     assert kept[0.1, 0] < kept[0.5, 0] < kept[1, 0] and kept[0.5, 0] != kept[0.5, 1]
 
 
-def test_the_best_and_the_worst_are_kept_by_scores(images, tmp_path):
-    source = open_source(images)
-    scores = tmp_path / 'scores.txt'
-    values = np.random.default_rng(0).permutation(len(source)) - 3.5
-    lines = [f'{name}\t{value}\n' for name, value in zip(source.names, values)]
-    scores.write_text(''.join(lines[::-1]) + 'another.png\t7\n')
-    for keep, sign in (('best', -1), ('worst', 1)):
-        manifest = make(images, tmp_path / keep, '--scores', scores, '--keep', keep, method='sample', parameter=0.5)
-        assert manifest['scores']['keep'] == keep
-        chosen = [source.names[i] for label, count in ((0, 4), (1, 5), (2, 2))
-                  for i in sorted(np.flatnonzero(source.labels == label), key=lambda i: sign * values[i])[:count]]
-        assert set(contents(tmp_path / keep / 'images')) == set(chosen)
-    for text, *patterns in ((''.join(lines[2:-1]), 'lacks 3 of the 21', source.names[0]),
-                            (lines[0] + 'a b 3\n', 'line 2 is not'), (lines[0] + 'a\tnan\n', 'line 2 is not'),
-                            (lines[0] + lines[0].replace('\t', '\t1'), 'line 2: .* two scores')):
-        scores.write_text(text)
-        fails(lambda: make(images, tmp_path / 'bad', '--scores', scores, '--keep', 'best', method='sample',
-                           parameter=0.5), 'scores.txt', *patterns)
-    assert not (tmp_path / 'bad').exists()
-
-
-def test_a_ranking_equals_a_loop():
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, 7, 500) * 3
-    scores = rng.integers(0, 20, 500).astype(float)  # many are equal
-    for share in (0.001, 0.25, 0.777, 1):
+def test_a_sample_equals_a_loop():
+    labels = np.random.default_rng(0).integers(0, 7, 500) * 3
+    order = torch.randperm(500, generator=torch.Generator().manual_seed(5)).tolist()
+    for fraction in (0.001, 0.25, 0.777, 1):
         slow = []
         for label in set(labels.tolist()):
-            of_class = sorted(np.flatnonzero(labels == label), key=lambda i: (-scores[i], i))
-            slow += of_class[:max(1, int(len(of_class) * share + 0.5))]
-        assert Ranking(labels, 0, scores, 'best').kept(share).tolist() == sorted(slow)
+            of_class = [i for i in order if labels[i] == label]
+            slow += of_class[:max(1, int(len(of_class) * fraction + 0.5))]
+        assert sample_classes(labels, fraction, 5).tolist() == sorted(slow)
 
 
 # ---------------------------------------------------------------- budgets
@@ -209,7 +189,7 @@ def test_a_budget_that_cannot_be_reached(images, tmp_path):
 
 @pytest.mark.slow
 def test_a_large_set_is_searched_on_some_of_its_images(images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(shrink_images, 'SEARCHED', 5)
+    monkeypatch.setattr(shrinking, 'SEARCHED', 5)
     tight = make(images, tmp_path / 'out', '--bytes-per-image', 900, parameter=None, workers=2)
     assert tight['searched_images'] == 5
     sizes = [len(data) for data in made_images(tmp_path / 'out').values()]
@@ -218,20 +198,6 @@ def test_a_large_set_is_searched_on_some_of_its_images(images, tmp_path, monkeyp
 
 
 # ---------------------------------------------------------------- sources and outputs
-
-def test_tars_keep_order_and_labels(images, tmp_path, monkeypatch):
-    monkeypatch.setitem(shrunk_sets.PART, 'tar', 8)
-    make(images, tmp_path / 'out', '--format', 'tar')
-    assert visible(tmp_path / 'out') == ['.lock', *(f'images-{i:06d}.tar' for i in range(3)), 'manifest.json']
-    source = open_source(images)
-    back = open_source(tmp_path / 'out' / 'images-{000000..000002}.tar')
-    assert back.labels.tolist() == source.labels.tolist()
-    assert [name.partition('/')[2] for name in back.names] == [
-        name.rpartition('.')[0].replace('.', '_') + '.jpg' for name in source.names]
-    make(images, tmp_path / 'plain')
-    plain = made_images(tmp_path / 'plain')
-    assert [back.read(i) for i in range(21)] == [plain[name.rpartition('.')[0]] for name in source.names]
-
 
 def labeled(source):
     """The images of a source as sorted (encoded bytes, label)."""
@@ -243,11 +209,10 @@ def test_sources_without_class_names_keep_their_labels(tmp_path):
     for shard in range(2):
         write_tar(tmp_path / f'in-{shard}.tar', tar_samples(13, prefix='x/'))
     source = f'{tmp_path}/in-{{0..1}}.tar'
-    for file_format, back in (('folder', 'images'), ('tar', 'images-*.tar')):
-        make(source, tmp_path / file_format, '--format', file_format, method='sample', parameter=1)
-        assert labeled(open_source(tmp_path / file_format / back)) == labeled(open_source(source))
-    assert visible(tmp_path / 'folder' / 'images') == ['0000', '0001', '0002']
-    assert visible(tmp_path / 'folder' / 'images' / '0002') == sorted(
+    make(source, tmp_path / 'out', method='sample', parameter=1)
+    assert labeled(open_source(tmp_path / 'out' / 'images')) == labeled(open_source(source))
+    assert visible(tmp_path / 'out' / 'images') == ['0000', '0001', '0002']
+    assert visible(tmp_path / 'out' / 'images' / '0002') == sorted(
         [f'{i:04d}.jpg' for i in (2, 5, 8, 11)] + [f'{i:04d}-{13 + i}.jpg' for i in (2, 5, 8, 11)])
 
 
@@ -266,43 +231,35 @@ def test_what_class_folders_cannot_hold(images, tmp_path):
         open_source(images).names, open_source(images).labels.tolist())]
     (tmp_path / 'list.txt').write_text(''.join(lines))
     os.symlink(images, tmp_path / 'train')
-    fails(lambda: make(tmp_path / 'list.txt', tmp_path / 'out'), 'class 1 has no images', '--format tar')
-    make(tmp_path / 'list.txt', tmp_path / 'out', '--format', 'tar')
-    back = open_source(tmp_path / 'out' / 'images-000000.tar')
-    assert back.labels.tolist() == open_source(tmp_path / 'list.txt').labels.tolist()
-    fails(lambda: make(tmp_path / 'out' / '*.tar', tmp_path / 'out', '--format', 'tar'), 'lies in')
+    fails(lambda: make(tmp_path / 'list.txt', tmp_path / 'out'), 'class 1 has no images', 'without gaps')
+    assert not (tmp_path / 'out').exists()
+    (tmp_path / 'in').mkdir()
+    write_tar(tmp_path / 'in' / 'x.tar', tar_samples(2))
+    fails(lambda: make(tmp_path / 'in' / '*.tar', tmp_path / 'in'), 'lies in')
     fails(lambda: make(tmp_path / 'train', images / 'small'), 'lies in')
 
 
 # ---------------------------------------------------------------- resuming
 
-FORMATS = pytest.mark.parametrize('file_format', ['folder', 'tar'])
-
-
 @pytest.mark.slow
-@FORMATS
-def test_any_number_of_processes_gives_the_same_bytes(images, tmp_path, monkeypatch, file_format):
+def test_any_number_of_processes_gives_the_same_bytes(images, tmp_path, monkeypatch):
     monkeypatch.setattr(shrinking, 'CHUNK', 3)
-    for part in shrunk_sets.PART:
-        monkeypatch.setitem(shrunk_sets.PART, part, 4)
+    monkeypatch.setattr(shrunk_sets, 'PART', 4)
     for workers in (0, 2):
-        make(images, tmp_path / str(workers), '--format', file_format, method='resize', parameter=0.7, workers=workers)
+        make(images, tmp_path / str(workers), method='resize', parameter=0.7, workers=workers)
     assert contents(tmp_path / '0') == contents(tmp_path / '2')
 
 
-@pytest.mark.slow
-@FORMATS
-@pytest.mark.parametrize('moment', ['write_bytes', 'addfile', 'write_text', 'replace', 'rmtree'])
-def test_a_run_killed_at_any_moment_resumes(images, tmp_path, monkeypatch, file_format, moment):
-    """Killed at each call of a kind in turn; each time the same command goes on, until it is through."""
-    for part in shrunk_sets.PART:
-        monkeypatch.setitem(shrunk_sets.PART, part, 6)
-    flags = ['--format', file_format, '--total-bytes', 15_000]
+@pytest.mark.parametrize('moment', ['write_bytes', 'write_text', 'replace', 'rmtree'])
+def test_a_run_killed_at_any_moment_resumes(images, tmp_path, monkeypatch, moment):
+    """Killed at each call of a kind in turn; each time the same command resumes, until it is through."""
+    monkeypatch.setattr(shrunk_sets, 'PART', 6)
+    flags = ['--total-bytes', 15_000]
     make(images, tmp_path / 'whole', *flags, parameter=None)
-    owner = {'write_bytes': shrunk_sets.Path, 'addfile': shrunk_sets.tarfile.TarFile, 'write_text': shrunk_sets,
-             'replace': shrunk_sets.os, 'rmtree': shrunk_sets.shutil}[moment]
+    owner = {'write_bytes': shrunk_sets.Path, 'write_text': shrunk_sets, 'replace': shrunk_sets.os,
+             'rmtree': shrunk_sets.shutil}[moment]
     real = getattr(owner, moment)
-    for kill_at in range(1, 60, 4 if moment in ('write_bytes', 'addfile') else 1):
+    for kill_at in range(1, 60, 4 if moment == 'write_bytes' else 1):
         calls = []
 
         def dies(*args, **kwargs):
@@ -330,28 +287,28 @@ def test_a_finished_set_is_left_alone(images, tmp_path, capsys, monkeypatch):
     out = tmp_path / 'out'
     make(images, out)
     before = {path: path.stat().st_mtime_ns for path in sorted(out.rglob('*'))}
-    monkeypatch.setattr(shrink_images.PIL, '__version__', '0.0')  # no reason to make it again
+    monkeypatch.setattr(PIL, '__version__', '0.0')  # no reason to make it again
     make(images, out, workers=1)
     assert 'finished already' in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in sorted(out.rglob('*'))} == before
-    fails(lambda: make(images, out, '--seed', 1, parameter=21), 'manifest.json', 'differs in parameter, seed:')
+    fails(lambda: make(images, out, '--seed', 1, parameter=21),
+          'out: holds results of another parameter, seed; choose another', 'same flags')
     shutil.rmtree(out / 'images')
     fails(lambda: make(images, out), 'images is not there')
 
 
 def test_an_unfinished_set_takes_only_its_own_flags(images, tmp_path, monkeypatch):
     out = tmp_path / 'out'
-    monkeypatch.setitem(shrunk_sets.PART, 'folder', 6)
+    monkeypatch.setattr(shrunk_sets, 'PART', 6)
     with monkeypatch.context() as patch:
         patch.setattr(shrunk_sets.SetFolder, 'write_manifest', lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             make(images, out)
     assert visible(out) == ['.lock', '.unfinished']
-    fails(lambda: make(images, out, method='webp'), 'run.json', 'differs in method:')
-    fails(lambda: make(images / 'bee' / '..', out, '--format', 'tar'), 'differs in format:')
+    fails(lambda: make(images, out, method='webp'), 'another method; give the same flags .* to finish it')
     with monkeypatch.context() as patch:
-        patch.setattr(shrink_images.PIL, '__version__', '0.0')  # its encoders may give other bytes
-        fails(lambda: make(images, out), 'differs in versions')
+        patch.setattr(PIL, '__version__', '0.0')  # its encoders may give other bytes
+        fails(lambda: make(images, out), 'another versions;')
     lost = out / '.unfinished' / 'images' / 'ant' / '2.jpg'
     lost.write_bytes(b'')  # as a machine that went down may leave it
     make(images, out)
@@ -362,13 +319,13 @@ def test_an_unfinished_set_takes_only_its_own_flags(images, tmp_path, monkeypatc
 @pytest.mark.slow
 def test_one_writer_at_a_time(images, tmp_path):
     def hold(ready):
-        folder = shrunk_sets.SetFolder(str(tmp_path / 'out'), 'folder', {})
-        (tmp_path / 'out').mkdir()
-        folder.lock = shrunk_sets.lock_file(tmp_path / 'out' / '.lock')
+        folder = shrunk_sets.SetFolder(str(tmp_path / 'out'), {})
+        folder.begin({'parameter': 1})
         ready()
         time.sleep(60)
     with forked(hold):
-        fails(lambda: make(images, tmp_path / 'out'), 'another process is writing')
+        (tmp_path / 'out' / '.unfinished' / 'run.json').unlink()
+        fails(lambda: make(images, tmp_path / 'out'), 'another process is at work there')
     make(images, tmp_path / 'out')
 
 
@@ -377,8 +334,7 @@ def test_one_writer_at_a_time(images, tmp_path):
 @pytest.mark.parametrize('flags, pattern', [
     (['--parameter', 96], '--parameter 96: jpeg takes a whole number from 1 to 95'),
     (['--parameter', 7.5], 'whole number'), (['--parameter', 3, '--total-bytes', 9], 'not allowed with'),
-    ([], 'required'), (['--parameter', 3, '--keep', 'best'], '--scores and --keep'),
-    (['--parameter', 3, '--scores', 'x', '--keep', 'best'], 'keeps all images')])
+    ([], 'required')])
 def test_flags_that_cannot_be(flags, pattern):
     fails(lambda: shrink_images.parse_args(['--data-path', 'a', '--output-dir', 'b', '--method', 'jpeg',
                                             *map(str, flags)]), pattern)
@@ -404,16 +360,15 @@ def test_an_image_that_cannot_be_read(images, tmp_path, workers):
 
 @pytest.mark.slow
 def test_a_process_that_is_killed_ends_the_run(images, tmp_path, monkeypatch):
-    monkeypatch.setattr(shrink_images.ShrunkImages, '_shrink', lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    monkeypatch.setattr(shrinking.ShrunkImages, '_shrink', lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with limits():
         fails(lambda: make(images, tmp_path / 'out', workers=1), 'a process that decodes images failed')
 
 
-@FORMATS
-def test_a_full_disk(images, tmp_path, file_format):
+def test_a_full_disk(images, tmp_path):
     with no_space(1000):
-        fails(lambda: make(images, tmp_path / 'out', '--format', file_format, parameter=95), 'cannot be written')
-    make(images, tmp_path / 'out', '--format', file_format, parameter=95)
+        fails(lambda: make(images, tmp_path / 'out', parameter=95), 'cannot be written')
+    make(images, tmp_path / 'out', parameter=95)
     assert (tmp_path / 'out' / 'manifest.json').exists()
 
 
