@@ -3,40 +3,36 @@ import argparse
 import math
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from timm.utils import ParseKwargs
 
 from utils import InputError, cores, print0
 
 
+class Rules(NamedTuple):
+    """What flags say of themselves, as names of flags; see `Parser.add_group`."""
+    of_a_rank: set[str]
+    of_a_start: set[str]
+    exact: set[str]
+
+
 class Flags(argparse.Namespace):
-    """Parsed flags, and which of them ranks and resumed runs may change. Only the flags are in `vars`.
+    """A parsed command line, and its flags' rules, which are not among `vars`."""
+    __slots__ = ('rules',)
 
-    Attributes:
-        of_a_rank: names of flags that may differ from rank to rank.
-        of_a_start: names of flags that belong to one start of a run, so that a resumed run may have others.
-        exact: names of flags that a resumed run must keep, to have the same batches and augmentation.
-    """
-    __slots__ = ('of_a_rank', 'of_a_start', 'exact')
-
-    def __init__(self, **values: Any):
+    def __init__(self, rules: Rules, **values: Any):
         super().__init__(**values)
-        self.of_a_rank, self.of_a_start, self.exact = set(), set(), set()
+        self.rules = rules
 
     def replaced(self, **values: Any) -> 'Flags':
         """A copy with other values, or with more."""
-        copy = Flags(**(vars(self) | values))
-        copy.of_a_rank, copy.of_a_start, copy.exact = self.of_a_rank, self.of_a_start, self.exact
-        return copy
+        return Flags(self.rules, **(vars(self) | values))
 
     def joined(self, other: 'Flags') -> 'Flags':
         """A copy with the flags of another parser beside these; where both have one, the other's counts."""
-        copy = self.replaced(**vars(other))
-        copy.of_a_rank, copy.of_a_start, copy.exact = (
-            ours | theirs for ours, theirs in ((self.of_a_rank, other.of_a_rank), (self.of_a_start, other.of_a_start),
-                                               (self.exact, other.exact)))
-        return copy
+        rules = Rules(*(first | second for first, second in zip(self.rules, other.rules)))
+        return Flags(rules, **(vars(self) | vars(other)))
 
 
 class Parser(argparse.ArgumentParser):
@@ -49,14 +45,14 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None = None, **kwargs: Any):
         kwargs.setdefault('formatter_class', argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(description=(description or '').partition('\n')[0], allow_abbrev=False, **kwargs)
-        self.rules = Flags()
+        self.rules = Rules(set(), set(), set())
 
     def add_group(self, title: str) -> Callable:
-        """Begin a group of flags; returns its add_argument, which takes three words more.
+        """Begin a group of flags; returns its add_argument, which also takes what a flag says of itself:
 
-            of_a_rank=True     ranks may have other values (where files lie on a node); else all must agree
-            of_a_start=True    a resumed run may have another value without a word; else a line says so
-            exact=True         a resumed run with another value would see other batches, and is refused
+            of_a_rank=True     ranks may have other values, as of where files lie on a node; else all must agree
+            of_a_start=True    it is no part of the run, so that a resumed run may change it; else a line says so
+            exact=True         with another value a resumed run would have other batches or augmentation: refused
         """
         group = self.add_argument_group(title)
 
@@ -84,7 +80,7 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple:
         argv = list(sys.argv[1:] if args is None else args)
         end = argv.index('--') if '--' in argv else len(argv)  # what follows are no flags
-        namespace = self.rules.replaced() if namespace is None else namespace
+        namespace = Flags(self.rules) if namespace is None else namespace
         return super().parse_known_args([*map(_with_dashes, argv[:end]), *argv[end:]], namespace)
 
     def format_help(self) -> str:

@@ -217,7 +217,7 @@ def start_model(args: argparse.Namespace, modality: Modality, task: int) -> nn.M
     if task:
         path = str(task_folder(args.output_dir, task - 1) / FILES.newest[0])
         checkpoint = load_checkpoint(path)
-        compare_flags(checkpoint, vars(args), path, args.exact, args.of_a_start)
+        compare_flags(checkpoint, vars(args), path, args.rules.exact, args.rules.of_a_start)
         load_weights(model, checkpoint['model'], path)
     elif args.finetune:
         load_pretrained(model, args.finetune, new_head=True)  # classes come in another order, and one by one

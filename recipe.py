@@ -86,7 +86,8 @@ def start(args: Flags, no_effect: dict[str, str] | None = None, outputs: Sequenc
 
 def flags_alike(args: Flags) -> dict[str, Any]:
     """The flags that must be the same on all ranks, by their names on the command line."""
-    alike = {f'--{name.replace("_", "-")}': value for name, value in vars(args).items() if name not in args.of_a_rank}
+    alike = {f'--{name.replace("_", "-")}': value for name, value in vars(args).items()
+             if name not in args.rules.of_a_rank}
     return alike | {'--token-cache none': vars(args).get('token_cache') == 'none'}  # no rank waits for another's then
 
 
@@ -246,7 +247,7 @@ def resume_run(args: Flags, state: TrainState, checkpoint: dict[str, Any] | None
     """
     if checkpoint is None:
         return
-    resume(state, checkpoint, path, vars(args), steps, args.exact, args.of_a_start)
+    resume(state, checkpoint, path, vars(args), steps, args.rules.exact, args.rules.of_a_start)
     checkpoint.clear()  # its tensors are copied, and the program still holds it
     best = f', best Acc@1 {state.best["model"]:.3f}' if state.best['model'] else ''
     print0(f'{path}: resumed at epoch {state.epoch}, step {state.step}{best}')
