@@ -177,7 +177,7 @@ def main(args: argparse.Namespace) -> None:
     shutil.rmtree(new, ignore_errors=True)  # of a killed run
     try:
         write_shards(shards, new, args.format)
-        for path in sorted(new.iterdir(), key=lambda path: path.suffix == '.json'):  # manifests last
+        for path in sorted(new.iterdir(), key=lambda path: 'data.bin' in path.name):  # a stream after what it needs
             path.rename(folder / path.name)
     finally:
         shutil.rmtree(work, ignore_errors=True)

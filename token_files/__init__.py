@@ -1,4 +1,5 @@
 """Token files: the published and the compact format, the cache they are decoded to, codebooks.
 
-Doors: token_file (any format), cache (codes in memory), parts (writing a set), codebook. It imports fileio and utils.
+Doors: token_file (reading and writing any format), cache (codes in memory), parts (a tokenizing run on disk), codebook.
+It imports fileio and utils.
 """

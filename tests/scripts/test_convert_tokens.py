@@ -97,6 +97,8 @@ def test_mistakes_get_one_line(tmp_path):
     fails(lambda: convert(path, tmp_path / 'b', 'compact', '--label-file', short), '1 labels for the 12 images')
     (other, _), *_ = make_set(tmp_path, grid=2, name='b')
     fails(lambda: convert(f'{path},{other}', tmp_path / 'b', 'compact'), 'no shards of one set')
+    (large, _), *_ = make_set(tmp_path, n=1, grid=257, name='large')
+    fails(lambda: convert(large, tmp_path / 'b', 'compact'), str(large), '257 codes on a side.*compact holds 256')
     path.write_bytes(path.read_bytes()[:-9])
     fails(lambda: convert(path, tmp_path / 'b', 'compact'), str(path), 'damaged or truncated')
     assert not (tmp_path / 'b').exists() or not contents(tmp_path / 'b')

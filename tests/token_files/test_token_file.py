@@ -1,6 +1,7 @@
 """One token set on disk: golden bytes, what its manifest states, and what bad and hostile files get."""
 import errno
 import gzip
+import inspect
 import io
 import json
 import os
@@ -12,7 +13,7 @@ from fileio.files import sha256
 from fileio.labels import read_labels
 from helpers import (failing_open, fails, make_checked_set, make_set, make_wide_set, npy, open_codes, refused, rewrite,
                      unpack, write_raw_set)
-from token_files import published as bs, token_file as tf
+from token_files import compact, published as bs, token_file as tf
 from token_files.prefetching import prefetch
 from token_files.published import PUBLISHED, encode
 
@@ -94,6 +95,9 @@ def test_names_of_the_files_of_a_set(tmp_path):
         fails(lambda: make_name(tmp_path / 'odd.gz'), 'odd.gz', 'NAME.data.bin.gz')
     assert bs.companion_path('x/a-token.data.bin.gz').as_posix() == 'x/a-token.index.npy.gz'
     assert tf.manifest_path('x/a-token.data.bin.gz').as_posix() == 'x/a-token.json'
+    for name in ('a-token.data.bin', 'a-token-00012.data.bin'):
+        assert compact.companion_path(f'x/{name}').as_posix() == 'x/a-token.model.bin'
+    fails(lambda: compact.companion_path(tmp_path / 'a.data.bin.gz'), 'a.data.bin.gz', 'is named NAME.data.bin')
 
 
 def test_prefetch_keeps_the_order_and_passes_errors_on():
@@ -104,6 +108,63 @@ def test_prefetch_keeps_the_order_and_passes_errors_on():
         for value in prefetch(lambda x: 1 / x, [1, 2, 0, 4]):
             seen.append(value)
     assert seen == [1, 0.5]
+
+
+@pytest.mark.parametrize('name', tf.NAMES)
+def test_the_manifest_says_what_was_counted(tmp_path, name):
+    codes = np.random.default_rng(0).integers(0, 300, (9, 16))
+    path = tmp_path / f'a-token-00003.{tf.stream_ending(name)}'
+    labels = tmp_path / 'a-label.txt'
+    more = tf.write_model(path, name, [codes], 9)
+    files = tf.write_set(path, np.split(codes, [4]), 9, labels, range(9), {'format': name, 'grid': 4.0, 'x': 1, **more})
+    file = tf.open_token_file(path)
+    assert (file.format, file.files) == (name, files) == (name, (path, tf.paths_beside(path, name)[0]))
+    assert [*file.manifest] == ['format', 'images', 'grid', 'codes_used', 'x', *more, 'files']
+    assert file.manifest['images'] == 9 and file.manifest['codes_used'] == len(np.unique(codes))
+    assert type(file.manifest['grid']) is float  # what the manifest said stays
+    assert [*file.manifest['files']] == [path.name for path in (*files, labels)]
+    file.check_content()
+    file.check_checksums(labels)
+    assert np.array_equal(open_codes(path, 'none'), codes) and read_labels(labels).tolist() == [*range(9)]
+
+
+@pytest.mark.parametrize('name', tf.NAMES)
+@pytest.mark.parametrize('images', [8, 10])
+def test_another_number_of_images_leaves_nothing(tmp_path, name, images):
+    codes = np.arange(144).reshape(9, 16)
+    path = tmp_path / f'a.{tf.stream_ending(name)}'
+    manifest = {'format': name, **tf.write_model(path, name, [codes], 9)}
+    before = [*tmp_path.iterdir()]
+    with pytest.raises(ValueError, match=f'9 images, where {images} were to be written'):
+        tf.write_set(path, [codes], images, tmp_path / 'a.txt', [0] * 9, manifest)
+    assert [*tmp_path.iterdir()] == before
+
+
+def test_formats_by_the_size_of_the_codebook():
+    names = [[tf.format_for(name, size) for size in (1, 510, 511, 65536)] for name in tf.FORMATS]
+    assert names == [['escaped-bytes'] * 2 + ['uint16-le'] * 2, ['compact'] * 4]
+    for name in tf.FORMATS:
+        fails(lambda: tf.format_for(name, 65537), '65537 codes are more than token files hold .65536')
+
+
+def test_both_formats_have_the_same_names():
+    """Else token_file.py could not take one for the other."""
+    for name in ('format_for', 'companion_path', 'open_stream', 'write_model', 'write_stream'):
+        one, other = (inspect.signature(getattr(module, name)) for module in (bs, compact))
+        assert [*one.parameters] == [*other.parameters], name
+    assert bs.MAX_CODES == compact.MAX_CODES == tf.MAX_CODES
+    assert [tf.largest_grid(name) for name in tf.FORMATS] == [1448, 256]
+    assert [tf.stream_ending(name) for name in tf.FORMATS] == ['data.bin.gz', 'data.bin']
+
+
+def test_the_largest_published_grid_is_read(tmp_path):
+    """And one more is refused when it is read, so nothing may write it."""
+    for grid in (1448, 1449):
+        path = write_raw_set(tmp_path, bytes(grid ** 2), [0, grid ** 2])
+        if grid == tf.largest_grid('published'):
+            assert open_codes(path, 'none').shape == (1, grid ** 2)
+        else:
+            fails(lambda: open_codes(path, 'none'), 'image 0 has more than 2,097,152 bytes')
 
 
 # ---------------------------------------------------------------- the manifest
