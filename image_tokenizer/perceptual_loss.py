@@ -13,7 +13,7 @@ from training.checkpoints import load_weights
 from utils import InputError
 
 STAGES = 3, 8, 15, 22  # relu1_2, relu2_2, relu3_3 and relu4_3 among VGG16's features, as LPIPS takes them
-LAYERS = 13  # words of torchvision's configuration 'D' that make the features up to the last of them
+LAYERS = 13  # entries of torchvision's configuration 'D' that make the features up to the last of them
 MEAN = 0.485, 0.456, 0.406  # of ImageNet's pixels in [0, 1], which VGG16 was trained on
 DEVIATION = 0.229, 0.224, 0.225
 
@@ -54,6 +54,6 @@ class PerceptualLoss:
         for number, layer in enumerate(self.layers):
             x = layer(x)
             if number in STAGES:
-                ours, theirs = F.normalize(x.float(), dim=1).chunk(2)
-                distance = distance + (ours - theirs).square().sum(1).mean()
+                of_images, of_reconstruction = F.normalize(x.float(), dim=1).chunk(2)
+                distance = distance + (of_images - of_reconstruction).square().sum(1).mean()
         return distance

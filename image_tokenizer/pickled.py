@@ -1,4 +1,9 @@
-"""TODO docstring of image_tokenizer.pickled."""
+"""Tokenizers saved as whole modules, as SeiT published its own: loading one runs the code that the file names.
+
+So one is loaded only where the user gives the folder of that code. What comes out is any nn.Module, of which nothing is
+known but what it does: features are computed for one noise image. Where a ViTVQGAN with the same weights gives the same
+features, it takes the module's place, since it needs none of that code; any other module is wrapped as it is.
+"""
 import contextlib
 import math
 import sys
@@ -13,14 +18,13 @@ from image_tokenizer.vitvqgan import ViTVQGAN
 from utils import InputError, first_line
 
 
-
 class ModuleTokenizer(nn.Module):
-    """A module loaded whole, used as it was found.
+    """A module of unknown make, with the interface of tokenizers.py but for a decoder.
 
     Args:
-        module: gives (B, n, d) features for (B, 3, H, W) images in [0, 1].
-        patch_size: as in the interface above.
-        embed_dim: likewise.
+        module: gives (B, n, embed_dim) features for (B, 3, H, W) images in [0, 1].
+        patch_size: pixels a code covers, on each side.
+        embed_dim: width of a feature.
     """
 
     def __init__(self, module: nn.Module, patch_size: int, embed_dim: int):
@@ -30,8 +34,10 @@ class ModuleTokenizer(nn.Module):
         self.embed_dim = embed_dim
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """(B, 3, H, W) float in [0, 1] -> (B, n, embed_dim) features."""
         return self.module(images)
+
+
+# ---------------------------------------------------------------- running a file's code
 
 
 @contextlib.contextmanager
@@ -75,6 +81,8 @@ def load_running_code(path: str | Path, code_path: str | Path, use: Callable[[st
         return use(path, value)
 
 
+# ---------------------------------------------------------------- what a module is
+
 @torch.no_grad()
 def features_of(module: nn.Module, side: int) -> torch.Tensor:
     """Features (1, n, d) that a module gives for one fixed noise image of side x side pixels.
@@ -96,13 +104,13 @@ def features_of(module: nn.Module, side: int) -> torch.Tensor:
     return features
 
 
-def same_features(theirs: torch.Tensor, ours: torch.Tensor) -> bool:
-    """Whether two (1, n, d) features are the same but for rounding."""
-    return theirs.shape == ours.shape and bool((theirs - ours).abs().max() <= 1e-3 * theirs.abs().max())
+def same_features(wanted: torch.Tensor, features: torch.Tensor) -> bool:
+    """Whether features (1, n, d) are the wanted ones but for rounding."""
+    return wanted.shape == features.shape and bool((wanted - features).abs().max() <= 1e-3 * wanted.abs().max())
 
 
 def from_module(path: str | Path, module: nn.Module) -> nn.Module:
-    """A pickled module as a tokenizer: as our ViTVQGAN where names and features agree, else as it was found.
+    """A pickled module as a tokenizer: as a ViTVQGAN where names and features agree, else wrapped.
 
     Raises:
         InputError: for a module that gives no features.
@@ -113,11 +121,11 @@ def from_module(path: str | Path, module: nn.Module) -> nn.Module:
         model = None  # other names
     side = 256 if model is None else model.image_size
     try:
-        theirs = features_of(module, side)
+        features = features_of(module, side)
     except InputError as error:
         if model is None:
             raise InputError(f'{path}: {error}') from None
         return model  # an autoencoder, whose output is images
-    if model is not None and same_features(theirs, features_of(model, side)):
+    if model is not None and same_features(features, features_of(model, side)):
         return model
-    return ModuleTokenizer(module, side // math.isqrt(theirs.shape[1]), theirs.shape[2]).eval()
+    return ModuleTokenizer(module, side // math.isqrt(features.shape[1]), features.shape[2]).eval()

@@ -11,7 +11,8 @@ The codebook is a (K, embed_dim) tensor of its own. A feature's code is the row 
 (`codebook.quantize`); the row as stored, not normalized, is what SeiT trains on.
 
 `load_tokenizer` reads every kind of tokenizer file: the patch tokenizer below; ViT-VQGAN (vitvqgan.py) as a plain state
-dict, as .safetensors or as a public Lightning checkpoint; and SeiT's published module, which runs code when loaded.
+dict, as .safetensors or as a public Lightning checkpoint; and SeiT's published module, which runs code when loaded
+(pickled.py).
 """
 import math
 import pickle
@@ -160,7 +161,7 @@ def lift_rows(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat([rows, torch.full_like(rows[:, :1], LIFT)], 1)
 
 
-# ---------------------------------------------------------------- files that run no code
+# ---------------------------------------------------------------- files
 
 def load_tokenizer(path: str | Path, code_path: str | Path | None = None) -> nn.Module:
     """Read a tokenizer file of any kind, for use in eval mode on the CPU.
@@ -178,8 +179,8 @@ def load_tokenizer(path: str | Path, code_path: str | Path | None = None) -> nn.
     except CodeNeeded:
         if code_path is None:
             raise
-        return load_running_code(path, code_path, build)
-    return build(path, value)
+        return load_running_code(path, code_path, build_tokenizer)
+    return build_tokenizer(path, value)
 
 
 class CodeNeeded(InputError):
@@ -225,7 +226,7 @@ def check_version(path: str | Path) -> None:
                          + ('update the project' if newer else 'a damaged file; make it again'))
 
 
-def build(path: str | Path, value: Any) -> nn.Module:
+def build_tokenizer(path: str | Path, value: Any) -> nn.Module:
     """The tokenizer in what was read from `path`: a dict of tensors, a dict with a 'state_dict', or a module.
 
     Raises:
@@ -268,6 +269,3 @@ def patch_tokenizer(path: str | Path, state: dict[str, Any]) -> PatchTokenizer:
         raise InputError(f'{path}: not a patch tokenizer: {", ".join(names)} have shapes {shapes}, expected (3pp,), '
                          '(3pp, d), () and, in newer files, (K, d + 1)')
     return PatchTokenizer(*(tensor.float() for tensor in tensors)).eval()
-
-
-# ---------------------------------------------------------------- files that do

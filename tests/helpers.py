@@ -24,12 +24,15 @@ from torchvision import transforms
 
 import engine
 import main_seit
-import tokenize_images
 from benchmarks.common import free_port
 from fileio.files import expand_files, sha256
+from image_data.sources import open_source
+from image_tokenizer import tokenizing
+from image_tokenizer.tokenizing import EncodingOptions
 from image_tokenizer.vitvqgan import Size, position_table
 from token_files import cache as token_cache
 from token_files.context_model import HEADER, MAGIC
+from token_files.parts import Output
 from token_files.published import companion_path, gzip_bytes
 from token_files.token_file import manifest_path, open_token_file, write_model, write_set
 from utils import InputError
@@ -420,10 +423,29 @@ def tokenize_words(data, output, source='train', **options):
     return line
 
 
-def tokenize(data, output, source='train', **options):
+def tokenize(data, output, source='train', *, data_path=None, name='my', shard_size=0, format='published', image_size=SIZE,
+             batch_size=2, workers=0, skip_bad=False, max_pixels=None, **options):
     """Tokenize the images of `make_images` in this process; returns the output folder."""
-    call(tokenize_images, *tokenize_words(data, output, source, **options))
+    options = {'tokenizer_path': data / 'tok.pt', 'codebook_path': data / 'codebook.ckpt', **options}
+    tokenizing.tokenize(open_source(data_path or data / source), Output(output, name, shard_size, format),
+                        EncodingOptions(image_size=image_size, batch_size=batch_size, **options), torch.device('cpu'),
+                        workers, skip_bad, max_pixels)
     return output
+
+
+def with_bad_images(data, folder):
+    """A list of copies of the training images, three of them unreadable (truncated, no image, missing); their names."""
+    for path, _ in samples(data / 'train'):
+        target = folder / 'train' / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+    listed = as_list(data / 'train', folder)
+    listed.write_text(listed.read_text().replace(os.path.relpath(data, folder) + '/', ''))
+    images = sorted(folder.rglob('*.png'))
+    images[5].write_bytes(images[5].read_bytes()[:700])
+    images[17].write_bytes(b'no image')
+    images[40].unlink()
+    return listed, [images[i].name for i in (5, 17, 40)]
 
 
 def open_codes(token_file, cache=''):
