@@ -255,7 +255,7 @@ def test_pickled_module_of_another_make_is_used_as_found(tmp_path, foreign):
 
 def test_the_flag_runs_no_code_for_a_plain_file(state, tmp_path, monkeypatch):
     torch.save(state, tmp_path / 'a.pt')
-    monkeypatch.setattr('image_tokenizer.load_running_code', None)
+    monkeypatch.setattr('image_tokenizer.tokenizers.load_running_code', None)
     same_weights(load_tokenizer(tmp_path / 'a.pt', code_path=tmp_path / 'nowhere'), state)
 
 
