@@ -151,7 +151,7 @@ def open_token_store(images: dict[str, ImageDataset], files: dict[str, tuple[str
 
 
 def check_made_by(tokens: TokenDataset, token_file: str, made_by: dict[str, tuple[str, str]]) -> None:
-    """InputError where a manifest of a token set states another 'tokenizer' or 'codebook'.
+    """InputError where a manifest of a token set names another 'tokenizer' or 'codebook'.
 
     Args:
         tokens, token_file: the set.
@@ -159,8 +159,8 @@ def check_made_by(tokens: TokenDataset, token_file: str, made_by: dict[str, tupl
     """
     for name, (path, digest) in made_by.items():
         for file in tokens.files:
-            stated = file.manifest.get(name)
-            if isinstance(stated, dict) and stated.get('sha256') not in (None, '', digest):
+            noted = file.manifest.get(name)
+            if isinstance(noted, dict) and noted.get('sha256') not in (None, '', digest):
                 raise InputError(f'{token_file}: was made with another {name} than {path}: give that one to '
                                  f'--{name}-path')
 

@@ -15,15 +15,15 @@ def seed_rows(features: torch.Tensor, codes: int, generator: torch.Generator) ->
 
     Where fewer than `codes` features differ, some are drawn twice.
     """
-    chosen = torch.randint(len(features), (1,), generator=generator, device=features.device)
-    rows = [features[chosen[0]]]
+    drawn = torch.randint(len(features), (1,), generator=generator, device=features.device)
+    rows = [features[drawn[0]]]
     distance = (features - rows[0]).square().sum(1)
     square = features.square().sum(1)
     for _ in range(codes - 1):
         cumulative = distance.double().cumsum(0)
         at = torch.rand(1, generator=generator, device=features.device, dtype=torch.float64) * cumulative[-1]
-        chosen = torch.searchsorted(cumulative, at, right=True).clamp(max=len(features) - 1)
-        row = features[chosen[0]]
+        drawn = torch.searchsorted(cumulative, at, right=True).clamp(max=len(features) - 1)
+        row = features[drawn[0]]
         rows.append(row)
         # |f - r|^2 without the (N, d) difference; rounding may take it a little below zero
         torch.minimum(distance, (square - 2 * (features @ row) + row @ row).clamp(min=0), out=distance)

@@ -97,11 +97,11 @@ class VectorQuantizer(nn.Module):
         finite = unit.isfinite().all(1)
         unit = torch.where(finite[:, None], unit, 0)  # a bad step must not spoil the codebook
         # One feature from each of K equal parts of the batch, which begin anywhere: none twice where there are K.
-        places = (torch.arange(number, device=unit.device) + draws[:number]) / number + draws[number]
-        chosen = unit[(places % 1 * len(unit)).long().clamp(max=len(unit) - 1)]
+        positions = (torch.arange(number, device=unit.device) + draws[:number]) / number + draws[number]
+        candidates = unit[(positions % 1 * len(unit)).long().clamp(max=len(unit) - 1)]
         moved = torch.cat([torch.zeros_like(self.sums).index_add_(0, codes, unit),
                            torch.zeros_like(self.share).index_add_(0, codes, finite.float())[:, None],
-                           chosen if is_main() else torch.zeros_like(chosen)], 1)
+                           candidates if is_main() else torch.zeros_like(candidates)], 1)
         if dist.is_initialized():
             dist.all_reduce(moved)
         width = unit.shape[1]
@@ -110,8 +110,8 @@ class VectorQuantizer(nn.Module):
         share = torch.lerp(moved[:, width] / total, self.share, self.decay)
         rows = torch.where(sums.norm(dim=1, keepdim=True) > SMALL, F.normalize(sums, dim=1), self.rows)
 
-        chosen = moved[:, width + 1:]
-        dead = (share * number < self.revive_below) & chosen.any(1)
-        self.rows.copy_(torch.where(dead[:, None], chosen, rows))
-        self.sums.copy_(torch.where(dead[:, None], chosen / number, sums))
+        candidates = moved[:, width + 1:]  # rank 0's
+        dead = (share * number < self.revive_below) & candidates.any(1)
+        self.rows.copy_(torch.where(dead[:, None], candidates, rows))
+        self.sums.copy_(torch.where(dead[:, None], candidates / number, sums))
         self.share.copy_(torch.where(dead, 1 / number, share))

@@ -123,7 +123,7 @@ def perplexity(counts: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def evaluate_tokenizer(training: TokenizerTraining, batches: Iterable[torch.Tensor], amp: str,
                        name: str = '') -> dict[str, float]:
-    """Measure on held-out images, of which each rank has a share. Prints a line. Collective.
+    """Measure on held-out images, of which each rank has some. Prints a line. Collective.
 
     Args:
         training: left in eval mode.
@@ -132,7 +132,7 @@ def evaluate_tokenizer(training: TokenizerTraining, batches: Iterable[torch.Tens
         name: marks the line: '' or 'EMA'.
 
     Returns:
-        {'psnr': mean over images, 'ssim' likewise (for images of 11 pixels or more), 'usage': share of the codes that
+        {'psnr' and 'ssim': means over images (SSIM for images of 11 pixels or more), 'usage': part of the codes that
         occur, 'perplexity', 'loss'}.
 
     Raises:
