@@ -423,8 +423,8 @@ def tokenize_words(data, output, source='train', **options):
     return line
 
 
-def tokenize(data, output, source='train', *, data_path=None, name='my', shard_size=0, format='published', image_size=SIZE,
-             batch_size=2, workers=0, skip_bad=False, max_pixels=None, **options):
+def tokenize(data, output, source='train', *, data_path=None, name='my', shard_size=0, format='published',
+             image_size=SIZE, batch_size=2, workers=0, skip_bad=False, max_pixels=None, **options):
     """Tokenize the images of `make_images` in this process; returns the output folder."""
     options = {'tokenizer_path': data / 'tok.pt', 'codebook_path': data / 'codebook.ckpt', **options}
     tokenizing.tokenize(open_source(data_path or data / source), Output(output, name, shard_size, format),

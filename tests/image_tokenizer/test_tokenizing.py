@@ -23,7 +23,7 @@ from token_dataset import TokenDataset
 from token_files import parts
 from token_files.cache import open_codes
 from token_files.codebook import load_codebook, quantize
-from token_files.token_codecs import PUBLISHED
+from token_files.published import PUBLISHED
 from token_files.token_file import open_token_file
 from utils import InputError
 
