@@ -7,6 +7,7 @@ What differs between programs is made in the entry script, as three functions:
     evaluate_of(model, name)            {'loss', 'acc1', 'acc5', ...}; `name` is '' or 'EMA'
 """
 import contextlib
+import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,11 +21,12 @@ from timm.utils import distribute_bn
 from torch import nn
 
 from checkpoints import TrainState, load_weights
+from files import write_text
 from loss_meter import LossMeter, Progress, check_finite
 from preemption import AnyRank, StopSignal
 from run_folder import RunFolder, RunLog
 from samplers import in_order
-from utils import InputError, barrier, print0, rank, seed_step, world_size
+from utils import InputError, barrier, is_main, print0, rank, seed_step, world_size
 
 AMP_DTYPE = {'bf16': torch.bfloat16, 'fp16': torch.float16}
 LOG_EVERY = 50  # steps between readings of the loss; in between, the host never waits for the device
@@ -218,12 +220,24 @@ def rank_indices(n: int, distributed: bool) -> np.ndarray:
 
 
 def evaluate_checkpoint(model: nn.Module, checkpoint: dict[str, Any], path: str, ema: bool,
-                        evaluate_of: Callable) -> None:
-    """Evaluate the weights of a checkpoint, and with `ema` its averaged ones where it has them. Raises InputError."""
+                        evaluate_of: Callable, output: str = '') -> None:
+    """Evaluate the weights of a checkpoint, and with `ema` its averaged ones where it has them. Raises InputError.
+
+    With `output`, the numbers are written to that JSON file, too: those of the averaged ones under 'ema'.
+    """
+    results = {}
     for key, name in (('model', ''), ('model_ema', 'EMA')):
         if name == '' or (ema and checkpoint.get(key)):
             load_weights(model, checkpoint[key], path)
-            evaluate_of(model, name)
+            stats = evaluate_of(model, name)
+            results |= {'ema': stats} if name else stats
+    write_evaluation(output, results)
+
+
+def write_evaluation(path: str, results: dict[str, Any]) -> None:
+    """Write what an evaluation found to a JSON file, on rank 0; '' for nowhere. Raises InputError."""
+    if path and is_main():
+        write_text(path, json.dumps(results) + '\n')
 
 
 @torch.no_grad()

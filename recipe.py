@@ -112,6 +112,7 @@ def add_run_flags(parser: Parser) -> None:
     add = add_output_flags(parser)
     add('--start-epoch', type=integer(), default=0)
     add('--eval', action='store_true', help='only evaluate --resume')
+    add('--output', default='', metavar='FILE.json', help='with --eval: write the numbers there, too')
     add('--dist-eval', action='store_true', help='share the validation images over the ranks, each on exactly one')
     add('--no-eval', action='store_true', help='train without evaluating')
 
@@ -151,6 +152,7 @@ def check_flags(args: argparse.Namespace) -> None:
          '--bce-loss needs --smoothing 0 (any smoothing makes every target 1) and --cutmix or --mixup on'),
         (args.eval and not args.resume, '--eval needs --resume CHECKPOINT'),
         (args.eval and args.no_eval, '--eval and --no-eval exclude each other'),
+        (args.output and not args.eval, '--output belongs to --eval; training writes to --output-dir'),
     ]
     for wrong, message in checks:
         if wrong:
