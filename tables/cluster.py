@@ -62,11 +62,12 @@ class RowJob:
 
 def import_submitit() -> Any:
     """The package, told which signal ends a job. Raises InputError where it is not installed."""
-    os.environ['SUBMITIT_PREEMPT_SIGNAL'] = SIGNAL
+    os.environ['SUBMITIT_PREEMPT_SIGNAL'] = SIGNAL  # for the jobs
     try:
         import submitit
     except ImportError:
         raise InputError('--cluster slurm needs the submitit package: pip install -r requirements-slurm.txt') from None
+    submitit.JobEnvironment.USR_SIG = SIGNAL  # here, where it may have been imported before
     return submitit
 
 

@@ -435,7 +435,7 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run:
         print_commands(list({row.name: row for name in names for row in rows_of(name, args)}.values()))
         return 0
-    for name in names:
+    for name in names if not args.report else ():
         plan = plan_of(name, args)
         check_data(plan, args.images_per_class)
         if isinstance(plan, pretraining.PretrainingPlan) and plan.before.preset.classes:

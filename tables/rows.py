@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from continual_run import RUN, read_results
 from files import lock_file, read_bytes, read_json, write_text
 from preemption import REQUEUE
-from run_folder import LOG
 from utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +25,7 @@ MAX_LOG_BYTES = 1 << 26  # of a program's output
 ROW = 'row.json'
 DONE = 'done.json'
 OUTPUT = 'output.txt'
+LOG = 'log.txt'  # of a training, as run_folder.py has it, which a job need not wait for: it imports timm
 LOCK = 'row.lock'  # a training locks a file of its own in the same folder
 HOME = '$OUTPUT'  # the output folder, in ROW: it may be moved, and be spelled in several ways
 LAUNCHER = 'torchrun'  # the first word of a command on several processes; its flags follow, then the program
@@ -190,6 +189,8 @@ def has_result(command: Command) -> bool:
     flags = {flag: words[0] for flag, words in flags_of(command).items() if words}
     if '--output' in flags:
         return Path(flags['--output']).exists()
+    if '--output-dir' not in flags:
+        return False
     folder = Path(flags['--output-dir'])
     program = command[program_at(command)]
     if program in RESULTS:
@@ -198,6 +199,7 @@ def has_result(command: Command) -> bool:
     if program == 'main_continual.py':
         if '--tokenize-only' in command:
             return (folder / 'synonyms.json').exists()
+        from continual_run import RUN, read_results
         lines = read_results(str(folder))
         return bool(lines) and lines[-1]['classes'] == read_json(folder / RUN)['classes']
     if '--epochs' not in flags or final_line(folder, int(flags['--epochs'])) is None:

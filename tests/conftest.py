@@ -10,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / 'scripts'), str(ROOT / 'tests' / 'stress')]
+sys.path[:0] = [str(ROOT), str(ROOT / 'scripts'), str(ROOT / 'docs'), str(ROOT / 'tests' / 'stress')]
 torch.set_num_threads(2)
 
 
