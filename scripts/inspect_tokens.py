@@ -64,6 +64,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         'images and reconstructions, whichever there are')
     add('--images', type=integer(1), default=16, help='on the contact sheet, from the first on')
     add('--max-image-pixels', type=integer(1), metavar='N', help="images with more are refused; default: PIL's limit")
+    add('--num-workers', type=integer(), default=cores(), help='processes that decode images for --quality')
     add('--device', default='cpu', help='that reconstructs for --quality: cpu, cuda, cuda:N or auto')
     args = parser.parse_args(argv)
     if args.quality and not (args.data_path and args.tokenizer_path):
@@ -159,20 +160,21 @@ def open_tokenizer(args: argparse.Namespace, codebook: torch.Tensor) -> nn.Modul
 
 
 def image_quality(source: Source, codes: np.ndarray, tokenizer: nn.Module, codebook: torch.Tensor, size: int | None,
-                  max_pixels: int | None) -> dict[str, float | None]:
+                  workers: int, max_pixels: int | None) -> dict[str, float | None]:
     """Means of PSNR and SSIM over all images; None where the tokenizer has no decoder.
 
     Args:
         source, codes: the images, and their codes (N, n) uint16.
         tokenizer, codebook: on one device.
         size: pixels on a side at which they are compared; None for those of the reconstruction.
+        workers: processes that decode images.
         max_pixels: larger images are an InputError.
     """
     own_size = tokenizer.patch_size * math.isqrt(codes.shape[1])
     size = size or own_size
     batches = [range(first, min(first + BATCH, len(codes))) for first in range(0, len(codes), BATCH)]
     scores = {'psnr': [], 'ssim': []}
-    for batch, images in zip(batches, load_images(source, batches, size, workers=cores(), max_pixels=max_pixels)):
+    for batch, images in zip(batches, load_images(source, batches, size, workers=workers, max_pixels=max_pixels)):
         made = decode_codes(tokenizer, codebook, torch.from_numpy(codes[batch.start:batch.stop].astype(np.int64)))
         if made is None:
             return {'quality_size': size, 'psnr': None, 'ssim': None}
@@ -273,7 +275,7 @@ def main(args: argparse.Namespace) -> None:
     if args.quality:
         device = device_of_rank(args.device)
         summary |= image_quality(source, codes, open_tokenizer(args, codebook).to(device), codebook.to(device),
-                                 args.quality_size, args.max_image_pixels)
+                                 args.quality_size, args.num_workers, args.max_image_pixels)
     print0('\n'.join(describe(summary)))
     if args.output and args.output.endswith('.json'):
         write_text(args.output, json.dumps(summary) + '\n')

@@ -229,7 +229,7 @@ def test_mistakes_are_one_line(tmp_path, slurm, monkeypatch):
     for slurm_words, message in (
             ([], 'has no timeout_min; give the minutes'), (['timeout_min'], '--slurm timeout_min: give NAME=VALUE'),
             (['timeout_min=60', 'slurm_partitoin=x'], "--slurm: Unknown argument 'partitoin' for executor 'slurm'"),
-            (['timeout_min=60', 'partition=x'], "--slurm: .*'partition'"), (['timeout_min=1h'], 'expected type'),
+            (['timeout_min=60', 'gpus=8'], "--slurm: .*'gpus'"), (['timeout_min=1h'], 'expected type'),
             (['timeout_min=60', 'tasks_per_node=8'], 'tasks_per_node=8: a row is one task')):
         fails(lambda slurm_words=slurm_words: call(make, *words, *(['--slurm', *slurm_words] if slurm_words else ())),
               message)
