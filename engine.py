@@ -21,7 +21,7 @@ from timm.utils import distribute_bn
 from torch import nn
 
 from checkpoints import TrainState, load_weights
-from files import write_text
+from files import check_writable, write_text
 from loss_meter import LossMeter, Progress, check_finite
 from preemption import AnyRank, StopSignal
 from run_folder import RunFolder, RunLog
@@ -225,6 +225,8 @@ def evaluate_checkpoint(model: nn.Module, checkpoint: dict[str, Any], path: str,
 
     With `output`, the numbers are written to that JSON file, too: those of the averaged ones under 'ema'.
     """
+    if output and is_main():
+        check_writable(output)
     results = {}
     for key, name in (('model', ''), ('model_ema', 'EMA')):
         if name == '' or (ema and checkpoint.get(key)):

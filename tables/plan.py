@@ -406,7 +406,8 @@ class Plan:
         inspected = self.row(quality, [
             (*inspect, '--token-file', train, '--output', self.output / quality / 'train.json'),
             (*inspect, '--token-file', val, '--data-path', self.split('val'), '--quality', '--quality-size',
-             self.preset.quality_size, *self.workers, *self.device, '--output', self.output / quality / 'val.json')], [tokens.row])
+             self.preset.quality_size, *self.workers, *self.device, '--output', self.output / quality / 'val.json')],
+            [tokens.row])
         timed = self.row(speed, [
             ('benchmarks/encode.py', *files, '--image-size', tokens.tokenizer.image_size, '--amp', 'off', '--images',
              256, *self.workers, *self.device, '--output', self.output / speed / 'encode.json')], [tokens.row])
