@@ -89,12 +89,17 @@ def parameters_of(words: Iterable[str]) -> dict[str, Any]:
         if parameters.get(name, 1) != 1:
             raise InputError(f'--slurm {name}={parameters[name]}: a row is one task, whose program starts the other '
                              'processes; leave it out')
+    return parameters
+
+
+def connect(parameters: dict[str, Any]) -> Any:
+    """submitit, where it can submit jobs of these parameters. Raises InputError where it cannot."""
     submitit = import_submitit()
     for program in ('sbatch', 'srun', 'sacct'):
         if shutil.which(program) is None:
             raise InputError(f'--cluster slurm: {program} is not on the path; run this where jobs are submitted from')
     executor_of(submitit, Path('slurm'), parameters)
-    return parameters
+    return submitit
 
 
 def executor_of(submitit: Any, folder: Path, parameters: dict[str, Any]) -> Any:
@@ -143,7 +148,7 @@ def submit_rows(rows: Sequence[Row], words: Sequence[str], threads: int,
         InputError: when SLURM or its accounting cannot be asked.
     """
     parameters = parameters_of(words)
-    submitit = import_submitit()
+    submitit = connect(parameters)
     # the jobs import this module, from whatever folder and with PYTHONSAFEPATH
     os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])
     jobs = {row.name: read_json(row.folder / JOB) for row in rows if (row.folder / JOB).exists()}

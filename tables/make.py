@@ -274,7 +274,7 @@ def check_args(args: argparse.Namespace) -> None:
             raise InputError(f'--{flag.replace("_", "-")}: is for the table {table}')
     if args.slurm and args.cluster != 'slurm':
         raise InputError('--slurm: needs --cluster slurm')
-    if args.cluster == 'slurm' and not (args.dry_run or args.report):
+    if args.cluster == 'slurm':
         cluster.parameters_of(args.slurm)
 
 
@@ -435,6 +435,8 @@ def main(args: argparse.Namespace) -> int:
     if args.dry_run:
         print_commands(list({row.name: row for name in names for row in rows_of(name, args)}.values()))
         return 0
+    if args.cluster == 'slurm' and not args.report:
+        cluster.connect(cluster.parameters_of(args.slurm))
     for name in names if not args.report else ():
         plan = plan_of(name, args)
         check_data(plan, args.images_per_class)
