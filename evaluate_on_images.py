@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, under PYTHONSAFEPATH=1 too
-from engine import evaluate, rank_indices
+from engine import evaluate, rank_indices, write_evaluation
 from fileio.files import check_writable, write_text
 from flags import SEED, KeyValues, Parser, add_max_pixels, integer, print_no_effect
 from image_data.class_subsets import OnlyClasses, match_classes
@@ -71,6 +71,7 @@ def make_parser() -> Parser:
         help='off: fp32, so that codes are those of the training set; bf16 is faster and moves some codes')
     add('--compile', action='store_true', help='torch.compile tokenizer and model')
     add('--dist-eval', action='store_true', help='share the images over the ranks, each on exactly one')
+    add('--output', default='', metavar='FILE.json', help='write the numbers there, too')
     add('--save-predictions', metavar='FILE.csv', help='a line an image: file, label, prediction, probability, top 5')
     add('--skip-bad-images', action='store_true', help='leave unreadable images out and count them')
     add_max_pixels(add)
@@ -190,8 +191,8 @@ def main(args: argparse.Namespace) -> None:
     print_no_effect(NO_EFFECT, vars(args))
     amp = args.amp or default_amp(device)
     change = make_corruption(args.corruption, args.severity, args.seed)
-    if args.save_predictions:
-        on_main(check_writable, args.save_predictions)
+    for path in filter(None, (args.output, args.save_predictions)):
+        on_main(check_writable, path)
 
     # model, tokenizer and images, which must belong together
     codebook = load_codebook(args.codebook_path)
@@ -232,8 +233,10 @@ def main(args: argparse.Namespace) -> None:
         probability, top = logits.softmax(1).topk(min(5, num_classes if subset is None else len(subset)))
         rows.extend(zip(top.tolist(), probability[:, 0].tolist()))
 
-    evaluate(model, batches, EvalTransform(codebook, args.vit_input_size, device), amp=amp, distributed=args.dist_eval,
-             name='EMA' if args.use_ema else '', record=record if args.save_predictions else None)
+    stats = evaluate(model, batches, EvalTransform(codebook, args.vit_input_size, device), amp=amp,
+                     distributed=args.dist_eval, name='EMA' if args.use_ema else '',
+                     record=record if args.save_predictions else None)
+    write_evaluation(args.output, stats)
     skipped = gather([batches.skipped], args.dist_eval)
     if is_main() and sum(skipped):
         print0(f'{sum(skipped)} unreadable images were left out')

@@ -109,7 +109,7 @@ def evaluate_only(args: argparse.Namespace, checkpoint: dict[str, Any], path: st
     model = make_model(args, len(codebook), size, classes).to(device)
     recipe.print_model(args, args.model, model, device)
     weights = {'model': without_token_adapt(checkpoint['model'])}
-    evaluate_checkpoint(model, weights, path, False, make_evaluate(args, data, codebook, size, device))
+    evaluate_checkpoint(model, weights, path, False, make_evaluate(args, data, codebook, size, device), args.output)
 
 
 # ---------------------------------------------------------------- the program

@@ -156,7 +156,8 @@ def evaluate_only(args: argparse.Namespace, checkpoint: dict[str, Any], path: st
     amp = recipe.print_model(args, args.model, model, device)
     evaluate_of = make_evaluate(args, data, device, amp)
     scored = model if chosen is None else OnlyClasses(model, chosen, classes).to(device)
-    evaluate_checkpoint(model, checkpoint, path, args.model_ema, lambda _, name: evaluate_of(scored, name))
+    evaluate_checkpoint(model, checkpoint, path, args.model_ema, lambda _, name: evaluate_of(scored, name),
+                        args.output)
 
 
 # ---------------------------------------------------------------- the program

@@ -156,7 +156,7 @@ def main(args: argparse.Namespace) -> int:
         return evaluate(model, batches, transform, amp=amp, distributed=args.dist_eval, name=name)
 
     if args.eval:
-        evaluate_checkpoint(model, checkpoint, path, args.model_ema, evaluate_of)
+        evaluate_checkpoint(model, checkpoint, path, args.model_ema, evaluate_of, args.output)
         return 0
 
     # ------------------------------------------------------------ loss

@@ -38,6 +38,7 @@ def check_flags(args: Flags) -> None:
          '--bce-loss needs --smoothing 0 (any smoothing makes every target 1) and --cutmix or --mixup on'),
         (args.eval and not args.resume, '--eval needs --resume CHECKPOINT'),
         (args.eval and args.no_eval, '--eval and --no-eval exclude each other'),
+        (args.output and not args.eval, '--output belongs to --eval; training writes to --output-dir'),
     ]
     for wrong, message in checks:
         if wrong:

@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 import main_seit
-from fileio.files import save_torch, write_text
+from fileio.files import check_writable, save_torch, write_text
 from flags import Parser, integer
 from image_tokenizer.tokenizers import PatchTokenizer, lift_rows
 from image_tokenizer.vitvqgan import ViTVQGAN
@@ -31,7 +31,8 @@ CODE_DIM = 32
 CHUNK_CODES = 1 << 23  # made at a time
 RANKINGS = 64  # of the codes, one for every so many of the neighbors that a synthetic code may have
 CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
-PLACES = 'main_flags', 'folder', 'token_file', 'data_path'  # flags that say where files lie
+# Flags that say where files lie.
+PLACES = 'main_flags', 'folder', 'token_file', 'data_path', 'tokenizer_path', 'codebook_path', 'output'
 # Of main_seit.py's flags, those that the JSON line repeats.
 MAIN_FLAGS = 'model', 'model_kwargs', 'batch_size', 'input_size', 'compile', 'nb_classes', 'data_device'
 
@@ -51,6 +52,7 @@ def make_parser(about: str, repeats: int, clock: bool = False, threads: str = "t
     add = parser.add_argument
     add('--repeats', type=integer(1), default=repeats, help='rounds')
     add('--threads', type=integer(1), default=torch.get_num_threads(), help=threads)
+    add('--output', metavar='FILE.json', help='write the JSON line there, too')
     if clock:
         add('--clock', default='wall', choices=list(CLOCKS), help='cpu: count CPU seconds of the process; with '
             '--threads 1, what a CPU shared with other jobs would do alone')
@@ -140,6 +142,8 @@ def run_benchmark(name: str, measure: Callable, asked: dict[str, Any]) -> None:
         measure: (device, folder) -> numbers by name.
         asked: the flags by name, 'device' and 'threads' among them, and what `parse_with_main` adds where it was used.
     """
+    if asked.get('output'):
+        check_writable(asked['output'])
     device = set_up(asked['device'], asked['threads'])
     with tempfile.TemporaryDirectory(prefix='seit-benchmark-') as folder:
         result = measure(device, Path(folder))
@@ -155,7 +159,7 @@ def asked_of_main(main_args: argparse.Namespace, device: torch.device) -> dict[s
 
 
 def print_result(name: str, result: dict[str, Any], asked: dict[str, Any], device: torch.device) -> None:
-    """Print a line for each result, then the JSON line.
+    """Print a line for each result, then the JSON line, which --output gets, too.
 
     Args:
         name: of the benchmark.
@@ -165,8 +169,11 @@ def print_result(name: str, result: dict[str, Any], asked: dict[str, Any], devic
     """
     for key, value in result.items():
         print(f'{key}: {value}')
-    asked = {key: value for key, value in asked.items() if key not in PLACES}
-    print(json.dumps({'benchmark': name, **result, 'asked': asked, 'hardware': hardware(device)}), flush=True)
+    facts = {key: value for key, value in asked.items() if key not in PLACES}
+    line = json.dumps({'benchmark': name, **result, 'asked': facts, 'hardware': hardware(device)})
+    print(line, flush=True)
+    if asked.get('output'):
+        write_text(asked['output'], line + '\n')
 
 
 # ---------------------------------------------------------------- synthetic data

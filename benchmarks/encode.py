@@ -17,9 +17,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
 from flags import integer
 from image_data.sources import Source, load_images, open_source
+from image_tokenizer.tokenizers import load_tokenizer
 from image_tokenizer.tokenizing import Encoder, encode_part
+from token_files.codebook import load_codebook
 from token_files.parts import Parts
-from utils import cores, keep_freed_memory, run
+from utils import InputError, cores, keep_freed_memory, run
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -28,18 +30,27 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add('--device', default='auto', help='auto (CUDA where there is one), cuda, cuda:N or cpu')
     add('--tokenizer', default='base', choices=common.TOKENIZERS, help='ViT-VQGAN of that size, or patches')
+    add('--tokenizer-path', metavar='FILE', help='a tokenizer that is there, instead; with --codebook-path')
+    add('--codebook-path', metavar='FILE')
     add('--amp', nargs='+', default=['off', 'bf16'], choices=['off', 'bf16'])
     add('--compile', action='store_true', help='measure each with torch.compile too')
     add('--image-size', type=integer(1), default=256)
     add('--batch-size', type=integer(1), default=64)
     add('--images', type=integer(1), default=1024)
     add('--num-workers', type=integer(), default=cores(), help='processes that decode images')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if bool(args.tokenizer_path) != bool(args.codebook_path):
+        raise InputError('give --tokenizer-path and --codebook-path together')
+    return args
 
 
 def make_encoders(args: argparse.Namespace, device: torch.device) -> dict[str, Encoder]:
     """An encoder for each precision, compiled too where that is asked for, by name."""
-    tokenizer, codebook = common.make_tokenizer(args.tokenizer, device)
+    if args.tokenizer_path:
+        tokenizer = load_tokenizer(args.tokenizer_path).to(device)
+        codebook = load_codebook(args.codebook_path).to(device)
+    else:
+        tokenizer, codebook = common.make_tokenizer(args.tokenizer, device)
     encoders = {}
     for amp in args.amp:
         name = 'fp32' if amp == 'off' else amp

@@ -3,9 +3,10 @@
     python tables/choose_images.py --data-path IMAGES/train --classes 20 --images-per-class 500 --output-dir small/train
 
 Takes the first classes in alphabetical order, after those that are skipped, and the first images of each. Nothing is
-copied.
+copied. `chosen.json`, beside the classes, is written when all links are there.
 """
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from fileio.files import write_text
 from flags import Parser, integer
 from image_data.sources import FolderImages, open_source
 from utils import InputError, print0, run
@@ -58,6 +60,8 @@ def main(args: argparse.Namespace) -> None:
     for index in chosen:
         name = source.names[index]
         link(Path(args.output_dir, name), os.path.join(source.folder, name))
+    made = {'classes': args.classes, 'images': len(chosen)}
+    write_text(Path(args.output_dir, 'chosen.json'), json.dumps(made) + '\n')
     print0(f'{len(chosen):,} images of {args.classes} classes: {args.output_dir}')
 
 

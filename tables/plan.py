@@ -2,10 +2,11 @@
 
 All tables of one --output-dir share rows: the same training is not repeated for another table.
 """
+import copy
 import math
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,10 @@ from tables.rows import Command, Row
 BYTES = 'bytes.json'  # of a row that makes a set
 MANIFEST = Path('set', 'manifest.json')  # of scripts/shrink_images.py, in such a row
 CHECKPOINT = 'checkpoint.pth'
+EVALUATION = 'evaluation.json'  # of evaluate_on_images.py and main_pixels.py --eval
 PROBE = 'probe.json'  # of scripts/probe.py
+SEARCH = 'search'  # begins the names of lines of a search
+SEARCH_SEED = 0  # whatever --seeds says: else another order of seeds would find another learning rate
 PRETRAIN, FINETUNE = 'main_mtm_pretrain.py', 'main_mtm_finetune.py'
 LAST = 'checkpoint-last.pth'  # of these two
 LAYER_DECAY = 0.65  # published
@@ -30,27 +34,34 @@ class Line:
         name: as it stands in the table.
         kind: what its learning rate goes by, of KINDS in presets.py, or what a table says; '' where nothing is trained.
         runs: rows by seed.
-        data: the row whose BYTES are those of the training set.
-        measure: what is read of a run: 'top1' or 'images_per_second' (of log.txt), 'printed top1', or 'knn top1' or
-            'linear top1' (of PROBE).
+        measure: what is read of a run: 'top1' or 'images_per_second' (of log.txt), 'evaluated top1' (of EVALUATION),
+            'knn top1' or 'linear top1' (of PROBE), or 'tasks' (of results.jsonl).
+        files: what else the table says of it: by name, a row and the JSON file in its folder. 'bytes' are those of
+            the training set, 'full_bytes' those that they are compared with, 'start_bytes' those of the set that its
+            weights are pre-trained on.
         epochs: of a training.
         pretraining: epochs of the pre-training that it starts from.
+        rate: of a line of the search, the learning rate that it tries.
         paper: the paper's value, or None.
         paper_size: its storage, or None.
-        full: the row whose BYTES the line's are compared with, or None.
-        start: the row whose BYTES are those of the set that its weights are pre-trained on, or None.
+        facts: what else the results hold of it, as plain values by name.
     """
     name: str
     kind: str
     runs: dict[int, Row]
-    data: Row
     measure: str = 'top1'
+    files: dict[str, tuple[Row, str]] = field(default_factory=dict)
     epochs: int = 0
     pretraining: int = 0
+    rate: float | None = None
     paper: float | None = None
     paper_size: str | None = None
-    full: Row | None = None
-    start: Row | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows that it is made of."""
+        return [*(row for row, _ in self.files.values()), *self.runs.values()]
 
 
 class Images(NamedTuple):
@@ -79,26 +90,28 @@ class Plan:
         data: the user's folder with train/ and val/.
         output: for all rows.
         device: --device of every program.
-        lrs: learning rates by kind.
+        lr: learning rate of all that is trained; None for the preset's.
 
     Attributes:
         output: for the rows of these images.
         root: for the rows of all.
+        lrs, search: learning rates by kind, as the preset's.
         rows: made so far, by name; those that a row needs come before it.
     """
 
-    def __init__(self, preset: Preset, data: Path, output: Path, device: str, lrs: dict[str, float]):
+    def __init__(self, preset: Preset, data: Path, output: Path, device: str, lr: float | None = None):
         self.preset = preset
         self.data = data
         self.output = self.root = output
         self.device = ('--device', device)
         self.workers = ('--num-workers', str(preset.workers))
-        self.lrs = lrs
+        self.lrs = dict.fromkeys(preset.lrs, lr) if lr else preset.lrs
+        self.search = preset.search
         self.rows = {}
 
     def part(self, name: str, preset: Preset) -> 'Plan':
         """A plan of other images or epochs, whose rows are in a folder `name`; it shares tokenizers and `rows`."""
-        plan = Plan(preset, self.data, self.root, self.device[1], self.lrs)
+        plan = Plan(preset, self.data, self.root, self.device[1])
         plan.output = self.root / name
         plan.rows = self.rows
         return plan
@@ -165,7 +178,7 @@ class Plan:
         """The rows that make a tokenizer, its path, and its codebook's."""
         tokenizer = self.preset.tokenizers[name]
         if not tokenizer.make:
-            return (), self.data / 'weights' / tokenizer.file, self.data / 'tokens' / 'codebook.ckpt'
+            return (), self.data / 'weights' / tokenizer.file, self.data / 'tokens' / tokenizer.codebook
         out = self.root / 'tokenizers' / name
         device = self.device if tokenizer.make[0] == 'scripts/train_tokenizer.py' else ()
         make = (*tokenizer.make, '--data-path', self.data / 'train', '--output-dir', out, *self.workers, *device)
@@ -266,13 +279,15 @@ class Plan:
         """A line of trainings on tokens, after some rows."""
         words = self.token_words(tokens, more)
         runs = {seed: self.train(name, self.lrs['tokens'], seed, words, [tokens.row, *after]) for seed in seeds}
-        return Line(name, 'tokens', runs, tokens.row, epochs=self.epochs(tokens.share)[0], **facts)
+        return Line(name, 'tokens', runs, files={'bytes': (tokens.row, BYTES)}, epochs=self.epochs(tokens.share)[0],
+                    **facts)
 
     def pixel_line(self, name: str, seeds: Sequence[int], images: Images, **facts: Any) -> Line:
         """A line of trainings on pixels."""
         words = self.pixel_words(images)
         runs = {seed: self.train(name, self.lrs['pixels'], seed, words, [images.row]) for seed in seeds}
-        return Line(name, 'pixels', runs, images.row, epochs=self.epochs(images.share)[0], **facts)
+        return Line(name, 'pixels', runs, files={'bytes': (images.row, BYTES)}, epochs=self.epochs(images.share)[0],
+                    **facts)
 
     def base_line(self, kind: str, seeds: Sequence[int], **facts: Any) -> Line:
         """The line of all images of a kind, which learning rates are chosen for."""
@@ -283,6 +298,17 @@ class Plan:
         if kind == 'codes':
             return self.codes_line('MTM network, from scratch', seeds, self.preset.epochs)
         return self.pretrained_line('pre-trained, equal epochs', seeds, 2)
+
+    def search_lines(self, kinds: Iterable[str]) -> list[Line]:
+        """The lines of the search for learning rates of some kinds: their base lines, at each rate with SEARCH_SEED."""
+        lines = []
+        for kind in kinds:
+            for rate in self.search.get(kind, ()):
+                plan = copy.copy(self)  # of the same rows
+                plan.lrs = self.lrs | {kind: rate}
+                line = plan.base_line(kind, [SEARCH_SEED])
+                lines.append(replace(line, name=f'{SEARCH} {kind} {rate:g}', rate=rate, paper=None, paper_size=None))
+        return lines
 
     # ------------------------------------------------------------ SeiT++
 
@@ -315,13 +341,13 @@ class Plan:
     @property
     def tuning_epochs(self) -> int:
         """Of fine-tuning SeiT++."""
-        return self.preset.epochs // 3
+        return max(1, self.preset.epochs // 3)
 
     def codes_line(self, name: str, seeds: Sequence[int], epochs: int) -> Line:
         """SeiT++'s network from scratch."""
         words, after = self.masked_words(FINETUNE, epochs, self.preset.warmup_epochs, '--layer-decay', 1)
         runs = {seed: self.train(name, self.lrs['codes'], seed, words, after) for seed in seeds}
-        return Line(name, 'codes', runs, after[0], epochs=epochs)
+        return Line(name, 'codes', runs, files={'bytes': (after[0], BYTES)}, epochs=epochs)
 
     def pretrained_line(self, name: str, seeds: Sequence[int], times: int, lr: float | None = None,
                         **facts: Any) -> Line:
@@ -338,23 +364,55 @@ class Plan:
             words, after = self.masked_words(FINETUNE, epochs, masked.warmup_epochs, '--layer-decay', LAYER_DECAY,
                                              '--finetune', start.folder / LAST)
             runs[seed] = self.train(name, self.lrs['fine-tuning'], seed, words, [*after, start])
-        return Line(name, 'fine-tuning', runs, after[0], epochs=epochs, pretraining=times * epochs, **facts)
+        return Line(name, 'fine-tuning', runs, files={'bytes': (after[0], BYTES)}, epochs=epochs,
+                    pretraining=times * epochs, **facts)
 
     # ------------------------------------------------------------ evaluations
 
-    def evaluate_tokens(self, run: Row, tokens: Tokens, data_path: Path, more: Sequence[str]) -> Command:
-        """Evaluate a checkpoint on images, through the tokenizer."""
-        codes = tokens.tokenizer.input_size // 8
-        return ('evaluate_on_images.py', '--model-path', run.folder / CHECKPOINT, '--model', *self.preset.token_model,
-                '--codebook-path', tokens.codebook, '--tokenizer-path', tokens.tokenizer_path,
-                '--tokenizer-input-size', tokens.tokenizer.image_size, '--vit-input-size', codes, '--data-path',
-                data_path, *self.workers, *self.device, *more)
+    def evaluation(self, kind: str, run: Row, name: str, data_path: Path, more: Sequence[str]) -> Row:
+        """The row that evaluates a checkpoint on images, as pixels or, of a model of tokens, through the tokenizer.
 
-    def evaluate_pixels(self, run: Row, data_path: Path, more: Sequence[str]) -> Command:
-        """Evaluate a checkpoint on images."""
-        return ('main_pixels.py', '--eval', '--resume', run.folder / CHECKPOINT, '--no-model-ema', '--val-path',
-                data_path, '--model', *self.preset.pixel_model, *self.preset.pixels, *self.workers, *self.device,
-                *more)
+        Args:
+            kind: 'tokens' or 'pixels'.
+            run: the training.
+            name: of what it is evaluated on.
+            data_path: the images.
+            more: flags that say what is done to them.
+        """
+        folder = f'evaluate/{kind}/{run.folder.name}/{name.replace(" ", "-")}'
+        end = (*self.workers, *self.device, *more, '--output', self.output / folder / EVALUATION)
+        if kind == 'tokens':
+            tokens = self.main_tokens()
+            size = tokens.tokenizer.image_size
+            command = ('evaluate_on_images.py', '--model-path', run.folder / CHECKPOINT, '--model',
+                       *self.preset.token_model, '--codebook-path', tokens.codebook, '--tokenizer-path',
+                       tokens.tokenizer_path, '--tokenizer-input-size', size, '--vit-input-size',
+                       tokens.tokenizer.input_size // 8, '--data-path', data_path, *end)
+        else:
+            command = ('main_pixels.py', '--eval', '--resume', run.folder / CHECKPOINT, '--no-model-ema', '--val-path',
+                       data_path, '--model', *self.preset.pixel_model, *self.preset.pixels, *end)
+        return self.row(folder, [command], [run])
+
+    def judged_tokens(self, name: str, tokens: Tokens) -> dict[str, tuple[Row, str]]:
+        """What a table says of a tokenizer beside what is trained on its tokens, as Line's files.
+
+        'codes' are the training set's in use, 'quality' PSNR and SSIM of the validation images, 'speed' the images
+        that are tokenized a second.
+        """
+        quality, speed = f'quality/{name}', f'speed/{name}'
+        files = ('--codebook-path', tokens.codebook, '--tokenizer-path', tokens.tokenizer_path)
+        inspect = ('scripts/inspect_tokens.py', *files)
+        train, val = (flag_value(tokens.flags, f'--{split}-token-file') for split in ('train', 'val'))
+        inspected = self.row(quality, [
+            (*inspect, '--token-file', train, '--output', self.output / quality / 'train.json'),
+            (*inspect, '--token-file', val, '--data-path', self.split('val'), '--quality', '--quality-size',
+             self.preset.quality_size, *self.workers, *self.device, '--output', self.output / quality / 'val.json')],
+            [tokens.row])
+        timed = self.row(speed, [
+            ('benchmarks/encode.py', *files, '--image-size', tokens.tokenizer.image_size, '--amp', 'off', '--images',
+             256, *self.workers, *self.device, '--output', self.output / speed / 'encode.json')], [tokens.row])
+        return {'codes': (inspected, 'train.json'), 'quality': (inspected, 'val.json'),
+                'speed': (timed, 'encode.json')}
 
 
 def flag_value(words: Command, flag: str) -> str:

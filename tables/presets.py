@@ -1,6 +1,8 @@
 """What each preset says: images, models, epochs, learning rates, storage budgets. And what the paper says."""
 from dataclasses import dataclass, replace
 
+from utils import InputError
+
 Words = tuple[str, ...]
 # What is trained with a learning rate of its own: SeiT on tokens; a ViT on pixels; SeiT++'s network, which reads
 # numbers of codes, from scratch; and the same from pre-training.
@@ -15,13 +17,15 @@ class Tokenizer:
         image_size: pixels on a side that images are resized to.
         input_size: main_seit.py's --input-size, 8 to a code: the whole grid, or a crop of it.
         make: the command that makes the tokenizer of --data-path in --output-dir, without these two flags; () for one
-            that the user has in DATA/weights.
-        file: its name there.
+            that the user has.
+        file: its name there; of one that the user has, its path from DATA/weights.
+        codebook: of one that the user has, its codebook's path from DATA/tokens.
     """
     image_size: int
     input_size: int
     make: Words
     file: str
+    codebook: str = 'codebook.ckpt'
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,8 @@ class Preset:
         token_model, pixel_model: --model, and words that go with it.
         small_model, small_pixel_model: the same for a model that costs next to nothing.
         tokens, pixels: flags of training on each.
-        lrs: learning rates to try by kind, of KINDS; with one there is no search.
+        lrs: learning rate by kind, of KINDS.
+        search: learning rates by kind that were tried to find it, or that are to be tried: lines of their own.
         masked: of SeiT++.
         tokenizers: by name. The first is that of the tables, the others are further lines of table 1.
         published: token files in DATA/tokens by split, for all images at the first tokenizer: how their names begin,
@@ -69,6 +74,7 @@ class Preset:
         sides: parts of the side that images are resized to.
         qualities: of JPEG.
         workers: processes of a program that decode images.
+        quality_size: pixels on a side, at which reconstructions of all tokenizers are compared with the originals.
         more_sets: validation sets in DATA with classes of their own, by the name that --classes has for them.
         skip_classes: so many of the first classes are not taken.
         images: the folder in DATA that holds train/ and val/; '' for DATA.
@@ -87,7 +93,8 @@ class Preset:
     small_pixel_model: Words
     tokens: Words
     pixels: Words
-    lrs: dict[str, tuple[float, ...]]
+    lrs: dict[str, float]
+    search: dict[str, tuple[float, ...]]
     masked: Masked
     tokenizers: dict[str, Tokenizer]
     published: dict[str, str]
@@ -96,10 +103,33 @@ class Preset:
     sides: tuple[float, ...]
     qualities: tuple[int, ...]
     workers: int
+    quality_size: int
     more_sets: Words = ()
     skip_classes: int = 0
     images: str = ''
     evaluated: bool = True
+
+    def with_sizes(self, classes: int | None, images_per_class: int | None, epochs: int | None) -> 'Preset':
+        """The preset with other classes, images or epochs; None for its own. Raises InputError."""
+        preset = self
+        if epochs:
+            preset = replace(preset, epochs=epochs, warmup_epochs=min(self.warmup_epochs, epochs))
+        if not classes and not images_per_class:
+            return preset
+        if not classes and self.classes is None:
+            raise InputError('--images-per-class: this preset takes all classes; give --classes too')
+        # published tokens are of all classes, and a small folder lacks the images that a tokenizer's training holds out
+        tokenizers = {name: replace(tokenizer, make=without(tokenizer.make, '--val-images'))
+                      for name, tokenizer in self.tokenizers.items()}
+        masked = replace(self.masked, token_adapt=without(self.masked.token_adapt, '--val-images'))
+        return replace(preset, classes=classes or self.classes, images_per_class=images_per_class or
+                       self.images_per_class, published={}, tokenizers=tokenizers, masked=masked)
+
+
+def without(words: Words, flag: str) -> Words:
+    """A command without a flag and its value."""
+    at = words.index(flag) if flag in words else len(words)
+    return words[:at] + words[at + 2:]
 
 
 FIT = ('scripts/fit_patch_tokenizer.py',)
@@ -140,10 +170,11 @@ TINY = Preset(
     small_pixel_model=('deit_tiny_patch16_224', '--model-kwargs', *PIXELS_OF_64, *SMALL_KWARGS),
     tokens=('--token-noise-prob', '0'),  # the published noise is for 300 epochs: in ten it costs 4 points
     pixels=('--input-size', '64', '--aug', 'tokens', '--eval-crop-ratio', '1'),
-    lrs=dict.fromkeys(KINDS, (2.5e-4, 5e-4, 1e-3, 2e-3)) | {'fine-tuning': (5e-4, 1e-3, 2e-3, 4e-3)},
+    lrs={'tokens': 5e-4, 'pixels': 5e-4, 'codes': 1e-3, 'fine-tuning': 2e-3},  # the best of the search
+    search=dict.fromkeys(KINDS, (2.5e-4, 5e-4, 1e-3, 2e-3)) | {'fine-tuning': (5e-4, 1e-3, 2e-3, 4e-3)},
     masked=TINY_MASKED,
     tokenizers=TINY_TOKENIZERS, published={}, shares=(0.6, 0.4, 0.2, 0.1), token_shares=(0.6, 0.2),
-    sides=(0.75, 0.5, 0.25), qualities=(50, 20, 8), workers=1)
+    sides=(0.75, 0.5, 0.25), qualities=(50, 20, 8), workers=1, quality_size=64)
 
 # All 100 classes, and ViT-S. The tokenizers see all images 30 times.
 VQ_GPU = ('scripts/train_tokenizer.py', '--image-size', '64', '--vit', 'small', '--epochs', '30', '--val-images',
@@ -164,7 +195,8 @@ TINY_GPU = replace(
               '0.35', '--mixup-prob', '0.5', '--model-ema-decay', '0.9996', '--amp', 'bf16'),
     token_model=('deit_small_token_32',),
     pixel_model=('deit_small_patch16_224', '--model-kwargs', *PIXELS_OF_64),
-    lrs=dict.fromkeys(KINDS, (5e-4, 1e-3, 2e-3)), masked=GPU_MASKED,
+    lrs=dict.fromkeys(KINDS, 1e-3), search=dict.fromkeys(KINDS, (5e-4, 1e-3, 2e-3)),  # not tried
+    masked=GPU_MASKED,
     tokenizers=TINY_TOKENIZERS | {
         'vitvqgan-16x16': Tokenizer(64, 128, (*VQ_GPU, '--patch-size', '4', '--batch-size', '64'),
                                     'tokenizer.safetensors'),
@@ -187,14 +219,26 @@ IMAGENET = Preset(
     small_model=('deit_tiny_token_32', '--model-kwargs', *SMALL_KWARGS),
     small_pixel_model=('deit_tiny_patch16_224', '--model-kwargs', *SMALL_KWARGS),
     tokens=(), pixels=('--input-size', '224', '--aug', 'deit', '--weight-decay', '0.05'),
-    lrs={'tokens': (7.5e-4,), 'pixels': (5e-4,), 'codes': (1.5e-3,), 'fine-tuning': (4e-3,)}, masked=IMAGENET_MASKED,
+    lrs={'tokens': 7.5e-4, 'pixels': 5e-4, 'codes': 1.5e-3, 'fine-tuning': 4e-3}, search={}, masked=IMAGENET_MASKED,
     tokenizers={'vitvqgan-32x32': Tokenizer(256, 224, (), 'tokenizer.ckpt'),
                 'vitvqgan-16x16': Tokenizer(128, 112, (), 'tokenizer.ckpt')},
     published={'train': 'imagenet1k-train', 'val': 'imagenet1k-val'}, shares=(0.6, 0.4, 0.2, 0.1),
-    token_shares=(0.6, 0.2), sides=(0.5, 0.2), qualities=(50, 5), workers=10,
+    token_shares=(0.6, 0.2), sides=(0.5, 0.2), qualities=(50, 5), workers=10, quality_size=256,
     more_sets=('imagenet-r', 'imagenet-a', 'imagenet-sketch'))
 
 PRESETS = {'imagenet': IMAGENET, 'tiny': TINY, 'tiny-gpu': TINY_GPU}
+
+
+# ---------------------------------------------------------------- the table of pre-training
+
+# What each line is pre-trained on, '' for nothing, and trained on.
+PRETRAINING_LINES = {
+    'tokens to tokens': ('tokens', 'tokens'),
+    'tokens to pixels': ('tokens', 'pixels'),
+    'pixels to pixels': ('pixels', 'pixels'),
+    'tokens from scratch': ('', 'tokens'),
+    'pixels from scratch': ('', 'pixels'),
+}
 
 
 @dataclass(frozen=True)
@@ -202,28 +246,92 @@ class Pretraining:
     """The sizes of the table of pre-training.
 
     Attributes:
-        before: of pre-training. The first of its learning rates of a kind is taken: there is no search.
+        before: of pre-training.
         after: of fine-tuning, and of training from scratch for as many epochs.
+        lrs, search: of `after` as in Preset, but by line.
     """
     before: Preset
     after: Preset
+    lrs: dict[str, float]
+    search: dict[str, tuple[float, ...]]
+
+    def with_sizes(self, classes: int | None, images_per_class: int | None, epochs: int | None) -> 'Pretraining':
+        """As Preset's; the first half of the classes is for pre-training. Raises InputError."""
+        if classes == 1:
+            raise InputError('--classes 1: pre-training and fine-tuning have classes of their own; give 2 or more')
+        first = classes // 2 if classes else None
+        after = self.after.with_sizes(classes - first if classes else None, images_per_class, epochs)
+        return replace(self, before=self.before.with_sizes(first, images_per_class, epochs),
+                       after=replace(after, skip_classes=first) if classes else after)
 
 
-# Half of the classes to the other half. 5e-4 is what the search of table 1 found for tokens and for pixels.
-FOUND = {'tokens': (5e-4,), 'pixels': (5e-4,)}
 # The head of a model that starts from tokens reads the mean of the patches, so those of pixels do.
 AVERAGED = ('deit_base_patch16_224', '--model-kwargs', 'global_pool=avg')
 PRETRAINING = {
-    'tiny': Pretraining(replace(TINY, classes=50, images_per_class=200, lrs=FOUND),
-                        replace(TINY, classes=50, skip_classes=50, images_per_class=100)),
-    'tiny-gpu': Pretraining(replace(TINY_GPU, classes=50, lrs={'tokens': (1e-3,), 'pixels': (1e-3,)}),
-                            replace(TINY_GPU, classes=50, skip_classes=50, epochs=50)),
+    # Half of the classes to the other half. 5e-4 is what the search of table 1 found for tokens and for pixels.
+    'tiny': Pretraining(
+        replace(TINY, classes=50, images_per_class=200, lrs={'tokens': 5e-4, 'pixels': 5e-4}),
+        replace(TINY, classes=50, skip_classes=50, images_per_class=100),
+        {'tokens to tokens': 5e-4, 'tokens to pixels': 5e-4, 'pixels to pixels': 1e-3, 'tokens from scratch': 2e-3,
+         'pixels from scratch': 1e-3},
+        dict.fromkeys(PRETRAINING_LINES, TINY.search['tokens'])),
+    'tiny-gpu': Pretraining(
+        replace(TINY_GPU, classes=50), replace(TINY_GPU, classes=50, skip_classes=50, epochs=50),
+        dict.fromkeys(PRETRAINING_LINES, 1e-3), dict.fromkeys(PRETRAINING_LINES, TINY_GPU.search['tokens'])),
     # ImageNet-21k has no validation images. The epochs are our choice: the paper's are not known to us.
     'imagenet': Pretraining(
         replace(IMAGENET, images='imagenet21k', published={'train': 'imagenet21k-train-*'}, evaluated=False, epochs=90,
                 pixel_model=AVERAGED),
-        replace(IMAGENET, epochs=100, pixel_model=AVERAGED)),
+        replace(IMAGENET, epochs=100, pixel_model=AVERAGED),
+        {line: IMAGENET.lrs[now] for line, (_, now) in PRETRAINING_LINES.items()}, {}),
 }
+
+
+# ---------------------------------------------------------------- the table of continual learning
+
+@dataclass(frozen=True)
+class Protocol:
+    """A class-incremental protocol, and what is compared under it.
+
+    Attributes:
+        preset: images, models and flags of training; its epochs are those of a task.
+        base: classes of the first task.
+        increment: classes of each later task.
+        lrs: learning rates on tokens and on pixels.
+        image_size: pixels on a side that images are resized to, to be tokenized.
+        input_size: main_seit.py's, 8 pixels to a code.
+        qualities: of JPEGs in memory.
+        sides: of small pixels in memory.
+        memories: in bytes.
+    """
+    preset: Preset
+    base: int
+    increment: int
+    lrs: dict[str, float]
+    image_size: int
+    input_size: int
+    qualities: tuple[int, ...]
+    sides: tuple[int, ...]
+    memories: tuple[int, ...] = (250_000, 1_000_000, 4_000_000)
+
+    def with_sizes(self, classes: int | None, images_per_class: int | None, epochs: int | None) -> 'Protocol':
+        """As Preset's; tasks have as large a part of the classes as before, but one at least. Raises InputError."""
+        share = classes / (self.preset.classes or 100) if classes else 1
+        return replace(self, preset=self.preset.with_sizes(classes, images_per_class, epochs),
+                       base=max(1, round(share * self.base)), increment=max(1, round(share * self.increment)))
+
+
+# The learning rates of `tiny` are those that the search of table 1 found for its images and models.
+TINY_TASKS = Protocol(TINY, 4, 4, {'tokens': 5e-4, 'pixels': 5e-4}, 128, 128, qualities=(50, 8), sides=(32, 16))
+B10_INC10 = Protocol(
+    replace(IMAGENET, epochs=170, launcher=(), training=('--batch-size', '128'),
+            token_model=('deit_small_token_32',), pixel_model=('deit_small_patch16_224',),
+            pixels=(*IMAGENET.pixels, '--no-repeated-aug')),
+    10, 10, {'tokens': 7.5e-4, 'pixels': 5e-4}, 256, 224, qualities=(50, 10), sides=(112, 56))
+PROTOCOLS = {'tiny': TINY_TASKS, 'b10-inc10': B10_INC10, 'b50-inc5': replace(B10_INC10, base=50, increment=5)}
+
+
+# ---------------------------------------------------------------- the paper
 
 # ImageNet-1k top-1 of ViT-B, and the storage, as far as the project's sources have them (arXiv 2303.11114, 2312.10105,
 # read from secondary sources). Table 1: by line.

@@ -1,25 +1,37 @@
-"""Results of tables as JSON and Markdown, and the curve of storage against accuracy."""
+"""Results of tables: read from the folders of rows that are done, and written as JSON, Markdown and figures."""
 import json
+import operator
+import re
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fileio.figures import pyplot, save_figure
-from fileio.files import write_text
+from continual.results import read_results
+from fileio.files import read_json, write_text
+from image_data.shrunk_sets import MANIFEST
+from tables.figures import COUNTS, FIGURES, storage_of
+from tables.plan import EVALUATION, PROBE, Line
 from tables.presets import PAPER_CORRUPTIONS
+from tables.rows import Row, failures_of, final_line, is_done
 from utils import InputError
 
 RESULTS = 'results.json'
 TABLE = 'table.md'
-CURVE = 'curve.png'
 DASH = '\N{EM DASH}'
-COMPACT = ', compact'  # ends the names of lines whose tokens are stored so
-KEYS = {'table', 'title', 'preset', 'lrs', 'full_bytes', 'rows'}  # of results
-COUNTS = {'files': 'as files', 'without_headers': 'without headers'}
+# Of continual learning: columns, in percent.
+MEASURES = {'average': 'average incremental (seeds)', 'last': 'last', 'old': 'old classes', 'old_stored': 'as stored',
+            'new': 'new classes', 'new_stored': 'as stored', 'forgetting': 'forgetting'}
 
 
-# ---------------------------------------------------------------- writing
+# ---------------------------------------------------------------- reading
+
+def seeds_on_disk(output: Path) -> set[int]:
+    """The seeds of runs in an output folder, whoever asked for them."""
+    patterns = 'train/*/lr-*-seed-*', '*/train/*/lr-*-seed-*', 'continual/*/*/seed-*'
+    found = (re.search(r'(?:^|-)seed-(\d+)$', path.name) for pattern in patterns for path in output.glob(pattern))
+    return {int(match[1]) for match in found if match}
+
 
 def mean_and_sd(values: Sequence[float]) -> dict[str, float | None]:
     """'mean' and 'sd' of a measure over seeds; None of too few."""
@@ -27,18 +39,103 @@ def mean_and_sd(values: Sequence[float]) -> dict[str, float | None]:
             'sd': round(statistics.stdev(values), 3) if len(values) > 1 else None}
 
 
+def value_of(line: Line, row: Row) -> tuple[float, dict[str, Any]]:
+    """What a run's measure is, and the last line of its log, if it has one. The run is done."""
+    kind, _, value = line.measure.rpartition(' ')
+    if kind == 'evaluated':
+        return read_json(row.folder / EVALUATION)['acc1'], {}
+    if kind:
+        return read_json(row.folder / PROBE)[kind]['acc1'], {}
+    log = final_line(row.folder, line.epochs)
+    return log['test_acc1' if value == 'top1' else 'images_per_second_time'], log
+
+
+def line_result(line: Line, outcomes: dict[str, str]) -> dict[str, Any] | None:
+    """The result of a line over the seeds that are done; None where nothing is known of it."""
+    done = {seed: row for seed, row in line.runs.items() if is_done(row)}
+    failed = list(failures_of([row.name for row in line.rows], outcomes).values())
+    if not done and not failed:
+        return None
+    result = {'kind': line.kind, 'seeds': list(done), **line.facts}
+    if line.measure == 'tasks':
+        result |= tasks_result([read_results(str(row.folder)) for row in done.values()])
+    else:
+        result |= numbers_result(line, [value_of(line, row) for row in done.values()])
+        for name, (row, file) in line.files.items():
+            path = row.folder / file
+            result[name] = read_json(path) if path.exists() else None
+            if name == 'bytes' and (row.folder / MANIFEST).exists():
+                result['psnr'] = read_json(row.folder / MANIFEST).get('psnr')
+    return result | ({'failed': failed[0]} if failed else {})
+
+
+def numbers_result(line: Line, values: Sequence[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
+    """Measure and log of each seed, as results hold them."""
+    numbers = [value for value, _ in values]
+    result = {line.measure.split()[-1]: numbers, **mean_and_sd(numbers),
+              'epochs': f'{line.pretraining} + {line.epochs}' if line.pretraining else str(line.epochs),
+              'paper': line.paper, 'paper_size': line.paper_size}
+    averaged = [log.get('ema_test_acc1') for _, log in values]
+    if averaged and None not in averaged and line.measure == 'top1':
+        result['ema_top1'] = averaged
+    return result
+
+
+def tasks_result(runs: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
+    """The lines of the tasks of each seed's run, as results hold them."""
+    result = {}
+    found = [measures_of(lines) for lines in runs]
+    for name in MEASURES:
+        values = [measures[name] for measures in found if name in measures]
+        result[name] = {'seeds': values, **mean_and_sd(values)}
+    if runs:
+        result['classes'] = [task['classes'] for task in runs[0]]
+        result['accuracy'] = [[task['test_acc1'] for task in tasks] for tasks in runs]
+        result |= {key: runs[0][-1][key] for key in ('memory_images', 'memory_bytes', 'tokenizer', 'tokenizer_bytes',
+                                                     'codebook_bytes', 'steps')}
+    return result
+
+
+def measures_of(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The MEASURES at the end of a run, from a line for each task. New classes are those of the last one."""
+    end = lines[-1]
+    measures = {'average': end['average_acc1'], 'last': end['test_acc1']}
+    seen = [0, *(line['classes'] for line in lines)]
+    sizes = [after - before for before, after in zip(seen, seen[1:])]
+    for form, key in (('', 'test_task_acc1'), ('_stored', 'test_stored_task_acc1')):
+        if key in end:
+            *old, measures[f'new{form}'] = end[key]
+            if old:
+                measures[f'old{form}'] = sum(map(operator.mul, old, sizes)) / seen[-2]
+    return measures | ({'forgetting': end['forgetting']} if len(lines) > 1 else {})
+
+
+def search_results(lines: Iterable[Line]) -> dict[str, dict[str, float]]:
+    """Top-1 by learning rate of the lines of the search that are done, by kind."""
+    found = {}
+    for line in lines:
+        for row in line.runs.values():
+            if is_done(row):
+                found.setdefault(line.kind, {})[str(line.rate)] = value_of(line, row)[0]
+    return found
+
+
+# ---------------------------------------------------------------- writing
+
 def write(results: dict[str, Any], folder: Path) -> None:
-    """Write RESULTS and TABLE, and CURVE for table 1, into a folder. Prints the table. Raises InputError."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write RESULTS, TABLE and the table's figures into a folder. Prints the table. Raises InputError."""
     write_text(folder / RESULTS, json.dumps(results, indent=1) + '\n')
     text = markdown(results)
     write_text(folder / TABLE, text)
     print(text)
-    if results['table'] == 'storage' and points(results, 'files'):
+    something, figures = FIGURES.get(results['table'], (bool, {}))
+    if not something(results):
+        return
+    for name, draw in figures.items():
         try:
-            draw_curve(results, folder / CURVE)
-        except InputError as error:  # the numbers are there; tables/collect.py draws them later
-            print(f'note: {CURVE} is left out: {error}')
+            draw(results, folder / name)
+        except InputError as error:  # the numbers are there
+            print(f'note: {name} is left out: {error}')
 
 
 # ---------------------------------------------------------------- Markdown
@@ -48,8 +145,8 @@ def markdown(results: dict[str, Any]) -> str:
     head, lines, note = MARKDOWN[results['table']](results)
     text = [f'## {results["title"]} ({results["preset"]})', '', row_of(head),
             row_of(['---', *['---:'] * (len(head) - 1)]), *map(row_of, lines), '', note, '', rates(results)]
-    failed = {name: result['failed'] for name, result in results['rows'].items() if 'failed' in result}
-    text += [f'\n{name}: {" ".join(why.split())}' for name, why in failed.items()]
+    text += [f'\n{name}: {" ".join(result["failed"].split())}' for name, result in results['rows'].items()
+             if 'failed' in result]
     return '\n'.join(text).rstrip() + '\n'
 
 
@@ -64,7 +161,7 @@ def rates(results: dict[str, Any]) -> str:
     for kind, found in results['lrs'].items():
         tried = ', '.join(f'{rate}: {top1:.2f}' for rate, top1 in found['search'].items())
         parts.append(f'{kind} {found["chosen"]:g}' + (f' (top-1 of the search: {tried})' if tried else ''))
-    return f'Learning rates: {"; ".join(parts)}.'
+    return f'Learning rates: {"; ".join(parts)}.' if parts else ''
 
 
 def spread(result: dict[str, Any] | None, digits: int = 2) -> str:
@@ -83,15 +180,6 @@ def paper_of(result: dict[str, Any]) -> str:
     return f'{result["paper"]:.1f}{size}'
 
 
-def storage_of(results: dict[str, Any], result: dict[str, Any], count: str) -> tuple[float, float] | None:
-    """Bytes for an image of the whole training set, and how many times less than full pixels; None where not known."""
-    full = results['full_bytes']
-    size = result['bytes']
-    if not full or not size or size[count] is None or full[count] is None:
-        return None
-    return size[count] / full['images'], full[count] / size[count]
-
-
 def storage_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
     """Head, lines and note of table 1."""
     head = ['', 'images', 'bytes as files', 'ratio', 'bytes without headers', 'ratio', 'top-1 (seeds)',
@@ -100,7 +188,7 @@ def storage_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], 
     for name, result in results['rows'].items():
         cells = [name, f'{result["bytes"]["images"]:,}' if result['bytes'] else DASH]
         for count in COUNTS:
-            size = storage_of(results, result, count)
+            size = storage_of(result, count)
             cells += [f'{size[0]:,.0f}', f'{size[1]:.1f}'] if size else [DASH, DASH]
         lines.append([*cells, spread(result), paper_of(result)])
     return head, lines, ('Bytes of the whole training set, for each image of the full one. Without headers: the scans '
@@ -171,53 +259,47 @@ def pretraining_table(results: dict[str, Any]) -> tuple[list[str], list[list[str
             'of the last epoch.')
 
 
-MARKDOWN: dict[str, Callable] = {'storage': storage_table, 'ablation': ablation_table, 'robustness': robustness_table,
-                                 'speed': speed_table, 'seitpp': seitpp_table, 'pretraining': pretraining_table}
-
-
-# ---------------------------------------------------------------- the curve
-
-def points(results: dict[str, Any], count: str) -> list[tuple[str, str, float, float, float, float]]:
-    """(family, name, bytes, ratio, top-1, sd) of the lines of table 1 that are known; a count is a key of COUNTS."""
-    found = []
+def continual_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
+    """Head, lines and note of table 7."""
+    head = ['new task, memory', 'bytes of memory', 'images held', *MEASURES.values(), 'tokenizer and codebook, bytes']
+    lines = []
     for name, result in results['rows'].items():
-        size = storage_of(results, result, count)
-        if size and result['mean'] is not None:
-            base = name.removesuffix(COMPACT)
-            family = 'tokens' if result['kind'] == 'tokens' else name.split()[0]
-            if base.startswith('tokens ') and not base.endswith('%'):
-                family = 'other tokens'
-            family += name[len(base):]
-            found.append((family, name, *size, result['mean'], result['sd'] or 0.))
-    return found
+        held = 'accuracy' in result
+        cells = [name, *(f'{result[key]:,}' if held and result['memory'] else DASH
+                         for key in ('memory_bytes', 'memory_images'))]
+        cells += [spread({**result[key], 'failed': ''} if 'failed' in result else result[key], 1) for key in MEASURES]
+        extra = (result['tokenizer_bytes'] or 0) + (result['codebook_bytes'] or 0) if held else 0
+        lines.append([*cells, f'{extra:,}' if extra else DASH])
+    return head, lines, (f'{results["epochs"]} epochs of the new task\'s images a task, in all rows. Memory: '
+                         f'{results["policy"]}; its bytes are data, labels and index at the end, of the first seed. '
+                         'Old classes, new classes: after the last task; as stored: their validation images as the '
+                         'memory would give them back.')
 
 
-def draw_curve(results: dict[str, Any], path: Path) -> None:
-    """Draw bytes against top-1 of table 1, twice: as files and without headers. Raises InputError."""
-    plt = pyplot()
-    figure, panels = plt.subplots(1, 2, figsize=(13, 5), sharey=True, layout='constrained')
-    for panel, (count, words) in zip(panels, COUNTS.items()):
-        panel.set_xscale('log')
-        families = {}
-        for family, *point in points(results, count):
-            families.setdefault(family, []).append(point)
-        whole = families.get('full', [])
-        for family, of_family in families.items():
-            curve = sorted(of_family if family in ('full', 'other') else of_family + whole, key=_bytes)
-            if 'tokens' in family:
-                curve = sorted(of_family, key=_bytes)
-            names, sizes, ratios, top1, deviations = zip(*curve)
-            panel.errorbar(sizes, top1, yerr=deviations, marker='o', capsize=3, label=family.replace('full', 'full '
-                           'pixels'), linestyle='none' if family.startswith(('full', 'other')) else '-')
-            for _, size, ratio, accuracy, _ in of_family:
-                panel.annotate(f'{ratio:.1f}x', (size, accuracy), xytext=(4, 4), textcoords='offset points', fontsize=8)
-        panel.set(title=f'bytes {words}', xlabel='bytes of the training set, for each of its images')
-        panel.grid(alpha=0.3, which='both')
-        panel.legend()
-    panels[0].set_ylabel('top-1 (%)')
-    figure.suptitle(f'{results["title"]} ({results["preset"]}); labels: how many times less than full pixels')
-    save_figure(figure, path)
+def tokenizers_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
+    """Head, lines and note of the table of tokenizers."""
+    head = ['', 'codes', 'bits a code', 'bytes (entropy)', 'bytes on disk', 'PSNR', 'SSIM', 'codes used', 'images/s',
+            'top-1 (seeds)']
+    lines = []
+    for name, result in results['rows'].items():
+        codes, quality, speed = (result.get(key) for key in ('codes', 'quality', 'speed'))
+        cells = [DASH] * 8
+        if codes:
+            size = codes['bytes_per_image']
+            cells[:4] = [f'{codes["grid"]}x{codes["grid"]}', f'{codes["entropy_bits"]:.2f}', f'{size["entropy"]:,.0f}',
+                         f'{size["stored"]:,.0f}']
+            cells[6] = f'{codes["codes_used"] / codes["codes"]:.1%}'
+        if quality and quality['psnr'] is not None:
+            cells[4:6] = [f'{quality["psnr"]:.2f}', f'{quality["ssim"]:.3f}']
+        if speed:
+            cells[7] = f'{speed["tokenizer_images_per_second"]["fp32"]["median"]:,.0f}'
+        lines.append([name, *cells, spread(result)])
+    return head, lines, ('Bytes are of a training image. PSNR and SSIM are means over the validation images, compared '
+                         'at one size. Images a second: of the tokenizer alone, in float32. Top-1 is of the last '
+                         'epoch.')
 
 
-def _bytes(point: Sequence[Any]) -> float:
-    return point[1]
+MARKDOWN: dict[str, Callable] = {
+    'storage': storage_table, 'ablation': ablation_table, 'robustness': robustness_table, 'speed': speed_table,
+    'seitpp': seitpp_table, 'pretraining': pretraining_table, 'continual': continual_table,
+    'tokenizers': tokenizers_table}

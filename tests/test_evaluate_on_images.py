@@ -1,4 +1,5 @@
 """Evaluation on images: against evaluation on tokens of the same images, and what bad images get."""
+import json
 import csv
 import io
 import os
@@ -66,11 +67,15 @@ def tokenize(images, folder):
 def test_agrees_with_evaluation_on_tokens_of_the_same_images(images, checkpoint, tmp_path, capsys):
     tokens, labels = tokenize(images, tmp_path)
     call(main_seit, *MODEL, '--codebook-path', DEMO / 'codebook.ckpt', '--val-token-file', tokens, '--val-label-file',
-         labels, '--input-size', 48, '--eval', '--resume', checkpoint)
+         labels, '--input-size', 48, '--eval', '--resume', checkpoint, '--output', tmp_path / 'tokens.json')
     on_tokens = accuracy_lines(capsys.readouterr().out)
-    on_images(images, checkpoint)
-    on_images(images, checkpoint, '--use-ema')
+    on_images(images, checkpoint, '--output', tmp_path / 'images.json')
+    on_images(images, checkpoint, '--use-ema', '--output', tmp_path / 'ema.json')
     assert accuracy_lines(capsys.readouterr().out) == on_tokens and len(on_tokens) == 2
+    found = {name: json.loads((tmp_path / f'{name}.json').read_text()) for name in ('tokens', 'images', 'ema')}
+    assert found['tokens'].pop('ema') == pytest.approx(found['ema'])
+    assert found['tokens'] == pytest.approx(found['images'])
+    assert f'* Acc@1 {found["images"]["acc1"]:.3f} Acc@5 {found["images"]["acc5"]:.3f} ' in on_tokens[0]
 
 
 def test_logits_agree_with_those_on_tokens(images, checkpoint, tmp_path):

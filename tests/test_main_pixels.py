@@ -1,4 +1,5 @@
 """main_pixels.py: the recipe on images."""
+import json
 import re
 import subprocess
 import sys
@@ -174,8 +175,10 @@ def test_corrupted_images_and_some_classes(data, tmp_path, capsys):
     capsys.readouterr()
 
     def accuracy(*flags):
-        call(main_pixels, *evaluate, *flags)
+        call(main_pixels, *evaluate, *flags, '--output', tmp_path / 'found.json')
         line, = accuracy_lines(capsys.readouterr().out)
+        found = json.loads((tmp_path / 'found.json').read_text())
+        assert line == f'* Acc@1 {found["acc1"]:.3f} Acc@5 {found["acc5"]:.3f} loss {found["loss"]:.4f}'
         return line
     clean = accuracy()
     gray = ['--corruption', 'contrast', '--severity', 5]
@@ -190,3 +193,4 @@ def test_corrupted_images_and_some_classes(data, tmp_path, capsys):
     fails(lambda: call(main_pixels, *evaluate, '--corruption', 'contrast'), 'give a --severity')
     fails(lambda: call(main_pixels, *evaluate, '--corruption', 'fog', '--severity', 1), "'fog'.*'contrast'")
     fails(lambda: train(data, '--classes', 'imagenet-r'), '--classes belongs to --eval')
+    fails(lambda: train(data, '--output', tmp_path / 'x.json'), '--output belongs to --eval')

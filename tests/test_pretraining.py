@@ -1,29 +1,30 @@
 """tables/pretraining.py: what each line starts from, and the table at a toy size."""
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from helpers import SMALL as SEIT_SMALL, call, make_data, mistake, read_log, run_here, smooth_images, states
-from tables import collect, presets, pretraining, report, rows
-from tables.table import planned
+from tables import make, presets, pretraining, rows
+from utils import report
 from test_tables import TOY, Forked
 from token_files.token_file import write_set
 
 SIZES = ('deit_tiny_patch16_224', '--model-kwargs', 'img_size=64', 'patch_size=16', 'global_pool=avg', 'depth=1',
          'embed_dim=32', 'num_heads=2')
 BOTH = replace(TOY, images_per_class=11, epochs=1, warmup_epochs=0, pixel_model=SIZES)
-SMALL = presets.Pretraining(replace(BOTH, lrs={'tokens': (1e-3,), 'pixels': (2e-3,)}),
-                            replace(BOTH, skip_classes=1, lrs={'tokens': (1e-3, 3e-3), 'pixels': (1e-3,)}))
+LINES = presets.PRETRAINING_LINES
+SMALL = presets.Pretraining(replace(BOTH, lrs={'tokens': 1e-3, 'pixels': 2e-3}), replace(BOTH, skip_classes=1),
+                            {line: 3e-3 if now == 'tokens' else 1e-3 for line, (_, now) in LINES.items()},
+                            {'tokens from scratch': (1e-3, 3e-3)})
 
 
 def lines_of(preset, seeds=(0, 1)):
     """The lines of a preset, by name."""
-    rates = dict.fromkeys(pretraining.LINES, 3e-3)
-    words = ['--preset', preset, '--data-path', 'data', '--output-dir', 'out', '--device', 'cpu']
-    plan = pretraining.PretrainingOptions(**vars(pretraining.parse_args(words))).plan(rates)
+    plan = pretraining.PretrainingPlan(presets.PRETRAINING[preset], Path('data'), Path('out'), 'cpu', 3e-3)
     return {line.name: line for line in pretraining.lines(plan, seeds)}
 
 
@@ -35,7 +36,7 @@ def value(row, flag):
 
 def test_every_line_starts_from_the_pre_training_of_its_seed():
     lines = lines_of('tiny')
-    for name, (before, now) in pretraining.LINES.items():
+    for name, (before, now) in LINES.items():
         for seed, row in lines[name].runs.items():
             assert row.commands[0][0] == {'tokens': 'main_seit.py', 'pixels': 'main_pixels.py'}[now]
             assert value(row, '--seed') == str(seed) and value(row, '--epochs') == '6'
@@ -50,25 +51,25 @@ def test_every_line_starts_from_the_pre_training_of_its_seed():
 
 
 def test_one_half_of_the_classes_and_the_other():
-    args = pretraining.parse_args(['--preset', 'tiny', '--data-path', 'data', '--output-dir', 'out', '--seeds', '0'])
-    found = planned(pretraining.lines, pretraining.PretrainingOptions(**vars(args)))[1]
+    args = make.parse_args(['pretraining', '--data-path', 'data', '--output-dir', 'out', '--rows', '*'])
+    found = make.rows_of('pretraining', args)
     chosen = {row.name: row for row in found if row.name.endswith('chosen')}
     assert {value(row, '--classes') for row in chosen.values()} == {'50'}
     assert value(chosen['finetune/chosen'], '--skip-classes') == '50'
     assert value(chosen['pretrain/chosen'], '--skip-classes') is None
     names = [row.name for row in found]
     assert 'tokenizers/vitvqgan-16x16' in names  # shared with the other tables
-    for name in pretraining.LINES:  # each line has a search of its own
-        assert sum(f'/{name.replace(" ", "-")}/' in row for row in names) == len(presets.TINY.lrs['tokens'])
+    for name in LINES:  # each line has a search of its own
+        assert sum(f'/{name.replace(" ", "-")}/' in row for row in names) == len(presets.TINY.search['tokens'])
 
 
 def test_imagenet_takes_a_set_in_shards_without_validation_images():
     lines = lines_of('imagenet', [0])
     assert lines['tokens from scratch'].runs[0].name == 'train/tokens-from-scratch/lr-0.003-seed-0'
     start, = (name for name in lines['tokens to pixels'].runs[0].after if 'pretrain' in name)
-    words = pretraining.PRETRAINING['imagenet']
+    words = presets.PRETRAINING['imagenet']
     assert not words.before.evaluated and words.after.evaluated
-    plan = pretraining.PretrainingPlan('imagenet', pretraining.Path('data'), pretraining.Path('out'), 'cpu', {})
+    plan = pretraining.PretrainingPlan(words, Path('data'), Path('out'), 'cpu')
     row = plan.pretrained('tokens', 0)
     assert row.name == start and '--no-eval' in row.commands[0] and value(row, '--val-token-file') is None
     assert value(row, '--train-token-file') == 'data/tokens/imagenet21k-train-*-token.data.bin.gz'
@@ -103,24 +104,26 @@ def test_shards_of_many_classes_start_a_set_of_few(tmp_path, capsys):
     assert '3 token files, but' in mistake(*flags)
 
 
+@pytest.mark.slow
 def test_the_table_at_a_toy_size(tmp_path, monkeypatch, capsys):
     for split in ('train', 'val'):
         smooth_images(tmp_path / 'data' / split, 12)
     monkeypatch.setitem(presets.PRETRAINING, 'tiny', SMALL)
     started = []
-    monkeypatch.setattr(rows, 'start', lambda program, env: started.append(program.name) or Forked(program))
+    monkeypatch.setattr(rows, 'start', lambda command, log, env: started.append(log) or Forked(command, log))
     out = tmp_path / 'out'
     words = ['--data-path', tmp_path / 'data', '--output-dir', out, '--device', 'cpu', '--jobs', 2, '--seeds', 0]
-    assert call(pretraining, *words) == 0, capsys.readouterr().err
+    assert call(make, 'pretraining', *words) == 0, capsys.readouterr().err
+    assert call(make, 'pretraining', *words, '--rows', 'search *') == 0
 
     results = json.loads((out / 'pretraining' / 'results.json').read_text())
-    assert list(results['rows']) == [*pretraining.LINES, 'neighbors of tokens', 'linear probe of tokens',
+    assert list(results['rows']) == [*LINES, 'neighbors of tokens', 'linear probe of tokens',
                                      'neighbors of pixels', 'linear probe of pixels']
-    for name in pretraining.LINES:
+    for name in LINES:
         best = results['lrs'][name]['chosen']
         folder = out / 'finetune' / 'train' / name.replace(' ', '-') / f'lr-{best:g}-seed-0'
         assert results['rows'][name]['top1'] == [read_log(folder)[-1]['test_acc1']]
-        assert len(results['lrs'][name]['search']) == (2 if pretraining.LINES[name][1] == 'tokens' else 0)
+        assert len(results['lrs'][name]['search']) == (2 if name == 'tokens from scratch' else 0)
         assert ('start_bytes' in results['rows'][name]) == ('from scratch' not in name)
     assert states(folder / 'checkpoint.pth')['classes'] == ['bee', 'cat']
     said = (out / 'finetune' / 'train' / 'tokens-to-pixels' / 'lr-0.001-seed-0' / rows.OUTPUT).read_text()
@@ -133,10 +136,9 @@ def test_the_table_at_a_toy_size(tmp_path, monkeypatch, capsys):
         assert results['rows'][f'linear probe of {kind}']['top1'] == [found['linear']['acc1']]
 
     started.clear()
-    assert call(pretraining, *words, '--rows', 'tokens to*') == 0
+    assert call(make, 'pretraining', *words, '--rows', 'tokens to*') == 0
     assert started == [] and json.loads((out / 'pretraining' / 'results.json').read_text()) == results
-    call(collect, out, '--output', tmp_path / 'all.md')
-    text = (tmp_path / 'all.md').read_text()
+    text = (out / 'pretraining' / 'table.md').read_text()
     size = json.loads((out / 'pretrain' / 'tokens' / 'patch' / 'bytes.json').read_text())
     assert f'| tokens to pixels | 22 in {size["files"] / 1e6:,.2f} MB | 22 in 0.05 MB | 1 + 1 | ' in text
     assert f'| pixels from scratch | {report.DASH} | 22 in ' in text

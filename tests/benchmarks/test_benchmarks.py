@@ -316,6 +316,20 @@ def test_encode(capsys):
         assert all(map(is_spread, result[key].values()))
 
 
+def test_a_tokenizer_that_is_there_is_timed_and_the_line_is_kept(capsys, tmp_path):
+    tokenizer, codebook = benchmarks.common.make_tokenizer('small', torch.device('cpu'))
+    torch.save(tokenizer.state_dict(), tmp_path / 'vit.pt')
+    torch.save(codebook, tmp_path / 'codebook.ckpt')
+    words = ['--device', 'cpu', '--tokenizer-path', str(tmp_path / 'vit.pt'), '--images', '3', '--batch-size', '2',
+             '--image-size', '32', '--amp', 'off', '--num-workers', '0', '--repeats', '1', '--output',
+             str(tmp_path / 'found.json')]
+    result = measure(capsys, benchmarks.encode, 'tokenize', *words, '--codebook-path', str(tmp_path / 'codebook.ckpt'))
+    assert json.loads((tmp_path / 'found.json').read_text()) == result
+    assert not {'output', 'tokenizer_path', 'codebook_path'} & result['asked'].keys()
+    with pytest.raises(InputError, match='give --tokenizer-path and --codebook-path together'):
+        benchmarks.encode.parse_args(words)
+
+
 def test_evaluate(capsys):
     result = measure(capsys, benchmarks.evaluate, 'eval', *MODEL, '--tokenizer', 'patch', '--images', '12',
                      '--image-workers', '0', '--repeats', '1')
@@ -366,8 +380,7 @@ def test_no_file_stands_before_a_module_of_python():
 @pytest.mark.slow
 def test_each_is_a_program():
     """Started by its path from another folder, as the documents have it."""
-    assert PROGRAMS == ['data', 'encode', 'evaluate', 'formats', 'masked_tokens', 'start', 'start_probe', 'tokenizers',
-                        'train']
+    assert PROGRAMS == ['data', 'encode', 'evaluate', 'formats', 'masked_tokens', 'start', 'start_probe', 'train']
     done = subprocess.run([sys.executable, ROOT / 'benchmarks' / 'encode.py', '--images', '0'], capture_output=True,
                           text=True, cwd=ROOT / 'demo')
     assert (done.returncode, done.stdout) == (2, '')

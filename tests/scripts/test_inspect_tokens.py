@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.functional import resize
 
 from scripts import fit_patch_tokenizer, inspect_tokens
 from token_files import token_file
@@ -17,6 +19,7 @@ from token_files.codebook import load_codebook, quantize
 from conftest import ROOT
 from fileio.labels import read_labels
 from helpers import call, fails, make_compact_set, published_transform, smooth_images, write_parquet, write_tar
+from image_data.quality import psnr, ssim
 from image_tokenizer.tokenizers import load_tokenizer
 from image_tokenizer.vitvqgan import Size, ViTVQGAN
 from token_files.cache import open_codes
@@ -183,6 +186,35 @@ def test_sheet_with_a_vit_vqgan(decodes, fitted, tmp_path, capsys):
     inspect(fitted, capsys, '--data-path', fitted / 'images', *flags)
     sheet = Image.open(tmp_path / 'sheet.png')
     assert sheet.size == (2 * (66 + 64 * decodes) + 2, 2 * 66 + 2)
+
+
+def test_quality_is_the_mean_over_the_images(fitted, tmp_path, capsys):
+    """At the reconstruction's own size, and at another, for which it is resized."""
+    flags = ['--data-path', fitted / 'images', '--tokenizer-path', fitted / 'tokenizer.pt', '--quality',
+             '--num-workers', 0]
+    tokenizer, codebook = load_tokenizer(fitted / 'tokenizer.pt'), load_codebook(fitted / 'codebook.ckpt')
+    paths = sorted((fitted / 'images').rglob('*.png'))
+    for more, size in (([], 32), (['--quality-size', 48], 48)):
+        lines, summary = inspect(fitted, capsys, *flags, *more, '--output', tmp_path / 'found.json')
+        assert json.loads((tmp_path / 'found.json').read_text()) == summary
+        scores = []
+        for path in paths:
+            with Image.open(path) as image:
+                codes = quantize(tokenizer(published_transform(32)(image)[None]), codebook)
+                original = published_transform(size)(image)[None]
+            made = tokenizer.decode(codebook[codes]).clamp(0, 1)
+            if size != 32:
+                made = resize(made, [size, size], InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+            scores.append((psnr(original, made).item(), ssim(original, made).item()))
+        assert [summary['psnr'], summary['ssim']] == pytest.approx(np.mean(scores, 0).tolist(), abs=2e-3)
+        assert summary['quality_size'] == size and 10 < summary['psnr'] < 60
+        assert f'reconstruction: PSNR {summary["psnr"]:.2f} dB, SSIM {summary["ssim"]:.3f}, at {size} pixels' in lines
+    size = Size(16, 1, 1, 32)
+    torch.save(ViTVQGAN(size, None, 20, 12, 64).state_dict(), tmp_path / 'vit.pt')
+    _, summary = inspect(fitted, capsys, *flags, '--tokenizer-path', tmp_path / 'vit.pt')
+    assert summary['psnr'] is None and summary['ssim'] is None  # it has no decoder
+    with pytest.raises(InputError, match='give --data-path and --tokenizer-path'):
+        inspect(fitted, capsys, '--quality')
 
 
 def test_inspection_refuses_what_does_not_belong_together(fitted, tmp_path, capsys):

@@ -1,6 +1,6 @@
 """Draw what rows of table 1 keep of some images: a line of pictures for each image set, and one of tokens decoded.
 
-    python tables/draw_rows.py --data-path output/tables/chosen/val output/tables/images/jpeg-8/val/images \\
+    python docs/draw_rows.py --data-path output/tables/chosen/val output/tables/images/jpeg-8/val/images \\
         --token-file output/tables/tokens/vitvqgan-16x16/val-token.data.bin.gz \\
         --tokenizer-path output/tables/tokenizers/vitvqgan-16x16/tokenizer.safetensors \\
         --codebook-path output/tables/tokenizers/vitvqgan-16x16/codebook.ckpt --output rows.png

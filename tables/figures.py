@@ -1,0 +1,154 @@
+"""The figures of tables: storage against accuracy, and of continual learning accuracy against classes and bytes."""
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fileio.figures import pyplot, save_figure
+
+COMPACT = ', compact'  # ends the names of lines whose tokens are stored so
+COUNTS = {'files': 'as files', 'without_headers': 'without headers'}
+STYLES = {'joint': ':', 'fine-tuning': '--'}  # of lines of continual learning without a memory; others are solid
+
+
+# ---------------------------------------------------------------- storage against accuracy
+
+def storage_of(result: dict[str, Any], count: str) -> tuple[float, float] | None:
+    """Bytes for an image of the whole training set, and how many times less than full pixels; None where not known."""
+    full = result['full_bytes']
+    size = result['bytes']
+    if not full or not size or size[count] is None or full[count] is None:
+        return None
+    return size[count] / full['images'], full[count] / size[count]
+
+
+def points(results: dict[str, Any], count: str) -> list[tuple[str, str, float, float, float, float]]:
+    """(family, name, bytes, ratio, top-1, sd) of the lines of table 1 that are known; a count is a key of COUNTS."""
+    found = []
+    for name, result in results['rows'].items():
+        size = storage_of(result, count)
+        if size and result['mean'] is not None:
+            base = name.removesuffix(COMPACT)
+            family = 'tokens' if result['kind'] == 'tokens' else name.split()[0]
+            if base.startswith('tokens ') and not base.endswith('%'):
+                family = 'other tokens'
+            family += name[len(base):]
+            found.append((family, name, *size, result['mean'], result['sd'] or 0.))
+    return found
+
+
+def draw_curve(results: dict[str, Any], path: Path) -> None:
+    """Draw bytes against top-1 of table 1, twice: as files and without headers. Raises InputError."""
+    plt = pyplot()
+    figure, panels = plt.subplots(1, 2, figsize=(13, 5), sharey=True, layout='constrained')
+    for panel, (count, words) in zip(panels, COUNTS.items()):
+        panel.set_xscale('log')
+        families = {}
+        for family, *point in points(results, count):
+            families.setdefault(family, []).append(point)
+        whole = families.get('full', [])
+        for family, of_family in families.items():
+            curve = sorted(of_family if family in ('full', 'other') else of_family + whole, key=_bytes)
+            if 'tokens' in family:
+                curve = sorted(of_family, key=_bytes)
+            names, sizes, ratios, top1, deviations = zip(*curve)
+            panel.errorbar(sizes, top1, yerr=deviations, marker='o', capsize=3, label=family.replace('full', 'full '
+                           'pixels'), linestyle='none' if family.startswith(('full', 'other')) else '-')
+            for _, size, ratio, accuracy, _ in of_family:
+                panel.annotate(f'{ratio:.1f}x', (size, accuracy), xytext=(4, 4), textcoords='offset points', fontsize=8)
+        panel.set(title=f'bytes {words}', xlabel='bytes of the training set, for each of its images')
+        panel.grid(alpha=0.3, which='both')
+        panel.legend()
+    panels[0].set_ylabel('top-1 (%)')
+    figure.suptitle(f'{results["title"]} ({results["preset"]}); labels: how many times less than full pixels')
+    save_figure(figure, path)
+
+
+def _bytes(point: Sequence[Any]) -> float:
+    return point[1]
+
+
+# ---------------------------------------------------------------- continual learning
+
+def style_of(result: dict[str, Any]) -> dict[str, Any]:
+    """How the line of an arm is drawn."""
+    return {'linestyle': STYLES.get(result['arm'].rpartition(', ')[2], '-'), 'label': result['arm']}
+
+
+def colors_of(rows: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """A color for each arm, the same in all panels and figures; gray for tokens without a memory, black for pixels."""
+    held = dict.fromkeys(row['arm'] for row in rows.values() if row['memory'])
+    bounds = {row['arm']: 'gray' if row['kind'] == 'tokens' else 'black' for row in rows.values() if not row['memory']}
+    return bounds | {arm: f'C{number % 10}' for number, arm in enumerate(held)}
+
+
+def learned(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The lines of continual learning that have results, by name."""
+    return {name: row for name, row in results['rows'].items() if 'accuracy' in row}
+
+
+def memories_of(rows: dict[str, dict[str, Any]]) -> list[int]:
+    """The memories of lines, in bytes, rising."""
+    return sorted({row['memory'] for row in rows.values() if row['memory']})
+
+
+def draw_tasks(results: dict[str, Any], path: Path) -> None:
+    """Draw accuracy on all classes seen against their number, a panel a memory. Raises InputError."""
+    plt = pyplot()
+    rows = learned(results)
+    colors = colors_of(rows)
+    memories = memories_of(rows) or [0]
+    figure, panels = plt.subplots(1, len(memories), figsize=(1 + 5 * len(memories), 5), sharey=True, squeeze=False,
+                                  layout='constrained')
+    for panel, memory in zip(panels[0], memories):
+        for row in rows.values():
+            if row['memory'] in (0, memory):
+                means = [statistics.mean(values) for values in zip(*row['accuracy'])]
+                deviations = [statistics.stdev(values) if len(values) > 1 else 0 for values in zip(*row['accuracy'])]
+                panel.errorbar(row['classes'], means, yerr=deviations, marker='.', capsize=2, color=colors[row['arm']],
+                               **style_of(row))
+        panel.set(title=f'{memory / 1e6:g} MB of memory', xlabel='classes seen')
+        panel.grid(alpha=0.3)
+    panels[0][0].set_ylabel('top-1 on all classes seen (%)')
+    handles = {label: handle for panel in panels[0] for handle, label in zip(*panel.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), fontsize=8, ncols=4, loc='outside lower center')
+    figure.suptitle(f'{results["title"]} ({results["preset"]})')
+    save_figure(figure, path)
+
+
+def draw_bytes(results: dict[str, Any], path: Path) -> None:
+    """Draw average incremental accuracy against bytes of memory. Raises InputError."""
+    plt = pyplot()
+    rows = learned(results)
+    colors = colors_of(rows)
+    figure, panel = plt.subplots(figsize=(8, 5.5), layout='constrained')
+    arms = {}
+    for row in rows.values():
+        arms.setdefault(row['arm'], []).append(row)
+    for arm, points in arms.items():
+        style = style_of(points[0])
+        if not points[0]['memory']:
+            panel.axhline(points[0]['average']['mean'], color=colors[arm], **style)
+            continue
+        points = sorted(points, key=lambda row: row['memory_bytes'])
+        panel.errorbar([row['memory_bytes'] for row in points], [row['average']['mean'] for row in points],
+                       yerr=[row['average']['sd'] or 0 for row in points], marker='o', capsize=3, color=colors[arm],
+                       **style)
+        for row in points:
+            panel.annotate(f'{row["memory_images"]:,}', (row['memory_bytes'], row['average']['mean']), xytext=(4, 4),
+                           textcoords='offset points', fontsize=7)
+    panel.set(xscale='log', xlabel='memory: data, labels and index (without the tokenizer)',
+              ylabel='average incremental top-1 (%)', title=f'{results["title"]} ({results["preset"]}); labels: images')
+    memories = memories_of(rows)
+    panel.set_xticks(memories, [f'{memory / 1e6:g} MB' for memory in memories])
+    panel.minorticks_off()
+    panel.grid(alpha=0.3)
+    figure.legend(fontsize=8, ncols=3, loc='outside lower center')
+    save_figure(figure, path)
+
+
+# By table: its figures, and whether there is something to draw. Each is drawn by (results, path).
+FIGURES: dict[str, tuple[Callable, dict[str, Callable]]] = {
+    'storage': (lambda results: points(results, 'files'), {'curve.png': draw_curve}),
+    'continual': (learned, {'tasks.png': draw_tasks, 'bytes.png': draw_bytes}),
+}
