@@ -30,8 +30,8 @@ DEMO = ROOT / 'demo'
 def context() -> multiprocessing.context.ForkServerContext:
     """Forks of a server that has imported the programs once: an attempt starts in 0.1 s instead of five."""
     server = multiprocessing.get_context('forkserver')
-    server.set_forkserver_preload(['main_seit', 'main_pixels', 'main_continual', 'tokenize_images', 'processes',
-                                   'small_training', 'scripts.train_tokenizer', 'scripts.fit_token_adapt'])
+    server.set_forkserver_preload(['main_seit', 'main_pixels', 'tokenize_images', 'processes', 'small_training',
+                                   'scripts.train_tokenizer', 'scripts.fit_token_adapt'])
     folders = [str(ROOT), str(ROOT / 'tests')]
     variables = {'PYTHONPATH': os.pathsep.join(folders), 'OMP_NUM_THREADS': '1',
                  'PYTHONWARNINGS': 'ignore:resource_tracker'}  # of locks that killed processes had

@@ -22,9 +22,9 @@ from continual.memory import load_memory
 from continual.results import evaluate_seen
 from continual.tasks import make_tasks
 from fileio.labels import read_labels, write_labels
-from helpers import (ROOT, Killed, accuracy_lines, before_step, call, fails, make_data, send_signal, states,
-                     without_times)
-from processes import Job, training_differs
+from helpers import (ROOT, Killed, accuracy_lines, before_step, call, clean_environment, fails, make_data, send_signal,
+                     states, two_processes, without_times)
+from processes import training_differs
 
 SMALL = ['--device', 'cpu', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2', '--batch-size', 8, '--epochs',
          2, '--warmup-epochs', 0, '--base-classes', 2, '--inc-classes', 2]
@@ -287,9 +287,11 @@ def test_a_rank_without_images_evaluates(monkeypatch):
 def test_two_processes(paths, made, tmp_path):
     """They fit, tokenize, train and remember; evaluation counts each image once."""
     flags = [*TOKENS, *paths, *MEMORY, '--epochs', 1, *made[:-1]]
-    flags += [tmp_path / 'tokens', '--dist-eval', '--batch-size', 4, '--output-dir', tmp_path / 'two']
-    assert Job('main_continual', flags, 2, tmp_path / 'out').wait() == [0, 0], (tmp_path / 'out').read_text()
-    assert 'batch: 4 x 2 = 8' in (tmp_path / 'out').read_text()
+    command = [sys.executable, *two_processes(), ROOT / 'main_continual.py', *flags, tmp_path / 'tokens', '--dist-eval',
+               '--batch-size', 4, '--output-dir', tmp_path / 'two']
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=clean_environment(), timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert 'batch: 4 x 2 = 8' in done.stdout
     lines = check_results(tmp_path / 'two', 2000)
     assert [line['steps'] for line in lines] == [2, 2, 2]  # as many as one process of 8 images takes
     for line in lines:  # classes have as many validation images: no image is lost, and none counted twice
