@@ -64,11 +64,13 @@ def test_two_processes(data, tmp_path, capsys):
 
 
 def test_each_rank_sees_other_images_and_all_copies_differ():
-    seen = [main_pixels.draws_of(3, 1, np.arange(rank, 12, 2), 1) for rank in range(2)]
+    seen = [main_pixels.draws_of(3, 1, np.arange(rank, 12, 2), 0, 1) for rank in range(2)]
     assert sorted(np.concatenate(seen)[:, 2]) == list(range(12))
-    draws = main_pixels.draws_of(3, 1, np.repeat(np.arange(4), 3), 3)
+    indices = np.repeat(np.arange(4), 3)
+    draws = main_pixels.draws_of(3, 1, indices, 0, 3)
     assert len({tuple(draw) for draw in draws.tolist()}) == 12
     assert draws[:, :2].tolist() == [[3, 1]] * 12
+    assert np.array_equal(main_pixels.draws_of(3, 1, indices[5:], 5, 3), draws[5:])  # as a resumed run has them
 
 
 def test_it_learns_from_every_source(data, tmp_path):

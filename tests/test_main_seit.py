@@ -86,9 +86,9 @@ def test_published_command_with_two_processes(tmp_path):
     # 11 validation images do not divide by 2: each still counts once, so one process finds the same
     model, ema = accuracy_lines(output)
     assert ema.endswith('(EMA)') and not model.endswith(')')
-    alone = seit('--model', 'deit_small_token_32', *data, '--device', 'cpu', '--eval', '--resume',
-                 out / 'checkpoint.pth')
-    assert accuracy_lines(alone) == [model, ema]
+    words = ['--model', 'deit_small_token_32', *data, '--device', 'cpu', '--eval', '--resume', out / 'checkpoint.pth']
+    assert Job('main_seit', words, output=tmp_path / 'alone').wait() == [0]
+    assert accuracy_lines((tmp_path / 'alone').read_text()) == [model, ema]
     assert float(model.split()[2]) == pytest.approx(line['test_acc1'], abs=1e-3)
 
 
