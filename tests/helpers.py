@@ -89,15 +89,29 @@ def run_here(*words):
     return main_seit.main(main_seit.parse_args([str(word) for word in words]))
 
 
-def signal_in_second_epoch(monkeypatch):
-    """Send this process SIGTERM, as a scheduler does, before the first step of the second epoch."""
-    train_one_epoch = engine.train_one_epoch
+class Killed(BaseException):
+    """As SIGKILL, but within this process."""
 
-    def signaled(state, *words):
-        if state.epoch == 1:
-            signal.raise_signal(signal.SIGTERM)
-        return train_one_epoch(state, *words)
-    monkeypatch.setattr(engine, 'train_one_epoch', signaled)
+
+def kill():
+    """End a run in this process at once."""
+    raise Killed
+
+
+def send_signal():
+    """Send this process SIGTERM, as a scheduler does."""
+    signal.raise_signal(signal.SIGTERM)
+
+
+def before_step(patch, epoch, step, action):
+    """Let the engine call action() before a step of an epoch, until the monkeypatch `patch` is undone."""
+    seed_step = engine.seed_step
+
+    def seeded(seed, *place):
+        if place[:2] == (epoch, step):
+            action()
+        seed_step(seed, *place)
+    patch.setattr(engine, 'seed_step', seeded)
 
 
 def mistake(*words):

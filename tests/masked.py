@@ -41,10 +41,9 @@ def split_flags(words):
     return ours, words
 
 
-def launched(program, words, processes=1):
-    """The output of a program as torch.distributed.launch starts it, or as it is."""
-    launch = ['-m', 'torch.distributed.launch', f'--nproc_per_node={processes}', f'--master_port={free_port()}',
-              '--use_env'] if processes > 1 else []
+def launched(program, words):
+    """The output of a program that torch.distributed.launch starts as two processes."""
+    launch = '-m', 'torch.distributed.launch', '--nproc_per_node=2', f'--master_port={free_port()}', '--use_env'
     done = subprocess.run([sys.executable, *launch, str(ROOT / program), *map(str, words)], capture_output=True,
                           text=True, env=clean_environment(), timeout=500)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -30,8 +30,8 @@ DEMO = ROOT / 'demo'
 def context() -> multiprocessing.context.ForkServerContext:
     """Forks of a server that has imported the programs once: an attempt starts in 0.1 s instead of five."""
     server = multiprocessing.get_context('forkserver')
-    server.set_forkserver_preload(['main_seit', 'tokenize_images', 'processes', 'scripts.train_tokenizer',
-                                   'scripts.fit_token_adapt'])
+    server.set_forkserver_preload(['main_seit', 'main_pixels', 'tokenize_images', 'processes', 'small_training',
+                                   'scripts.train_tokenizer', 'scripts.fit_token_adapt'])
     folders = [str(ROOT), str(ROOT / 'tests')]
     variables = {'PYTHONPATH': os.pathsep.join(folders), 'OMP_NUM_THREADS': '1',
                  'PYTHONWARNINGS': 'ignore:resource_tracker'}  # of locks that killed processes had
@@ -61,19 +61,21 @@ class Job:
     """A program on some processes of this machine, started as torchrun would.
 
     Args:
-        name: of its module: main_seit, tokenize_images, train_tokenizer, fit_token_adapt.
+        name: of its module, as in main_seit or scripts.train_tokenizer.
         words: of its command line.
         size: how many processes.
         output: the file they print to.
+        more: further words of each rank.
     """
 
-    def __init__(self, name: str, words: Sequence[Any], size: int = 1, output: str | Path = os.devnull):
+    def __init__(self, name: str, words: Sequence[Any], size: int = 1, output: str | Path = os.devnull,
+                 more: Sequence[Sequence[Any]] | None = None):
         launch = {'MASTER_ADDR': '127.0.0.1', 'MASTER_PORT': str(free_port()), 'WORLD_SIZE': str(size)}
-        words = [str(word) for word in words]
         self.ranks = []
         for rank in range(size):
+            line = [str(word) for word in (*words, *(more[rank] if more else ()))]
             env = {**launch, 'RANK': str(rank), 'LOCAL_RANK': str(rank)} if size > 1 else {}
-            self.ranks.append(context().Process(target=program, daemon=True, args=(name, words, env, str(output))))
+            self.ranks.append(context().Process(target=program, daemon=True, args=(name, line, env, str(output))))
             self.ranks[-1].start()
 
     def wait(self, seconds: float = 300) -> list[int | None]:

@@ -5,18 +5,16 @@ import numpy as np
 import pytest
 import torch
 
-import engine
 import main_mtm_finetune
 import main_mtm_pretrain
-from helpers import assert_same, call, fails, make_data, read_log, signal_in_second_epoch, states, without_times
+from helpers import Killed, assert_same, before_step, call, fails, kill, make_data, read_log, states
 from masked import PUBLISHED_FINETUNE, PUBLISHED_PRETRAIN, SMALL, split_flags, token_adapt_flags
-from processes import Job, until
+from processes import training_differs
 from seitpp import mtm_recipe
 from seitpp.models_mtm import MODELS, draw_masks, masked_token_loss
 from seitpp.token_adapt import load_token_adapt
 from small_training import CountWaits
 from token_files.codebook import load_codebook
-from utils import InputError
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -89,57 +87,14 @@ def uninterrupted(data, tmp_path_factory):
     return flags, folder
 
 
-@pytest.mark.parametrize('steps', [1, 2, 3, 4, 5])
-def test_killed_after_any_step_it_resumes_bit_by_bit(uninterrupted, tmp_path, monkeypatch, steps):
+def test_killed_and_resumed_equals_uninterrupted(uninterrupted, tmp_path, monkeypatch):
     flags, whole = uninterrupted
-
-    class Killed(BaseException):
-        pass
-    optimizer_step = engine.optimizer_step
-    done = []
-
-    def killed_later(*words):
-        optimizer_step(*words)
-        done.append(1)
-        if len(done) > steps:
-            raise Killed  # after the step, before its checkpoint
-    monkeypatch.setattr(engine, 'optimizer_step', killed_later)
-    with pytest.raises(Killed):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        before_step(patch, 1, 3, kill)  # amid the batches of a step
         pretrain(*flags, '--save-every', 1, '--output-dir', tmp_path)
-    monkeypatch.undo()
-    pretrain(*flags, '--save-every', 1, '--output-dir', tmp_path, '--resume', 'auto')
-    assert without_times(read_log(whole)) == without_times(read_log(tmp_path))
-    ours, theirs = (states(folder / 'checkpoint-last.pth') for folder in (tmp_path, whole))
-    for state in (ours, theirs):
-        del state['args']
-    assert_same(ours, theirs)
-
-
-def test_a_signal_stops_it_and_it_resumes(uninterrupted, tmp_path, monkeypatch, capsys):
-    flags, whole = uninterrupted
-    signal_in_second_epoch(monkeypatch)
-    assert pretrain(*flags, '--output-dir', tmp_path) == 75
-    monkeypatch.undo()
-    assert 'stopped by a signal after step 2 of epoch 1; --resume auto continues there' in capsys.readouterr().out
     assert states(tmp_path / 'checkpoint-last.pth')['step'] == 2
-    pretrain(*flags, '--output-dir', tmp_path, '--resume', 'auto')
-    assert_same(states(tmp_path / 'checkpoint-last.pth')['model'], states(whole / 'checkpoint-last.pth')['model'])
-
-
-@pytest.mark.slow
-def test_two_killed_processes_resume_bit_by_bit(data, tmp_path):
-    flags = [*SMALL, *data, '--epochs', 4, '--accum-iter', 3, '--save-every', 1, '--resume', 'auto', '--output-dir']
-    assert Job('main_mtm_pretrain', [*flags, tmp_path / 'whole'], 2).wait() == [0, 0]
-    killed = Job('main_mtm_pretrain', [*flags, tmp_path / 'cut'], 2)
-    until((tmp_path / 'cut' / 'checkpoint-last1.pth').exists, 'two checkpoints')
-    killed.kill()
-    assert len(read_log(tmp_path / 'cut')) < 4
-    assert Job('main_mtm_pretrain', [*flags, tmp_path / 'cut'], 2).wait() == [0, 0]
-    assert without_times(read_log(tmp_path / 'whole')) == without_times(read_log(tmp_path / 'cut'))
-    ours, theirs = (states(tmp_path / name / 'checkpoint-last.pth') for name in ('cut', 'whole'))
-    for state in (ours, theirs):
-        del state['args']
-    assert_same(ours, theirs)
+    pretrain(*flags, '--save-every', 1, '--output-dir', tmp_path, '--resume', 'auto')
+    assert not training_differs(whole, tmp_path, ['checkpoint-last.pth'])
 
 
 def test_checkpoints_have_the_published_keys_and_hold_token_adapt(uninterrupted):
@@ -248,12 +203,6 @@ def test_another_codebook_is_refused(uninterrupted, tmp_path):
               'checkpoint-last.pth: its model reads 30 codes, but the codebook has 40 rows')
     fails(lambda: pretrain(*flags, '--codebook-path', tmp_path / 'codebook.ckpt', '--output-dir', tmp_path / 'out'),
           'tokenadapt.ckpt: is for a codebook of 30 x 32, not of 40 x 32')
-
-
-def test_a_bad_step_ends_it(data, tmp_path):
-    with pytest.raises(InputError, match='is not finite: lower --lr') as caught:
-        pretrain(*data, '--epochs', 2, '--lr', 1e30, '--warmup-epochs', 0, '--output-dir', tmp_path)
-    assert caught.value.exit_code == 3 and (tmp_path / 'bad_step_rank0.json').exists()
 
 
 def test_only_one_model_is_published():

@@ -1,8 +1,6 @@
 """main_pixels.py: the recipe on images."""
 import json
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -11,8 +9,11 @@ import torch
 from PIL import Image
 
 import main_pixels
-from helpers import (ROOT, accuracy_lines, as_list, as_parquet, as_tars, assert_same, call, clean_environment, fails,
-                     read_log, save_image, signal_in_second_epoch, states, two_processes, without_times)
+from helpers import (Killed, accuracy_lines, as_list, as_parquet, as_tars, before_step, call, fails, kill, read_log,
+                     save_image, states, without_times)
+from processes import Job, training_differs
+
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 SMALL = ['--device', 'cpu', '--model', 'vit_tiny_patch16_224', '--model-kwargs', 'depth=1', 'embed_dim=32',
          'num_heads=2', '--input-size', '32', '--batch-size', '8', '--warmup-epochs', '0', '--lr', '1e-2',
@@ -38,45 +39,39 @@ def train(data, *flags):
     return call(main_pixels, *SMALL, '--train-path', data, '--val-path', data, *flags)
 
 
-@pytest.mark.parametrize('aug, workers', [('tokens', 0), pytest.param('deit', 2, marks=pytest.mark.slow)])
-def test_resumed_within_an_epoch_equals_uninterrupted(data, tmp_path, monkeypatch, aug, workers):
-    flags = ['--epochs', 2, '--aug', aug, '--drop-path', 0.3]
-    assert train(data, *flags, '--output-dir', tmp_path / 'whole') == 0
-
-    # what comes after the signal is decoded by other processes
-    signal_in_second_epoch(monkeypatch)
-    assert train(data, *flags, '--output-dir', tmp_path / 'cut') == 75
-    monkeypatch.undo()
-    assert states(tmp_path / 'cut' / 'checkpoint.pth')['step'] == 1
-    assert train(data, *flags, '--num-workers', workers, '--output-dir', tmp_path / 'cut', '--resume', 'auto') == 0
-    whole, cut = (without_times(read_log(tmp_path / name)) for name in ('whole', 'cut'))
-    assert whole == cut and len(whole) == 2
-    a, b = (states(tmp_path / name / 'checkpoint.pth') for name in ('whole', 'cut'))
-    for state in (a, b):
-        del state['args']
-    assert_same(a, b)
+@pytest.mark.slow
+def test_killed_within_an_epoch_and_resumed_equals_uninterrupted(data, tmp_path, monkeypatch):
+    flags = ['--epochs', 2, '--aug', 'deit', '--drop-path', 0.3, '--save-every', 1, '--output-dir']
+    assert train(data, *flags, tmp_path / 'whole') == 0
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        before_step(patch, 1, 2, kill)
+        train(data, *flags, tmp_path / 'cut')
+    assert states(tmp_path / 'cut' / 'checkpoint.pth')['step'] == 2
+    # what comes after it is decoded by other processes
+    assert train(data, *flags, tmp_path / 'cut', '--num-workers', 2, '--resume', 'auto') == 0
+    assert not training_differs(tmp_path / 'whole', tmp_path / 'cut')
 
 
 @pytest.mark.slow
-def test_two_processes(data, tmp_path):
+def test_two_processes(data, tmp_path, capsys):
     """Evaluation shared by two processes equals that of one; 45 images do not divide by 2."""
-    command = [sys.executable, *two_processes(), ROOT / 'main_pixels.py', *SMALL, '--train-path', data, '--val-path',
-               data, '--epochs', 1, '--dist-eval', '--output-dir', tmp_path]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=clean_environment(), timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert 'batch: 8 x 2 = 16, 2 steps an epoch' in done.stdout
-    command = [sys.executable, ROOT / 'main_pixels.py', *SMALL, '--val-path', data, '--eval', '--resume',
-               tmp_path / 'checkpoint.pth']
-    alone = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=clean_environment())
-    assert accuracy_lines(alone.stdout) == accuracy_lines(done.stdout) and len(accuracy_lines(alone.stdout)) == 2
+    words = [*SMALL, '--train-path', data, '--val-path', data, '--epochs', 1, '--dist-eval', '--output-dir', tmp_path]
+    assert Job('main_pixels', words, 2, tmp_path / 'out').wait() == [0, 0]
+    output = (tmp_path / 'out').read_text()
+    assert 'batch: 8 x 2 = 16, 2 steps an epoch' in output
+    train(data, '--eval', '--resume', tmp_path / 'checkpoint.pth')
+    alone = accuracy_lines(capsys.readouterr().out)
+    assert alone == accuracy_lines(output) and len(alone) == 2
 
 
 def test_each_rank_sees_other_images_and_all_copies_differ():
-    seen = [main_pixels.draws_of(3, 1, np.arange(rank, 12, 2), 1) for rank in range(2)]
+    seen = [main_pixels.draws_of(3, 1, np.arange(rank, 12, 2), 0, 1) for rank in range(2)]
     assert sorted(np.concatenate(seen)[:, 2]) == list(range(12))
-    draws = main_pixels.draws_of(3, 1, np.repeat(np.arange(4), 3), 3)
+    indices = np.repeat(np.arange(4), 3)
+    draws = main_pixels.draws_of(3, 1, indices, 0, 3)
     assert len({tuple(draw) for draw in draws.tolist()}) == 12
     assert draws[:, :2].tolist() == [[3, 1]] * 12
+    assert np.array_equal(main_pixels.draws_of(3, 1, indices[5:], 5, 3), draws[5:])  # as a resumed run has them
 
 
 def test_it_learns_from_every_source(data, tmp_path):

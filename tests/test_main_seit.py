@@ -1,19 +1,16 @@
 """main_seit.py as a user runs it."""
-import json
 import subprocess
 import sys
 
 import pytest
 import torch
 
-import engine
 import main_seit
 from benchmarks.common import free_port
-from helpers import (ROOT, SMALL, accuracy_lines, assert_same, clean_environment, make_data, mistake, read_log,
-                     run_here, seit, signal_in_second_epoch, states, without_times)
+from helpers import (ROOT, SMALL, Killed, accuracy_lines, before_step, clean_environment, kill, make_data, mistake,
+                     read_log, run_here, seit, states)
 from image_tokenizer.vitvqgan import Size
 from processes import Job, training_differs
-from samplers import shuffled
 from seitpp.token_adapt import TokenAdapt
 
 
@@ -89,81 +86,23 @@ def test_published_command_with_two_processes(tmp_path):
     # 11 validation images do not divide by 2: each still counts once, so one process finds the same
     model, ema = accuracy_lines(output)
     assert ema.endswith('(EMA)') and not model.endswith(')')
-    alone = seit('--model', 'deit_small_token_32', *data, '--device', 'cpu', '--eval', '--resume',
-                 out / 'checkpoint.pth')
-    assert accuracy_lines(alone) == [model, ema]
+    words = ['--model', 'deit_small_token_32', *data, '--device', 'cpu', '--eval', '--resume', out / 'checkpoint.pth']
+    assert Job('main_seit', words, output=tmp_path / 'alone').wait() == [0]
+    assert accuracy_lines((tmp_path / 'alone').read_text()) == [model, ema]
     assert float(model.split()[2]) == pytest.approx(line['test_acc1'], abs=1e-3)
 
 
-def test_resumed_equals_uninterrupted(data, tmp_path, monkeypatch, capsys):
-    flags = [*SMALL, *data, '--epochs', 2, '--drop-path', 0.3, '--warmup-epochs', 0]
-    run_here(*flags, '--output_dir', tmp_path / 'whole')
-
-    # the first epoch of two, as a run that is killed leaves it: its checkpoint, and a log line too many
-    class Killed(BaseException):
-        pass
-    train_one_epoch = engine.train_one_epoch
-
-    def killed_later(state, *words):
-        if state.epoch == 1:
-            raise Killed
-        return train_one_epoch(state, *words)
-    monkeypatch.setattr(engine, 'train_one_epoch', killed_later)
-    with pytest.raises(Killed):
-        run_here(*flags, '--output_dir', tmp_path / 'cut')
-    monkeypatch.undo()
-    assert len(read_log(tmp_path / 'cut')) == 1
-    with open(tmp_path / 'cut' / 'log.txt', 'a') as file:
-        file.write('{"epoch": 1, "train_loss": 9}\n{"epo')
-    run_here(*flags, '--output_dir', tmp_path / 'cut', '--resume', 'auto')
-    assert 'resumed at epoch 1' in capsys.readouterr().out
-    whole, cut = (without_times(read_log(tmp_path / name)) for name in ('whole', 'cut'))
-    assert whole == cut and len(whole) == 2
-    for file in ('checkpoint.pth', 'best_checkpoint.pth', 'best_ema_checkpoint.pth'):
-        a, b = (states(tmp_path / name / file) for name in ('whole', 'cut'))
-        for state in (a, b):
-            del state['args']
-        assert_same(a, b)
-
-
-@pytest.mark.slow
-def test_seitpp_augmentation_resumes_exactly_in_two_processes(data, adapt, tmp_path):
-    flags = [*SMALL, *data, *adapt, '--epochs', 4, '--batch-size', 4, '--save-every', 1, '--warmup-epochs', 0,
-             '--dist-eval', '--resume', 'auto', '--output-dir']
-    assert Job('main_seit', [*flags, tmp_path / 'whole'], 2, tmp_path / 'out').wait() == [0, 0], \
-        (tmp_path / 'out').read_text()
-    first = Job('main_seit', [*flags, tmp_path / 'cut'], 2)
-    while not (tmp_path / 'cut' / 'checkpoint.pth').exists():
-        assert first.ranks[0].exitcode in (None, 0)
-    first.kill()
-    assert Job('main_seit', [*flags, tmp_path / 'cut'], 2).wait() == [0, 0]
+def test_killed_and_resumed_equals_uninterrupted_with_all_of_seitpps_augmentation(data, adapt, tmp_path, monkeypatch):
+    flags = [*SMALL, *data, '--epochs', 2, '--warmup-epochs', 0, '--save-every', 1, '--drop-path', 0.3, '--output-dir']
+    run_here(*flags, tmp_path / 'whole', *adapt)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        before_step(patch, 1, 2, kill)
+        run_here(*flags, tmp_path / 'cut', *adapt)
+    assert states(tmp_path / 'cut' / 'checkpoint.pth')['step'] == 2
+    run_here(*flags, tmp_path / 'cut', *adapt, '--resume', 'auto')
     assert not training_differs(tmp_path / 'whole', tmp_path / 'cut')
-
-
-def test_seitpp_augmentation_resumes_exactly_within_an_epoch(data, adapt, tmp_path, monkeypatch):
-    flags = [*SMALL, *data, *adapt, '--epochs', 2, '--warmup-epochs', 0, '--output-dir']
-    run_here(*flags, tmp_path / 'whole')
-    signal_in_second_epoch(monkeypatch)
-    assert run_here(*flags, tmp_path / 'cut') == 75
-    monkeypatch.undo()
-    run_here(*flags, tmp_path / 'cut', '--resume', 'auto')
-    assert not training_differs(tmp_path / 'whole', tmp_path / 'cut')
-    plain = [*SMALL, *data, '--epochs', 2, '--warmup-epochs', 0, '--output-dir', tmp_path / 'plain']
-    run_here(*plain)
+    run_here(*flags, tmp_path / 'plain')
     assert read_log(tmp_path / 'plain')[1]['train_loss'] != read_log(tmp_path / 'whole')[1]['train_loss']
-
-
-def test_resume_keeps_the_best_accuracy(data, tmp_path):
-    flags = [*SMALL, *data, '--epochs', 1, '--output-dir', tmp_path]
-    run_here(*flags)
-    state = states(tmp_path / 'checkpoint.pth')
-    state['best_acc1'] = 99.
-    torch.save(state, tmp_path / 'checkpoint.pth')
-    best = (tmp_path / 'best_checkpoint.pth').read_bytes()
-    flags[flags.index('--epochs') + 1] = 2
-    run_here(*flags, '--resume', tmp_path / 'checkpoint.pth')
-    assert states(tmp_path / 'checkpoint.pth')['best_acc1'] == 99.
-    assert (tmp_path / 'best_checkpoint.pth').read_bytes() == best
 
 
 def test_every_switch_runs_with_tokenadapt(data, adapt, capsys):
@@ -200,48 +139,16 @@ def test_slurm_step(data, tmp_path):
     assert 'batch: 8 x 2 = 16' in first and second == ''
 
 
-@pytest.mark.slow
-def test_flags_without_effect_say_so_once(data):
-    output = seit(*SMALL, *data, '--epochs', 1, '--num_workers', 4, '--use-entire-tokens', '--world_size', 1,
-                  launch=two_processes())
-    for flag in ('--num-workers', '--use-entire-tokens', '--world-size'):
-        assert output.count(f'note: {flag} has no effect') == 1
-    assert output.count(' has no effect: ') == 3
-
-
-def test_tensorboard(data, tmp_path):
-    run_here(*SMALL, *data, '--epochs', 2, '--output-dir', tmp_path, '--tensorboard')
-    assert list(tmp_path.glob('events.out.tfevents*'))
-
-
-def test_the_program_stops_for_a_signal_and_says_how_to_go_on(data, tmp_path, monkeypatch, capsys):
-    signal_in_second_epoch(monkeypatch)
-    assert run_here(*SMALL, *data, '--epochs', 2, '--output-dir', tmp_path) == 75
-    assert 'stopped by a signal after step 1 of epoch 1; --resume auto continues there' in capsys.readouterr().out
-    assert states(tmp_path / 'checkpoint.pth')['step'] == 1
-
-
-@pytest.mark.slow
-def test_a_closed_standard_output_does_not_stop_it(data, tmp_path):
-    command = [sys.executable, str(ROOT / 'main_seit.py'), *map(str, [*SMALL, *data]), '--epochs', '1', '--no-eval',
-               '--output-dir', str(tmp_path)]
-    done = subprocess.run(['bash', '-c', 'exec "$@" >&-', '_', *command], capture_output=True,
-                          env=clean_environment())
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / 'checkpoint.pth').exists()
-
-
 # ---------------------------------------------------------------- bad input
 
 @pytest.mark.slow
-def test_mistakes_get_one_line_and_exit_code_2(data, tmp_path):
-    base = [*SMALL, *data, '--epochs', 1]
-    assert 'larger than the 10x10' in seit(*base, '--input-size', 96, fails=True)
-    assert 'gone.pth' in seit(*base, '--resume', tmp_path / 'gone.pth', fails=True)
+def test_a_mistake_gets_one_line_and_exit_code_2(data, tmp_path):
+    assert 'gone.pth' in seit(*SMALL, *data, '--epochs', 1, '--resume', tmp_path / 'gone.pth', fails=True)
 
 
 @pytest.mark.parametrize('flags, words', [
     (['--nb_classes', '3'], 'holds class 3'), (['--batch-size', '64'], '--batch-size 64 x --accum-iter 1'),
+    (['--input-size', '96'], 'larger than the 10x10'),
     (['--model', 'resnet50'], 'none of deit'), (['--model-kwargs', 'layers=3'], '--model-kwargs'),
     (['--opt', 'nonsense'], '--opt'), (['--device', 'tpu'], 'choose auto, cuda'),
     (['--swap-token-scale', '1'], 'no room'), (['--finetune', 'gone.pth'], 'gone.pth'),
@@ -272,73 +179,27 @@ def test_without_cuda_auto_is_the_cpu_and_cuda_is_refused(data, capsys):
     assert 'device: 1 x CPU' in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_a_bad_step_ends_the_program_with_3_and_leaves_what_replays_it(data, tmp_path):
-    flags = [*SMALL, *data, '--epochs', 2, '--unscale-lr', '--lr', '1e30', '--warmup-epochs', 0, '--opt', 'sgd',
-             '--output-dir', tmp_path]
-    done = subprocess.run([sys.executable, str(ROOT / 'main_seit.py'), *map(str, flags)], capture_output=True,
-                          text=True, env=clean_environment())
-    assert done.returncode == 3
-    line, = done.stderr.strip().splitlines()
-    assert line.startswith('error: ') and 'lower --lr' in line
-    assert not (tmp_path / 'checkpoint.pth').exists()
-    bad = json.loads((tmp_path / 'bad_step_rank0.json').read_text())
-    order = shuffled(24, 1, 0, 0, bad['epoch'])
-    assert bad['indices'] == order[8 * bad['step']:8 * bad['step'] + 8].tolist()
-    assert (bad['epoch'], bad['rank'], bad['seed']) == (0, 0, 0) and bad['lr'] == 1e30
+# ---------------------------------------------------------------- ranks that do not have the same data
 
-
-# ---------------------------------------------------------------- ranks that do not train the same run
-
-def two_ranks(words_of_rank, timeout=120):
-    """Exit codes and outputs of two processes, each with its own words."""
-    port = str(free_port())
-    ranks = [subprocess.Popen([sys.executable, str(ROOT / 'main_seit.py'), *map(str, words_of_rank[rank])],
-                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              env=clean_environment(RANK=str(rank), LOCAL_RANK='0', WORLD_SIZE='2',
-                                                    MASTER_ADDR='127.0.0.1', MASTER_PORT=port)) for rank in range(2)]
-    outputs = [process.communicate(timeout=timeout)[0] for process in ranks]
-    return [process.returncode for process in ranks], outputs
-
-
-@pytest.mark.slow
-def test_ranks_with_other_flags_end_with_one_line(data, tmp_path):
-    base = [*SMALL, *data, '--epochs', 1, '--no-eval', '--dist-timeout', 1]
-    codes, outputs = two_ranks([[*base, '--output-dir', tmp_path / 'a'], [*base, '--output-dir', tmp_path / 'b',
-                                                                          '--lr', '1e-1']])
-    assert codes == [2, 2]
-    lines = [line for output in outputs for line in output.splitlines() if line.startswith('error: ')]
-    line, = lines
-    assert line.startswith('error: the ranks are not of one run: --lr is 0.00075 on rank 0 and 0.1 on rank 1')
-    assert not any('Traceback' in output for output in outputs)
-    assert not (tmp_path / 'a' / 'checkpoint.pth').exists()
+def two_ranks(words, output, second=()):
+    """Exit codes of two processes, the second with more words; they print to `output`."""
+    return Job('main_seit', [*SMALL, '--epochs', 1, '--no-eval', '--dist-timeout', 1, *words], 2, output,
+               [(), second]).wait(120)
 
 
 @pytest.mark.slow
 def test_ranks_with_other_data_end_with_one_line(data, tmp_path):
-    more = tmp_path / 'more'
-    more.mkdir()
-    other = make_data(more, n=32)
-    base = [*SMALL, '--epochs', 1, '--no-eval', '--dist-timeout', 1]
-    codes, outputs = two_ranks([[*base, *data], [*base, *other]])
-    assert codes == [2, 2] and 'training images is 24 on rank 0 and 32 on rank 1' in ''.join(outputs)
-
-
-@pytest.mark.slow
-def test_a_checkpoint_that_only_rank_0_finds_is_taken_by_all(data, tmp_path):
-    base = [*SMALL, *data, '--no-eval', '--dist-timeout', 1]
-    assert two_ranks([[*base, '--epochs', 1, '--output-dir', tmp_path / 'a']] * 2)[0] == [0, 0]
-    flags = [*base, '--epochs', 2, '--resume', 'auto', '--output-dir']
-    codes, outputs = two_ranks([[*flags, tmp_path / 'a'], [*flags, tmp_path / 'b']])
-    assert codes == [0, 0] and 'resumed at epoch 1' in outputs[0]
-    assert [line['epoch'] for line in read_log(tmp_path / 'a')] == [0, 1]
+    output = tmp_path / 'out'
+    assert two_ranks(data, output, make_data(tmp_path, n=32)) == [2, 2]
+    line, = output.read_text().splitlines()[-1:]
+    assert line.startswith('error: ') and 'training images is 24 on rank 0 and 32 on rank 1' in line
 
 
 @pytest.mark.slow
 def test_a_mistake_of_another_rank_is_printed_once(data, tmp_path):
     """A damaged label file that only rank 1 has."""
+    output = tmp_path / 'out'
     (tmp_path / 'label.txt').write_text('x\n')
-    base = [*SMALL, *data, '--epochs', 1, '--no-eval', '--dist-timeout', 1]
-    codes, outputs = two_ranks([base, [*base, '--train-label-file', tmp_path / 'label.txt']])
-    assert codes[1] == 2 and codes[0] != 0
-    assert outputs[1].count('error: ') == 1 and 'line 1 is not an integer class' in outputs[1]
+    codes = two_ranks(data, output, ['--train-label-file', tmp_path / 'label.txt'])
+    assert codes[1] == 2 and codes[0] not in (0, None)
+    assert output.read_text().count('error: ') == 1 and 'line 1 is not an integer class' in output.read_text()

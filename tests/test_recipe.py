@@ -1,7 +1,9 @@
-"""The recipe against golden files; flags, ranges, derived numbers."""
+"""The recipe against golden files; flags; and how every program begins, resumes and ends, on a small one."""
 import argparse
 import copy
 import json
+import shutil
+import time
 
 import numpy as np
 import pytest
@@ -9,11 +11,26 @@ import timm
 import torch
 
 import flags
+import main_continual
+import main_mtm_finetune
+import main_mtm_pretrain
+import main_pixels
 import main_seit
 import recipe
+import small_training
+from helpers import Killed, accuracy_lines, contents, fails, forked, read_log, states
+from processes import CHECKPOINTS, Job, training_differs
+from samplers import shuffled
+from scripts import fit_token_adapt, train_tokenizer
+from small_training import CPU, small, tiny_model
 from training import pretrained
+from training.loss_meter import NotFinite
+from training.preemption import REQUEUE
+from training.run_folder import RunFolder
 from training.run_info import run_record
 from utils import InputError
+
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @pytest.mark.parametrize('name, flags', [
@@ -121,3 +138,297 @@ def test_bce_targets_are_one_wherever_the_mix_is_positive():
     targets = torch.tensor([[0.3, 0.7, 0], [0, 0, 1.]])
     slow = torch.nn.functional.binary_cross_entropy_with_logits(logits, (targets > 0).float())
     torch.testing.assert_close(criterion(logits, targets), slow)
+
+
+# ---------------------------------------------------------------- which flags ranks and resumed runs must have alike
+
+START = {'output_dir', 'resume', 'allow_inexact_resume'}
+NODE = {'output_dir', 'resume', 'dist_url'}
+TOKENS = {'train_token_file', 'codebook_path', 'token_synonym_dict', 'token_cache', 'tokenadapt_path'}
+LABELS = {'train_label_file', 'val_token_file', 'val_label_file'}
+PATHS = {'train_path', 'val_path'}
+TASKS = {*PATHS, *LABELS, 'train_token_file', 'codebook_path', 'tokenizer_path', 'tokens_dir'}
+EXACT = {'batch_size', 'accum_iter', 'seed'}
+OF_TASKS = ['--base-classes', '2', '--output-dir', 'x']
+# program, least words; files that may lie elsewhere on each node, flags of a start, and those a resumed run must keep
+PROGRAMS = {
+    'seit': (main_seit, [], NODE | TOKENS | LABELS | {'finetune'}, START | {'eval'}, EXACT | {'repeated_aug'}),
+    'pixels': (main_pixels, ['--train-path', 'x', '--val-path', 'y'], NODE | PATHS | {'finetune'}, START | {'eval'},
+               EXACT | {'repeated_aug'}),
+    'mtm pretrain': (main_mtm_pretrain, [], NODE | TOKENS, START, EXACT),
+    'mtm finetune': (main_mtm_finetune, [], NODE | TOKENS | LABELS | {'finetune'}, START | {'eval'}, EXACT),
+    'continual tokens': (main_continual, [*OF_TASKS, '--codebook-path', 'x'] + [
+        word for name in ('train-token', 'train-label', 'val-token', 'val-label') for word in (f'--{name}-file', 'x')],
+        NODE | TOKENS | TASKS | {'finetune'}, START | {'eval'}, EXACT | {'repeated_aug'}),
+    'continual pixels': (main_continual, [*OF_TASKS, '--new', 'pixels', '--train-path', 'x', '--val-path', 'y'],
+                         NODE | TASKS | {'finetune'}, START | {'eval'}, EXACT | {'repeated_aug'}),
+    'train tokenizer': (train_tokenizer, ['--data-path', 'x'], NODE | {'data_path', 'val_path', 'vgg_path'}, START,
+                        EXACT | {'val_images', 'epoch_images', 'flip'}),
+    'fit token adapt': (fit_token_adapt, ['--data-path', 'x', '--tokenizer-path', 'y'],
+                        NODE | {'data_path', 'val_path', 'tokenizer_path', 'codebook_path'}, START,
+                        EXACT | {'val_images', 'epoch_images'})}
+
+
+def other_value(value):
+    """A value that a flag may have instead of this one."""
+    return not value if isinstance(value, bool) else (value or 0) + 1 if not isinstance(value, str) else value + '1'
+
+
+@pytest.mark.parametrize('name', PROGRAMS)
+def test_the_rules_of_each_programs_flags(name):
+    program, words, of_a_rank, of_a_start, exact = PROGRAMS[name]
+    args = program.parse_args(words)
+    reasons = main_seit.NO_EFFECT if name == 'continual tokens' else getattr(program, 'NO_EFFECT', {})
+    no_effect = {flag[2:].replace('-', '_') for flag in reasons}
+    assert (args.of_a_rank, args.of_a_start, args.exact) == (of_a_rank | no_effect, of_a_start | no_effect, exact)
+    assert args.of_a_rank | args.of_a_start | args.exact <= vars(args).keys()
+    alike = recipe.flags_alike(args)
+    elsewhere = recipe.flags_alike(args.replaced(**dict.fromkeys(args.of_a_rank, 'elsewhere')))
+    assert alike == elsewhere and '--lr' in alike and '--token-cache none' in alike
+
+
+@pytest.mark.parametrize('name', PROGRAMS)
+def test_a_resumed_run_keeps_each_programs_exact_flags(name, capsys):
+    program, words, *_, exact = PROGRAMS[name]
+    args = program.parse_args(words)
+    state = recipe.make_state(main_seit.parse_args(['--amp', 'off']), tiny_model(), CPU, (32, 8, 8))
+
+    def resume(**values):
+        """Resume a run of `args`, with other values of some flags; returns what is printed."""
+        checkpoint = state.state_dict() | {'args': vars(args), 'classes': None, 'epoch': 0, 'step': 3}
+        recipe.resume_run(args.replaced(**values), state, checkpoint, 'c.pth', 12)
+        assert not checkpoint  # its memory is given back
+        return capsys.readouterr().out
+    assert resume() == 'c.pth: resumed at epoch 1, step 3\n'
+    for flag in args.of_a_start - {'allow_inexact_resume'}:
+        assert resume(**{flag: 'another'}) == 'c.pth: resumed at epoch 1, step 3\n'
+    assert f'note: --lr is 0.5; the run that wrote c.pth had {args.lr}\n' in resume(lr=0.5)
+    for flag in exact:
+        before = getattr(args, flag)
+        change = {flag: other_value(before)}
+        fails(lambda change=change: resume(**change), f'c.pth: the run that wrote it differs in {flag} {before} -> '
+              f'{change[flag]}; resume it as it was, or add --allow-inexact-resume$')
+        assert f'warning: c.pth is resumed with {flag} {before} -> {change[flag]}: ' in resume(
+            **change, allow_inexact_resume=True)
+
+
+# ---------------------------------------------------------------- the beginning
+
+@pytest.fixture(scope='module')
+def whole(tmp_path_factory):
+    """The folder of an undisturbed run of the small program: two epochs of six steps."""
+    folder = tmp_path_factory.mktemp('whole')
+    assert small(folder) == 0
+    return folder
+
+
+def two_ranks(*words, **options):
+    """Exit codes of the small program in two processes: an epoch has three steps."""
+    return Job('small_training', words, 2, **options).wait(120)
+
+
+def test_flags_without_effect_are_named_once(tmp_path, capsys):
+    small(tmp_path, '--epochs', 1, '--num_workers', 4, '--no-eval')
+    output = capsys.readouterr().out
+    assert output.count('note: --num-workers has no effect: there are none\n') == 1 and '--world-size' not in output
+
+
+def test_an_earlier_run_is_resumed_or_left_alone(whole, tmp_path):
+    before = contents(whole)
+    fails(lambda: small(whole), 'an earlier run is here; add --resume auto')
+    shutil.copy(whole / 'checkpoint.pth', tmp_path / 'other.pth')
+    fails(lambda: small(whole, '--resume', tmp_path / 'other.pth'), 'an earlier run is here')
+    assert contents(whole) == before
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'product.bin').write_bytes(b'mine')
+    args = small_training.parse_args(['--output-dir', str(tmp_path / 'out')])
+    fails(lambda: recipe.start(args, outputs=['product.bin']), 'product.bin: an earlier run is here')
+    assert (tmp_path / 'out' / 'product.bin').read_bytes() == b'mine'
+
+
+def test_another_runs_checkpoint_starts_a_new_folder(whole, tmp_path, capsys):
+    small(tmp_path, '--epochs', 3, '--resume', whole / 'checkpoint.pth')
+    assert f'{whole}/checkpoint.pth: resumed at epoch 2, step 0, best Acc@1 ' in capsys.readouterr().out
+    assert [line['epoch'] for line in read_log(tmp_path)] == [2]
+
+
+def test_evaluation_writes_nothing(whole, tmp_path, capsys):
+    before = contents(whole)
+    small(whole, '--eval', '--resume', 'auto')
+    small(tmp_path / 'none', '--eval', '--resume', whole / 'checkpoint.pth')
+    lines = accuracy_lines(capsys.readouterr().out)
+    assert len(lines) == 4 and lines[:2] == lines[2:]  # the model's and the average's
+    assert contents(whole) == before and not (tmp_path / 'none').exists()
+    fails(lambda: small(tmp_path, '--eval', '--resume', 'auto'), 'no checkpoint to evaluate')
+
+
+@pytest.mark.slow
+def test_a_folder_that_another_process_holds_is_refused(tmp_path):
+    def held(ready):
+        lock = RunFolder(str(tmp_path))  # noqa: F841 - held while this is alive
+        ready()
+        time.sleep(600)
+    with forked(held):
+        fails(lambda: small(tmp_path), 'another process is at work there')
+    assert small(tmp_path, '--epochs', 1) == 0
+
+
+@pytest.mark.slow
+def test_ranks_with_other_flags_end_with_one_line(tmp_path):
+    output = tmp_path / 'out'
+    more = [['--output-dir', tmp_path / 'a'], ['--output-dir', tmp_path / 'b', '--lr', '1e-1']]
+    assert two_ranks('--lr', 1e-3, '--num-workers', 4, output=output, more=more) == [2, 2]
+    line, = output.read_text().splitlines()
+    assert line.startswith('error: the ranks are not of one run: --lr is 0.001 on rank 0 and 0.1 on rank 1')
+    assert not list(tmp_path.rglob('*.pth'))
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_only_rank_0_finds_is_taken_by_all(tmp_path):
+    """Ranks may name other folders; what has no effect is said once for all of them."""
+    output = tmp_path / 'out'
+    assert two_ranks('--epochs', 1, '--output-dir', tmp_path / 'a') == [0, 0]
+    more = [['--output-dir', tmp_path / 'a'], ['--output-dir', tmp_path / 'b']]
+    assert two_ranks('--resume', 'auto', '--num-workers', 4, output=output, more=more) == [0, 0]
+    assert output.read_text().count('checkpoint.pth: resumed at epoch 1, step 0') == 1
+    assert output.read_text().count('note: --num-workers has no effect') == 1
+    assert [line['epoch'] for line in read_log(tmp_path / 'a')] == [0, 1] and not list(tmp_path.glob('b/*.pth'))
+
+
+# ---------------------------------------------------------------- resuming
+
+@pytest.mark.parametrize('accumulated, places', [
+    (1, [(0, 1), (0, 4), (0, 5), (1, 0), (1, 1), (1, 5)]), (2, [(0, 3), (1, 1), (1, 4)])])
+def test_killed_after_a_step_it_resumes_bit_by_bit(tmp_path, capsys, accumulated, places):
+    """Within an epoch and across its border, and amid batches that make one step."""
+    words = ['--accum-iter', accumulated, '--save-every', 1]
+    assert small(tmp_path / 'whole', *words) == 0
+    for epoch, step in places:
+        cut = tmp_path / f'{epoch}-{step}'
+        with pytest.raises(Killed):
+            small(cut, *words, '--kill-before', epoch, step)
+        capsys.readouterr()
+        assert small(cut, *words, '--resume', 'auto') == 0
+        saved = step // accumulated * accumulated
+        assert f'checkpoint.pth: resumed at epoch {epoch}, step {saved}' in capsys.readouterr().out
+        assert not training_differs(tmp_path / 'whole', cut), (epoch, step)
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_again(whole, tmp_path):
+    with pytest.raises(Killed):
+        small(tmp_path, '--kill-before', 0, 5)
+    assert not (tmp_path / 'checkpoint.pth').exists()
+    assert small(tmp_path, '--resume', 'auto') == 0
+    assert not training_differs(whole, tmp_path)
+
+
+def test_the_best_accuracy_is_kept(whole, tmp_path, capsys):
+    for path in whole.iterdir():
+        shutil.copy(path, tmp_path)
+    state = states(whole / 'checkpoint.pth') | {'best_acc1': 99.}
+    torch.save(state, tmp_path / 'checkpoint.pth')
+    assert small(tmp_path, '--epochs', 3, '--resume', 'auto') == 0
+    assert 'resumed at epoch 2, step 0, best Acc@1 99.000\n' in capsys.readouterr().out
+    assert states(tmp_path / 'checkpoint.pth')['best_acc1'] == 99.
+    assert (tmp_path / 'best_checkpoint.pth').read_bytes() == (whole / 'best_checkpoint.pth').read_bytes()
+
+
+def test_an_inexact_resume_is_refused_or_allowed(whole, tmp_path, capsys):
+    words = ['--epochs', 3, '--resume', whole / 'checkpoint.pth', '--batch-size', 8]
+    fails(lambda: small(tmp_path, *words), 'batch_size 4 -> 8; .*--allow-inexact-resume$')
+    assert not list(tmp_path.glob('*.pth'))
+    assert small(tmp_path, *words, '--allow-inexact-resume') == 0
+    assert 'batch_size 4 -> 8: batches, augmentation' in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- training to the end
+
+def test_what_a_run_leaves(whole):
+    record = json.loads((whole / 'args.json').read_text())
+    assert (record['lr'], record['world'], record['output_dir']) == (0.1, 1, str(whole))
+    assert 'torch' in record['versions']
+    log = read_log(whole)
+    assert [line['epoch'] for line in log] == [0, 1]
+    assert log[0].keys() >= {'train_loss', 'train_lr', 'test_acc1', 'ema_test_acc1', 'best_acc1', 'n_parameters'}
+    checkpoint = states(whole / 'checkpoint.pth')
+    assert checkpoint['classes'] == list('abcde') and checkpoint['args']['batch_size'] == 4
+    assert {path.name for path in whole.iterdir()} == {*CHECKPOINTS, 'checkpoint_previous.pth', 'log.txt', 'args.json',
+                                                       '.lock'}
+
+
+def test_without_an_output_folder_nothing_is_left(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert small('', '--signal-in', 0, 1) == REQUEUE
+    output = capsys.readouterr().out
+    assert 'batch: 4 x 1 = 4, 6 steps an epoch, 2 epochs; learning rate 0.000781' in output
+    assert 'stopped by a signal after step 2 of epoch 0; without --output-dir nothing is saved' in output
+    assert not list(tmp_path.iterdir())
+
+
+def test_tensorboard(tmp_path):
+    small(tmp_path, '--epochs', 1, '--tensorboard')
+    assert list(tmp_path.glob('events.out.tfevents*'))
+
+
+@pytest.mark.parametrize('place', [(0, 0), (0, 3), (1, 4)])
+def test_a_signal_saves_and_the_run_resumes_exactly(whole, tmp_path, capsys, place):
+    epoch, step = place
+    assert small(tmp_path, '--signal-in', epoch, step) == REQUEUE
+    done = f'stopped by a signal after step {step + 1} of epoch {epoch}; --resume auto continues there'
+    assert done in capsys.readouterr().out
+    checkpoint = states(tmp_path / 'checkpoint.pth')
+    assert (checkpoint['epoch'], checkpoint['step']) == (epoch - 1, step + 1)
+    assert small(tmp_path, '--resume', 'auto') == 0
+    assert f'resumed at epoch {epoch}, step {step + 1}' in capsys.readouterr().out
+    assert not training_differs(whole, tmp_path)
+
+
+def test_a_signal_in_the_last_step_of_an_epoch_stops_after_the_next(whole, tmp_path):
+    assert small(tmp_path / 'a', '--signal-in', 0, 5) == REQUEUE
+    assert states(tmp_path / 'a' / 'checkpoint.pth')['step'] == 1 and len(read_log(tmp_path / 'a')) == 1
+    assert small(tmp_path / 'b', '--signal-in', 1, 5) == 0  # there is no next: the run is done
+    assert not training_differs(whole, tmp_path / 'b')
+
+
+def test_a_bad_step_leaves_what_replays_it(tmp_path):
+    words = ['--bad-image', 3, '--save-every', 2, '--seed', 5]
+    with pytest.raises(NotFinite, match='the loss of step . of epoch 0 is not finite: lower --lr') as caught:
+        small(tmp_path, *words)
+    assert caught.value.exit_code == 3
+    bad = json.loads((tmp_path / 'bad_step_rank0.json').read_text())
+    order = shuffled(small_training.IMAGES, 1, 0, 5, 0)
+    step = order.tolist().index(3) // 4
+    assert bad == {'epoch': 0, 'step': step, 'rank': 0, 'seed': 5, 'lr': 0.1 * 4 / 512,
+                   'indices': order[4 * step:4 * step + 4].tolist()}
+    assert not (tmp_path / 'log.txt').read_text()
+    assert all(value.isfinite().all() for path in tmp_path.glob('*.pth') for value in states(path)['model'].values())
+
+
+def test_a_bad_step_is_skipped_where_asked_for(tmp_path, capsys):
+    assert small(tmp_path, '--bad-image', 3, '--on-nan', 'skip', '--no-eval') == 0
+    assert capsys.readouterr().out.count('warning: skipped: the loss of step ') == 2
+    assert len(read_log(tmp_path)) == 2 and not list(tmp_path.glob('bad_step*'))
+
+
+@pytest.mark.slow
+def test_two_processes_stop_for_a_signal_to_one_and_resume_exactly(tmp_path):
+    whole, cut = tmp_path / 'whole', tmp_path / 'cut'
+    assert two_ranks('--output-dir', whole) == [0, 0]
+    assert two_ranks('--output-dir', cut, '--signal-in', 1, 0) == [REQUEUE] * 2
+    assert states(cut / 'checkpoint.pth')['step'] == 2  # the ranks agree a step later
+    assert two_ranks('--output-dir', cut, '--resume', 'auto') == [0, 0]
+    assert not training_differs(whole, cut)
+
+
+@pytest.mark.slow
+def test_two_processes_end_for_a_bad_step_of_one(tmp_path):
+    output = tmp_path / 'out'
+    assert two_ranks('--output-dir', tmp_path, '--bad-image', 3, output=output) == [3, 3]
+    line, = (line for line in output.read_text().splitlines() if 'error' in line)
+    records = [json.loads((tmp_path / f'bad_step_rank{rank}.json').read_text()) for rank in range(2)]
+    assert f'the loss of step {records[0]["step"]} of epoch 0 is not finite' in line
+    for rank, record in enumerate(records):
+        order = shuffled(small_training.IMAGES, 2, rank, 0, 0)
+        assert record['rank'] == rank and record['step'] == records[0]['step']
+        assert record['indices'] == order[4 * record['step']:4 * record['step'] + 4].tolist()
+    assert 3 in records[0]['indices'] + records[1]['indices'] and not (tmp_path / 'checkpoint.pth').exists()

@@ -185,7 +185,7 @@ def compare_flags(checkpoint: dict[str, Any], flags: dict[str, Any], path: str, 
         exact: names of those without which batches or augmentation are others. The number of processes counts too.
         of_a_start: names of those that are no part of a run.
     """
-    before = {**saved_flags(checkpoint), 'world_size': checkpoint.get('world_size')}
+    before = saved_flags(checkpoint) | {'world_size': checkpoint.get('world_size') or world_size()}
     if 'classes' not in checkpoint:  # written before there was one: it holds what was made of these two
         before = {key: value for key, value in before.items() if key not in ('lr', 'amp')}
     now = {**flags_to_save(flags), 'world_size': world_size()}
@@ -196,7 +196,7 @@ def compare_flags(checkpoint: dict[str, Any], flags: dict[str, Any], path: str, 
         raise InputError(f'{path}: was written with --opt {before["opt"]}, not {now["opt"]}; resume with the same, or '
                          'start from the weights with --finetune')
     inexact = [f'{key} {before[key]} -> {now[key]}' for key in ('world_size', *sorted(exact))
-               if before.get(key) is not None and key in now and before[key] != now[key]]
+               if key in before and key in now and before[key] != now[key]]
     if inexact and not now['allow_inexact_resume']:
         raise InputError(f'{path}: the run that wrote it differs in {", ".join(inexact)}; resume it as it was, or add '
                          '--allow-inexact-resume')

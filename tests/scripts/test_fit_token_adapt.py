@@ -1,22 +1,21 @@
 """Fitting TokenAdapt: what a run leaves, exact resume, two processes, its file in main_seit.py, and bad input."""
 import os
-import signal
 
 import numpy as np
 import pytest
 import torch
 
-import engine
+from scripts import fit_patch_tokenizer
+from scripts import fit_token_adapt
 import main_seit
 import processes
 import tokenize_images
-from helpers import call, contents, fails, read_log, smooth_images, states
+from helpers import Killed, before_step, call, contents, fails, kill, read_log, smooth_images, states
 from processes import Job
 from scripts import fit_patch_tokenizer, fit_token_adapt
 from seitpp.token_adapt import load_token_adapt
 from seitpp.token_adapt_training import MEASURED
 from token_files.codebook import load_codebook
-from training.preemption import REQUEUE
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 
@@ -80,17 +79,11 @@ def test_training_is_worth_more_than_moving_codes(data, tmp_path):
         assert last[f'test_codes_{name}'] > last[f'test_moved_{name}'] + 2
 
 
-@pytest.mark.parametrize('step', [(0, 3), (1, 6)])
-def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(data, whole, step, tmp_path, monkeypatch):
-    seed_step = engine.seed_step
-
-    def signaled(seed, epoch, number, *more):
-        if (epoch, number) == step:
-            signal.raise_signal(signal.SIGTERM)
-        seed_step(seed, epoch, number, *more)
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, 'seed_step', signaled)
-        assert fit(data, tmp_path) == REQUEUE
+def test_killed_and_resumed_equals_uninterrupted(data, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        before_step(patch, 1, 5, kill)
+        fit(data, tmp_path)
+    assert states(tmp_path / 'checkpoint.pth')['step'] == 4
     assert fit(data, tmp_path) == 0
     assert not differs(whole, tmp_path)
 
@@ -132,7 +125,7 @@ def test_main_seit_trains_with_it(data, whole, tmp_path, capsys):
     (['--batch-size', 64], 'the 40 images of a process make no step of --batch-size 64'),
     (['--tokenizer-path', __file__], 'test_fit_token_adapt.py: '),
     (['--codebook-path', 'gone.ckpt'], 'gone.ckpt: cannot read a codebook'),
-    (['--mixup', 1], '--mixup'), (['--resume', 'auto', '--output-dir', ''], '--resume auto looks in --output-dir')])
+    (['--mixup', 1], '--mixup')])
 def test_mistakes_get_one_line(data, tmp_path, more, said):
     fails(lambda: fit(data, tmp_path, *more), said)
     assert contents(tmp_path).keys() <= {'.lock'}

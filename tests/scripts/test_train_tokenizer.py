@@ -9,12 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-import engine
 import evaluate_on_images
 import main_seit
 import processes
 import tokenize_images
-from helpers import accuracy_lines, call, contents, fails, read_log, smooth_images, states
+from scripts import train_tokenizer
+from helpers import (Killed, accuracy_lines, before_step, call, contents, fails, kill, read_log, smooth_images,
+                     states)
 from image_tokenizer.tokenizers import load_tokenizer
 from image_tokenizer.vq_training import Collapsed
 from processes import Job
@@ -82,36 +83,10 @@ def test_training_raises_the_psnr_of_held_out_images(images, tmp_path):
     assert values[-1] > values[0] + 0.1
 
 
-@pytest.mark.parametrize('step', [(0, 3), (1, 6)])
-def test_stopped_by_a_signal_and_resumed_equals_uninterrupted(images, whole, step, tmp_path, monkeypatch):
-    seed_step = engine.seed_step
-
-    def signaled(seed, epoch, number, *more):
-        if (epoch, number) == step:
-            signal.raise_signal(signal.SIGTERM)
-        seed_step(seed, epoch, number, *more)
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, 'seed_step', signaled)
-        assert train(images, tmp_path) == REQUEUE
-    assert states(tmp_path / 'checkpoint.pth')['step'] == step[1] + 1
-    assert train(images, tmp_path) == 0
-    assert not differs(whole, tmp_path)
-
-
-def test_killed_and_resumed_from_save_every_equals_uninterrupted(images, whole, tmp_path, monkeypatch):
-    class Killed(BaseException):
-        pass
-
-    seed_step = engine.seed_step
-
-    def killed(seed, epoch, number, *more):
-        if (epoch, number) == (1, 5):
-            raise Killed
-        seed_step(seed, epoch, number, *more)
-    with monkeypatch.context() as patch:
-        patch.setattr(engine, 'seed_step', killed)
-        with pytest.raises(Killed):
-            train(images, tmp_path)
+def test_killed_and_resumed_equals_uninterrupted(images, whole, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        before_step(patch, 1, 5, kill)
+        train(images, tmp_path)
     assert states(tmp_path / 'checkpoint.pth')['step'] == 4
     assert train(images, tmp_path) == 0
     assert not differs(whole, tmp_path)
@@ -165,7 +140,7 @@ def test_tokenize_train_and_evaluate_with_it(images, whole, tmp_path, capsys):
     (['--batch-size', 64], 'the 40 images of a process make no step of --batch-size 64'),
     (['--epoch-images', 3], 'the 3 images of a process make no step'),
     (['--vgg-path', __file__], 'test_train_tokenizer.py: '),
-    (['--mixup', 1], '--mixup'), (['--resume', 'auto', '--output-dir', ''], '--resume auto looks in --output-dir')])
+    (['--mixup', 1], '--mixup')])
 def test_mistakes_get_one_line(images, tmp_path, more, said):
     fails(lambda: train(images, tmp_path, *more), said)
     assert contents(tmp_path).keys() <= {'.lock'}

@@ -8,21 +8,17 @@ import sys
 import pytest
 import torch
 
-from helpers import ROOT, SMALL, clean_environment, make_data, mistake, read_log, run_here, states
+from helpers import ROOT, Killed, clean_environment, contents, fails, read_log, states
+from small_training import small
 from training import run_folder
 from training.run_folder import RunFolder, RunLog, find_checkpoint
 from utils import InputError
 
 
 @pytest.fixture(scope='module')
-def data(tmp_path_factory):
-    return make_data(tmp_path_factory.mktemp('data'))
-
-
-@pytest.fixture(scope='module')
-def finished(data, tmp_path_factory):
+def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp('finished')
-    run_here(*SMALL, *data, '--epochs', 2, '--output-dir', folder)
+    small(folder)
     return folder
 
 
@@ -36,19 +32,14 @@ def folder(finished, tmp_path):
     return copy
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
-
-
 # ---------------------------------------------------------------- an earlier run
 
-def test_run_folders_are_not_overwritten(data, folder, tmp_path):
-    base = [*SMALL, *data, '--epochs', 2, '--output-dir', folder]
+def test_run_folders_are_not_overwritten(folder, tmp_path):
     torch.save({'model': states(folder / 'checkpoint.pth')['model']}, tmp_path / 'weights.pth')
     before = contents(folder)
-    assert '--resume auto' in mistake(*base)
+    fails(lambda: find_checkpoint(str(folder), ''), 'an earlier run is here; add --resume auto')
     for resume in (tmp_path / 'weights.pth', tmp_path / 'gone.pth'):  # another run's checkpoint must not replace it
-        assert 'an earlier run is here' in mistake(*base, '--resume', resume)
+        fails(lambda resume=resume: find_checkpoint(str(folder), str(resume)), 'an earlier run is here')
     assert contents(folder) == before
 
 
@@ -56,39 +47,32 @@ def test_run_folders_are_not_overwritten(data, folder, tmp_path):
     ['checkpoint.pth', 'checkpoint_previous.pth'],
     ['checkpoint.pth', 'checkpoint_previous.pth', 'best_checkpoint.pth', 'best_ema_checkpoint.pth'],
     ['checkpoint.pth', 'checkpoint_previous.pth', 'log.txt', '.lock', 'args.json']])
-@pytest.mark.parametrize('resume', [[], ['--resume', 'auto']])
-def test_what_is_left_of_an_earlier_run_is_not_overwritten(data, folder, removed, resume):
+@pytest.mark.parametrize('resume', ['', 'auto'])
+def test_what_is_left_of_an_earlier_run_is_not_overwritten(folder, removed, resume):
     for name in removed:
         (folder / name).unlink()
     before = contents(folder)
-    assert 'an earlier run is here' in mistake(*SMALL, *data, '--epochs', 2, '--output-dir', folder, *resume)
+    fails(lambda: find_checkpoint(str(folder), resume), 'an earlier run is here')
     assert before.items() <= contents(folder).items()
 
 
-def test_a_file_of_the_own_folder_resumes(data, folder, capsys):
+def test_a_file_of_the_own_folder_resumes(folder, capsys):
     best = states(folder / 'best_checkpoint.pth')['epoch']
     for name in ('checkpoint.pth', 'checkpoint_previous.pth'):
         (folder / name).unlink()
-    run_here(*SMALL, *data, '--epochs', best + 2, '--output-dir', folder, '--resume', folder / 'best_checkpoint.pth')
+    small(folder, '--epochs', best + 2, '--resume', folder / 'best_checkpoint.pth')
     assert f'best_checkpoint.pth: resumed at epoch {best + 1}, step 0' in capsys.readouterr().out
     assert [line['epoch'] for line in read_log(folder)] == list(range(best + 2))
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_from_scratch(data, tmp_path):
+def test_a_run_killed_before_its_first_checkpoint_starts_from_scratch(tmp_path):
     """It leaves a log line and a best checkpoint, if it dies just before checkpoint.pth is whole."""
-    run_here(*SMALL, *data, '--epochs', 1, '--output-dir', tmp_path)
+    small(tmp_path, '--epochs', 1)
     assert not (tmp_path / '.unsaved').exists()
     (tmp_path / 'checkpoint.pth').unlink()
     (tmp_path / '.unsaved').touch()
-    run_here(*SMALL, *data, '--epochs', 1, '--output-dir', tmp_path, '--resume', 'auto')
+    small(tmp_path, '--epochs', 1, '--resume', 'auto')
     assert (tmp_path / 'checkpoint.pth').exists() and len(read_log(tmp_path)) == 1
-
-
-def test_evaluation_takes_a_checkpoint_from_the_folder_and_writes_nothing(data, folder, tmp_path, capsys):
-    before = contents(folder)
-    run_here(*SMALL, *data, '--eval', '--resume', 'auto', '--output-dir', folder)
-    assert '* Acc@1' in capsys.readouterr().out and contents(folder) == before
-    assert 'no checkpoint to evaluate' in mistake(*SMALL, *data, '--eval', '--resume', 'auto', '--output-dir', tmp_path)
 
 
 # ---------------------------------------------------------------- damage and kills
@@ -119,15 +103,12 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before_and_is_set_aside(folde
 
 @pytest.mark.parametrize('damage', [truncate, flip, empty])
 @pytest.mark.parametrize('step', ['newest to previous', 'new to newest'])
-def test_a_damaged_newest_and_a_kill_at_a_rename_leave_a_good_one(data, folder, damage, step, monkeypatch):
+def test_a_damaged_newest_and_a_kill_at_a_rename_leave_a_good_one(folder, damage, step, monkeypatch):
     """A save is cut off before its first or its second rename; what it saved is whole, and is found.
 
     The damaged one is set aside, so the first save, of epoch 1, has only one rename.
     """
     damage(folder / 'checkpoint.pth')
-
-    class Killed(BaseException):
-        pass
     replace = os.replace
 
     def killed(source, target):
@@ -138,9 +119,8 @@ def test_a_damaged_newest_and_a_kill_at_a_rename_leave_a_good_one(data, folder, 
             raise Killed
         replace(source, target)
     monkeypatch.setattr(os, 'replace', killed)
-    words = [*SMALL, *data, '--epochs', 3, '--output-dir', folder, '--resume', 'auto']
     with pytest.raises(Killed):
-        run_here(*words)
+        small(folder, '--epochs', 3, '--resume', 'auto')
     monkeypatch.undo()
     checkpoint, path = find_checkpoint(str(folder), 'auto')
     assert checkpoint['epoch'] == (2 if step == 'newest to previous' else 1)
@@ -205,11 +185,10 @@ def test_a_file_system_without_locks_still_trains(tmp_path, monkeypatch, code):
     assert json.loads((tmp_path / 'args.json').read_text()) == {'lr': 1}
 
 
-def test_an_output_folder_that_is_a_file_is_refused_before_the_work(data, tmp_path):
+def test_an_output_folder_that_is_a_file_is_refused(tmp_path):
     (tmp_path / 'file').write_text('x')
     for place in (tmp_path / 'file', tmp_path / 'file' / 'below', tmp_path / ('n' * 300)):
-        line = mistake(*SMALL, *data, '--epochs', 1, '--output-dir', place)
-        assert 'cannot be written' in line and 'choose another --output-dir' in line
+        fails(lambda place=place: small(place), 'cannot be written .*; choose another --output-dir')
 
 
 # ---------------------------------------------------------------- the log
@@ -264,11 +243,11 @@ def test_the_module_states_the_files_it_writes(finished):
     assert all(name in run_folder.__doc__ for name in names)
 
 
-def test_a_whole_first_checkpoint_is_kept_though_its_mark_is_left(data, tmp_path):
+def test_a_whole_first_checkpoint_is_kept_though_its_mark_is_left(tmp_path):
     """The run was killed after the renames of its first save, before the mark was removed."""
-    run_here(*SMALL, *data, '--epochs', 1, '--output-dir', tmp_path)
+    small(tmp_path, '--epochs', 1)
     (tmp_path / '.unsaved').touch()
-    assert 'an earlier run is here' in mistake(*SMALL, *data, '--epochs', 1, '--output-dir', tmp_path)
+    fails(lambda: small(tmp_path, '--epochs', 1), 'an earlier run is here')
 
 
 def test_a_checkpoint_of_minutes_is_not_due_twice(tmp_path):

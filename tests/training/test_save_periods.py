@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from helpers import fails
+from helpers import Killed, fails
 from training.run_folder import CheckpointFiles, RunFolder, checkpoint_files, find_checkpoint
 
 
@@ -64,9 +64,6 @@ def test_a_kill_between_renames_loses_nothing(tmp_path, monkeypatch, renames):
     folder = RunFolder(str(tmp_path), files=files)
     for epoch in range(3):
         folder.save(State(epoch=epoch + 1, step=0))
-
-    class Killed(BaseException):
-        pass
     replace = run_folder.os.replace
     left = [renames]
 
