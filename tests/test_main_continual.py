@@ -17,7 +17,6 @@ from continual import results as task_results, task_tokens
 from scripts import fit_patch_tokenizer
 import main_continual
 import tokenize_images
-from continual import results as task_results, task_tokens
 from continual.forms import length_of
 from continual.memory import load_memory
 from continual.results import evaluate_seen

@@ -12,7 +12,6 @@ import processes
 import tokenize_images
 from helpers import Killed, before_step, call, contents, fails, kill, read_log, smooth_images, states
 from processes import Job
-from scripts import fit_patch_tokenizer, fit_token_adapt
 from seitpp.token_adapt import load_token_adapt
 from seitpp.token_adapt_training import MEASURED
 from token_files.codebook import load_codebook

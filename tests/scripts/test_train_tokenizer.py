@@ -19,7 +19,6 @@ from helpers import (Killed, accuracy_lines, before_step, call, contents, fails,
 from image_tokenizer.tokenizers import load_tokenizer
 from image_tokenizer.vq_training import Collapsed
 from processes import Job
-from scripts import train_tokenizer
 from token_files.codebook import load_codebook
 from training.preemption import REQUEUE
 
