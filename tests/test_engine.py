@@ -103,6 +103,7 @@ def tiny_state(model):
             for k, v in model.state_dict().items()}
 
 
+@pytest.mark.slow
 def test_compiled_equals_eager():
     """The model and the crop under torch.compile, within rounding."""
     try:

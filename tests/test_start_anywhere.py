@@ -54,7 +54,7 @@ def packages_of_our_names(folder):
     """A folder of installed packages that cannot be imported, one for each module and folder of ours."""
     modules = [path.stem for path in ROOT.glob('*.py')]
     packages = {path.parent.name for path in ROOT.glob('*/*.py')}
-    for name in [*modules, *packages, 'inference', 'hubconf']:
+    for name in {*modules, *packages}:
         (folder / name).mkdir(parents=True)
         (folder / name / '__init__.py').write_text(f'raise RuntimeError("another {name} was imported")\n')
     return folder

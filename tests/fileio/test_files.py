@@ -238,6 +238,7 @@ def test_a_lock_has_one_holder_and_ends_with_it(tmp_path):
         files.lock_file(tmp_path / 'no' / 'lock')
 
 
+@pytest.mark.slow
 def test_a_folder_has_one_holder_and_another_waits(tmp_path):
     def hold(ready, seconds=100):
         with files.hold_folder(tmp_path / 'a' / 'b'):

@@ -250,6 +250,7 @@ def test_any_number_of_processes_gives_the_same_bytes(images, tmp_path, monkeypa
     assert contents(tmp_path / '0') == contents(tmp_path / '2')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('moment', ['write_bytes', 'write_text', 'replace', 'rmtree'])
 def test_a_run_killed_at_any_moment_resumes(images, tmp_path, monkeypatch, moment):
     """Killed at each call of a kind in turn; each time the same command resumes, until it is through."""
