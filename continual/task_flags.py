@@ -35,7 +35,7 @@ def add_task_flags(parser: Parser) -> None:
     add('--memory-policy', default='balanced', choices=POLICIES)
     add('--memory-quality', type=integer(1, 95), help='of --memory jpeg')
     add('--memory-side', type=integer(1), help='pixels of the short side, at most, of --memory resize')
-    add('--replay-share', type=flags.SHARE, default=0.5, help='part of each batch that comes from memory')
+    add('--replay-share', type=flags.FRACTION, default=0.5, help='part of each batch that comes from memory')
     add('--eval-stored', action='store_true', help='evaluate the validation images as the memory would give them back, '
         'too: for --new pixels, what the shift between stored and new images costs')
 
