@@ -15,7 +15,7 @@ from utils import InputError, is_main, print0, rank, world_size
 
 
 class NotFinite(InputError):
-    """Loss or gradient is NaN or infinite, at `step` of the epoch, a gradient perhaps earlier, since the last reading."""
+    """Loss or gradient is NaN or infinite, at `step` of the epoch; a gradient at the latest, since the last reading."""
     exit_code = 3
 
     def __init__(self, what: str, epoch: int, step: int, lr: float):
