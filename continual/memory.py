@@ -118,24 +118,24 @@ def fill(memory: ReplayMemory, policy: str, images: np.ndarray, labels: np.ndarr
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(images)
-    share = equal_share(memory.limit, labels)
+    class_bytes = bytes_per_class(memory.limit, labels)
     if policy == 'reservoir':
-        return fill_reservoir(memory, order.tolist(), encode, share, rng)
+        return fill_reservoir(memory, order.tolist(), encode, class_bytes, rng)
     return fill_balanced(memory, {label: order[labels[order] == label].tolist()
-                                  for label in np.unique(labels[order]).tolist()}, encode, share)
+                                  for label in np.unique(labels[order]).tolist()}, encode, class_bytes)
 
 
-def equal_share(limit: int, labels: np.ndarray) -> int:
+def bytes_per_class(limit: int, labels: np.ndarray) -> int:
     """Bytes for each class where all classes of `labels`, 0 to the largest, divide `limit` equally."""
     return limit // (int(labels.max()) + 1)
 
 
-def fill_reservoir(memory: ReplayMemory, stream: Iterable[int], encode: Encode, share: int,
+def fill_reservoir(memory: ReplayMemory, stream: Iterable[int], encode: Encode, class_bytes: int,
                    rng: np.random.Generator) -> int:
     """Let a stream of images pass by the reservoir, in place; only those that are taken are encoded.
 
     Returns:
-        How many images would have been taken, but are of more than `share` bytes.
+        How many images would have been taken, but are of more than `class_bytes` bytes.
     """
     large = 0
     for number in stream:
@@ -143,7 +143,7 @@ def fill_reservoir(memory: ReplayMemory, stream: Iterable[int], encode: Encode, 
         if rng.random() >= memory.largest_key:
             continue
         sample = encode(number)
-        if sample.size > share:
+        if sample.size > class_bytes:
             large += 1
             continue
         while not memory.fits(sample):
@@ -158,7 +158,7 @@ def fill_reservoir(memory: ReplayMemory, stream: Iterable[int], encode: Encode, 
     return large
 
 
-def fill_balanced(memory: ReplayMemory, new: dict[int, Sequence[int]], encode: Encode, share: int) -> int:
+def fill_balanced(memory: ReplayMemory, new: dict[int, Sequence[int]], encode: Encode, class_bytes: int) -> int:
     """Make room for new classes, in place, and take as many of them as of the others.
 
     Samples are ordered by their rank within their class, and then by class; those that come first are held, as many as
@@ -167,7 +167,7 @@ def fill_balanced(memory: ReplayMemory, new: dict[int, Sequence[int]], encode: E
     Args:
         memory: changed in place.
         new: label -> images in the order in which they are taken.
-        share: images of more bytes are passed over.
+        class_bytes: images of more bytes are passed over.
 
     Returns:
         How many images were passed over.
@@ -175,7 +175,7 @@ def fill_balanced(memory: ReplayMemory, new: dict[int, Sequence[int]], encode: E
     ranks = rank_samples(memory)
     end = memory.most, 0  # samples of this rank, (position in the class, label), or a higher one do not fit
     large = []
-    waiting = {label: small_samples(images, encode, share, large) for label, images in sorted(new.items())}
+    waiting = {label: small_samples(images, encode, class_bytes, large) for label, images in sorted(new.items())}
     for position in range(memory.most):
         for label in list(waiting):
             sample = next(waiting[label], None) if (position, label) < end else None
@@ -208,11 +208,11 @@ def rank_samples(memory: ReplayMemory) -> list[tuple[int, int]]:
     return [rank for rank, _ in ranked]
 
 
-def small_samples(images: Iterable[int], encode: Encode, share: int, large: list[int]) -> Iterator[Sample]:
-    """The samples of images that take `share` bytes at most; sizes of the others are noted in `large`."""
+def small_samples(images: Iterable[int], encode: Encode, class_bytes: int, large: list[int]) -> Iterator[Sample]:
+    """The samples of images that take `class_bytes` bytes at most; sizes of the others are noted in `large`."""
     for number in images:
         sample = encode(number)
-        if sample.size <= share:
+        if sample.size <= class_bytes:
             yield sample
         else:
             large.append(sample.size)
@@ -228,10 +228,10 @@ def check_room(limit: int, labels: np.ndarray, encode: Encode, form: str) -> Non
     """
     # the first image of a class that is small enough will do, so mostly one image of each class is encoded
     classes = np.unique(labels)
-    share = equal_share(limit, labels)
+    class_bytes = bytes_per_class(limit, labels)
     for label in classes.tolist():
         large = []
-        if next(small_samples(np.flatnonzero(labels == label).tolist(), encode, share, large), None) is None:
+        if next(small_samples(np.flatnonzero(labels == label).tolist(), encode, class_bytes, large), None) is None:
             raise InputError(f'--memory-bytes {limit}: less than an image of each of the {len(classes)} classes takes '
                              f'as {form} (a class has none below {min(large)} bytes): give {len(classes) * min(large)} '
                              'or more')

@@ -8,7 +8,7 @@ from continual.tasks import ORDER_SEED
 from flags import SYNONYMS, Parser, add_max_pixels, byte_count, integer
 from utils import InputError
 
-# Flags of main_seit.py and main_pixels.py that are refused here, and why: without a word they would be ignored.
+# Flags of main_seit.py and main_pixels.py that are refused here, and why: they would be ignored in silence.
 NOT_HERE = {
     'eval': 'each task is evaluated when it ends',
     'no_eval': 'each task is evaluated when it ends',

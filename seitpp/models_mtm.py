@@ -1,6 +1,6 @@
 """Masked-token modeling (SeiT++, ECCV 2024, sec. 3): an encoder that reads codes, a decoder that predicts masked ones.
 
-A ViT reads patches of 2x2 codes. Some patches are masked: a learned token stands in their place, or they are left out
+A ViT reads patches of 2x2 codes. Some patches are masked: a learned token stands for them, or they are left out
 before the encoder. From what it sees a small decoder predicts the codes of the masked patches.
 
 In the order of a training step: `draw_masks`, `MaskedTokenModel.encode` and `.decode`, `masked_token_loss`.

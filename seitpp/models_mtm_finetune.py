@@ -1,6 +1,6 @@
 """The classifiers that masked-token pre-training ends in (SeiT++): ViTs on codes, and starting them from its weights.
 
-The published program calls its classifier `deit_base_token_32`, as SeiT calls another network. timm knows ours as
+The published program calls its classifier `deit_base_token_32`, as SeiT calls another network. timm knows it here as
 `mtm_deit_base_token_32`, so both can be used at once; `--model` takes the published name. `CodeVisionTransformer` is
 SeiT's ViT with learned embeddings in front; `load_encoder` at the end is what --finetune does.
 """

@@ -131,7 +131,7 @@ def evaluate_token_adapt(model: TokenAdapt, pairs: CodePairs, batches: Iterable[
     Args:
         model: left in eval mode.
         pairs: of its tokenizer.
-        batches: (B, 3, S, S) uint8 on the device, of the rank's share of the held-out images.
+        batches: (B, 3, S, S) uint8 on the device, of this rank's part of the held-out images.
         random: the training's.
         amp: 'off', 'bf16' or 'fp16'.
         name: marks the printed line: '' or 'EMA'.

@@ -75,7 +75,7 @@ def checkpoint_files(periods: Sequence[str], epochs: int, has_best: bool = True)
         has_best: whether the program has an accuracy.
 
     Raises:
-        InputError: for other words.
+        InputError: for a period of another form.
     """
     last = [re.fullmatch(r'last(\d{0,3})', period) for period in periods]
     every = [re.fullmatch(r'every_([1-9]\d{0,8})_epochs?', period) for period in periods]
