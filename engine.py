@@ -1,6 +1,8 @@
 """The training loop and the evaluation, for every program here.
 
-What differs between programs is made in the entry script, as functions:
+`train` goes through the epochs: it trains one, evaluates, writes a line of the log and saves. `train_one_epoch` goes
+through its batches. Between two logging steps the host never waits for the device, so a loss that is not finite is
+masked on the device at once, and noticed when the loss is read. What differs between programs they give as functions:
 
     order_of(epoch)                     (n,) int64, the images that this rank sees in an epoch, batch after batch
     batches_of(indices, epoch, start)   batches on the device of these images, the first one number `start` of the epoch
@@ -39,7 +41,7 @@ class StepOptions:
 
     Attributes:
         steps: batches of an epoch on each rank, a multiple of accum_iter.
-        batch_size: images of a batch.
+        batch_size: images of a batch on each rank.
         seed: of everything random.
         accum_iter: batches whose gradients make one step of the optimizer.
         clip_grad: largest gradient norm, or None.
@@ -63,8 +65,7 @@ def train_one_epoch(state: TrainState, batches: Iterable, loss_of: Callable, opt
 
     Args:
         state: changed in place.
-        batches: on the device; the first is number `state.step`.
-        loss_of, options: see the module's docstring, and StepOptions.
+        batches: on the device; the first is number `state.step` of the epoch.
         after_step: called with the LossMeter after each optimizer step; True leaves the epoch there.
 
     Returns:
@@ -81,11 +82,12 @@ def train_one_epoch(state: TrainState, batches: Iterable, loss_of: Callable, opt
     generator = torch.Generator(device)
     progress = Progress(f'epoch {state.epoch}', options.steps, state.step)
     for step, batch in enumerate(batches, state.step):
+        # every step draws from a seed of its own, so a resumed run need not know what was drawn before
         seed_step(options.seed, state.epoch, step, rank(), generator)
         if step % options.accum_iter == 0:
-            state.scheduler.step_update(state.epoch * options.steps + step)  # of a schedule by steps; others do nothing
+            state.scheduler.step_update(state.epoch * options.steps + step)  # schedules by epochs do nothing here
         update = (step + 1) % options.accum_iter == 0
-        no_reduce = hasattr(model, 'no_sync') and not update  # no all-reduce while accumulating
+        no_reduce = hasattr(model, 'no_sync') and not update  # gradients are summed over ranks once an optimizer step
         with model.no_sync() if no_reduce else contextlib.nullcontext():
             with autocast(device, state.amp):
                 loss = loss_of(model, batch, generator)
@@ -95,6 +97,7 @@ def train_one_epoch(state: TrainState, batches: Iterable, loss_of: Callable, opt
             optimizer_step(state, options.clip_grad)
         state.step = step + 1
         text = None
+        # with --accum-iter, the first update at or behind a multiple of LOG_EVERY
         if update and (state.step % LOG_EVERY < options.accum_iter or state.step == options.steps):
             mean = check_finite(meter, state, step, options.on_nan)
             text = f'loss {mean:.4f} lr {state.optimizer.param_groups[-1]["lr"]:.3g}'
@@ -107,8 +110,12 @@ def train_one_epoch(state: TrainState, batches: Iterable, loss_of: Callable, opt
 
 
 def optimizer_step(state: TrainState, clip_grad: float | None) -> None:
-    """Clip, step, clear the gradients, and let the EMA follow."""
-    if clip_grad:
+    """Clip, step, clear the gradients, and let the EMA follow; no line of it asks the device for a value.
+
+    The scaler skips the step of a gradient that is not finite inside the optimizer's kernel. The EMA then takes the
+    unchanged weights once more, so it needs no look at whether the step was made.
+    """
+    if clip_grad:  # the norm is that of the true gradients, not of those scaled for fp16
         state.scaler.unscale_(state.optimizer)
         nn.utils.clip_grad_norm_(state.model.parameters(), clip_grad)
     state.scaler.step(state.optimizer)
@@ -125,8 +132,7 @@ def train(state: TrainState, order_of: Callable, batches_of: Callable, loss_of: 
     Args:
         state: changed in place.
         order_of, batches_of, loss_of, evaluate_of: see the module's docstring; evaluate_of may be None.
-        folder, log: take the checkpoints, and a line an epoch.
-        epochs, options: how many in all, and how their steps are made.
+        epochs: in all, those before `state.epoch` too.
 
     Returns:
         False when a signal stopped it, after saving.
@@ -136,6 +142,7 @@ def train(state: TrainState, order_of: Callable, batches_of: Callable, loss_of: 
 
         def after_step(meter: LossMeter) -> bool:
             stopping, due = any_rank(stop.received, folder.due(state, options.accum_iter))
+            # behind the last step the epoch is saved anyway, after its evaluation
             if state.step == options.steps or not (stopping or due):
                 return False
             # nothing is saved unchecked: a bad step may lie between the last logging step and this one
@@ -147,12 +154,14 @@ def train(state: TrainState, order_of: Callable, batches_of: Callable, loss_of: 
         while state.epoch < epochs:
             began = time.monotonic()
             first = state.step
-            state.scheduler.step(max(state.epoch - 1, 0))  # as published: the first two epochs have the warm-up value
+            # As published: timm sets epoch 0's rate when the schedule is made, and the loop asked for it again after
+            # that epoch. So the first two epochs have the warm-up value, and the schedule lags by one epoch.
+            state.scheduler.step(max(state.epoch - 1, 0))
             indices = order_of(state.epoch)[first * options.batch_size:options.steps * options.batch_size]
             batches = batches_of(indices, state.epoch, first)
             stats = train_one_epoch(state, batches, loss_of, options, after_step)
             if stats is None:
-                barrier()
+                barrier()  # no rank may end while rank 0 still writes the checkpoint
                 print0(f'stopped by a signal after step {state.step} of epoch {state.epoch}; {folder.advice()}')
                 return False
             speed = (options.steps - first) * options.batch_size * world_size() / (time.monotonic() - began)
@@ -167,14 +176,14 @@ def train(state: TrainState, order_of: Callable, batches_of: Callable, loss_of: 
 def evaluate_models(state: TrainState, evaluate_of: Callable) -> dict[str, float]:
     """Evaluate the model, then the EMA where there is one; returns log entries test_* and ema_test_*."""
     def agreed(model: nn.Module) -> nn.Module:
-        """With BatchNorm's statistics of rank 0, as in checkpoints; each rank has its own, of its own images."""
+        """The model with rank 0's BatchNorm statistics, which checkpoints hold; each rank has gathered others."""
         if world_size() > 1:
             distribute_bn(model, world_size())
         return model
 
     stats = {f'test_{key}': value for key, value in evaluate_of(agreed(state.model), '').items()}
     if state.ema:
-        home = device_of(state.ema.module)
+        home = device_of(state.ema.module)  # the host, with --model-ema-force-cpu
         averaged = state.ema.module.to(device_of(state.model))
         stats |= {f'ema_test_{key}': value for key, value in evaluate_of(agreed(averaged), 'EMA').items()}
         state.ema.module.to(home)
@@ -183,7 +192,7 @@ def evaluate_models(state: TrainState, evaluate_of: Callable) -> dict[str, float
 
 def finish_epoch(state: TrainState, stats: dict[str, float], folder: RunFolder, log: RunLog,
                  times: dict[str, float]) -> None:
-    """Note the best accuracies, go to the next epoch, then log and save the one that ended."""
+    """Take over the best accuracies, step on to the next epoch, then log and save the one that ended."""
     improved = []
     for name, key in (('model', 'test_acc1'), ('ema', 'ema_test_acc1')):
         # an accuracy of 0 counts as the first best, so that every run that evaluates has a best checkpoint
@@ -206,7 +215,7 @@ def finish_epoch(state: TrainState, stats: dict[str, float], folder: RunFolder, 
 # ---------------------------------------------------------------- evaluation
 
 def rank_indices(n: int, distributed: bool) -> np.ndarray:
-    """Indices (m,) int64 of the images, of n, that this rank evaluates: its share when `distributed`, else all."""
+    """Which of n images this rank evaluates, (m,) int64: its part of them when `distributed`, else all."""
     return in_order(n, world_size(), rank()) if distributed else in_order(n, 1, 0)
 
 
@@ -243,7 +252,7 @@ def evaluate(model: nn.Module, batches: Iterable, prepare: Callable, *, amp: str
         model: bare; it is left in eval mode.
         batches: inputs (B, ...) and labels (B,) int64, on the model's device.
         prepare: inputs -> what the model reads, such as token_augment.EvalTransform.
-        distributed: the ranks' batches are shares of one set, to be summed; otherwise each rank has the whole of it.
+        distributed: the ranks' batches are parts of one set, to be summed; otherwise each rank has the whole set.
         name: marks the printed line, as in `* Acc@1 … (EMA)`.
         record: called with each batch's logits (B, classes) float32.
 
@@ -252,7 +261,8 @@ def evaluate(model: nn.Module, batches: Iterable, prepare: Callable, *, amp: str
     """
     model.eval()
     device = device_of(model)
-    sums = torch.zeros(4, dtype=torch.float64, device=device)  # loss, top-1, top-5, images
+    # float64, because float32 stops counting single images at 16.8 million; loss, top-1, top-5, images
+    sums = torch.zeros(4, dtype=torch.float64, device=device)
     for inputs, labels in batches:
         with autocast(device, amp):
             logits = model(prepare(inputs)).float()

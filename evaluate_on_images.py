@@ -7,6 +7,9 @@ IMAGES holds a folder for each class, labels are the folders in alphabetical ord
 or parquet files, see image_data/sources.py. Images are resized to --tokenizer-input-size on both sides, and the middle
 --vit-input-size codes of the grid are read. --corruption and --classes are for ImageNet-C, -R, -A and -Sketch, see
 image_data/corruptions.py and image_data/class_subsets.py.
+
+`main` loads what must belong together, makes codes of the images while they are evaluated (`CodeBatches`), and leaves
+the counting to the engine's `evaluate`.
 """
 import argparse
 import csv
@@ -22,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, under PYTHONSAFEPATH=1 too
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # before installed packages of the same names
 from engine import evaluate, rank_indices, write_evaluation
 from fileio.files import check_writable, write_text
 from flags import SEED, KeyValues, Parser, add_max_pixels, integer, print_no_effect
@@ -50,34 +53,43 @@ def make_parser() -> Parser:
     add = parser.add_argument
     add('--data-path', required=True, metavar='PATH',
         help='class folders of images, a list file .txt, tar shards or parquet files: see image_data/sources.py')
-    add('--model', default='deit_base_token_32', help=', '.join(MODELS))
+    add('--model', default='deit_base_token_32', help='one of ' + ', '.join(MODELS))
     add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
-        help='as given in training')
-    add('--model-path', default='weights/trained-vit.ckpt', metavar='FILE', help='a checkpoint')
-    add('--use-ema', action='store_true', help="take the checkpoint's averaged weights")
-    add('--codebook-path', default='weights/codebook.ckpt', metavar='FILE')
-    add('--tokenizer-path', default='weights/tokenizer.ckpt', metavar='FILE')
+        help='arguments of the model, as they were given in training')
+    add('--model-path', default='weights/trained-vit.ckpt', metavar='FILE', help='the checkpoint of the model')
+    add('--use-ema', action='store_true', help="take the checkpoint's EMA of the weights")
+    add('--codebook-path', default='weights/codebook.ckpt', metavar='FILE',
+        help='the codebook that the model was trained with')
+    add('--tokenizer-path', default='weights/tokenizer.ckpt', metavar='FILE',
+        help='the tokenizer that made the training tokens')
     add('--tokenizer-code-path', metavar='DIR',
-        help='folder of the code that a pickled tokenizer runs when loaded; scripts/convert_tokenizer.py does without')
-    add('--tokenizer-input-size', type=integer(1), default=256, help='pixels images are resized to, both sides')
-    add('--vit-input-size', type=integer(2), default=28, help='codes the model reads, each side')
-    add('--nb-classes', type=integer(1), help="default: the checkpoint's (1000 in the published ones)")
-    add('--batch-size', type=integer(1), default=64, help='per process')
-    add('--num-workers', type=integer(), default=10, help='processes that decode images; as many as the cores at most')
+        help='folder of the code that a pickled tokenizer runs when it is loaded; files of '
+        'scripts/convert_tokenizer.py need none')
+    add('--tokenizer-input-size', type=integer(1), default=256,
+        help='pixels to which both sides of an image are resized')
+    add('--vit-input-size', type=integer(2), default=28, help='codes on a side of what the model reads')
+    add('--nb-classes', type=integer(1),
+        help='number of classes (default: as many as the checkpoint has, 1000 in the published ones)')
+    add('--batch-size', type=integer(1), default=64, help='images of a batch of one process')
+    add('--num-workers', type=integer(), default=10,
+        help='processes that decode images, at most as many as there are cores')
     add('--pin-mem', action=argparse.BooleanOptionalAction, default=True,
-        help='copy batches to a GPU from page-locked memory')
+        help='copy batches to the GPU from page-locked memory, which is faster')
     add('--amp', choices=['bf16', 'fp16', 'off'], help='mixed precision of the ViT (default: fp16 on CUDA, off on CPU)')
     add('--tokenizer-amp', choices=['bf16', 'off'], default='off',
-        help='off: fp32, so that codes are those of the training set; bf16 is faster and moves some codes')
-    add('--compile', action='store_true', help='torch.compile tokenizer and model')
-    add('--dist-eval', action='store_true', help='share the images over the ranks, each on exactly one')
-    add('--output', default='', metavar='FILE.json', help='write the numbers there, too')
-    add('--save-predictions', metavar='FILE.csv', help='a line an image: file, label, prediction, probability, top 5')
+        help='off: compute in fp32, which gives the codes of the training set; bf16: faster, but some codes change')
+    add('--compile', action='store_true', help='compile tokenizer and model by torch.compile')
+    add('--dist-eval', action='store_true',
+        help='divide the images among the ranks; without it each evaluates all')
+    add('--output', default='', metavar='FILE.json', help='also write the numbers to this file')
+    add('--save-predictions', metavar='FILE.csv',
+        help='write a line for each image: file, label, prediction, probability and the five most probable classes')
     add('--skip-bad-images', action='store_true', help='leave unreadable images out and count them')
     add_max_pixels(add)
-    add('--seed', type=SEED, default=0, help='of the noise of --corruption; nothing else is random')
-    add('--device', default='auto', help='auto (CUDA where there is one), cuda or cpu')
-    add('--dist-url', default='env://', help="torch.distributed's init method")
+    add('--seed', type=SEED, default=0, help='seed of the noise of --corruption; nothing else is random')
+    add('--device', default='auto', help='auto (CUDA where there is a GPU), cuda or cpu')
+    add('--dist-url', default='env://',
+        help="where the processes meet: torch.distributed's init method")
     add_robustness_flags(parser)
     parser.add_no_effect(NO_EFFECT, switches=['--eval'])
     return parser
@@ -97,12 +109,10 @@ def load_model(path: str, use_ema: bool, name: str, model_kwargs: dict[str, Any]
     Unlike inference/models.py, which reads sizes off the checkpoint, this takes them as the flags say, as published.
 
     Args:
-        path: of the checkpoint.
         use_ema: take the averaged weights.
-        name, model_kwargs: of --model.
-        num_classes: None for the checkpoint's.
+        num_classes: None for as many as the checkpoint has.
         input_size: codes on a side that the model reads.
-        code_dim: elements of a codebook row.
+        code_dim: elements of a codebook row, which the model must read.
     """
     checkpoint = load_checkpoint(path)
     weights = weights_of(checkpoint, path, use_ema)
@@ -123,8 +133,7 @@ class CodeBatches:
     Args:
         images: what `load_images` yields.
         labels: (N,) int64, of all images.
-        tokenizer: on the device.
-        codebook: (K, d), on the device.
+        tokenizer, codebook (K, d): on the device.
         amp: of the tokenizer, 'off' or 'bf16'.
 
     Attributes:
@@ -145,19 +154,20 @@ class CodeBatches:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         for batch in self.images:
             self.skipped += len(batch.skipped)
+            # a batch in which no image could be read; the ranks need not evaluate equally many, so it may be left out
             if not len(batch.indices):
                 continue
             with torch.no_grad():
                 _, codes = encode_images(self.tokenizer, self.codebook, batch.pixels, self.amp)
             grid_size = math.isqrt(codes.shape[1])
-            self.indices += batch.indices.tolist()
+            self.indices += batch.indices.tolist()  # predictions are matched with files by these, skipped ones aside
             yield codes.view(-1, grid_size, grid_size), self.labels[batch.indices].to(codes.device)
 
 
 # ---------------------------------------------------------------- predictions
 
 def gather(values: list[Any], distributed: bool) -> list[Any] | None:
-    """All ranks' lists in one, on rank 0 (elsewhere None); without `distributed` this rank's own."""
+    """All ranks' lists in one on rank 0, None on others; without `distributed` the list of this rank. Collective."""
     if not distributed or world_size() == 1:
         return values
     gathered = [None] * world_size() if is_main() else None
@@ -170,9 +180,7 @@ def write_predictions(path: str | Path, source: Source, labels: np.ndarray,
     """Write a line of CSV an image, in the order of the source. Raises InputError.
 
     Args:
-        path: of the CSV.
-        source: the images.
-        labels: (N,) int64, the model's.
+        labels: (N,) int64, as the model numbers them.
         rows: (image, its five most probable classes, probability of the first).
     """
     text = io.StringIO()
@@ -187,6 +195,7 @@ def write_predictions(path: str | Path, source: Source, labels: np.ndarray,
 # ---------------------------------------------------------------- the program
 
 def main(args: argparse.Namespace) -> None:
+    """Evaluate, and print the accuracy."""
     device = init_distributed(args.device, args.dist_url)
     print_no_effect(NO_EFFECT, vars(args))
     amp = args.amp or default_amp(device)
@@ -203,7 +212,7 @@ def main(args: argparse.Namespace) -> None:
         raise InputError(f'{args.codebook_path}: rows of {codebook.shape[1]} elements, but the tokenizer gives '
                          f'{tokenizer.embed_dim}: they belong to different tokenizers')
     source = open_source(args.data_path)
-    source.change = change
+    source.change = change  # images are corrupted where they are decoded, by the workers
     check_same_on_all_ranks({'the list of images': source.digest()})
     labels, classes, subset = match_classes(source, names, model.num_classes, args.model_path, args.classes)
     print0(f'{len(source):,} images in {classes} classes; {world_size()} x {device}, amp {amp}'

@@ -1,4 +1,9 @@
-"""The command line: one parser for all programs, and types that state what a flag may be."""
+"""The command line: one parser for all programs, types that check a value, and the groups that programs share.
+
+A program makes a `Parser`, calls the `add_*_flags` functions for the groups that it needs, and adds flags of its own.
+Values are checked while they are parsed, so that a mistake ends the program before it has touched a file. Begin with
+`Parser.add_group`: there a flag also says whether all ranks, and a resumed run, must have the same value.
+"""
 import argparse
 import math
 import sys
@@ -11,15 +16,15 @@ from utils import InputError, cores, print0
 
 
 class Rules(NamedTuple):
-    """What flags say of themselves, as names of flags; see `Parser.add_group`."""
+    """Names of the flags to which a rule of `Parser.add_group` applies."""
     of_a_rank: set[str]
     of_a_start: set[str]
     exact: set[str]
 
 
 class Flags(argparse.Namespace):
-    """A parsed command line, and its flags' rules, which are not among `vars`."""
-    __slots__ = ('rules',)
+    """A parsed command line, and the rules of its flags."""
+    __slots__ = ('rules',)  # a slot is no part of `vars`: checkpoints and args.json hold the flags alone
 
     def __init__(self, rules: Rules, **values: Any):
         super().__init__(**values)
@@ -30,7 +35,7 @@ class Flags(argparse.Namespace):
         return Flags(self.rules, **(vars(self) | values))
 
     def joined(self, other: 'Flags') -> 'Flags':
-        """A copy with the flags of another parser beside these; where both have one, the other's counts."""
+        """A copy with the flags of another parser too; of a flag that both have, the other's value counts."""
         rules = Rules(*(first | second for first, second in zip(self.rules, other.rules)))
         return Flags(rules, **(vars(self) | vars(other)))
 
@@ -39,7 +44,7 @@ class Parser(argparse.ArgumentParser):
     """argparse with defaults in the help, `-` and `_` alike in flags, no abbreviations, and InputErrors.
 
     Args:
-        description: its first line is shown. A module's docstring will do; python -OO makes it None.
+        description: only its first line is shown, so that a module's docstring will do; python -OO makes it None.
     """
 
     def __init__(self, description: str | None = None, **kwargs: Any):
@@ -48,11 +53,12 @@ class Parser(argparse.ArgumentParser):
         self.rules = Rules(set(), set(), set())
 
     def add_group(self, title: str) -> Callable:
-        """Begin a group of flags; returns its add_argument, which also takes what a flag says of itself:
+        """Begin a group of flags. Returns its add_argument, which takes three more options:
 
-            of_a_rank=True     ranks may have other values, as of where files lie on a node; else all must agree
-            of_a_start=True    it is no part of the run, so that a resumed run may change it; else a line says so
-            exact=True         with another value a resumed run would have other batches or augmentation: refused
+            of_a_rank=True     ranks may have different values, as for paths of a node; without it all must agree
+            of_a_start=True    belongs to one start of a run and not to the run: a resumed run changes it in silence;
+                               without it a printed line names the change
+            exact=True         another value would give a resumed run other batches or augmentation: it is refused
         """
         group = self.add_argument_group(title)
 
@@ -79,7 +85,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple:
         argv = list(sys.argv[1:] if args is None else args)
-        end = argv.index('--') if '--' in argv else len(argv)  # what follows are no flags
+        end = argv.index('--') if '--' in argv else len(argv)  # behind '--' no argument is a flag
         namespace = Flags(self.rules) if namespace is None else namespace
         return super().parse_known_args([*map(_with_dashes, argv[:end]), *argv[end:]], namespace)
 
@@ -96,16 +102,17 @@ class Parser(argparse.ArgumentParser):
 def add_max_pixels(add: Callable) -> None:
     """--max-image-pixels, by a parser's add_argument."""
     add('--max-image-pixels', type=integer(1), metavar='N',
-        help="larger images count as unreadable (default: PIL's limit, 178,956,970)")
+        help="images of more pixels count as unreadable (default: PIL's limit, 178,956,970)")
 
 
-def _with_dashes(word: str) -> str:
-    flag, equals, value = word.partition('=')
-    return flag.replace('_', '-') + equals + value if flag.startswith('--') else word
+def _with_dashes(argument: str) -> str:
+    # only the name: an underscore in a value is the user's, as in --output-dir=my_run
+    flag, equals, value = argument.partition('=')
+    return flag.replace('_', '-') + equals + value if flag.startswith('--') else argument
 
 
 def print_no_effect(reasons: dict[str, str], flags: dict[str, Any]) -> None:
-    """Name, once, the flags of `reasons` (flag -> why it changes nothing) that were given."""
+    """Print a line for each flag of `reasons` (flag -> why it changes nothing) that was given."""
     for flag, why in reasons.items():
         if flags[flag[2:].replace('-', '_')]:
             print0(f'note: {flag} has no effect: {why}')
@@ -140,9 +147,9 @@ def integer(least: int = 0, most: int | None = None) -> Callable[[str], int]:
 
 
 ON_OFF = argparse.BooleanOptionalAction
-SHARE = number(0, 1)
-POSITIVE = number(1e-12)
-SEED = integer(0, 2 ** 63 - 1)  # what torch takes
+FRACTION = number(0, 1)
+POSITIVE = number(1e-12)  # `number` has no open bounds, so this stands for 'above 0'
+SEED = integer(0, 2 ** 63 - 1)  # torch's generators take no more
 SYNONYMS = 'tokens/synonyms.json'
 
 
@@ -158,11 +165,11 @@ def byte_count(text: str) -> int:
 
 
 class KeyValues(ParseKwargs):
-    """timm's KEY=VALUE arguments, with a complaint about words of another form."""
+    """timm's KEY=VALUE arguments; a value of another form is an error, where timm would end in a traceback."""
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: list[str],
                  option_string: str | None = None) -> None:
-        wrong = [word for word in values if '=' not in word]
+        wrong = [value for value in values if '=' not in value]
         if wrong:
             parser.error(f'argument {option_string}: {wrong[0]!r} is not of the form key=value')
         super().__call__(parser, namespace, values, option_string)
@@ -173,99 +180,130 @@ class KeyValues(ParseKwargs):
 def add_token_flags(parser: Parser) -> Callable:
     """The training tokens, their codebook, and how they are read. Returns the group's add."""
     add = parser.add_group('data')
-    add('--train-token-file', default='tokens/imagenet1k-train-token.data.bin.gz', metavar='FILE', of_a_rank=True)
-    add('--codebook-path', default='tokens/codebook.ckpt', metavar='FILE', of_a_rank=True)
-    add('--token-synonym-dict', default=SYNONYMS, metavar='FILE', of_a_rank=True)
+    add('--train-token-file', default='tokens/imagenet1k-train-token.data.bin.gz', metavar='FILE', of_a_rank=True,
+        help='training tokens: a file, a glob or a comma-separated list of shards')
+    add('--codebook-path', default='tokens/codebook.ckpt', metavar='FILE', of_a_rank=True,
+        help='the codebook of the tokens: one embedding for each code')
+    add('--token-synonym-dict', default=SYNONYMS, metavar='FILE', of_a_rank=True,
+        help='for each code a list of codes near it; it is read where --eda-rc-prob is above 0')
     add('--token-cache', default='', metavar='DIR', of_a_rank=True,
-        help="where token files are decoded to: a folder, '' for beside the token file, 'none' for memory only")
+        help="where decoded tokens are kept: in a folder, '' for beside the token file, 'none' for in memory only")
     add('--data-device', default='auto', choices=['auto', 'cpu', 'cuda'],
-        help='where tokens live: all on the GPU, or in the map; auto: on the GPU if they take a quarter of its free '
-        'memory at most')
-    add('--pin-mem', action=ON_OFF, default=True, help='copy batches to a GPU from page-locked memory')
+        help='where tokens stay while training: cuda, all on the GPU; cpu, in the memory map on disk; auto, on the GPU '
+        'if they take at most a quarter of its free memory')
+    add('--pin-mem', action=ON_OFF, default=True,
+        help='copy batches to the GPU from page-locked memory, which is faster')
     add('--input-size', type=integer(2), default=224,
-        help='in pixels of --token-patch-size to a code: 224 / 8 = 28 codes')
-    add('--token-patch-size', type=integer(1), default=8, help='pixels a code covers, on each side')
+        help='side of what the model reads, in pixels of the image; with 8 pixels a code, 224 are 28 codes')
+    add('--token-patch-size', type=integer(1), default=8, help='side of the square of pixels that one code stands for')
     return add
 
 
 def add_token_label_flags(add: Callable) -> None:
     """Labels and the validation set, added by a group's add."""
-    add('--train-label-file', default='tokens/imagenet1k-train-label.txt', metavar='FILE', of_a_rank=True)
-    add('--val-token-file', default='tokens/imagenet1k-val-token.data.bin.gz', metavar='FILE', of_a_rank=True)
-    add('--val-label-file', default='tokens/imagenet1k-val-label.txt', metavar='FILE', of_a_rank=True)
-    add('--nb-classes', type=integer(1), help='default: the largest label + 1, or what the checkpoint has under --eval')
+    add('--train-label-file', default='tokens/imagenet1k-train-label.txt', metavar='FILE', of_a_rank=True,
+        help='labels of the training tokens: one file for each token file, in the same order')
+    add('--val-token-file', default='tokens/imagenet1k-val-token.data.bin.gz', metavar='FILE', of_a_rank=True,
+        help='validation tokens, given as those of training')
+    add('--val-label-file', default='tokens/imagenet1k-val-label.txt', metavar='FILE', of_a_rank=True,
+        help='labels of the validation tokens')
+    add('--nb-classes', type=integer(1),
+        help='number of classes (default: the largest label + 1; with --eval as many as the checkpoint has)')
 
 
 def add_token_augmentation_flags(parser: Parser) -> Callable:
     """Token-EDA, crop, noise and ColorAdapt. Returns the group's add."""
     add = parser.add_group('augmentation')
-    add('--eda-rc-prob', type=SHARE, default=0.25, help='share of images with synonym replacement')
-    add('--token-synonym-thres', type=integer(1), default=5, help='how many of each synonym list are used')
-    add('--replace-token-prob', type=SHARE, default=0.25, help='of each code in such an image')
-    add('--eda-sc-prob', type=SHARE, default=0.25, help='share of images with two patches swapped')
-    add('--swap-token-scale', type=SHARE, default=0.25, help="largest side of a patch, as a part of the grid's")
-    add('--rrc-ratio', type=SHARE, default=0.08, help='smallest area of the random-resized crop')
-    add('--token-noise-prob', type=SHARE, default=0.5, help='part of each batch that gets embedding noise')
-    add('--token-coloradapt-prob', type=SHARE, default=0., help='chance that half of a batch is ColorAdapted')
-    add('--token-noise-scale', type=number(0), default=1., help='deviation of the noise a channel shares')
-    add('--token-noise-std', type=number(0), default=1., help='deviation of the noise of each element')
+    add('--eda-rc-prob', type=FRACTION, default=0.25, help='fraction of images in which codes are replaced by synonyms')
+    add('--token-synonym-thres', type=integer(1), default=5,
+        help='how many synonyms of a code may replace it: the nearest so many')
+    add('--replace-token-prob', type=FRACTION, default=0.25,
+        help='chance of each code of such an image to be replaced by a synonym')
+    add('--eda-sc-prob', type=FRACTION, default=0.25, help='fraction of images in which two patches swap places')
+    add('--swap-token-scale', type=FRACTION, default=0.25,
+        help="largest side of a swapped patch, as a fraction of the grid's side")
+    add('--rrc-ratio', type=FRACTION, default=0.08,
+        help='smallest area of a random-resized crop, as a fraction of the whole')
+    add('--token-noise-prob', type=FRACTION, default=0.5,
+        help='how often embeddings get noise: in SeiT the fraction of images of each batch, in SeiT++ the chance of a '
+        'batch that half of its images get it')
+    add('--token-coloradapt-prob', type=FRACTION, default=0.,
+        help='chance of a batch that half of its images are ColorAdapted: each gets the mean and deviation of every '
+        'channel of another image')
+    add('--token-noise-scale', type=number(0), default=1.,
+        help='standard deviation of the noise that all codes of an image have in common, drawn for each channel')
+    add('--token-noise-std', type=number(0), default=1.,
+        help='standard deviation of the noise drawn for each element alone')
     return add
 
 
 def add_model_flags(parser: Parser, default: str, names: str) -> None:
-    """The model, of those that `names` tells, its regularization and its average."""
+    """The model, its regularization and its EMA. `names` is the help text of --model: which models there are."""
     add = parser.add_group('model')
     add('--model', default=default, help=names)
     add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
-        help="timm's arguments of the model, as in depth=4 embed_dim=128 num_heads=4")
-    add('--drop', type=SHARE, default=0., help='dropout rate')
-    add('--drop-path', type=SHARE, default=0.1, help='stochastic depth rate')
+        help='arguments that timm passes to the model, as in depth=4 embed_dim=128 num_heads=4')
+    add('--drop', type=FRACTION, default=0., help='dropout rate')
+    add('--drop-path', type=FRACTION, default=0.1,
+        help='rate of stochastic depth: the chance of an image to skip the last block')
     add_average_flags(add)
     add('--finetune', default='', metavar='FILE', of_a_rank=True,
-        help='start from these weights (a path, or an https address, which may end in #sha256=HEX)')
+        help='start from the weights of this checkpoint (a path, or an https address, which may end in #sha256=HEX)')
     add('--attn-only', action='store_true', help='train only attention, head and position embeddings')
 
 
 def add_average_flags(add: Callable) -> None:
-    """The average of the weights, and memory for time, added by a group's add."""
-    add('--model-ema', action=ON_OFF, default=True, help='keep and evaluate an average of the weights')
-    add('--model-ema-decay', type=SHARE, default=0.99996)
-    add('--model-ema-force-cpu', action='store_true', help='keep the average in host memory')
-    add('--grad-checkpointing', action='store_true', help='recompute activations: less memory, more time')
+    """The EMA of the weights, and gradient checkpointing, added by a group's add."""
+    add('--model-ema', action=ON_OFF, default=True,
+        help='keep a moving average (EMA) of the weights, and evaluate it too')
+    add('--model-ema-decay', type=FRACTION, default=0.99996, help='fraction of the EMA that each step keeps')
+    add('--model-ema-force-cpu', action='store_true', help="keep the EMA in host memory, to spare the GPU's")
+    add('--grad-checkpointing', action='store_true',
+        help='recompute activations in the backward pass: less memory, more time')
 
 
 def add_optimization_flags(parser: Parser) -> None:
-    """Batch, optimizer, schedule, precision, classification loss."""
+    """The flags of `add_step_flags`, and of a classification loss."""
     add = add_step_flags(parser)
-    add('--smoothing', type=SHARE, default=0.1, help='label smoothing')
-    add('--bce-loss', action='store_true', help='binary cross-entropy; needs --smoothing 0 and CutMix or Mixup')
+    add('--smoothing', type=FRACTION, default=0.1,
+        help='label smoothing: how much of each target goes to all classes alike')
+    add('--bce-loss', action='store_true',
+        help='binary cross-entropy of each class; needs --smoothing 0 and CutMix or Mixup')
 
 
 def add_step_flags(parser: Parser) -> Callable:
     """Batch, optimizer, schedule, precision. Returns the group's add."""
     add = parser.add_group('optimization')
-    add('--batch-size', type=integer(1), default=64, help='per process', exact=True)
+    add('--batch-size', type=integer(1), default=64, help='images of a batch of one process', exact=True)
     add('--accum-iter', type=integer(1), default=1, metavar='N',
         exact=True,
-        help='batches whose gradients make one step; counts towards the batch the learning rate is scaled by')
-    add('--epochs', type=integer(1), default=300)
-    add('--opt', default='adamw', help="timm's optimizers")
-    add('--opt-eps', type=number(0), default=1e-8)
-    add('--opt-betas', type=number(0, 1), nargs=2, help="default: the optimizer's own")
-    add('--clip-grad', type=POSITIVE, help='largest gradient norm')
-    add('--momentum', type=number(0), default=0.9)
-    add('--weight-decay', type=number(0), default=0.1)
-    add('--sched', default='cosine', choices=['cosine', 'tanh', 'step', 'poly'])
-    add('--lr', type=number(0), default=7.5e-4, help='for a batch of 512 over all processes')
-    add('--unscale-lr', action='store_true', help='take --lr as it is, whatever the batch')
-    add('--lr-noise', type=number(), nargs='+', metavar='PCT', help='parts of all epochs between which lr is noisy')
-    add('--lr-noise-pct', type=number(1e-3), default=0.67, help='largest change of lr, as a part of it')
-    add('--lr-noise-std', type=number(), default=1.)
-    add('--warmup-lr', type=number(0), default=1e-6)
-    add('--min-lr', type=number(0), default=1e-5)
-    add('--decay-epochs', type=POSITIVE, default=30, help='step schedule')
-    add('--warmup-epochs', type=integer(), default=5)
-    add('--decay-rate', '--dr', type=number(0), default=0.1, help='step schedule; the power of poly')
+        help='batches whose gradients make one step of the optimizer; the learning rate is scaled for all their '
+        'images')
+    add('--epochs', type=integer(1), default=300, help='how many epochs are trained')
+    add('--opt', default='adamw', help='the optimizer, by its name in timm')
+    add('--opt-eps', type=number(0), default=1e-8, help="the optimizer's epsilon; SGD has none")
+    add('--opt-betas', type=number(0, 1), nargs=2, help="the optimizer's two betas (default: as timm has them)")
+    add('--clip-grad', type=POSITIVE, help='scale larger gradients down to this norm (default: no limit)')
+    add('--momentum', type=number(0), default=0.9, help='momentum of SGD')
+    add('--weight-decay', type=number(0), default=0.1, help='weight decay; biases and norms have none')
+    add('--sched', default='cosine', choices=['cosine', 'tanh', 'step', 'poly'],
+        help='how the learning rate falls; it changes once an epoch')
+    add('--lr', type=number(0), default=7.5e-4,
+        help='learning rate for 512 images a step over all processes; it is scaled in proportion to the images')
+    add('--unscale-lr', action='store_true', help='take --lr as it is, whatever the size of the batch')
+    add('--lr-noise', type=number(), nargs='+', metavar='PCT',
+        help='add noise to the learning rate, from the first to the second of these fractions of all epochs')
+    add('--lr-noise-pct', type=number(1e-3), default=0.67,
+        help='largest change by this noise, as a fraction of the learning rate')
+    add('--lr-noise-std', type=number(), default=1., help='standard deviation of this noise')
+    add('--warmup-lr', type=number(0), default=1e-6,
+        help='learning rate of the first epoch; it is not scaled with the batch')
+    add('--min-lr', type=number(0), default=1e-5,
+        help='learning rate at the end of the schedule; it is not scaled with the batch')
+    add('--decay-epochs', type=POSITIVE, default=30, help='epochs between two steps of --sched step')
+    add('--warmup-epochs', type=integer(), default=5, help='epochs in which the learning rate rises')
+    add('--decay-rate', '--dr', type=number(0), default=0.1,
+        help='factor of each step of --sched step, or power of --sched poly')
     add_precision_flags(add)
     return add
 
@@ -273,49 +311,59 @@ def add_step_flags(parser: Parser) -> Callable:
 def add_precision_flags(add: Callable) -> None:
     """Precision and compiling, added by a group's add."""
     add('--amp', choices=['bf16', 'fp16', 'off'], help='mixed precision (default: fp16 on CUDA, off on CPU)')
-    add('--tf32', action='store_true', help='TF32 for what stays in float32 (CUDA)')
-    add('--compile', action='store_true', help='torch.compile the model')
+    add('--tf32', action='store_true', help='multiply float32 matrices in TF32 on CUDA: faster, less exact')
+    add('--compile', action='store_true', help='compile the model by torch.compile')
 
 
 def add_mixing_flags(parser: Parser) -> None:
     """Mixup and CutMix."""
     add = parser.add_group('mixing')
-    add('--mixup', type=number(0), default=0., help='Mixup alpha')
-    add('--cutmix', type=number(0), default=1., help='CutMix alpha')
-    add('--cutmix-minmax', type=SHARE, nargs=2, help='CutMix side range; overrides alpha')
-    add('--mixup-prob', type=SHARE, default=1., help='of mixing a batch at all')
-    add('--mixup-switch-prob', type=SHARE, default=0.5, help='of CutMix where both are on')
-    add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'])
+    add('--mixup', type=number(0), default=0., help="Mixup's alpha; 0 turns Mixup off")
+    add('--cutmix', type=number(0), default=1., help="CutMix's alpha; 0 turns CutMix off")
+    add('--cutmix-minmax', type=FRACTION, nargs=2,
+        help="smallest and largest side of CutMix's box, as fractions of the image's side; used in place of --cutmix")
+    add('--mixup-prob', type=FRACTION, default=1., help='chance of a batch to be mixed')
+    add('--mixup-switch-prob', type=FRACTION, default=0.5, help='chance of CutMix where Mixup is on too')
+    add('--mixup-mode', default='batch', choices=['batch', 'pair', 'elem'],
+        help='whether the mixing is drawn for a whole batch, for each pair of images, or for each image')
 
 
 def add_run_flags(parser: Parser) -> None:
     """Output, resuming, device, processes, evaluation."""
     add = add_output_flags(parser)
-    add('--start-epoch', type=integer(), default=0)
-    add('--eval', action='store_true', help='only evaluate --resume', of_a_start=True)
-    add('--dist-eval', action='store_true', help='share the validation images over the ranks, each on exactly one')
-    add('--no-eval', action='store_true', help='train without evaluating')
+    add('--start-epoch', type=integer(), default=0, help='the first epoch, from 0; --resume sets it')
+    add('--eval', action='store_true', help='evaluate the checkpoint of --resume, and train nothing',
+        of_a_start=True)
+    add('--output', default='', metavar='FILE.json', of_a_start=True, help='with --eval: also write the numbers to this file')
+    add('--dist-eval', action='store_true',
+        help='divide the validation images among the ranks; without it each evaluates all')
+    add('--no-eval', action='store_true', help='train without evaluating, so that no validation set is read')
 
 
 def add_output_flags(parser: Parser) -> Callable:
     """Output, resuming, device, processes. Returns the group's add."""
     add = parser.add_group('run')
     add('--output-dir', default='', metavar='DIR', of_a_rank=True, of_a_start=True,
-        help="checkpoints and log.txt; '' saves nothing")
+        help="folder for checkpoints and log.txt; '' saves nothing")
     add('--resume', default='', metavar='FILE', of_a_rank=True, of_a_start=True,
-        help="resume from a checkpoint (a path, or an https address, which may end in #sha256=HEX), or 'auto' for "
+        help="resume the run of a checkpoint (a path, or an https address, which may end in #sha256=HEX); 'auto' takes "
              'the newest in --output-dir')
     add('--allow-inexact-resume', action='store_true', of_a_start=True,
-        help='resume although processes, batch or seed are others')
-    add('--save-every', type=save_interval, metavar='N', help='a checkpoint every N steps, or Nm minutes, too')
-    add('--on-nan', default='stop', choices=['stop', 'skip'], help='what to do about a loss that is not finite')
-    add('--deterministic', action='store_true', help='deterministic algorithms on CUDA, for resuming bit by bit')
-    add('--device', default='auto', help='auto (CUDA where there is one), cuda, cuda:N or cpu')
-    add('--seed', type=SEED, default=0, exact=True)
-    add('--tensorboard', action='store_true', help='write scalars to --output-dir (needs the tensorboard package)')
-    add('--dist-url', default='env://', help="torch.distributed's init method", of_a_rank=True)
+        help='resume although the number of processes, the batch or the seed differs from before')
+    add('--save-every', type=save_interval, metavar='N',
+        help='within an epoch, save a checkpoint every N steps, or every N minutes as in 30m')
+    add('--on-nan', default='stop', choices=['stop', 'skip'],
+        help='at a loss or gradient that is NaN or infinite: stop the run, or skip the step')
+    add('--deterministic', action='store_true',
+        help='use deterministic algorithms on CUDA, so that a resumed run is the same bit by bit')
+    add('--device', default='auto', help='auto (CUDA where there is a GPU), cuda, cuda:N or cpu')
+    add('--seed', type=SEED, default=0, exact=True, help='seed of order, augmentation and initial weights')
+    add('--tensorboard', action='store_true',
+        help='also write the log for TensorBoard to --output-dir (needs the tensorboard package)')
+    add('--dist-url', default='env://', of_a_rank=True,
+        help="where the processes meet: torch.distributed's init method")
     add('--dist-timeout', type=number(1e-3, 1e6), default=10, metavar='MINUTES',
-        help='a process that waits so long for another ends: a host was cut off')
+        help='how long a process waits for another before it ends, as when a host was cut off')
     return add
 
 
@@ -331,13 +379,16 @@ def add_image_flags(parser: Parser) -> Callable:
     add = parser.add_group('data')
     add('--data-path', required=True, metavar='PATH', of_a_rank=True,
         help='class folders of images, a list file .txt, tar shards or parquet files: see image_data/sources.py')
-    add('--val-path', default='', metavar='PATH', of_a_rank=True, help='held-out images; default: some of --data-path')
+    add('--val-path', default='', metavar='PATH', of_a_rank=True,
+        help='held-out images (default: some of --data-path)')
     add('--val-images', type=integer(1), metavar='N', exact=True,
-        help='images held out, drawn at random; default: a tenth of them, 1,000 at most')
+        help='how many images of --data-path are held out, drawn at random (default: a tenth of them, 1,000 at most)')
     add('--epoch-images', type=integer(1), metavar='N', exact=True,
-        help='images of an epoch, drawn at random; default: all')
-    add('--image-size', type=integer(1), default=256, help='images are resized to this, both sides')
-    add('--num-workers', type=integer(), default=cores(), metavar='N', help='processes that decode images, per rank')
-    add('--skip-bad-images', action='store_true', help='leave unreadable images out, instead of stopping at one')
-    add('--max-image-pixels', type=integer(1), metavar='N', help="images with more are refused; default: PIL's limit")
+        help='how many images an epoch has, drawn at random (default: all)')
+    add('--image-size', type=integer(1), default=256, help='pixels to which both sides of an image are resized')
+    add('--num-workers', type=integer(), default=cores(), metavar='N',
+        help='processes that decode images, for each rank')
+    add('--skip-bad-images', action='store_true', help='leave unreadable images out, instead of stopping at the first')
+    add('--max-image-pixels', type=integer(1), metavar='N',
+        help="images of more pixels are refused (default: PIL's limit, 178,956,970)")
     return add

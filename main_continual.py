@@ -9,6 +9,9 @@ Classes come in tasks; a task is trained on its own images and on what the memor
 on all classes seen. Each task is a run in a folder of its own, so that the same command with --resume auto resumes a
 killed run in the task and step that it was in. Further flags are those of main_seit.py for --new tokens, and those of
 main_pixels.py for --new pixels. docs/continual.md has the protocol, and how bytes are counted.
+
+Begin with `main`, which goes from task to task, and `train_task`, which is one of them. What differs between tokens and
+pixels is a `Modality`, a tuple of functions that the rest calls.
 """
 import argparse
 import sys
@@ -21,7 +24,7 @@ import numpy as np
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, under PYTHONSAFEPATH=1 too
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # before installed packages of the same names
 import main_pixels
 import main_seit
 import models_seit
@@ -56,13 +59,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = Parser('Class-incremental training with a replay memory. Further flags: main_seit.py --help for --new '
                     'tokens, main_pixels.py --help for --new pixels.')
     add_task_flags(parser)
-    own, rest = parser.parse_known_args(argv)
-    check_task_flags(vars(own))
-    if own.new == 'pixels':
-        args = main_pixels.parse_args([*rest, '--train-path', own.train_path, '--val-path', own.val_path])
+    # flags of tasks are read here; what remains belongs to the program whose training this is
+    task_args, rest = parser.parse_known_args(argv)
+    check_task_flags(vars(task_args))
+    if task_args.new == 'pixels':
+        args = main_pixels.parse_args([*rest, '--train-path', task_args.train_path, '--val-path', task_args.val_path])
     else:
         args = main_seit.parse_args(rest)
-    args = args.joined(own)
+    args = args.joined(task_args)
     check_program_flags(vars(args))
     return args
 
@@ -75,7 +79,7 @@ class Modality(NamedTuple):
     Attributes:
         path: of the training set, for errors.
         train, val: data sets; their labels are positions in the order of the classes.
-        input_shape: of an image, for the model.
+        input_shape: of one image, as the model reads it.
         make_model: () -> the model for all classes, on the CPU.
         make_augment: timm's Mixup or None -> ((inputs, labels), generator) -> model input, targets.
         prepare: inputs of an evaluation -> model input.
@@ -118,10 +122,11 @@ def token_modality(args: argparse.Namespace, device: torch.device) -> tuple[Moda
     train_data, val_data = datasets['train'], datasets['val']
     tasks = make_tasks_of(args, {args.train_label_file: train_data.labels, args.val_label_file: val_data.labels})
     for data in datasets.values():
-        data.labels = tasks.positions(data.labels)
+        data.labels = tasks.positions(data.labels)  # from here on labels are positions in the order of the classes
     choose_data_device({'val': val_data}, args.data_device, device)
     codec = codec_for(len(codebook))
 
+    # the head has all classes from the first task on, so that weights and EMA keep their shapes from task to task
     def make_model() -> nn.Module:
         return models_seit.create_model(args.model, args.model_kwargs, len(tasks.order), size, codebook.shape[1],
                                         drop_path_rate=args.drop_path, pos_drop_rate=args.drop,
@@ -160,6 +165,7 @@ def pixel_modality(args: argparse.Namespace, device: torch.device) -> tuple[Moda
         store = open_token_store(images, files, args.tokenizer_path, args.codebook_path, device)
     else:
         store = PixelStore(images, args.memory, args.memory_quality, args.memory_side)
+    # the token store has compared the labels with those of its files, so they become positions only now
     for data in (train_data, val_data):
         data.labels = tasks.positions(data.labels)
     normalize = Normalize(device)
@@ -187,7 +193,11 @@ def pixel_modality(args: argparse.Namespace, device: torch.device) -> tuple[Moda
 
 
 def make_tokens(args: argparse.Namespace, device: torch.device) -> tuple[argparse.Namespace, TokenFiles, str]:
-    """Make the tokens that the flags ask for; returns the flags with their files, these, and the tokenizer in words."""
+    """Make the tokens that the flags ask for. Collective. Raises InputError.
+
+    Returns:
+        The flags with the paths of the token files, these files, and a text that says which tokenizer made them.
+    """
     files = TokenFiles(args.tokenizer_path, args.codebook_path, '', args.train_token_file)
     if 'tokens' not in (args.new, args.memory) or files.train:
         return args, files, files.describe(False)
@@ -198,7 +208,7 @@ def make_tokens(args: argparse.Namespace, device: torch.device) -> tuple[argpars
     tasks = make_tasks_of(args, {args.train_path: source.labels})
     if args.new == 'tokens' or args.eval_stored:
         splits['val'] = open_source(args.val_path)
-    with hold_tokens(folder):
+    with hold_tokens(folder):  # runs that differ in their memory may share the tokens; one makes them, others wait
         if args.tokenizer_from_task is not None:
             first = tasks.images(tasks.positions(source.labels), 0)
             files = fit_tokenizer(TaskImages(source, first, source.labels[first]), folder, args.image_size)
@@ -214,7 +224,7 @@ def make_tokens(args: argparse.Namespace, device: torch.device) -> tuple[argpars
 def start_model(args: argparse.Namespace, modality: Modality, task: int) -> nn.Module:
     """The model that a task begins with: the last task's, or a new one."""
     model = modality.make_model()
-    if task:
+    if task:  # its weights, not its EMA, and a new optimizer: each task is a training of its own
         path = str(task_folder(args.output_dir, task - 1) / FILES.newest[0])
         checkpoint = load_checkpoint(path)
         compare_flags(checkpoint, vars(args), path, args.rules.exact, args.rules.of_a_start)
@@ -227,7 +237,10 @@ def start_model(args: argparse.Namespace, modality: Modality, task: int) -> nn.M
 
 
 def steps_of(args: argparse.Namespace, modality: Modality, tasks: Tasks, task: int) -> int:
-    """Batches in an epoch of a task: as many as its own images make, in all arms. Raises InputError."""
+    """Batches in an epoch of a task: as many as its new images make. Raises InputError.
+
+    The memory and --joint do not count, so that every way of remembering is trained for the same number of steps.
+    """
     images = tasks.images(modality.train.labels, task)
     return recipe.count_steps(args, -(-len(images) // world_size()), modality.path)
 
@@ -254,15 +267,15 @@ def train_task(args: argparse.Namespace, modality: Modality, tasks: Tasks, task:
     folder = RunFolder(str(path), args.save_every)
     checkpoint, checkpoint_path = find_checkpoint(str(path), 'auto')
 
-    # data: the number of steps is that of all arms
+    # data
     memory = open_memory(args.output_dir, task, args.memory, args.memory_bytes)
     images = tasks.images(modality.train.labels, task)
-    chosen = tasks.images(modality.train.labels, task, args.joint)
-    data = modality.join(chosen, memory)
+    trained_images = tasks.images(modality.train.labels, task, args.joint)  # with --joint of all classes so far
+    data = modality.join(trained_images, memory)
     steps = steps_of(args, modality, tasks, task)
     seen = tasks.ends[task]
     print0(f'task {task + 1} of {len(tasks)}: {len(tasks.classes(task))} new classes, {seen} in all, '
-           f'{len(chosen):,} images, and {len(memory):,} in {memory.size:,} bytes of memory')
+           f'{len(trained_images):,} images, and {len(memory):,} in {memory.size:,} bytes of memory')
 
     # model and optimizer
     state = recipe.make_state(args, start_model(args, modality, task).to(device), device, modality.input_shape)
@@ -279,23 +292,24 @@ def train_task(args: argparse.Namespace, modality: Modality, tasks: Tasks, task:
     seed = task_seed(args.seed, task)
 
     def order_of(epoch: int) -> np.ndarray:
-        batches = step_batches(len(chosen), len(memory), args.batch_size * world_size(), args.replay_share,
+        # batches of all ranks together, from which each takes every world_size-th image
+        batches = step_batches(len(trained_images), len(memory), args.batch_size * world_size(), args.replay_share,
                                range(epoch * steps, (epoch + 1) * steps), seed)
         return batches[:, rank()::world_size()].ravel()
 
     def batches_of(indices: np.ndarray, epoch: int, start: int) -> Iterator:
         return modality.batches(data, indices, (seed, epoch * steps + start))
 
-    # train, evaluate, remember
+    # train, evaluate, and only then let the task's images pass by the memory
     names = modality.train.classes and [modality.train.classes[label] for label in tasks.order.tolist()]
     if recipe.fit(args, state, folder, steps, order_of, batches_of, loss_of, classes=names, seed=seed):
         return None
     stats = evaluate_models(state, make_evaluate(args, modality, tasks, task, device, state.amp))
     if args.memory != 'none':
-        large = fill(memory, args.memory_policy, images, modality.train.labels, modality.store, (args.seed, task))
-        if large:
-            print0(f'note: {large} images are not stored, for each takes more than an equal share of the memory for a '
-                   'class')
+        too_large = fill(memory, args.memory_policy, images, modality.train.labels, modality.store, (args.seed, task))
+        if too_large:
+            print0(f'note: {too_large} images are not stored, for each takes more than an equal share of the memory '
+                   'for a class')
         on_main(save_memory, memory, path / MEMORY)
     counts = np.bincount(memory.labels(), minlength=seen)
     return {'task': task, 'classes': seen, 'new_images': len(images),
@@ -315,10 +329,10 @@ def make_evaluate(args: argparse.Namespace, modality: Modality, tasks: Tasks, ta
         stats = {}
         for form, data in sets.items():
             batches = data.batches(indices, int(1.5 * args.batch_size), device, args.pin_mem)
-            of_form = evaluate_seen(model, tasks, task, modality.val.labels[indices], batches,
+            form_stats = evaluate_seen(model, tasks, task, modality.val.labels[indices], batches,
                                     prepare=modality.prepare, amp=amp, distributed=args.dist_eval,
                                     name=' '.join(filter(None, (name, form))))
-            stats |= {f'{form}_{key}' if form else key: value for key, value in of_form.items()}
+            stats |= {f'{form}_{key}' if form else key: value for key, value in form_stats.items()}
         return stats
     return evaluate_of
 
@@ -326,7 +340,7 @@ def make_evaluate(args: argparse.Namespace, modality: Modality, tasks: Tasks, ta
 # ---------------------------------------------------------------- the program
 
 def identity_of(args: argparse.Namespace, modality: Modality, tasks: Tasks, tokenizer: str) -> dict[str, Any]:
-    """What a run keeps when it resumes."""
+    """What must be the same when a run resumes, by name: flags, data, tokenizer and codebook."""
     flags = ('new', 'joint', 'memory', 'memory_bytes', 'memory_policy', 'memory_quality', 'memory_side',
              'replay_share', 'base_classes', 'inc_classes', 'order_seed', 'epochs', 'eval_stored')
     sets = {name: data.source.digest() if args.new == 'pixels' else digest_of(data.codes, tasks.order[data.labels])
@@ -345,7 +359,7 @@ def main(args: argparse.Namespace) -> int:
         return 0
     recipe.set_up_torch(args)
     modality, tasks = (token_modality if args.new == 'tokens' else pixel_modality)(args, device)
-    check_tasks(args, modality, tasks, device)
+    check_tasks(args, modality, tasks, device)  # run.json is written only once the last task is known to be possible
     print0(f'tokenizer: {tokenizer}')
     folder = RunFolder(args.output_dir)  # no other run writes there while this one lasts
     on_main(lambda: check_same(folder.path / RUN, identity_of(args, modality, tasks, tokenizer)))
@@ -353,7 +367,7 @@ def main(args: argparse.Namespace) -> int:
     lines = on_main(read_results, args.output_dir)
     with StopSignal() as stop:  # between trainings, which have their own
         for task in range(len(lines), len(tasks)):
-            torch.manual_seed(args.seed)
+            torch.manual_seed(args.seed)  # before each task, so that a resumed one builds its model from the same state
             began = time.monotonic()
             line = train_task(args, modality, tasks, task, device)
             if line is None:
@@ -365,6 +379,7 @@ def main(args: argparse.Namespace) -> int:
             print0(f'task {task + 1}: top-1 {line["test_acc1"]:.2f} on {line["classes"]} classes, average '
                    f'{line["average_acc1"]:.2f}, memory {line["memory_images"]:,} images in {line["memory_bytes"]:,} '
                    'bytes')
+            # rank 0's answer for all: a signal may have reached only some of them
             if task + 1 < len(tasks) and on_main(lambda: stop.received):
                 return REQUEUE
     return 0

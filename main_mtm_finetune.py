@@ -6,6 +6,9 @@ Evaluate:      python main_mtm_finetune.py --eval --resume output/finetuned/chec
 
 The defaults are the published recipe; without --finetune it trains from scratch. All that is not said here is as in
 main_mtm_pretrain.py, whose flags these mostly are.
+
+`main` builds a classifier, starts it from the encoder of --finetune and trains it; seitpp/models_mtm_finetune.py has
+both. Learning rates fall from layer to layer towards the input (`make_optimizer`).
 """
 import argparse
 import sys
@@ -18,7 +21,7 @@ import torch
 from timm.optim import param_groups_layer_decay
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, under PYTHONSAFEPATH=1 too
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # before installed packages of the same names
 import flags
 import recipe
 from engine import evaluate, evaluate_checkpoint, rank_indices
@@ -51,12 +54,15 @@ def get_args_parser() -> Parser:
     flags.add_token_label_flags(add_token_flags(parser))
     add = add_step_flags(parser, MODELS)
     add('--finetune', default='', metavar='FILE', of_a_rank=True,
-        help='a checkpoint of main_mtm_pretrain.py to start from')
-    add('--drop-path', type=flags.SHARE, default=0.1, help='stochastic depth rate')
+        help='start from the encoder of this checkpoint of main_mtm_pretrain.py')
+    add('--drop-path', type=flags.FRACTION, default=0.1,
+        help='rate of stochastic depth: the chance of an image to skip the last block')
     add('--layer-decay', type=number(1e-3, 1), default=0.75,
-        help="learning rate of a layer, as a part of the next one's")
-    add('--clip-grad', type=flags.POSITIVE, help='largest gradient norm')
-    add('--smoothing', type=flags.SHARE, default=0.1, help='label smoothing')
+        help='learning rate of a layer, as a fraction of that of the layer after it')
+    add('--clip-grad', type=flags.POSITIVE,
+        help='scale larger gradients down to this norm (default: no limit)')
+    add('--smoothing', type=flags.FRACTION, default=0.1,
+        help='label smoothing: how much of each target goes to all classes alike')
     add_augmentation_flags(parser)
     flags.add_mixing_flags(parser)
     flags.add_run_flags(parser)
@@ -73,7 +79,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = get_args_parser().parse_args(argv)
     recipe.check_flags(args)
     check_sizes(args)
-    if args.tokenadapt_path and not args.eval:
+    if args.tokenadapt_path and not args.eval:  # only training goes by halves of a batch
         check_halves(args.batch_size, recipe.mixes(args))
     checkpoint_files(args.save_periods, args.epochs)
     return args
@@ -84,13 +90,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def make_evaluate(args: argparse.Namespace, data: TokenDataset, codebook: torch.Tensor, size: int,
                   device: torch.device) -> Callable:
     """The engine's evaluate_of, on a data set: the middle codes of each grid."""
-    same = canonical_codes(codebook).to(device)
+    # Of the codes of one direction training reads only the first (see make_input), so the model has learned nothing of
+    # the others: they are read as the first one here too.
+    canonical = canonical_codes(codebook).to(device)
     amp = args.amp or recipe.default_amp(device)
 
     def evaluate_of(model: nn.Module, name: str) -> dict[str, float]:
         indices = rank_indices(len(data), args.dist_eval)
         batches = data.batches(indices, int(1.5 * args.batch_size), device, args.pin_mem)
-        return evaluate(model, batches, lambda codes: same[center_crop(codes.long(), size)], amp=amp,
+        return evaluate(model, batches, lambda codes: canonical[center_crop(codes.long(), size)], amp=amp,
                         distributed=args.dist_eval, name=name)
 
     return evaluate_of
@@ -127,7 +135,8 @@ def make_model(args: argparse.Namespace, codes: int, size: int, classes: int) ->
 
 
 def make_optimizer(args: argparse.Namespace, model: CodeVisionTransformer) -> torch.optim.Optimizer:
-    """AdamW; --blr goes by the root of the batch, and from layer to layer towards the input by --layer-decay."""
+    """AdamW. The learning rate is --blr by the square root of the batch, and falls by --layer-decay to the input."""
+    # sqrt(64) = 8: --blr is the rate for 64 images a step
     lr = args.blr * recipe.effective_batch(args) ** 0.5 / 8 if args.lr is None else args.lr
     groups = param_groups_layer_decay(model, args.weight_decay, model.no_weight_decay(), layer_decay=args.layer_decay)
     return torch.optim.AdamW(groups, lr, fused=True)
@@ -179,9 +188,10 @@ def main(args: argparse.Namespace) -> int:
         return train_data.batches(indices, args.batch_size, device, args.pin_mem)
 
     # train
+    # an example of a batch, with which DDP makes its buckets
     inputs = torch.zeros(args.batch_size, size, size, dtype=torch.int64, device=device)
     state = make_state(args, model, make_optimizer(args, model), amp, len(order_of(0)), (inputs,))
-    keep_token_adapt(model, token_adapt)  # only now: it has no part in DDP
+    keep_token_adapt(model, token_adapt)  # only now, as frozen weights have no part in DDP
     resume_run(args, state, checkpoint, path)
     return recipe.fit(args, state, folder, state.scheduler.steps, order_of, batches_of, loss_of, evaluate_of,
                       train_data.classes)

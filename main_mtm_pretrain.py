@@ -6,6 +6,9 @@ One node:      torchrun --nproc_per_node=8 main_mtm_pretrain.py --batch-size 128
 The defaults are the published recipe; `--batch-size` is per process and the learning rate scales with it. What it
 leaves in --output-dir goes on in main_mtm_finetune.py. All that is not said here is as in main_seit.py: many nodes,
 resuming, logs.
+
+`main` goes from data and model to the loss, which masks patches of codes and asks for the codes under them. The model
+and its masks stand in seitpp/models_mtm.py; seitpp/mtm_recipe.py has what fine-tuning shares with it.
 """
 import argparse
 import sys
@@ -17,7 +20,7 @@ import torch
 from timm.optim import param_groups_weight_decay
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, under PYTHONSAFEPATH=1 too
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # before installed packages of the same names
 import flags
 import recipe
 from flags import Parser, integer, number
@@ -47,17 +50,22 @@ def get_args_parser() -> Parser:
     parser = Parser('Masked-token pre-training on token files.')
     add_token_flags(parser)
     add = add_step_flags(parser, MODELS)
-    add('--clip-grad', '--grad-clip', type=flags.POSITIVE, help='largest gradient norm')
+    add('--clip-grad', '--grad-clip', type=flags.POSITIVE,
+        help='scale larger gradients down to this norm (default: no limit)')
     add = parser.add_group('masks')
-    add('--mask-ratio-min', type=flags.SHARE, default=0.4, help='smallest; also the share the encoder never sees')
-    add('--mask-ratio-max', type=flags.SHARE, default=1., help='largest')
-    add('--mask-ratio-mu', type=number(), default=0.45, help='mean of the normal that ratios are drawn from')
-    add('--mask-ratio-std', type=flags.POSITIVE, default=0.25, help='deviation of it')
-    add('--smoothing', type=flags.SHARE, default=0., help='label smoothing of codes')
-    add('--bce-loss', action='store_true', help='binary cross-entropy of each code')
+    add('--mask-ratio-min', type=flags.FRACTION, default=0.4,
+        help='smallest fraction of masked patches; this fraction is left out before the encoder')
+    add('--mask-ratio-max', type=flags.FRACTION, default=1., help='largest fraction of masked patches')
+    add('--mask-ratio-mu', type=number(), default=0.45,
+        help='mean of the normal distribution that the fraction is drawn from')
+    add('--mask-ratio-std', type=flags.POSITIVE, default=0.25, help='standard deviation of that distribution')
+    add('--smoothing', type=flags.FRACTION, default=0.,
+        help='label smoothing of the predicted codes')
+    add('--bce-loss', action='store_true',
+        help='binary cross-entropy with each code of the codebook, instead of cross-entropy')
     add_augmentation_flags(parser)
     add = flags.add_output_flags(parser)
-    add('--start-epoch', type=integer(), default=0)
+    add('--start-epoch', type=integer(), default=0, help='the first epoch, from 0; --resume sets it')
     add_periods_flag(add, 'last2', 'every_200_epochs')
     parser.set_defaults(model=MODELS[0], output_dir='./output_dir')
     parser.add_no_effect(NO_EFFECT, switches=['--flip', '--affine', '--dist-on-itp'])
@@ -71,7 +79,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     check_sizes(args)
     if args.tokenadapt_path:
         check_halves(args.batch_size, mixed=False)
-    make_mask_ratio(args)
+    make_mask_ratio(args)  # raises for ratios that cannot be drawn
     if args.bce_loss and args.smoothing:
         raise InputError('--bce-loss needs --smoothing 0')
     checkpoint_files(args.save_periods, args.epochs, has_best=False)
@@ -79,7 +87,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def make_mask_ratio(args: argparse.Namespace) -> MaskRatio:
-    """What the ratio of masked patches is drawn from."""
+    """The distribution of the fraction of masked patches."""
     return MaskRatio(args.mask_ratio_min, args.mask_ratio_max, args.mask_ratio_mu, args.mask_ratio_std)
 
 
@@ -124,12 +132,13 @@ def main(args: argparse.Namespace) -> int:
         return data.batches(indices, args.batch_size, device, args.pin_mem)
 
     # train
-    lr = args.blr * recipe.effective_batch(args) / 256 if args.lr is None else args.lr
+    lr = args.blr * recipe.effective_batch(args) / 256 if args.lr is None else args.lr  # as in MAE
     optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), lr, (0.9, 0.95), fused=True)
+    # an example of a batch, with which DDP makes its buckets
     codes = torch.zeros(args.batch_size, size, size, dtype=torch.int64, device=device)
     masks = draw_masks(len(codes), (size // PATCH) ** 2, mask_ratio, torch.Generator(device))
     state = make_state(args, model, optimizer, amp, len(order_of(0)), (codes, *masks))
-    keep_token_adapt(model, token_adapt)  # only now: it has no part in DDP
+    keep_token_adapt(model, token_adapt)  # only now, as frozen weights have no part in DDP
     resume_run(args, state, checkpoint, path)
     return recipe.fit(args, state, folder, state.scheduler.steps, order_of, batches_of, loss_of)
 

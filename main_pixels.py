@@ -7,6 +7,9 @@ Evaluate:      python main_pixels.py --eval --resume output/pixels/best_checkpoi
 IMAGES may be class folders, a list, tar shards or parquet files, see image_data/sources.py. All that is not said here
 is as in main_seit.py: many nodes, resuming, checkpoints, logs. `--aug tokens` augments as tokens can be (random-resized
 crop and CutMix), `--aug deit` as DeiT does.
+
+The order is that of main_seit.py. What differs is written here: which flags --aug sets, how images are read, and by
+what the augmentation of each image is seeded (`draws_of`).
 """
 import argparse
 import sys
@@ -19,7 +22,7 @@ import timm
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, under PYTHONSAFEPATH=1 too
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # before installed packages of the same names
 import flags
 import recipe
 from engine import evaluate, evaluate_checkpoint, rank_indices
@@ -34,7 +37,7 @@ from training.checkpoints import head_size, progress_of
 from training.pretrained import freeze_all_but_attention, load_pretrained
 from utils import InputError, check_same_on_all_ranks, print0, rank, run, world_size
 
-# Defaults of the augmentation flags under each --aug.
+# Each --aug sets defaults of the augmentation flags, so that a flag of the command line still counts.
 AUGMENTATIONS = {
     'tokens': {'hflip': 0., 'aa': '', 'color_jitter': 0., 'reprob': 0., 'repeated_aug': False, 'mixup': 0.},
     'deit': {'hflip': 0.5, 'aa': 'rand-m9-mstd0.5-inc1', 'color_jitter': 0.3, 'reprob': 0.25, 'repeated_aug': True,
@@ -47,29 +50,35 @@ def get_args_parser() -> Parser:
     parser = Parser('Train and evaluate a model of timm on images.')
     add = parser.add_group('data')
     add('--train-path', default='', metavar='PATH', of_a_rank=True,
-        help='class folders of images, a list file .txt, tar shards or parquet files')
-    add('--val-path', default='', metavar='PATH', of_a_rank=True)
-    add('--nb-classes', type=integer(1), help='default: the largest label + 1, or what the checkpoint has under --eval')
-    add('--input-size', type=integer(1), default=224, help='pixels on a side')
+        help='training images: class folders, a list file .txt, tar shards or parquet files')
+    add('--val-path', default='', metavar='PATH', of_a_rank=True, help='validation images of the same classes')
+    add('--nb-classes', type=integer(1),
+        help='number of classes (default: the largest label + 1; with --eval as many as the checkpoint has)')
+    add('--input-size', type=integer(1), default=224, help='pixels on a side of what the model reads')
     add('--eval-crop-ratio', type=number(0.01, 1), default=0.875,
-        help='validation images are resized to --input-size divided by it, and cropped')
-    add('--num-workers', type=integer(), default=10, help='processes that decode images; as many as the cores at most')
-    add('--pin-mem', action=flags.ON_OFF, default=True, help='copy batches to a GPU from page-locked memory')
+        help='validation images are resized to --input-size divided by this, and their middle is cropped')
+    add('--num-workers', type=integer(), default=10,
+        help='processes that decode images, at most as many as there are cores')
+    add('--pin-mem', action=flags.ON_OFF, default=True,
+        help='copy batches to the GPU from page-locked memory, which is faster')
     add_max_pixels(add)
     flags.add_model_flags(parser, 'deit_base_patch16_224', 'any model of timm')
     flags.add_optimization_flags(parser)
 
     add = parser.add_group('augmentation')
     add('--aug', default='tokens', choices=list(AUGMENTATIONS),
-        help='tokens: what tokens can have too; deit: flip, RandAugment, random erasing, repeated augmentation and '
-        'Mixup as well. It only sets defaults of the flags below, and of --mixup')
-    add('--rrc-ratio', type=flags.SHARE, default=0.08, help='smallest area of the random-resized crop')
-    add('--hflip', type=flags.SHARE, help='share of images that are mirrored')
-    add('--aa', metavar='POLICY', help="timm's auto-augmentation policy; '' for none")
-    add('--color-jitter', type=number(0), help='strength; without effect beside --aa, as in DeiT')
-    add('--reprob', type=flags.SHARE, help='share of images with a rectangle of noise (random erasing)')
+        help='tokens: the augmentations that tokens can have too; deit: also flip, RandAugment, random erasing, '
+        'repeated augmentation and Mixup. It only sets defaults of the flags below, and of --mixup')
+    add('--rrc-ratio', type=flags.FRACTION, default=0.08,
+        help='smallest area of a random-resized crop, as a fraction of the whole')
+    add('--hflip', type=flags.FRACTION, help='chance of an image to be mirrored')
+    add('--aa', metavar='POLICY', help="an auto-augmentation policy, by its name in timm; '' for none")
+    add('--color-jitter', type=number(0),
+        help='strength of color jitter; it has no effect beside --aa, as in DeiT')
+    add('--reprob', type=flags.FRACTION,
+        help='chance of an image to get a rectangle of noise (random erasing)')
     add('--repeated-aug', action=flags.ON_OFF, exact=True,
-        help='repeated augmentation: each image three times running')
+        help='show each image three times in a row, each time augmented anew (repeated augmentation)')
     flags.add_mixing_flags(parser)
     flags.add_run_flags(parser)
     add_robustness_flags(parser)
@@ -80,6 +89,7 @@ def get_args_parser() -> Parser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError, also for values that cannot work together."""
     parser = get_args_parser()
+    # parsed twice: --aug must be known before the defaults of other flags are
     parser.set_defaults(**AUGMENTATIONS[parser.parse_known_args(argv)[0].aug])
     args = parser.parse_args(argv)
     recipe.check_flags(args)
@@ -87,8 +97,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for flag in ('corruption', 'classes'):
         if getattr(args, flag) and not args.eval:
             raise InputError(f'--{flag} belongs to --eval')
-    for wanted, flag in ((not args.eval, 'train'), (not args.no_eval, 'val')):
-        if wanted and not getattr(args, f'{flag}_path'):
+    for is_read, flag in ((not args.eval, 'train'), (not args.no_eval, 'val')):
+        if is_read and not getattr(args, f'{flag}_path'):
             raise InputError(f'--{flag}-path: name the images; class folders, a list, tar shards or parquet files')
     return args
 
@@ -116,14 +126,16 @@ def load_split(args: argparse.Namespace, split: str) -> ImageDataset:
 
 
 def draws_of(seed: int, epoch: int, indices: np.ndarray, first: int, repeats: int) -> np.ndarray:
-    """What the augmentation of each image is seeded by, (n, 4) int64.
+    """What the augmentation of each image is seeded by, (n, 4) int64: run, epoch, image, and which of its copies.
 
     Args:
         seed, epoch: of the run.
         indices: (n,) of this rank's images.
-        first: which image of the rank's epoch the first of these is.
-        repeats: how many times running each image comes in the order that is dealt to the ranks.
+        first: position in the rank's epoch of the first of these images.
+        repeats: how many copies of an image follow each other in the order that is dealt to the ranks.
     """
+    # A seed for each image, and none for a worker or a batch: so the numbers of workers and of steps before a resume do
+    # not matter. The copies of an image lie one after the other in the order of all ranks, hence their numbers.
     copies = (np.arange(first, first + len(indices)) * world_size() + rank()) % repeats
     same = np.ones(len(indices), np.int64)
     return np.stack([seed * same, epoch * same, indices, copies], 1)
@@ -151,7 +163,7 @@ def evaluate_only(args: argparse.Namespace, checkpoint: dict[str, Any], path: st
         print0(f'corrupted by {data.source.change}')
     cfg = timm.get_pretrained_cfg(args.model)
     classes = args.nb_classes or head_size(checkpoint['model'], cfg.classifier if cfg else 'head', path)
-    data.labels, _, chosen = match_classes(data.source, checkpoint.get('classes'), classes, path, args.classes)
+    data.labels, _, subset = match_classes(data.source, checkpoint.get('classes'), classes, path, args.classes)
     model = create_model(args, classes).to(device)
     amp = recipe.print_model(args, args.model, model, device)
     evaluate_of = make_evaluate(args, data, device, amp)
@@ -197,8 +209,8 @@ def main(args: argparse.Namespace) -> int:
     mixup, criterion = recipe.make_loss(args, classes)
 
     def loss_of(model: nn.Module, batch: tuple, generator: torch.Generator) -> torch.Tensor:
-        x, targets = batch
-        x = erase(normalize(x))
+        x, targets = batch  # (B, 3, s, s) uint8
+        x = erase(normalize(x))  # whole batches on the device: cheaper than image by image in the workers
         if mixup:
             x, targets = mixup(x, targets)
         return criterion(model(x), targets)

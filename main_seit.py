@@ -7,6 +7,9 @@ SLURM:         srun --ntasks-per-node=8 --gpus-per-node=8 python main_seit.py ..
 Evaluate:      python main_seit.py --eval --resume output/run/best_checkpoint.pth
 
 The defaults are the published recipe; `--batch-size` is per process and the learning rate scales with it.
+
+Data, model and checkpoint are fitted to one another in `main`, and then trained or evaluated. `make_augment` has the
+augmentation of the paper; engine.py has the loop, and recipe.py what the flags make of optimizer and schedule.
 """
 import argparse
 import sys
@@ -17,7 +20,7 @@ import numpy as np
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, under PYTHONSAFEPATH=1 too
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # before installed packages of the same names
 import flags
 import recipe
 from engine import evaluate, evaluate_checkpoint, rank_indices
@@ -54,15 +57,18 @@ def get_args_parser() -> Parser:
     flags.add_model_flags(parser, 'deit_base_token_32', ', '.join(MODELS))
     flags.add_optimization_flags(parser)
     add = flags.add_token_augmentation_flags(parser)
-    add('--eda-erase-prob', type=flags.SHARE, default=0., help='share of images with a rectangle erased')
-    add('--erase-scale', type=flags.SHARE, default=0.25, help="its largest sides, as parts of the grid's")
-    add('--src', action='store_true', help='a plain random crop instead of the random-resized one')
+    add('--eda-erase-prob', type=flags.FRACTION, default=0.,
+        help='fraction of images in which a rectangle of codes is erased')
+    add('--erase-scale', type=flags.FRACTION, default=0.25,
+        help="largest sides of the erased rectangle, as fractions of the grid's")
+    add('--src', action='store_true', help='take a plain random crop instead of the random-resized one')
     add('--repeated-aug', action='store_true', exact=True,
-        help='repeated augmentation: each image three times running')
+        help='show each image three times in a row, each time augmented anew (repeated augmentation)')
     add('--noise-recipe', default='v0.0', choices=['v0.0', 'seit++'],
-        help='seit++: --token-noise-prob is the chance that half of a batch gets noise, and excludes ColorAdapt')
+        help='v0.0: --token-noise-prob is the fraction of images with noise; seit++: it is the chance of a batch that '
+        'half of its images get noise, and a batch gets noise or ColorAdapt, never both')
     add('--tokenadapt-path', default='', metavar='FILE', of_a_rank=True,
-        help='half of each batch goes through this TokenAdapt')
+        help='a trained TokenAdapt, by which half of each batch is augmented')
     flags.add_mixing_flags(parser)
     flags.add_run_flags(parser)
     parser.add_no_effect(NO_EFFECT, switches=['--use-entire-tokens'])
@@ -76,6 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.input_size % args.token_patch_size or args.input_size < 2 * args.token_patch_size:
         raise InputError(f'--input-size {args.input_size}: give twice --token-patch-size {args.token_patch_size}, or a '
                          'larger multiple of it')
+    # with no whole code between the sides, CutMix would draw from an empty range and end in a traceback
     low, high = (int(args.input_size // args.token_patch_size * side) for side in args.cutmix_minmax or (0, 1))
     if low >= high:
         raise InputError(f'--cutmix-minmax {args.cutmix_minmax}: give two rising shares, with whole codes between them')
@@ -88,7 +95,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def make_augment(args: argparse.Namespace, codebook: torch.Tensor, grid_size: int, size: int, device: torch.device,
                  mixup: Callable | None) -> Callable:
-    """(codes (B, g, g) uint16, labels, generator) -> model input (B, d, size, size), targets: Token-EDA to mixing."""
+    """The augmentation of training, from codes to mixed embeddings (SeiT sec. 3.2).
+
+    Returns:
+        A function of codes (B, g, g) uint16, labels (B,) and a generator. It gives the model's input (B, d, size,
+        size) and the targets.
+    """
     changes = []
     if args.eda_rc_prob:
         synonyms = load_synonyms(args.token_synonym_dict, len(codebook), args.token_synonym_thres)
@@ -96,11 +108,12 @@ def make_augment(args: argparse.Namespace, codebook: torch.Tensor, grid_size: in
     if args.eda_sc_prob:
         changes.append((args.eda_sc_prob, SwapPatches(grid_size, args.swap_token_scale, device)))
     if args.eda_erase_prob:
+        # one code more than the codebook has: the crop gives it an embedding of zeros
         changes.append((args.eda_erase_prob, EraseRectangle(args.erase_scale, len(codebook))))
     token_eda = TokenEDA(changes)
     crop_kind = RandomCrop if args.src else RandomResizedCrop
     crop = crop_kind(codebook, grid_size, size, args.rrc_ratio, device)
-    if args.compile:
+    if args.compile:  # the draws stay outside, as torch.compile cannot fuse them
         crop.resample = torch.compile(crop.resample)
     color = color_recipe(args.noise_recipe, args.token_noise_prob, args.token_coloradapt_prob, args.token_noise_scale,
                          args.token_noise_std)
@@ -108,7 +121,7 @@ def make_augment(args: argparse.Namespace, codebook: torch.Tensor, grid_size: in
 
     def augment(codes: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> tuple:
         codes = token_eda(codes.long(), generator)
-        if halves:
+        if halves:  # TokenAdapt reads whole grids, so colors change before the halves are cropped
             return halves.embeddings(color(look_up(codes, crop.embedding), generator), labels, generator)
         x = color(crop(codes, generator), generator)
         return mixup(x, labels) if mixup else (x, labels)
@@ -127,12 +140,14 @@ def main(args: argparse.Namespace) -> int:
     files = recipe.split_files(args)
     datasets = open_splits(files, len(codebook), args.token_cache, size, device)
     train_data, val_data = datasets.get('train'), datasets.get('val')
+    # the labels of a validation set need not reach the last class, so under --eval the checkpoint's head counts
     trained = head_size(checkpoint['model'], 'head', path) if args.eval and not args.nb_classes else None
     classes = count_classes({files[split][1]: data.labels for split, data in datasets.items()}, args.nb_classes,
                             trained)
     names = (train_data or val_data).classes
     if checkpoint:
         check_class_names(checkpoint.get('classes'), names, path, next(iter(files.values()))[0])
+    # ranks that read different data would wait for each other forever, or train on silently
     check_same_on_all_ranks({'training images': len(train_data or ()), 'validation images': len(val_data or ()),
                              'codebook': tuple(codebook.shape), **progress_of(checkpoint)})
     choose_data_device(datasets, args.data_device, device)
@@ -152,6 +167,7 @@ def main(args: argparse.Namespace) -> int:
 
     def evaluate_of(model: nn.Module, name: str) -> dict[str, float]:
         indices = rank_indices(len(val_data), args.dist_eval)
+        # without gradients there is memory for larger batches; the factor is DeiT's
         batches = val_data.batches(indices, int(1.5 * args.batch_size), device, args.pin_mem)
         return evaluate(model, batches, transform, amp=amp, distributed=args.dist_eval, name=name)
 
@@ -175,7 +191,8 @@ def main(args: argparse.Namespace) -> int:
         return train_data.batches(indices, args.batch_size, device, args.pin_mem)
 
     # ------------------------------------------------------------ train
-    steps = recipe.count_steps(args, len(order_of(0)), args.train_token_file)
+    steps = recipe.count_steps(args, len(order_of(0)), args.train_token_file)  # all epochs are equally long
+    # a checkpoint is loaded last, into a state that is complete: DDP has run once by then
     state = recipe.make_state(args, model, device, (codebook.shape[1], size, size))
     recipe.resume_run(args, state, checkpoint, path, steps)
     recipe.print_recipe_batch(args)

@@ -1,7 +1,11 @@
 """Vision transformers on token embeddings (SeiT sec. 3.3): a Stem-adaptor instead of the patch embedding.
 
+A ViT that reads the embeddings of a token grid as a DeiT reads pixels. Begin with `StemAdaptor`, the paper's idea, and
+`TokenVisionTransformer`, timm's ViT around it; below them the sizes are registered under names that timm knows.
+
 The state dict has timm 0.5.4's names (`norm.*` for the final norm), so published weights load with a plain
-`load_state_dict`, and ours load there. All else is timm's: intermediate features, other input sizes, layer decay.
+`load_state_dict`, and weights from here load in the published program. All else is timm's: intermediate features,
+other input sizes, layer decay.
 """
 from typing import Any
 
@@ -22,13 +26,16 @@ class StemAdaptor(PatchEmbed):
     """
 
     def __init__(self, img_size: int | tuple[int, int] = 28, patch_size: int = 2, **kwargs: Any) -> None:
-        with torch.random.fork_rng(devices=[]):  # PatchEmbed's convolution is replaced, and shall draw no numbers
+        # PatchEmbed makes a convolution that is replaced below. What it draws is undone, so that only
+        # weights that stay take numbers from the seed.
+        with torch.random.fork_rng(devices=[]):
             super().__init__(img_size, patch_size, **kwargs)
         proj = self.proj
         self.proj = nn.Conv2d(proj.in_channels, proj.out_channels, kernel_size=patch_size + 2, stride=patch_size,
                               padding=1, bias=proj.bias is not None).to(proj.weight)
 
     def _init_img_size(self, img_size: int | tuple[int, int] | None) -> tuple:
+        # with another size the convolution would leave codes out in silence
         for side in to_2tuple(self.patch_size if img_size is None else img_size):
             if side < 1 or side % self.patch_size[0]:
                 raise ValueError(f'an input size of {side} is no multiple of the patch size, {self.patch_size[0]}')
@@ -98,7 +105,7 @@ def _token_vit(variant: str, pretrained: bool, kwargs: dict, **defaults: Any) ->
 
 @register_model
 def deit_tiny_token_32(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-    """ViT-Ti (192/12/3) on 32-dimensional codes. Ours; the others are published."""
+    """ViT-Ti (192/12/3) on 32-dimensional codes. It was not published, as the larger ones were."""
     return _token_vit('deit_tiny_token_32', pretrained, kwargs, embed_dim=192, depth=12, num_heads=3)
 
 
@@ -126,7 +133,7 @@ def deit_base_token_4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     return _token_vit('deit_base_token_4', pretrained, kwargs, embed_dim=768, depth=12, num_heads=12)
 
 
-# ---------------------------------------------------------------- without the Stem-adaptor, to tell what it is worth
+# ---------------------------------------------------------------- without the Stem-adaptor: the paper's ablation
 
 class PatchStem(StemAdaptor):
     """A 2x2 convolution, stride 2: (B, in_chans, H, W) embeddings -> (B, H/2 · W/2, embed_dim) tokens."""
@@ -173,15 +180,15 @@ def create_model(name: str, model_kwargs: dict[str, Any], num_classes: int, img_
     """The model of --model and --model-kwargs.
 
     Args:
-        name: One of MODELS.
-        model_kwargs: The user's arguments for timm's VisionTransformer.
-        num_classes: Outputs of the head; 0 for no head.
-        img_size: Side of the input in codes.
-        in_chans: Elements of a codebook row, which must be what the model reads; None for no check.
+        name: one of MODELS.
+        model_kwargs: the user's arguments for timm's VisionTransformer.
+        num_classes: 0 for no head.
+        img_size: side of the input in codes.
+        in_chans: elements of a codebook row, which must be what the model reads; None for no check.
         **rates: timm's drop rates, such as drop_path_rate.
 
     Raises:
-        InputError: The name is unknown, the arguments or the size are wrong, or the codebook is another model's.
+        InputError: for an unknown name, wrong arguments or size, or a codebook of another width.
     """
     if name not in MODELS:
         raise InputError(f'--model {name} is none of {", ".join(MODELS)}')
@@ -189,6 +196,7 @@ def create_model(name: str, model_kwargs: dict[str, Any], num_classes: int, img_
         model = timm.create_model(name, num_classes=num_classes, img_size=img_size, **rates, **model_kwargs)
         if not isinstance(model, TokenVisionTransformer):
             raise TypeError('this makes no classifier')  # features_only=True
+    # the user's arguments go into timm and torch as they are, so a mistake in them may surface as any of these
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         flags = f'--model {name} with --model-kwargs {model_kwargs}' if model_kwargs else f'--model {name}'
         raise InputError(f'{flags}: {str(error) or repr(error)}') from None

@@ -1,7 +1,7 @@
 """From flags to a training: what they make (optimizer, schedule, EMA, loss, DDP), and how a program begins and ends.
 
-A program is `start`, then its own data, model, evaluation and loss, then `make_state`, `resume_run` and `fit`. Flags
-stop here, in the programs and in seitpp/mtm_recipe.py: other modules never see `args`, and `args` is never changed.
+A program is `start`, then its data, model, evaluation and loss, then `make_state`, `resume_run` and `fit`. Flags stop
+here, in the programs and in seitpp/mtm_recipe.py: other modules never see `args`, and `args` is never changed.
 """
 import dataclasses
 import os
@@ -31,12 +31,13 @@ from utils import (InputError, autocast, check_same_on_all_ranks, device_of, ini
 # ---------------------------------------------------------------- flags that cannot work together
 
 def check_flags(args: Flags) -> None:
-    """InputError for flags of the groups above that cannot work together."""
+    """InputError for flags of the shared groups that cannot work together."""
     checks = [
         (mixes(args) and args.batch_size % 2, f'--batch-size {args.batch_size} is odd; CutMix and Mixup want it even'),
         (args.bce_loss and (args.smoothing or not mixes(args)),
          '--bce-loss needs --smoothing 0 (any smoothing makes every target 1) and --cutmix or --mixup on'),
         (args.eval and not args.resume, '--eval needs --resume CHECKPOINT'),
+        (args.output and not args.eval, '--output belongs to --eval; training writes to --output-dir'),
         (args.eval and args.no_eval, '--eval and --no-eval exclude each other'),
         (args.output and not args.eval, '--output belongs to --eval; training writes to --output-dir'),
     ]
@@ -66,7 +67,7 @@ def start(args: Flags, no_effect: dict[str, str] | None = None, outputs: Sequenc
 
     Args:
         args: the command line.
-        no_effect: flags of `Parser.add_no_effect`; those that were given are named.
+        no_effect: of `Parser.add_no_effect`; a line is printed for each of these flags that was given.
         outputs: names of files that the program writes to --output-dir beside checkpoints and log.
         files: how it names checkpoints.
 
@@ -77,10 +78,12 @@ def start(args: Flags, no_effect: dict[str, str] | None = None, outputs: Sequenc
         InputError: on every rank.
     """
     device = init_distributed(args.device, args.dist_url, args.dist_timeout)
+    # before anything is read or written: ranks of different flags would meet in a deadlock later
     check_same_on_all_ranks(flags_alike(args))
     print_no_effect(no_effect or {}, vars(args))
     set_up_torch(args)
     evaluating = vars(args).get('eval', False)  # some programs only train
+    # The folder is locked before it is searched, so that no other run writes the checkpoint that this one reads.
     folder = RunFolder('' if evaluating else args.output_dir, args.save_every, outputs, files)
     return device, folder, *find_checkpoint(args.output_dir, args.resume, evaluating, outputs, files)
 
@@ -89,11 +92,12 @@ def flags_alike(args: Flags) -> dict[str, Any]:
     """The flags that must be the same on all ranks, by their names on the command line."""
     alike = {f'--{name.replace("_", "-")}': value for name, value in vars(args).items()
              if name not in args.rules.of_a_rank}
-    return alike | {'--token-cache none': vars(args).get('token_cache') == 'none'}  # no rank waits for another's then
+    # Each node may have its own cache folder. But with 'none' no rank waits for another's cache, and then none may.
+    return alike | {'--token-cache none': vars(args).get('token_cache') == 'none'}
 
 
 def split_files(args: Flags) -> dict[str, tuple[str, str]]:
-    """Token file and label file of 'train', unless a run only evaluates, and of 'val', unless it does not."""
+    """Token file and label file of the splits that a run needs: 'train' unless under --eval, 'val' unless --no-eval."""
     files = {'train': (args.train_token_file, args.train_label_file), 'val': (args.val_token_file, args.val_label_file)}
     left_out = 'train' if args.eval else 'val' if args.no_eval else None
     return {split: paths for split, paths in files.items() if split != left_out}
@@ -102,7 +106,7 @@ def split_files(args: Flags) -> dict[str, tuple[str, str]]:
 def set_up_torch(args: Flags) -> None:
     """Seed, determinism, TF32."""
     torch.manual_seed(args.seed)
-    if args.deterministic:
+    if args.deterministic:  # cuBLAS reads the variable at its first use, so it is set early
         os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
         torch.use_deterministic_algorithms(True)
     if args.tf32:
@@ -122,14 +126,14 @@ def effective_batch(args: Flags) -> int:
 
 
 def scaled_lr(args: Flags) -> float:
-    """The learning rate of the run: --lr is for a batch of 512, unless --unscale-lr."""
+    """The learning rate of the run: --lr is for 512 images a step and grows in proportion, unless --unscale-lr."""
     return args.lr if args.unscale_lr else args.lr * effective_batch(args) / 512
 
 
 def make_optimizer(args: Flags, model: nn.Module) -> torch.optim.Optimizer:
     """timm's optimizer; no weight decay on biases, norms, position embeddings and class token."""
     options = {'betas': tuple(args.opt_betas)} if args.opt_betas else {}
-    if args.opt not in ('sgd', 'nesterov', 'momentum'):
+    if args.opt not in ('sgd', 'nesterov', 'momentum'):  # which take no epsilon
         options['eps'] = args.opt_eps
     if args.opt in ('adamw', 'adam', 'sgd', 'nesterov', 'momentum'):
         options['fused'] = True  # one kernel for all parameters, and one that skips a bad step without asking the host
@@ -163,10 +167,12 @@ def print_recipe_batch(args: Flags) -> None:
 def make_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
     """Gradient scaler: fp16's dynamic one, else one of constant scale 1.
 
-    Either skips, on the device, the step of a gradient that is not finite; with a fused optimizer the host never waits.
+    Either finds gradients that are not finite on the device, and hands the finding to a fused optimizer, which then
+    changes no weight. So a bad step is skipped without the host waiting to learn of it, also without fp16.
     """
     if amp == 'fp16':
         return torch.amp.GradScaler(device.type)
+    # The scale never grows; it shrinks at a bad step, by which `loss_meter.check_finite` notices one.
     return torch.amp.GradScaler(device.type, init_scale=1., growth_interval=1 << 30)
 
 
@@ -177,7 +183,7 @@ def make_loss(args: Flags, classes: int) -> tuple[Mixup | None, Callable]:
         mixup = Mixup(mixup_alpha=args.mixup, cutmix_alpha=args.cutmix, cutmix_minmax=args.cutmix_minmax,
                       prob=args.mixup_prob, switch_prob=args.mixup_switch_prob, mode=args.mixup_mode,
                       label_smoothing=args.smoothing, num_classes=classes)
-    if args.bce_loss:
+    if args.bce_loss:  # as published: every class that is part of a mixture counts as wholly there
         bce = nn.BCEWithLogitsLoss()
         return mixup, lambda logits, targets: bce(logits, targets.gt(0).float())
     if mixup:
@@ -188,19 +194,15 @@ def make_loss(args: Flags, classes: int) -> tuple[Mixup | None, Callable]:
 def parallel(model: nn.Module, compiled: bool, device: torch.device, amp: str, *inputs: torch.Tensor) -> nn.Module:
     """The model on `device`, by torch.compile if `compiled`, and in DDP where there are several ranks.
 
-    Args:
-        model: on the device.
-        compiled: whether torch.compile comes first.
-        device: of the model.
-        amp: 'bf16', 'fp16' or 'off'.
-        *inputs: like those of a batch, on the device.
+    `inputs` are those of an example batch, on the device; `amp` is 'bf16', 'fp16' or 'off'.
     """
     train_model = torch.compile(model) if compiled else model
     if world_size() > 1:
         train_model = DistributedDataParallel(train_model, device_ids=[device.index] if device.type == 'cuda' else None,
                                               gradient_as_bucket_view=True)
-        # DDP arranges its buckets for good after a first backward. Their layout decides in which order ranks are
-        # summed, so a resumed run must not begin with another.
+        # DDP arranges its buckets of gradients for good in the first backward pass, and their layout decides in which
+        # order the ranks' gradients are summed. A resumed run that trained its first step with buckets not yet arranged
+        # would round differently, so they are built here, before anything is resumed or trained.
         with autocast(device, amp):
             train_model(*inputs).float().sum().backward()
         model.zero_grad()
@@ -213,7 +215,7 @@ def make_state(args: Flags, model: nn.Module, device: torch.device,
     amp = args.amp or default_amp(device)
     try:
         model.set_grad_checkpointing(args.grad_checkpointing)
-    except AssertionError:  # what timm says
+    except AssertionError:  # timm's models assert that they can
         raise InputError(f'--model {args.model} has no gradient checkpointing; omit --grad-checkpointing') from None
     ema_device = 'cpu' if args.model_ema_force_cpu else None
     ema = ModelEmaV3(model, decay=args.model_ema_decay, device=ema_device) if args.model_ema else None
@@ -263,7 +265,7 @@ def fit(args: Flags, state: TrainState, folder: RunFolder, steps: int, order_of:
         args: the command line.
         state: new, or resumed.
         folder: takes checkpoints and log.
-        steps: batches of an epoch on each rank, see `count_steps`.
+        steps: of `count_steps`.
         order_of, batches_of, loss_of, evaluate_of: see engine.py.
         classes: names of the labels, for the checkpoints.
         seed: of everything random in the steps; None for --seed.
@@ -281,6 +283,7 @@ def fit(args: Flags, state: TrainState, folder: RunFolder, steps: int, order_of:
     log = RunLog(str(folder.path) if folder.saves else '', state.epoch, args.tensorboard)
     seed = args.seed if seed is None else seed
     options = dataclasses.replace(step_options(args, steps), seed=seed)
+    # At a bad step the run says which images it saw, so that `bad_step_rankN.json` is enough to replay it.
     try:
         finished = train(state, order_of, batches_of, loss_of, evaluate_of, folder, log, args.epochs, options)
     except NotFinite as error:

@@ -1,6 +1,9 @@
 """Augmentation of token grids: codes -> Token-EDA -> look-up and crop -> noise (SeiT sec. 3.2).
 
-Small callables x -> x, each with a generator argument. Everything is a batched tensor operation on the batch's
+Each augmentation is a small class whose objects take (x, generator) and give x; main_seit.py's `make_augment` puts them
+in a row. They stand below in the order in which a batch meets them: on codes, while they are looked up, on embeddings.
+
+Everything is a batched tensor operation on the batch's
 device, drawn from a generator on that device (only how many images get which change is numpy's draw, on the host),
 without a host synchronization. The published program crops one-hot grids and multiplies them by the codebook; the
 crop is linear, so resampling codebook rows is the same function at a fraction of the work.
@@ -29,8 +32,9 @@ class ReplaceSynonyms:
     """Synonym replacement: each code independently, with probability `prob`, becomes one of its synonyms.
 
     Args:
-        table: (K, k) int64 and count: (K,) int64, see codebook.load_synonyms.
-        prob: of replacing a code.
+        table: (K, k) int64, the synonyms of each code, see codebook.load_synonyms.
+        count: (K,) int64, how many of them there are.
+        prob: chance of each code to be replaced.
         device: of the batches.
     """
 
@@ -40,7 +44,8 @@ class ReplaceSynonyms:
         self.prob = prob
 
     def __call__(self, codes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        flat = codes.flatten()  # index_select is three times as fast as indexing
+        flat = codes.flatten()  # for index_select, which is three times as fast as indexing
+        # every code draws a synonym, of which few are used: cheaper than to collect the codes that change
         pick = (uniform(flat.shape, generator) * self.count.index_select(0, flat)).long()
         synonyms = self.table.flatten().index_select(0, flat * self.table.shape[1] + pick).view(codes.shape)
         return torch.where(uniform(codes.shape, generator) < self.prob, synonyms, codes)
@@ -50,7 +55,7 @@ class SwapPatches:
     """Swap two square patches in each grid; both are copied from the original, and where they overlap the second wins.
 
     Args:
-        grid_size: side of the grid.
+        grid_size: side of the token grid in codes.
         scale: a patch has the side int(grid_size · U(0, scale)).
         device: of the batches.
 
@@ -67,6 +72,7 @@ class SwapPatches:
         """Parameters of a swap for each image: (batch, 5) int64 (side, y0, x0, y1, x1)."""
         grid = self.grid_size
         side = (uniform((batch,), generator, 0, self.scale) * grid).long().clamp(max=len(self.table) - 1)
+        # the inverse of the cumulative distribution; float32 may end a little below 1, hence the clamp
         drawn = torch.searchsorted(self.table[side], uniform((batch, 1), generator), right=True)
         drawn = drawn.squeeze(1).clamp(max=self.table.shape[1] - 1)
         delta = torch.stack([drawn // (2 * grid - 1), drawn % (2 * grid - 1)], 1) - (grid - 1)
@@ -111,13 +117,17 @@ def swap_patches(codes: torch.Tensor, params: torch.Tensor) -> torch.Tensor:
     x = torch.arange(w, device=codes.device)
     in_first, in_second = (((y >= top) & (y < top + side))[:, :, None] & ((x >= left) & (x < left + side))[:, None]
                            for top, left in ((y0, x0), (y1, x1)))  # (B, h, w)
+    # each code is read from somewhere: in a patch from the other one, that many codes on or back, elsewhere from itself
     apart = ((y1 - y0) * w + x1 - x0)[:, :, None]
     source = torch.where(in_second, -apart, torch.where(in_first, apart, 0)) + (y[:, None] * w + x)
     return codes.flatten(1).gather(1, source.flatten(1)).view(b, h, w)
 
 
 class EraseRectangle:
-    """Put the code `empty` into one rectangle a grid, its sides int(g·U(0, scale))."""
+    """Put the code `empty` into one rectangle of each grid, with sides int(g·U(0, scale)).
+
+    `empty` is one more than the largest code of the codebook; crops give it an embedding of zeros.
+    """
 
     def __init__(self, scale: float, empty: int):
         self.scale = scale
@@ -130,7 +140,7 @@ class EraseRectangle:
         return torch.where(in_rows[:, :, None] & in_columns[:, None, :], self.empty, codes)
 
     def _interval(self, batch: int, size: int, generator: torch.Generator) -> torch.Tensor:
-        """(batch, size) bool, true on int(size·U(0, scale)) places in a row, anywhere."""
+        """(batch, size) bool, true at int(size·U(0, scale)) positions in a row, anywhere."""
         length, start = uniform((2, batch, 1), generator)
         length = (length * self.scale * size).long()
         start = (start * (size - length + 1)).long()
@@ -141,8 +151,9 @@ class EraseRectangle:
 class TokenEDA:
     """At most one change for each image of codes; in place (SeiT sec. 3.2).
 
-    numpy's global generator draws how many images get each change, the generator which: as if each image had chosen
-    for itself, but without work for the others, and without asking the device.
+    numpy's global generator draws how many images get each change, and the device's generator which ones. The
+    distribution is that of a draw for each image. But the host knows the sizes of the parts without waiting for the
+    device, and each change is computed for its images alone.
 
     Args:
         changes: (probability, change), where change(codes, generator) gives codes; the probabilities sum to 1 or less.
@@ -156,9 +167,9 @@ class TokenEDA:
     def __call__(self, codes: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         counts = np.random.multinomial(len(codes), self.probabilities).tolist()
         order = torch.randperm(len(codes), generator=generator, device=codes.device)
-        for change, chosen in zip(self.changes, order.split(counts)):
-            if len(chosen):
-                codes.index_copy_(0, chosen, change(codes.index_select(0, chosen), generator))
+        for change, images in zip(self.changes, order.split(counts)):
+            if len(images):
+                codes.index_copy_(0, images, change(codes.index_select(0, images), generator))
         return codes
 
 
@@ -170,6 +181,7 @@ def draw_random_resized_crop(batch: int, grid_size: int, min_area: float, genera
 
     Area U(min_area, 1)·grid_size², log-uniform aspect width/height; the first of `tries` draws that fits, else all.
     """
+    # all tries of all images are drawn at once, and the first that fits is taken: no loop that asks the device
     area = uniform((batch, tries), generator, min_area, 1) * grid_size ** 2
     aspect = uniform((batch, tries), generator, math.log(ratio[0]), math.log(ratio[1])).exp()
     size = torch.stack([(area / aspect).sqrt(), (area * aspect).sqrt()], -1).round().long()  # (B, tries, 2)
@@ -193,6 +205,7 @@ def cubic_taps(start: torch.Tensor, length: torch.Tensor, size: int,
 
     Returns (B, size, 4) int64 positions and (B, size, 4) float32 weights that sum to 1, for start, length (B,) int64.
     """
+    # Keys' cubic kernel with torch's a: four neighbors, two of them within a distance of 1 and two beyond
     length = length[:, None]
     center = (torch.arange(size, device=start.device) + 0.5) * (length / size) - 0.5  # (B, size)
     below = center.floor()
@@ -223,12 +236,13 @@ def resized_crop(codes: torch.Tensor, table: torch.Tensor, boxes: torch.Tensor, 
     """
     b, h, _ = codes.shape
     taps, weights = cubic_taps(boxes[:, :2].flatten(), boxes[:, 2:].flatten(), size)
+    # rows before columns or columns before rows is the same; columns first reads the small table of codes
     (y, x), (y_weight, x_weight) = (both.view(b, 2, size, 4).unbind(1) for both in (taps, weights))
     rows = codes.int().gather(2, x.reshape(b, 1, size * 4).expand(-1, h, -1))  # (B, h, size · 4), int32
     out = _weighted_sums(rows, table, x_weight[:, None].expand(-1, h, -1, -1))  # (B · h · size, d)
     out = out.view(b * h, -1)  # a row of the grid in each
-    first = (torch.arange(b, device=codes.device) * h)[:, None, None]  # of each image's rows
-    return rearrange(_weighted_sums(first + y, out, y_weight), '(b y) (x d) -> b d y x', b=b, x=size)
+    first_row = (torch.arange(b, device=codes.device) * h)[:, None, None]  # where each image begins
+    return rearrange(_weighted_sums(first_row + y, out, y_weight), '(b y) (x d) -> b d y x', b=b, x=size)
 
 
 def _weighted_sums(rows: torch.Tensor, table: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -256,9 +270,9 @@ class RandomResizedCrop:
 
     Args:
         codebook: (K, d) float32; the code K stands for an erased one, whose embedding is zero.
-        grid_size: g.
-        size: side of the result.
-        min_area: the smallest area, as a part of the grid's.
+        grid_size: g, side of the token grid in codes.
+        size: side of the result in codes.
+        min_area: the smallest area, as a fraction of the grid's.
         device: of the batches.
     """
 
@@ -315,9 +329,9 @@ class EmbeddingNoise:
         if not self.fraction:
             return x
         b, d, h, w = x.shape
-        chosen = torch.randperm(b, generator=generator, device=x.device)[:int(b * self.fraction)]
-        # drawn channels last, as `resized_crop` lays out x
-        noise = torch.empty(len(chosen), h, w, d, device=x.device).normal_(0, self.element_std, generator=generator)
-        noise += torch.empty(len(chosen), 1, 1, d, device=x.device).normal_(0, self.channel_std, generator=generator)
-        rearrange(x, 'b d y x -> b y x d').index_add_(0, chosen, noise)
+        noisy = torch.randperm(b, generator=generator, device=x.device)[:int(b * self.fraction)]
+        # drawn channels last, as `resized_crop` lays out x: adding then walks both through memory in one direction
+        noise = torch.empty(len(noisy), h, w, d, device=x.device).normal_(0, self.element_std, generator=generator)
+        noise += torch.empty(len(noisy), 1, 1, d, device=x.device).normal_(0, self.channel_std, generator=generator)
+        rearrange(x, 'b d y x -> b y x d').index_add_(0, noisy, noise)
         return x

@@ -3,6 +3,9 @@
 The stream is decoded once a node into a memory-mapped uint16 array that all ranks share; a batch is then one
 `codes[indices]`. ImageNet-1k is 1.28 M x 1024 codes: 2.6 GB on disk, and in memory only what the page cache keeps.
 Wherever a token or label file is asked for, a glob or a comma-separated list of shards will do.
+
+A program calls `open_splits`, which reads and checks the sets, then `choose_data_device`, which copies the codes to the
+GPU where they fit, and then `TokenDataset.batches` in each epoch.
 """
 import math
 from collections.abc import Iterator, Sequence
@@ -24,10 +27,10 @@ class TokenDataset:
 
     Args:
         token_file: a path, a glob or a comma-separated list of shards.
-        label_file: likewise, one for each token file; None for a set whose labels do not matter.
+        label_file: the same, one for each token file; None for a set whose labels do not matter.
         codebook_size: rows of the codebook; a code beyond it is an InputError.
         cache: see `open_codes`.
-        device: that decodes the files where there is no cache yet.
+        device: decodes the files where there is no cache yet.
 
     Attributes:
         files: the TokenFiles.
@@ -56,7 +59,10 @@ class TokenDataset:
         self._check_largest_code(codebook_size)
 
     def _check_largest_code(self, codebook_size: int) -> None:
-        """InputError for a code beyond the codebook. Also brings the map into the page cache, in one pass."""
+        """InputError for a code beyond the codebook, which on a GPU would end in an assertion without a name.
+
+        Reading all codes once, in order, also brings the map into the page cache, from which batches are then gathered.
+        """
         start = 0
         for file in self.files:
             largest = int(self.codes[start:start + len(file)].max())
@@ -102,13 +108,14 @@ class TokenDataset:
 
     def _resident_batches(self, indices: np.ndarray, batch_size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         codes, labels = self.resident
-        for chosen in torch.from_numpy(np.asarray(indices)).to(codes.device).split(batch_size):
-            yield codes[chosen].view(torch.uint16).view(-1, self.grid_size, self.grid_size), labels[chosen]
+        # the indices of the whole epoch travel once, so that no batch waits for the host
+        for part in torch.from_numpy(np.asarray(indices)).to(codes.device).split(batch_size):
+            yield codes[part].view(torch.uint16).view(-1, self.grid_size, self.grid_size), labels[part]
 
     def _moved_batches(self, slices: list[np.ndarray], device: torch.device,
                        pin_memory: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        def load(chosen: np.ndarray) -> list[torch.Tensor]:
-            return [tensor.pin_memory() if pin_memory else tensor for tensor in self.batch(chosen)]
+        def load(part: np.ndarray) -> list[torch.Tensor]:
+            return [tensor.pin_memory() if pin_memory else tensor for tensor in self.batch(part)]
 
         for ready in prefetch(load, slices):
             yield tuple(tensor.to(device, non_blocking=pin_memory) for tensor in ready)
@@ -123,14 +130,14 @@ def _classes_of(files: Sequence[TokenFile]) -> list[str] | None:
 
 
 def choose_data_device(datasets: dict[str, TokenDataset], data_device: str, device: torch.device) -> None:
-    """--data-device: keep the tokens on the GPU, or leave them in the map. Prints what was chosen, and why."""
+    """--data-device: keep the tokens on the GPU, or leave them in the map. Prints which, and the sizes that decide."""
     if data_device == 'cuda' and device.type != 'cuda':
         raise InputError(f'--data-device cuda needs --device cuda, not {device}')
     if device.type != 'cuda' or data_device == 'cpu':
         return
     needed = sum(data.codes.nbytes for data in datasets.values())
     free = torch.cuda.mem_get_info(device)[0]
-    resident = data_device == 'cuda' or needed <= free / 4
+    resident = data_device == 'cuda' or needed <= free / 4  # the model, its gradients and activations need the rest
     print0(f'data: {needed / 1e9:.2f} GB of tokens, {free / 1e9:.1f} GB free on the GPU: '
            + ('they live there' if resident else 'they stay in the memory map'))
     if resident:

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, under PYTHONSAFEPATH=1 too
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # before installed packages of the same names
 from flags import Parser, add_max_pixels, integer
 from image_data.sources import open_source
 from image_tokenizer.tokenizing import EncodingOptions, tokenize
@@ -39,34 +39,41 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
              ".tar shards, as a glob, x-{000..146}.tar or comma list (labels: members .cls, or .json's 'label'); "
              "or .parquet files, a folder of them or a glob (labels: column 'label')")
     add('--name', required=True, help='first part of the file names, as in imagenet1k-train')
-    add('--output-dir', required=True, metavar='DIR')
-    add('--tokenizer-path', required=True, metavar='FILE')
-    add('--tokenizer-code-path', metavar='DIR', help="a pickled tokenizer's code, which is then run")
-    add('--codebook-path', metavar='FILE', help="default: the tokenizer's own, also written to DIR/codebook.ckpt")
+    add('--output-dir', required=True, metavar='DIR', help='folder that the token sets are written to')
+    add('--tokenizer-path', required=True, metavar='FILE', help='a ViT-VQGAN or a patch tokenizer')
+    add('--tokenizer-code-path', metavar='DIR', help="folder of a pickled tokenizer's code, which is then run")
+    add('--codebook-path', metavar='FILE',
+        help="the codebook (default: the tokenizer's, which is then written to DIR/codebook.ckpt)")
     add('--limit-codes', action='store_true',
-        help='keep and renumber only the codes in use, and write that codebook to DIR/codebook.ckpt (training split)')
+        help='renumber the codes so that only those in use are left, and write that codebook to DIR/codebook.ckpt; '
+        'only for the training split')
     add('--format', choices=FORMATS, default='published',
         help="published: the paper's files, which other programs read; compact: a third smaller (docs/token_format.md)")
-    add('--shard-size', type=integer(), default=0, metavar='N', help='images to a numbered shard; 0: one set of files')
-    add('--skip-bad-images', action='store_true', help='leave out unreadable images, instead of stopping at one')
+    add('--shard-size', type=integer(), default=0, metavar='N',
+        help='images in each numbered shard; 0 makes one set of files')
+    add('--skip-bad-images', action='store_true', help='leave unreadable images out, instead of stopping at the first')
     add_max_pixels(add)
 
     group = parser.add_argument_group('computation')
     add = group.add_argument
-    add('--image-size', type=integer(1), default=256, help='images are resized to this, both sides')
-    add('--batch-size', type=integer(1), default=64, help='per process; another may change a few codes, by rounding')
+    add('--image-size', type=integer(1), default=256, help='pixels to which both sides of an image are resized')
+    add('--batch-size', type=integer(1), default=64,
+        help='images of a batch of one process; another size may change a few codes, by rounding')
     add('--amp', choices=('off', 'bf16'), default='off',
-        help='off: fp32; bf16: faster, and how many codes agree with fp32 is reported')
-    add('--compile', action='store_true', help='torch.compile the tokenizer; may change a few codes, by rounding')
-    add('--num-workers', type=integer(), default=cores(), help='processes that decode images, per rank')
-    add('--device', default='auto', help='auto (CUDA where there is one), cuda or cpu')
+        help='off: compute in fp32; bf16: faster, and a line says how many codes agree with those of fp32')
+    add('--compile', action='store_true',
+        help='compile the tokenizer by torch.compile; this may change a few codes, by rounding')
+    add('--num-workers', type=integer(), default=cores(), help='processes that decode images, for each rank')
+    add('--device', default='auto', help='auto (CUDA where there is a GPU), cuda or cpu')
     args = parser.parse_args(argv)
+    # the name becomes part of file names; a leading dot would hide them, and is how unfinished files begin
     if not args.name or args.name != Path(args.name).name or args.name.startswith('.'):
         raise InputError(f'--name {args.name}: give a plain word, as in imagenet1k-train, and folders to --output-dir')
     return args
 
 
 def main(args: argparse.Namespace) -> None:
+    """Tokenize the images of all ranks' parts, and put the parts together."""
     device = init_distributed(args.device)
     output = Output(Path(args.output_dir), args.name, args.shard_size, args.format)
     options = EncodingOptions(args.tokenizer_path, args.image_size, args.codebook_path,

@@ -1,4 +1,9 @@
-"""What every program here needs: errors for users, entry, processes, printing, step seeds."""
+"""What every program here needs: errors for users, entry, processes, printing, step seeds.
+
+A program ends in `run(main, parse_args)`, which turns an InputError into one line and an exit code. With several
+processes everything that only one of them may do, such as writing, goes through `on_main`, so that an error there
+reaches all, and no rank waits for one that is gone.
+"""
 import contextlib
 import ctypes
 import datetime
@@ -18,7 +23,7 @@ from torch.distributed.rendezvous import rendezvous
 
 CPU = torch.device('cpu')
 AMP_DTYPE = {'bf16': torch.bfloat16, 'fp16': torch.float16}
-_store = None  # of the process group, once this rank has joined it: there the ranks count their errors
+_store = None  # torch's store of the process group, once this rank has joined it: there the ranks count their errors
 
 # ---------------------------------------------------------------- errors a user can mend
 
@@ -28,7 +33,7 @@ class InputError(Exception):
     exit_code = 2
 
     def __init__(self, message: str):
-        # It may quote a file, which may hold line breaks and a terminal's control characters.
+        # The message may quote a file, which may hold line breaks and a terminal's control characters.
         super().__init__(re.sub(r'[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]+', ' ', str(message)))
 
 
@@ -118,12 +123,14 @@ def slurm_environment() -> None:
     # SLURM_STEP_NUM_TASKS exists only inside srun, so a plain python in a batch script stays one process.
     if 'RANK' in env or int(env.get('SLURM_STEP_NUM_TASKS', 1)) < 2:
         return
+    # torch.distributed reads the names that torchrun sets
     env['RANK'] = env['SLURM_PROCID']
     env['LOCAL_RANK'] = env['SLURM_LOCALID']
     env['WORLD_SIZE'] = env['SLURM_STEP_NUM_TASKS']
     nodes = env.get('SLURM_STEP_NODELIST', env.get('SLURM_JOB_NODELIST', '127.0.0.1'))
     env.setdefault('MASTER_ADDR', first_host(nodes))
     step = int(env.get('SLURM_STEP_ID', env.get('SLURM_STEPID', 0)))  # steps of a job run side by side
+    # ranks cannot ask each other for a free port, so all compute the same one, and other jobs mostly compute others
     port = int(env.get('SLURM_JOB_ID', 0)) + 1009 * step
     env.setdefault('MASTER_PORT', str(10000 + port % 50000))
 
@@ -159,18 +166,18 @@ def init_distributed(device: str, dist_url: str = 'env://', minutes: float = 10)
             raise InputError(f'WORLD_SIZE is {os.environ["WORLD_SIZE"]} but RANK is not set: start with torchrun or '
                              'srun, or unset WORLD_SIZE')
         try:
-            store, own_rank, size = next(rendezvous(dist_url, int(os.environ['RANK']), int(os.environ['WORLD_SIZE']),
+            store, joined_rank, size = next(rendezvous(dist_url, int(os.environ['RANK']), int(os.environ['WORLD_SIZE']),
                                                     timeout=wait))
         except (RuntimeError, ValueError) as error:
             raise InputError(f'the processes did not find each other at --dist-url {dist_url} in {minutes:g} minutes '
                              f'({first_line(error)})') from None
         if os.environ.get('GROUP_WORLD_SIZE') == '1':
-            # torchrun on one node keeps its store when it restarts the ranks: the addresses of the dead are still there
+            # torchrun on one node keeps its store when it restarts the ranks, with the addresses of dead ranks in it
             store = dist.PrefixStore(f'restart {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
         _store = store
         on_gpu = device.type == 'cuda'
-        dist.init_process_group('nccl' if on_gpu else 'gloo', store=store, rank=own_rank, world_size=size, timeout=wait,
-                                device_id=device if on_gpu else None)
+        dist.init_process_group('nccl' if on_gpu else 'gloo', store=store, rank=joined_rank, world_size=size,
+                                timeout=wait, device_id=device if on_gpu else None)
     return device
 
 
@@ -189,7 +196,7 @@ def device_of_rank(device: str) -> torch.device:
     else:
         number = local_rank()
         if number >= count and _bound_to_gpu():
-            number = 0  # this task sees only its own
+            number = 0  # srun shows this task one GPU, which is number 0 whatever the local rank
     if number >= count:
         raise RankError(f'GPU {number} is asked for (by local rank or --device), but there are {count}: start fewer '
                         'processes on this node')
@@ -242,8 +249,8 @@ def cores() -> int:
 def _tasks_of_node() -> int:
     """How many tasks of this srun step run on this node, from a list such as '8(x2),4': of each node in turn."""
     tasks = []
-    for word in os.environ.get('SLURM_STEP_TASKS_PER_NODE', '1').split(','):
-        count, times = re.fullmatch(r'(\d+)(?:\(x(\d+)\))?', word.strip()).groups()
+    for item in os.environ.get('SLURM_STEP_TASKS_PER_NODE', '1').split(','):
+        count, times = re.fullmatch(r'(\d+)(?:\(x(\d+)\))?', item.strip()).groups()
         tasks += [int(count)] * int(times or 1)
     return tasks[min(int(os.environ.get('SLURM_NODEID', 0)), len(tasks) - 1)]
 
@@ -256,7 +263,7 @@ def barrier() -> None:
 
 @contextlib.contextmanager
 def one_first(first: bool) -> Iterator[None]:
-    """Run the body on the ranks where `first` is true, then on the others, which find its files."""
+    """Run the body on the ranks where `first` is true, then on the others, for which its files are there by then."""
     if not first:
         barrier()
     yield
@@ -266,7 +273,7 @@ def one_first(first: bool) -> Iterator[None]:
 
 def on_main(function: Callable, *args: Any) -> Any:
     """`function(*args)` of rank 0, on every rank; its InputError is raised on every rank too. Collective."""
-    answer = [None, None]
+    answer = [None, None]  # value, error: other ranks must learn of an error too, or they would wait for the value
     if is_main():
         try:
             answer = [function(*args), None]
@@ -335,6 +342,7 @@ def seed_step(seed: int, epoch: int, step: int, rank: int, generator: torch.Gene
     Seeds numpy's global generator (timm's Mixup), torch's (drop-path, dropout), `generator` (the token augmentations)
     and Python's (timm's random erasing). So a resumed run repeats the step exactly, and no random state is saved.
     """
+    # a hash, so that neighboring steps and ranks get unrelated seeds
     seeds = np.random.SeedSequence((seed, epoch, step, rank)).generate_state(4)
     np.random.seed(seeds[0])
     torch.manual_seed(int(seeds[1]))

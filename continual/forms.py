@@ -1,12 +1,15 @@
-"""How a replay memory stores an image: its pixels, fewer pixels, a JPEG, or codes. And back.
+"""How a replay memory stores an image, as pixels, fewer pixels, a JPEG or codes, and how images come back from it.
 
     pixels   RGB as it is, 3 bytes a pixel, without any header: its sides are in the sample's index
-    resize   the same with the short side at most so long
-    jpeg     a JPEG of a quality with its headers, as scripts/shrink_images.py makes it
+    resize   the same, after the short side was brought down to --memory-side where it is longer
+    jpeg     a JPEG of --memory-quality with its headers, as scripts/shrink_images.py makes it
     tokens   codes as the published format has them (token_files/published.py), each image on its own
 
-The compact format needs a model of the whole set and saves less for a few images at a time; samples of a memory come
-and go one by one, so each is stored alone.
+Samples of a memory come and go one by one, so each is stored alone. The compact format (token_files/compact.py) has a
+model of a whole set of images, and saves less for a few at a time.
+
+`PixelStore` and `TokenStore` make samples of images and images of samples; the functions `join_*` put what a memory
+holds behind the new task's images.
 """
 import copy
 from collections.abc import Callable, Iterator, Sequence
@@ -29,8 +32,8 @@ from utils import InputError
 
 RAW = ('pixels', 'resize')
 FORMS = (*RAW, 'jpeg', 'tokens')
-DECODED_BATCH = 256  # images: bounds memory
-RESTORED = 2048  # images: 400 MB of 256 x 256 pixels
+DECODED_BATCH = 256  # images that the tokenizer decodes at a time, which bounds memory
+RESTORED = 2048  # images that are restored at a time: 400 MB of 256 x 256 pixels
 
 
 # ---------------------------------------------------------------- to bytes
@@ -41,18 +44,17 @@ def length_of(form: str) -> Callable[[int], int]:
 
 
 def _raw_length(index: int) -> int:
-    return 3 * (index >> 16) * (index & 0xffff)
+    return 3 * (index >> 16) * (index & 0xffff)  # height and width, see store_image
 
 
 def store_image(label: int, image: Image.Image, form: str, quality: int, side: int) -> Sample:
     """The sample of an RGB image. Raises BadImage where the form cannot hold it.
 
     Args:
-        label: of its class.
-        image: at its own size.
+        image: at its original size.
         form: 'pixels', 'resize' or 'jpeg'.
         quality: of the JPEG.
-        side: the short side, at most, of 'resize'.
+        side: pixels of the short side, at most, with 'resize'.
     """
     if form == 'jpeg':
         data = shrink(image, 'jpeg', quality)
@@ -78,6 +80,7 @@ def image_file(sample: Sample, form: str) -> bytes:
     """The image of a sample as a file that PIL reads."""
     if form not in RAW:
         return sample.data
+    # a PPM header in front of the pixels makes them a file, so that one reader is enough for all forms
     return b'P6 %d %d 255\n' % (sample.index & 0xffff, sample.index >> 16) + sample.data
 
 
@@ -92,7 +95,6 @@ def decode_to_files(codes: np.ndarray, tokenizer: nn.Module, codebook: torch.Ten
     """Images, as files that PIL reads, of codes (N, n): by the tokenizer's decoder.
 
     Args:
-        codes: of the images.
         tokenizer, codebook: on one device.
         path: of the tokenizer, for errors.
 
@@ -114,27 +116,27 @@ class TaskImages(Source):
 
     Args:
         source: of the images.
-        chosen: (n,) indices into it.
-        labels: (n,) int64, of the chosen.
+        indices: (n,) of some of its images.
+        labels: (n,) int64, of these images.
         files: encoded images.
         file_labels: (m,) int64, of the files.
     """
 
-    def __init__(self, source: Source, chosen: np.ndarray, labels: np.ndarray, files: Sequence[bytes] = (),
+    def __init__(self, source: Source, indices: np.ndarray, labels: np.ndarray, files: Sequence[bytes] = (),
                  file_labels: Sequence[int] = ()):
         self.source = source
-        self.chosen = np.asarray(chosen)
+        self.indices = np.asarray(indices)
         self.files = files
         self.data_path = source.data_path
         self.classes = source.classes
         self.labels = np.concatenate([labels, np.asarray(file_labels, np.int64)])
-        self.names = [source.names[i] for i in self.chosen] + [f'memory/{number}' for number in range(len(files))]
+        self.names = [source.names[i] for i in self.indices] + [f'memory/{number}' for number in range(len(files))]
 
     def read(self, i: int) -> bytes:
         """The encoded bytes of image i."""
-        if i < len(self.chosen):
-            return self.source.read(int(self.chosen[i]))
-        return self.files[i - len(self.chosen)]
+        if i < len(self.indices):
+            return self.source.read(int(self.indices[i]))
+        return self.files[i - len(self.indices)]
 
 
 def store_from(source: Source, i: int, store: Callable[[Image.Image], Sample],
@@ -152,8 +154,7 @@ class PixelStore:
 
     Args:
         images: by 'train' and 'val'; a sample has the label that its set has when it is stored.
-        form: of `store_image`.
-        quality, side: see there.
+        form, quality, side: as `store_image` has them.
     """
 
     def __init__(self, images: dict[str, ImageDataset], form: str, quality: int | None, side: int | None):
@@ -206,16 +207,16 @@ class TokenStore:
 # ---------------------------------------------------------------- with the new task's images
 
 def join_tokens(data: TokenDataset, indices: np.ndarray, samples: Sequence[Sample], codec: Codec) -> TokenDataset:
-    """A token set of some images (n,) of another, and then of samples."""
+    """A token set of some images (n,) of another set, and then of samples."""
     joined = copy.copy(data)
     joined.codes = np.concatenate([data.codes[indices], codes_of(samples, codec, data.codes.shape[1])])
     joined.labels = np.concatenate([data.labels[indices], [sample.label for sample in samples]]).astype(np.int64)
-    joined.resident = None
+    joined.resident = None  # what lies on the GPU are the codes of the other set
     return joined
 
 
 def join_images(data: ImageDataset, indices: np.ndarray, files: Sequence[bytes], labels: np.ndarray) -> ImageDataset:
-    """A set of some images (n,) of another, and then of encoded images with their labels."""
+    """A set of some images (n,) of another set, and then of encoded images with their labels."""
     joined = copy.copy(data)
     joined.source = TaskImages(data.source, indices, data.labels[indices], files, labels)
     joined.labels = joined.source.labels
@@ -223,7 +224,7 @@ def join_images(data: ImageDataset, indices: np.ndarray, files: Sequence[bytes],
 
 
 class StoredImages:
-    """The images of a set as a memory gives them back: what a model that replays them has seen of old classes.
+    """The images of a set as a memory gives them back: a model that replays a memory has seen old classes only so.
 
     Args:
         data: the set.

@@ -1,7 +1,10 @@
 """A replay memory of a number of bytes, and the policies by which it is filled when a task ends.
 
-What counts are the bytes that the samples take, each on its own: its data (continual/forms.py), LABEL_BYTES for the
-label and INDEX_BYTES by which the next sample is found. The file of a memory is as long, but for headers of a thousand
+`fill` lets a task's images pass by when its training has ended, by one of two policies; `save_memory` and `load_memory`
+carry what is held to the next task.
+
+The bytes of a sample are those of its data (continual/forms.py), LABEL_BYTES for the label and INDEX_BYTES by which the
+next sample is located. The file of a memory is as long, but for headers of a thousand
 bytes or so. Neither policy holds more than the limit at any moment, beside the one sample that is looked at.
 
     reservoir   a uniform sample of all images that came by, whatever their class. Each image of the stream has a random
@@ -29,7 +32,7 @@ from utils import InputError
 LABEL_BYTES = 2
 INDEX_BYTES = 4
 MAX_CLASSES = 1 << 8 * LABEL_BYTES
-MOST = 1 << 31  # samples of a class: no bound
+NO_BOUND = 1 << 31  # on the samples of a class: more than any class has
 POLICIES = ('reservoir', 'balanced')
 
 
@@ -61,10 +64,10 @@ class ReplayMemory:
         limit: in bytes.
 
     Attributes:
-        samples: in a fixed order.
+        samples: in a fixed order, from which seeded draws pick by position.
         size: bytes of the samples.
-        largest_key: of the reservoir, see above.
-        most: of the balanced one, samples that a class may have.
+        largest_key: with the reservoir, the largest key that may be kept, see the module's docstring.
+        most: with the balanced policy, how many samples a class may have.
     """
 
     def __init__(self, limit: int):
@@ -72,7 +75,7 @@ class ReplayMemory:
         self.samples = []
         self.size = 0
         self.largest_key = 1.
-        self.most = MOST
+        self.most = NO_BOUND
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -105,10 +108,9 @@ def fill(memory: ReplayMemory, policy: str, images: np.ndarray, labels: np.ndarr
 
     Args:
         memory: of the tasks before.
-        policy: of POLICIES.
+        policy: one of POLICIES.
         images: (n,) of the task.
-        labels: (N,) of all images, of this task's and of those to come.
-        encode: see Encode.
+        labels: (N,) of all images, those of tasks to come too.
         seed: of this task.
 
     Returns:
@@ -116,31 +118,32 @@ def fill(memory: ReplayMemory, policy: str, images: np.ndarray, labels: np.ndarr
     """
     rng = np.random.default_rng(seed)
     order = rng.permutation(images)
-    share = equal_share(memory.limit, labels)
+    class_bytes = bytes_per_class(memory.limit, labels)
     if policy == 'reservoir':
-        return fill_reservoir(memory, order.tolist(), encode, share, rng)
+        return fill_reservoir(memory, order.tolist(), encode, class_bytes, rng)
     return fill_balanced(memory, {label: order[labels[order] == label].tolist()
-                                  for label in np.unique(labels[order]).tolist()}, encode, share)
+                                  for label in np.unique(labels[order]).tolist()}, encode, class_bytes)
 
 
-def equal_share(limit: int, labels: np.ndarray) -> int:
-    """Bytes of a class where all classes of `labels`, each there from 0 on, have as many of `limit`."""
+def bytes_per_class(limit: int, labels: np.ndarray) -> int:
+    """Bytes for each class where all classes of `labels`, 0 to the largest, divide `limit` equally."""
     return limit // (int(labels.max()) + 1)
 
 
-def fill_reservoir(memory: ReplayMemory, stream: Iterable[int], encode: Encode, share: int,
+def fill_reservoir(memory: ReplayMemory, stream: Iterable[int], encode: Encode, class_bytes: int,
                    rng: np.random.Generator) -> int:
     """Let a stream of images pass by the reservoir, in place; only those that are taken are encoded.
 
     Returns:
-        How many images would have been taken, but are of more than `share` bytes.
+        How many images would have been taken, but are of more than `class_bytes` bytes.
     """
     large = 0
     for number in stream:
+        # a key that is too large is not kept, so that the image need not be encoded
         if rng.random() >= memory.largest_key:
             continue
         sample = encode(number)
-        if sample.size > share:
+        if sample.size > class_bytes:
             large += 1
             continue
         while not memory.fits(sample):
@@ -155,31 +158,31 @@ def fill_reservoir(memory: ReplayMemory, stream: Iterable[int], encode: Encode, 
     return large
 
 
-def fill_balanced(memory: ReplayMemory, new: dict[int, Sequence[int]], encode: Encode, share: int) -> int:
+def fill_balanced(memory: ReplayMemory, new: dict[int, Sequence[int]], encode: Encode, class_bytes: int) -> int:
     """Make room for new classes, in place, and take as many of them as of the others.
 
     Samples are ordered by their rank within their class, and then by class; those that come first are held, as many as
     fit. New ones come in this order, and the last of the old ones go until each fits.
 
     Args:
-        memory: filled by this function.
-        new: by label, images in the order in which they are taken.
-        encode: see Encode.
-        share: images of more bytes are passed over.
+        memory: changed in place.
+        new: label -> images in the order in which they are taken.
+        class_bytes: images of more bytes are passed over.
 
     Returns:
         How many images were passed over.
     """
     ranks = rank_samples(memory)
-    end = memory.most, 0  # samples from this rank on do not fit
+    end = memory.most, 0  # samples of this rank, (position in the class, label), or a higher one do not fit
     large = []
-    waiting = {label: small_samples(images, encode, share, large) for label, images in sorted(new.items())}
+    waiting = {label: small_samples(images, encode, class_bytes, large) for label, images in sorted(new.items())}
     for position in range(memory.most):
         for label in list(waiting):
             sample = next(waiting[label], None) if (position, label) < end else None
             if sample is None:
                 del waiting[label]
                 continue
+            # old samples of a higher rank go first: then no class keeps more than one beyond the others
             while not memory.fits(sample) and ranks and ranks[-1] > (position, label):
                 end = ranks.pop()
                 memory.remove(len(ranks))
@@ -189,7 +192,7 @@ def fill_balanced(memory: ReplayMemory, new: dict[int, Sequence[int]], encode: E
                 end = position, label
         if not waiting:
             break
-    memory.most = min(memory.most, end[0] + 1)
+    memory.most = min(memory.most, end[0] + 1)  # see the module's docstring: later classes get no more either
     return len(large)
 
 
@@ -205,11 +208,11 @@ def rank_samples(memory: ReplayMemory) -> list[tuple[int, int]]:
     return [rank for rank, _ in ranked]
 
 
-def small_samples(images: Iterable[int], encode: Encode, share: int, large: list[int]) -> Iterator[Sample]:
-    """The samples of images that take `share` bytes at most; sizes of the others are noted in `large`."""
+def small_samples(images: Iterable[int], encode: Encode, class_bytes: int, large: list[int]) -> Iterator[Sample]:
+    """The samples of images that take `class_bytes` bytes at most; sizes of the others are noted in `large`."""
     for number in images:
         sample = encode(number)
-        if sample.size <= share:
+        if sample.size <= class_bytes:
             yield sample
         else:
             large.append(sample.size)
@@ -219,16 +222,16 @@ def check_room(limit: int, labels: np.ndarray, encode: Encode, form: str) -> Non
     """InputError unless an equal share of `limit` bytes holds an image of each class.
 
     Args:
-        limit: of the memory.
+        limit: bytes of the memory.
         labels: (N,) of all images.
-        encode: see Encode.
-        form: in words.
+        form: how images are stored, for the error.
     """
+    # the first image of a class that is small enough will do, so mostly one image of each class is encoded
     classes = np.unique(labels)
-    share = equal_share(limit, labels)
+    class_bytes = bytes_per_class(limit, labels)
     for label in classes.tolist():
         large = []
-        if next(small_samples(np.flatnonzero(labels == label).tolist(), encode, share, large), None) is None:
+        if next(small_samples(np.flatnonzero(labels == label).tolist(), encode, class_bytes, large), None) is None:
             raise InputError(f'--memory-bytes {limit}: less than an image of each of the {len(classes)} classes takes '
                              f'as {form} (a class has none below {min(large)} bytes): give {len(classes) * min(large)} '
                              'or more')

@@ -4,6 +4,9 @@
     results.jsonl        a JSON line a task that is done
     task-0, task-1, ...  each a run folder (training/run_folder.py), with memory.npz: what the next task replays
     tokens               tokenizer and token files, where they are made here and have no other --tokens-dir
+
+A task is done when its line is in results.jsonl, which is written after everything else of the task. So a run that
+resumes counts the lines, and repeats the evaluation and the filling of the memory of a task without one.
 """
 import hashlib
 import json
@@ -28,14 +31,14 @@ from utils import InputError, device_of
 RUN = 'run.json'
 RESULTS = 'results.jsonl'
 MEMORY = 'memory.npz'
-DIGESTED = 4096  # images at a time: bounds working memory
+DIGEST_BATCH = 4096  # images that are digested at a time, which bounds memory
 
 
 def digest_of(codes: np.ndarray, labels: np.ndarray) -> str:
     """SHA-256 of the codes (N, n) and labels (N,) of a token set."""
     digest = hashlib.sha256(labels.tobytes())
-    for start in range(0, len(codes), DIGESTED):
-        digest.update(np.ascontiguousarray(codes[start:start + DIGESTED]))
+    for start in range(0, len(codes), DIGEST_BATCH):
+        digest.update(np.ascontiguousarray(codes[start:start + DIGEST_BATCH]))
     return digest.hexdigest()
 
 
@@ -83,8 +86,8 @@ def _check_line(line: Any, task: int) -> None:
     """ValueError for a line that is not that of a task."""
     if not isinstance(line, dict) or line.get('task') != task:
         raise ValueError(f'is not of task {task}')
-    of_tasks = line.get('test_task_acc1')
-    numbers = [line.get('test_acc1'), *(of_tasks if isinstance(of_tasks, list) else ())]
+    task_accuracies = line.get('test_task_acc1')
+    numbers = [line.get('test_acc1'), *(task_accuracies if isinstance(task_accuracies, list) else ())]
     if len(numbers) != task + 2 or not all(isinstance(value, int | float) for value in numbers):
         raise ValueError('its accuracies are not numbers, one for each task')
 
@@ -107,14 +110,13 @@ def evaluate_seen(model: nn.Module, tasks: Tasks, task: int, positions: np.ndarr
     """Top-1 (%) among the classes seen after a task.
 
     Args:
-        model: for all classes.
-        tasks, task: which have been seen.
+        model: with outputs for all classes.
         positions: (n,) in the order of classes, of this rank's validation images, none of a class to come.
         batches: of these images.
-        **options: of `engine.evaluate`; `distributed` where the ranks' images are shares.
+        **options: of `engine.evaluate`; `distributed` where the ranks' images are parts of one set.
 
     Returns:
-        'acc1', of all images; 'task_acc1', for each task of its images.
+        'acc1' over all images, and 'task_acc1', a list of the accuracies over the images of each task.
     """
     predictions = [torch.empty(0, dtype=torch.int64, device=device_of(model))]  # a rank may have no image
     scored = OnlyClasses(model, list(range(tasks.ends[task])), len(tasks.order)).to(device_of(model))

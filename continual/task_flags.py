@@ -8,7 +8,7 @@ from continual.tasks import ORDER_SEED
 from flags import SYNONYMS, Parser, add_max_pixels, byte_count, integer
 from utils import InputError
 
-# Flags of main_seit.py and main_pixels.py that mean nothing here, and why.
+# Flags of main_seit.py and main_pixels.py that are refused here, and why: they would be ignored in silence.
 NOT_HERE = {
     'eval': 'each task is evaluated when it ends',
     'no_eval': 'each task is evaluated when it ends',
@@ -21,47 +21,60 @@ NOT_HERE = {
 def add_task_flags(parser: Parser) -> None:
     """The flags of tasks, memory and tokens."""
     add = parser.add_group('tasks')
-    add('--new', default='tokens', choices=['tokens', 'pixels'], help="what the new task's images are trained as")
-    add('--base-classes', type=integer(1), default=10, help='classes of the first task')
-    add('--inc-classes', type=integer(1), default=10, help='classes of each later task')
-    add('--order-seed', type=integer(0, (1 << 32) - 1), default=ORDER_SEED, help='of the order of the classes')
-    add('--joint', action='store_true', help='train on all images of the classes seen, without a memory: upper bound')
+    add('--new', default='tokens', choices=['tokens', 'pixels'],
+        help='whether new images are trained on as tokens or as pixels')
+    add('--base-classes', type=integer(1), default=10, help='how many classes the first task has')
+    add('--inc-classes', type=integer(1), default=10, help='how many classes each later task adds')
+    add('--order-seed', type=integer(0, (1 << 32) - 1), default=ORDER_SEED,
+        help='seed of the order in which classes come')
+    add('--joint', action='store_true',
+        help='train each task on all images of all classes seen, without a memory: the upper bound')
     add('--model-ema', action=flags.ON_OFF, default=False,
-        help="an average of a task's weights, evaluated too; the next task starts from the weights themselves")
+        help="keep a moving average (EMA) of a task's weights, and evaluate it too; the next task starts from the "
+             'weights themselves')
 
     add = parser.add_group('memory')
-    add('--memory', default='none', choices=['none', *FORMS], help='what is stored of old images')
-    add('--memory-bytes', type=byte_count, metavar='BYTES', help='as in 1e6; with labels and index')
-    add('--memory-policy', default='balanced', choices=POLICIES)
-    add('--memory-quality', type=integer(1, 95), help='of --memory jpeg')
-    add('--memory-side', type=integer(1), help='pixels of the short side, at most, of --memory resize')
-    add('--replay-share', type=flags.SHARE, default=0.5, help='part of each batch that comes from memory')
-    add('--eval-stored', action='store_true', help='evaluate the validation images as the memory would give them back, '
-        'too: for --new pixels, what the shift between stored and new images costs')
+    add('--memory', default='none', choices=['none', *FORMS],
+        help='how old images are stored')
+    add('--memory-bytes', type=byte_count, metavar='BYTES',
+        help='bytes of the memory, as in 1e6; labels and index count too')
+    add('--memory-policy', default='balanced', choices=POLICIES,
+        help='which images are kept: equally many of each class, or a uniform sample of all that came by')
+    add('--memory-quality', type=integer(1, 95), help='JPEG quality of --memory jpeg')
+    add('--memory-side', type=integer(1),
+        help='with --memory resize, the largest short side of a stored image in pixels')
+    add('--replay-share', type=flags.FRACTION, default=0.5,
+        help='fraction of each batch that comes from memory')
+    add('--eval-stored', action='store_true',
+        help='also evaluate the validation images as the memory would give them back; with --new pixels this shows '
+        'what the difference between stored and new images costs')
 
     add = parser.add_group('data')
     add('--train-path', default='', metavar='PATH', of_a_rank=True,
-        help='images: class folders, a list, tar shards or parquet files')
-    add('--val-path', default='', metavar='PATH', of_a_rank=True)
+        help='training images: class folders, a list, tar shards or parquet files')
+    add('--val-path', default='', metavar='PATH', of_a_rank=True, help='validation images of the same classes')
     for split in ('train', 'val'):
         add(f'--{split}-token-file', default='', metavar='FILE', of_a_rank=True,
-            help='tokens that are there, as in main_seit.py')
-        add(f'--{split}-label-file', default='', metavar='FILE', of_a_rank=True)
+            help='token files that exist already, as for main_seit.py')
+        add(f'--{split}-label-file', default='', metavar='FILE', of_a_rank=True, help='labels of these token files')
     add('--codebook-path', default='', metavar='FILE', of_a_rank=True,
-        help="of the token files, or the tokenizer's")
+        help='the codebook of the token files or of the tokenizer')
     add('--tokenizer-path', default='', metavar='FILE', of_a_rank=True,
-        help='tokenize the images with it, or decode the memory')
-    add('--tokenizer-from-task', type=int, choices=[0], help="fit a patch tokenizer on the first task's images")
-    add('--image-size', type=integer(1), default=256, help='images are resized to this to be tokenized')
+        help='tokenizer that makes tokens of the images, or images of the tokens in memory')
+    add('--tokenizer-from-task', type=int, choices=[0],
+        help="fit a patch tokenizer to the first task's images, and tokenize with it")
+    add('--image-size', type=integer(1), default=256,
+        help='pixels to which both sides of an image are resized before it is tokenized')
     add_max_pixels(add)
     add('--tokens-dir', default='', metavar='DIR', of_a_rank=True,
-        help='for tokens that are made here; default: DIR/tokens of --output-dir. Runs with the same first task may '
-        'share it')
-    add('--tokenize-only', action='store_true', help='make the tokens, and stop')
+        help='folder for the tokens that are made here (default: tokens in --output-dir); runs with the same first '
+        'task may use one folder')
+    add('--tokenize-only', action='store_true', help='make the tokens and stop')
 
 
 def check_task_flags(flags: dict[str, Any]) -> None:
     """InputError for values of the flags above, by name, that cannot work together."""
+    # tokens are used in training or in memory; they are given as files, or made by a tokenizer
     new, memory, given = flags['new'], flags['memory'], bool(flags['train_token_file'])
     tokens = 'tokens' in (new, memory)
     made = [name for name in ('tokenizer_path', 'tokenizer_from_task') if flags[name] not in ('', None)]

@@ -2,6 +2,9 @@
 
 A tokenizer fitted on all classes knows what the later tasks' images look like: a leak, small or not. So it is fitted on
 the first task alone, or it is one that the user gives, and every result says which.
+
+In order: `hold_tokens` keeps other runs out of the folder, `fit_tokenizer` makes a tokenizer, `tokenize_splits` makes
+the token files. `open_token_store` is for a memory of tokens beside training on pixels.
 """
 import contextlib
 from collections.abc import Iterator
@@ -24,7 +27,7 @@ from token_files.codebook import SYNONYMS, build_synonyms, load_codebook
 from token_files.parts import Output
 from utils import InputError, on_main
 
-PATIENCE = 60  # seconds, for another run that looks whether all tokens are there
+PATIENCE = 60  # seconds to wait for another run, which mostly only looks whether all tokens are there
 FITTED = 'fitted.json'  # in the folder of tokens: the images that the tokenizer was fitted on
 
 
@@ -49,7 +52,7 @@ class TokenFiles(NamedTuple):
     val_labels: str = ''
 
     def describe(self, fitted: bool) -> str:
-        """What the tokenizer is, in words."""
+        """Where the tokenizer comes from, as a text for results and run.json."""
         if not self.tokenizer:
             return 'given, as token files' if self.train else 'none'
         if fitted:
@@ -63,7 +66,7 @@ class TokenFiles(NamedTuple):
 
 
 def fit_tokenizer(first: Source, folder: Path, image_size: int) -> TokenFiles:
-    """Fit a patch tokenizer to the first task's images, or find the one that was. Collective. Raises InputError.
+    """Fit a patch tokenizer to the first task's images, unless that was done. Collective. Raises InputError.
 
     Args:
         first: the images.
@@ -75,6 +78,7 @@ def fit_tokenizer(first: Source, folder: Path, image_size: int) -> TokenFiles:
 
 
 def _fit(first: Source, folder: Path, image_size: int) -> None:
+    # FITTED says that a tokenizer is from here; it is written before the tokenizer, so one without it is another's
     files = folder / 'tokenizer.pt', folder / 'codebook.ckpt'
     if any(path.exists() for path in files) and not (folder / FITTED).exists():
         raise InputError(f'{folder}: holds a tokenizer that was not made here; give it as --tokenizer-path, or choose '
@@ -89,12 +93,12 @@ def _fit(first: Source, folder: Path, image_size: int) -> None:
 
 def tokenize_splits(files: TokenFiles, folder: Path, splits: dict[str, Source], image_size: int, device: torch.device,
                     max_pixels: int | None = None) -> TokenFiles:
-    """Tokenize images into a folder, or find that it was done; returns where all is. Collective. Raises InputError.
+    """Tokenize images into a folder, unless that was done; returns all paths. Collective. Raises InputError.
 
     Killed at any moment, it resumes.
 
     Args:
-        files: tokenizer, and its codebook or '' for the tokenizer's own.
+        files: tokenizer, and a codebook, or '' for the one in the tokenizer's file.
         folder: of the token files.
         splits: images by 'train' and 'val'.
         image_size: images are resized to this, both sides.
@@ -159,8 +163,8 @@ def check_made_by(tokens: TokenDataset, token_file: str, made_by: dict[str, tupl
     """
     for name, (path, digest) in made_by.items():
         for file in tokens.files:
-            noted = file.manifest.get(name)
-            if isinstance(noted, dict) and noted.get('sha256') not in (None, '', digest):
+            recorded = file.manifest.get(name)
+            if isinstance(recorded, dict) and recorded.get('sha256') not in (None, '', digest):
                 raise InputError(f'{token_file}: was made with another {name} than {path}: give that one to '
                                  f'--{name}-path')
 

@@ -3,6 +3,9 @@
 Protocols are named B10-Inc10: ten classes in the first task, ten more in each later one. The order of the classes is
 numpy's RandomState(seed).permutation, with seed 1993 as in iCaRL and those who followed (Rebuffi et al., CVPR 2017).
 A model's label of a class is its position in that order, so that the classes seen so far are its first outputs.
+
+`make_tasks` cuts the classes into tasks, `step_batches` says which images each step of a task sees, as a pure function
+of seed and step, and the measures at the end are those of the tables.
 """
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,8 +47,6 @@ class Tasks:
 
         Args:
             positions: (N,), of each image's class.
-            task: its number.
-            joint: see above.
         """
         classes = self.classes(task)
         return np.flatnonzero((positions < classes.stop) & (joint | (positions >= classes.start)))
@@ -68,26 +69,27 @@ def make_tasks(classes: int, base: int, increment: int, seed: int = ORDER_SEED) 
 
 def endless(n: int, start: int, stop: int, seed: Sequence[int]) -> np.ndarray:
     """Items `start` to `stop` - 1, int64, of an endless row of the numbers below n: pass after pass, each shuffled."""
+    # only the passes that are asked for are made, so that a resumed task need not repeat those before
     passes = [np.random.default_rng((*seed, number)).permutation(n) for number in range(start // n, -(-stop // n))]
     skipped = start // n * n
     return np.concatenate([np.empty(0, np.int64), *passes])[start - skipped:stop - skipped]
 
 
-def step_batches(new: int, held: int, batch_size: int, share: float, steps: range, seed: int) -> np.ndarray:
+def step_batches(new: int, held: int, batch_size: int, memory_fraction: float, steps: range, seed: int) -> np.ndarray:
     """Which images each step sees, (steps, batch_size) int64: below `new` the task's own, then those of the memory.
 
     All images of a kind are seen equally often, to within one. Each batch is shuffled, because CutMix and Mixup pair
     its images.
 
     Args:
-        new: images of the task.
-        held: images in memory.
+        new: how many images the task has.
+        held: how many images the memory holds.
         batch_size: of all processes together.
-        share: of a batch that comes from memory, where that holds anything.
+        memory_fraction: of a batch, that comes from memory where it holds any image.
         steps: numbers of the steps, from the task's first one on.
         seed: of the task.
     """
-    from_memory = round(share * batch_size) if held else 0
+    from_memory = round(memory_fraction * batch_size) if held else 0
     fresh = batch_size - from_memory
     parts = [endless(new, steps.start * fresh, steps.stop * fresh, (seed, 0)).reshape(len(steps), fresh)]
     if from_memory:
@@ -102,7 +104,8 @@ def step_batches(new: int, held: int, batch_size: int, share: float, steps: rang
 def step_draws(shape: tuple[int, int], seed: int, first: int) -> np.ndarray:
     """What the augmentation of each image of some steps is seeded by, (steps · B, 4) int64.
 
-    The step and the position in it, and not the image: one of a small memory comes more than once in an epoch.
+    The seed has the step and the position in the batch, and not the image: an image of a small memory comes more than
+    once in an epoch, and shall be augmented differently each time.
 
     Args:
         shape: (steps, B) of this rank.
@@ -115,6 +118,7 @@ def step_draws(shape: tuple[int, int], seed: int, first: int) -> np.ndarray:
 
 def task_seed(seed: int, task: int) -> int:
     """The seed of a task in a run of `seed`, below 2 ** 63."""
+    # 63 bits, because seeds of torch and of --seed are signed
     return int(np.random.SeedSequence((seed, task)).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 

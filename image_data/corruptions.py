@@ -213,11 +213,12 @@ def add_robustness_flags(parser: Parser) -> None:
     """
     add = parser.add_group('robustness')
     add('--corruption', choices=CORRUPTIONS, metavar='NAME',
-        help='corrupt each image, once resized, as ImageNet-C does: ' + ', '.join(CORRUPTIONS))
-    add('--severity', type=integer(1, SEVERITIES), metavar='N', help=f'of --corruption, 1 to {SEVERITIES}')
+        help='corrupt each image after resizing, as ImageNet-C does; NAME is one of ' + ', '.join(CORRUPTIONS))
+    add('--severity', type=integer(1, SEVERITIES), metavar='N',
+        help=f'how strong --corruption is, from 1 to {SEVERITIES}')
     add('--classes', metavar='imagenet|imagenet-a|imagenet-r|imagenet-sketch|FILE',
-        help="score over these of the model's classes, which are those of the images; a FILE has a line for each: its "
-             'name, or its number in the model')
+        help="compare only the scores of these of the model's classes, which must be the classes of the images; a FILE "
+             'holds a class a line, by its name or its number in the model')
 
 
 def make_corruption(name: str | None, severity: int | None, seed: int) -> Corruption | None:

@@ -26,7 +26,7 @@ from utils import InputError
 
 PIXELS = 'main_pixels.py'
 CLASSIFIER = 'deit_base_token_32'  # what main_mtm_finetune.py makes of main_mtm_pretrain.py's one model
-CROP_RATIO = 0.875  # of images, where a checkpoint does not say
+CROP_RATIO = 0.875  # for images, where a checkpoint does not say
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class TrainedModel:
         model: on the CPU, in eval mode. It reads what `make_prepare` gives.
         program: that wrote the checkpoint: SEIT, PRETRAIN, FINETUNE or PIXELS.
         name: of the model, as --model of that program.
-        input_size: side of what it reads: codes, or pixels for PIXELS.
+        input_size: codes on a side of its input, or pixels for PIXELS.
         crop_ratio: images are resized to input_size divided by it, and cropped; None for tokens.
         classes: outputs of its head, 0 without one.
         class_names: in the order of the outputs, where the checkpoint has them.
@@ -75,6 +75,7 @@ def load_model(checkpoint: dict[str, Any], path: str, codebook: torch.Tensor | N
     weights = weights_of(checkpoint, path, use_ema)
     flags = saved_flags(checkpoint)
     program = program_of(checkpoint)
+    # arguments of the checkpoint belong to its model, not to another one that the caller names
     kwargs = model_kwargs or (flags.get('model_kwargs') if not name else None) or {}
     encoder_alone = program == PRETRAIN and not name
     name = name or flags.get('model')
@@ -107,7 +108,6 @@ def make_prepare(trained: TrainedModel, device: torch.device, codebook: torch.Te
     """A function on the device: pixels (B, 3, s, s) uint8, or codes (B, g, g) uint16 -> what a model reads.
 
     Args:
-        trained: the model.
         device: of the pixels or codes, and of the model.
         codebook: (K, d), for a model of tokens.
     """
@@ -115,12 +115,12 @@ def make_prepare(trained: TrainedModel, device: torch.device, codebook: torch.Te
         return Normalize(device)
     if trained.program == SEIT:
         return EvalTransform(codebook, trained.input_size, device)
-    # rows of one direction are one code to models of masked tokens: training saw only the first of them
-    same = canonical_codes(codebook).to(device)
+    # models of masked tokens have seen only the first of codebook rows of one direction (mtm_recipe.make_input)
+    canonical = canonical_codes(codebook).to(device)
 
     def prepare(codes: torch.Tensor) -> torch.Tensor:
         check_crop(trained.input_size, codes.shape[-1])
-        return same[center_crop(codes.long(), trained.input_size)]
+        return canonical[center_crop(codes.long(), trained.input_size)]
 
     return prepare
 

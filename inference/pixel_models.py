@@ -19,19 +19,19 @@ def create_pixel_model(name: str, model_kwargs: dict[str, Any], classes: int, in
         InputError: for a name that timm does not know, a model of tokens, or arguments that cannot work together.
     """
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), 3)
+        similar = difflib.get_close_matches(name, timm.list_models(), 3)
         raise InputError(f'--model {name}: timm has no such model'
-                         + (f'; near it are {", ".join(near)}' if near else ', and none of a name like it'))
+                         + (f'; near it are {", ".join(similar)}' if similar else ', and none of a name like it'))
     if name in MODELS:
         raise InputError(f'--model {name} reads tokens; train it with main_seit.py')
     flags = f'--model {name} with --model-kwargs {model_kwargs}, --drop {drop:g}'
     flags += f', --drop-path {drop_path:g}, --input-size {input_size}'
     try:
         cfg = timm.get_pretrained_cfg(name)
-        size = {'img_size': input_size} if cfg and cfg.fixed_input_size else {}  # others take any
+        size = {'img_size': input_size} if cfg and cfg.fixed_input_size else {}  # others take no size
         model = timm.create_model(name, num_classes=classes, drop_rate=drop or None, drop_path_rate=drop_path or None,
                                   **(size | model_kwargs))
-        with torch.no_grad():  # sizes that do not fit show here
+        with torch.no_grad():  # sizes that do not fit end in an error here, and not after the data was read
             shape = model.eval()(torch.zeros(1, 3, input_size, input_size)).shape
         if shape != (1, classes):
             raise TypeError(f'gives {tuple(shape)} for an image')

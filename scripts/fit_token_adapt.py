@@ -52,8 +52,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_group('augmentation')
     add('--input-size', type=integer(2), help='side of the crops, in pixels; default: 7/8 of --image-size')
-    add('--rrc-ratio', type=flags.SHARE, default=0.08, help='smallest area of the random-resized crop')
-    add('--mixup-prob', type=flags.SHARE, default=0.25, help=f'of Mixup in a batch, of alpha {ADAPTED_MIXUP}')
+    add('--rrc-ratio', type=flags.FRACTION, default=0.08, help='smallest area of the random-resized crop')
+    add('--mixup-prob', type=flags.FRACTION, default=0.25, help=f'of Mixup in a batch, of alpha {ADAPTED_MIXUP}')
 
     flags.add_average_flags(flags.add_step_flags(parser))
     flags.add_output_flags(parser)

@@ -61,8 +61,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--codes', type=integer(2, 1 << 16), default=391, help='rows of the codebook')
     add('--dim', type=integer(1), default=32, help='width of the codebook')
     add('--estimator', default='straight-through', choices=ESTIMATORS, help='how gradients pass the codebook')
-    add('--decay', type=flags.SHARE, default=0.9, help='of the moving averages that the codebook is, a step')
-    add('--revive-below', type=flags.SHARE, default=0.1,
+    add('--decay', type=flags.FRACTION, default=0.9, help='of the moving averages that the codebook is, a step')
+    add('--revive-below', type=flags.FRACTION, default=0.1,
         help='codes used less than this part of the mean use start again at a feature; 0: never')
 
     add = parser.add_group('loss')

@@ -1,7 +1,8 @@
 """ColorAdapt: images of a batch exchange the statistics of their channels (SeiT++, ECCV 2024).
 
 Changes of embeddings (B, d, h, w) float32, in place, with a generator argument, as in token_augment.py. Which change a
-batch gets is numpy's draw, on the host; all else is drawn from the generator, on its device.
+batch gets is drawn by numpy on the host, so that a change that is not drawn costs nothing; all else is drawn from the
+generator, on its device. Programs call `color_recipe` or make a `ColorChange`; `color_adapt` is the formula.
 """
 from collections.abc import Callable
 
@@ -11,8 +12,8 @@ import torch
 from token_augment import EmbeddingNoise
 from utils import InputError
 
-HALF = 0.5  # of a batch gets the change that the batch gets, as published
-SMALLEST = 1e-6  # deviation of a channel, as a part of its largest magnitude: below, it is rounding
+HALF = 0.5  # fraction of a batch's images that get the change of the batch, as published
+SMALLEST = 1e-6  # a channel's deviation over its largest magnitude; below this it is only rounding
 
 
 class ColorAdapt:
@@ -26,27 +27,28 @@ class ColorAdapt:
         self.fraction = fraction
 
     def __call__(self, x: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-        chosen = torch.randperm(len(x), generator=generator, device=x.device)[:int(len(x) * self.fraction)]
-        return color_adapt(x, chosen)
+        images = torch.randperm(len(x), generator=generator, device=x.device)[:int(len(x) * self.fraction)]
+        return color_adapt(x, images)
 
 
-def color_adapt(x: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """ColorAdapt of the images `chosen` (n,) int64, by the statistics of the batch as it was; in place."""
+def color_adapt(x: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """ColorAdapt of some images (n,) int64, by the statistics of the batch before any change; in place."""
     mean = x.mean((2, 3), keepdim=True)
-    deviation = x.std((2, 3), keepdim=True, correction=0)  # which one makes no difference: it cancels
+    deviation = x.std((2, 3), keepdim=True, correction=0)  # the divisor cancels in the ratio
     constant = deviation <= SMALLEST * x.abs().amax((2, 3), keepdim=True)
-    partner = len(x) - 1 - chosen
-    ratio = torch.where(constant[chosen], 0, deviation[partner] / deviation[chosen])
-    return x.index_copy_(0, chosen, (x[chosen] - mean[chosen]) * ratio + mean[partner])
+    partner = len(x) - 1 - images
+    ratio = torch.where(constant[images], 0, deviation[partner] / deviation[images])
+    return x.index_copy_(0, images, (x[images] - mean[images]) * ratio + mean[partner])
 
 
 class ColorChange:
     """One change for a batch: noise with one probability, ColorAdapt with another, or none; on half of its images.
 
-    What SeiT++ does, and what the published program's --token-noise-prob has meant since: the chance of a batch.
+    This is the recipe of SeiT++. Since then --token-noise-prob means the chance of a batch in the published program,
+    where it meant a fraction of images in SeiT.
 
     Args:
-        noise_prob, color_prob: chances of the two.
+        noise_prob, color_prob: chances of a batch to get one or the other.
         channel_std, element_std: of the noise, see token_augment.EmbeddingNoise.
 
     Raises:
@@ -63,7 +65,10 @@ class ColorChange:
         self.color_adapt = ColorAdapt()
 
     def draw(self) -> EmbeddingNoise | ColorAdapt | None:
-        """The change of a batch, by numpy's global generator; nothing is drawn where both are off."""
+        """The change of a batch, or None, drawn by numpy's global generator.
+
+        Where both are off no number is drawn, so that the draws of Mixup, from the same generator, stay the same.
+        """
         if not self.noise_prob + self.color_prob:
             return None
         number = np.random.random()
@@ -77,7 +82,7 @@ class ColorChange:
 
 
 def color_recipe(name: str, noise_prob: float, color_prob: float, channel_std: float, element_std: float) -> Callable:
-    """(x, generator) -> x: the changes of a batch that a recipe of --noise-recipe names. Raises InputError.
+    """A function (x, generator) -> x with the changes of a recipe of --noise-recipe. Raises InputError.
 
     'v0.0': noise on floor(B·noise_prob) images of each batch, as in SeiT, and before it, by a chance of its own,
     ColorAdapt.

@@ -1,7 +1,8 @@
 """The two halves of a batch of SeiT++: one is augmented as embeddings, the other by TokenAdapt (SeiT++, ECCV 2024).
 
 The first half is cropped among the embeddings of codes, as in SeiT. The second is converted, flipped, mapped and
-cropped as an image is, and becomes codes again. Where images are mixed, each half is mixed within itself.
+cropped as an image is, and becomes codes again. Where images are mixed, each half is mixed within itself, because
+an image of the second has FINER times as many positions on a side.
 """
 import copy
 from pathlib import Path
@@ -14,16 +15,16 @@ from token_augment import RandomResizedCrop
 from token_files.codebook import look_up, nearest_codes_of
 from utils import InputError
 
-ADAPTED_MIXUP = 0.8  # Mixup's alpha in TokenAdapt's half, whatever the first half has; published so
+ADAPTED_MIXUP = 0.8  # Mixup's alpha in TokenAdapt's half, whatever the first half has, as published
 
 
 def check_halves(batch_size: int, mixed: bool) -> None:
-    """InputError for a batch that makes no two halves, or halves that cannot be `mixed`."""
+    """InputError for a batch that cannot be cut into two halves, or whose halves cannot be `mixed`."""
     unit = 4 if mixed else 2
     if batch_size % unit:
         near = max(unit, batch_size // unit * unit)
-        why = 'each half is mixed with its mirror image' if mixed else 'half of it goes through TokenAdapt'
-        raise InputError(f'--batch-size {batch_size}: {why}: give a multiple of {unit}, such as {near}')
+        reason = 'each half is mixed with its mirror image' if mixed else 'half of it goes through TokenAdapt'
+        raise InputError(f'--batch-size {batch_size}: {reason}: give a multiple of {unit}, such as {near}')
 
 
 def adapted_mixup(mixup: Mixup) -> Mixup:
@@ -61,9 +62,10 @@ class TokenHalves:
         first = crop_embeddings(first, self.crop.draw(len(first), generator), self.crop.size)
         second = self.geometry(self.token_adapt.convert(second), generator)
         if self.mixups:
+            # timm mixes an image with its mirror image in what it is given, so with one of the same half
             mixed = [mixup(half, labels) for mixup, half, labels in zip(self.mixups, (first, second), targets.chunk(2))]
             first, second = (half for half, _ in mixed)
-            targets = torch.cat([of_half for _, of_half in mixed])
+            targets = torch.cat([half_targets for _, half_targets in mixed])
         return first, self.token_adapt.to_codes(second), targets
 
     def codes(self, x: torch.Tensor, targets: torch.Tensor | None, generator: torch.Generator) -> tuple:
@@ -85,8 +87,7 @@ def open_halves(path: str | Path, codebook: torch.Tensor, crop: RandomResizedCro
         path: see token_adapt.load_token_adapt.
         codebook: (K, d) float32.
         crop, mixup: see TokenHalves.
-        batch_size: of the batches to come.
-        device: likewise.
+        batch_size, device: of the batches to come.
 
     Raises:
         InputError: for a bad file, or a batch that cannot be split.
@@ -94,6 +95,7 @@ def open_halves(path: str | Path, codebook: torch.Tensor, crop: RandomResizedCro
     if not path:
         return None
     check_halves(batch_size, bool(mixup))
+    # the same distribution of boxes, on a grid of FINER x FINER positions for each code
     finer_crop = copy.copy(crop)
     finer_crop.grid_size *= FINER
     finer_crop.size *= FINER

@@ -1,7 +1,9 @@
 """Masked-token modeling (SeiT++, ECCV 2024, sec. 3): an encoder that reads codes, a decoder that predicts masked ones.
 
-A ViT reads patches of 2x2 codes. Some patches are masked: a learned token stands in their place, or they are left out
+A ViT reads patches of 2x2 codes. Some patches are masked: a learned token stands for them, or they are left out
 before the encoder. From what it sees a small decoder predicts the codes of the masked patches.
+
+In the order of a training step: `draw_masks`, `MaskedTokenModel.encode` and `.decode`, `masked_token_loss`.
 
 Shapes: codes (B, s, s) int64; N = (s/2)² patches; masked (B, N) bool; logits (B, s², K) for K codes, row by row.
 """
@@ -25,7 +27,7 @@ PATCH = 2  # codes on a side
 CODE_DIM = 32  # elements of a learned code embedding
 DROPOUT = 0.1  # of code embeddings and in the decoder
 LAYER_NORM = functools.partial(nn.LayerNorm, eps=1e-6)
-TIMMS_OWN = ('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir')  # that its create_model hands on
+TIMM_ARGUMENTS = ('pretrained_cfg', 'pretrained_cfg_overlay', 'cache_dir')  # timm's create_model passes them on
 
 
 # ---------------------------------------------------------------- masks
@@ -41,7 +43,10 @@ class Masks(NamedTuple):
 
 @dataclass(frozen=True)
 class MaskRatio:
-    """The share of masked patches: normal, cut off at both ends. `low` is also the share that the encoder never sees.
+    """The fraction of patches that are masked: normally distributed, cut off at both ends.
+
+    `low` is also the fraction of patches that are left out before the encoder, so that the encoder's sequences have one
+    length whatever ratio is drawn.
 
     Raises:
         InputError: for ratios out of order, or that are hardly ever drawn.
@@ -61,13 +66,13 @@ class MaskRatio:
                              f'from {self.low:g} to {self.high:g}: choose a mean that is nearer')
 
     def _ends(self) -> list[float]:
-        """Shares of the whole normal that lie below `low` and below `high`."""
+        """The probabilities, of the whole normal distribution, of a value below `low` and below `high`."""
         return [math.erfc((self.mean - end) / self.std / 2 ** 0.5) / 2 for end in (self.low, self.high)]
 
-    def quantile(self, share: torch.Tensor) -> torch.Tensor:
-        """The ratio, float64, below which a share of all draws lies (float64, 0 to 1)."""
+    def quantile(self, probability: torch.Tensor) -> torch.Tensor:
+        """The ratio, float64, below which a draw lies with a probability (float64, 0 to 1)."""
         first, last = self._ends()  # plain numbers: a tensor of them would have to be copied to the device
-        ratio = self.mean + self.std * torch.special.ndtri(first + share * (last - first))
+        ratio = self.mean + self.std * torch.special.ndtri(first + probability * (last - first))
         return ratio.clamp(self.low, self.high)
 
     def draw(self, generator: torch.Generator) -> torch.Tensor:
@@ -82,16 +87,17 @@ def masks_of(noise: torch.Tensor, ratio: torch.Tensor | float, unseen: float) ->
     """
     n = noise.shape[1]
     order = noise.argsort(1)
+    # from the least noise on: first patches that are never seen, then those seen as mask tokens, then the visible ones
     seen = order[:, math.ceil(n * unseen):].sort(1).values
     count = (n * torch.as_tensor(ratio, dtype=torch.float64, device=noise.device)).ceil()
-    return Masks(seen, order.argsort(1) < count)
+    return Masks(seen, order.argsort(1) < count)  # argsort of an order: the rank of each patch
 
 
 def draw_masks(batch: int, patches: int, ratio: MaskRatio, generator: torch.Generator) -> Masks:
     """Masks of a batch: one ratio for all its images, in each the patches at random."""
-    share = ratio.draw(generator)
+    drawn_ratio = ratio.draw(generator)
     noise = torch.rand(batch, patches, generator=generator, device=generator.device)
-    return masks_of(noise, share, ratio.low)
+    return masks_of(noise, drawn_ratio, ratio.low)
 
 
 # ---------------------------------------------------------------- the model
@@ -160,12 +166,12 @@ class MaskedTokenModel(nn.Module):
         if img_size < PATCH or img_size % PATCH:
             raise ValueError(f'an input size of {img_size} is no multiple of the patch size, {PATCH}')
         self.grid_size = img_size // PATCH
-        places = 1 + self.grid_size ** 2  # of the class token and the patches
+        positions = 1 + self.grid_size ** 2  # of the class token and the patches
         self.mask_token_label = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = fixed_positions(self.grid_size, embed_dim)
         self.decoder_pos_embed = fixed_positions(self.grid_size, decoder_embed_dim)
-        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, places, decoder_embed_dim))
+        self.decoder_pos_embed_learned = nn.Parameter(torch.zeros(1, positions, decoder_embed_dim))
         self.token_emb = TokenEmbedding(codebook_size)
         self.patch_embed = CodePatches(embed_dim)
         self.blocks = nn.ModuleList(
@@ -191,7 +197,7 @@ class MaskedTokenModel(nn.Module):
         """(B, 1 + n, embed_dim): features of the class token and of the patches that are seen."""
         x = self.patch_embed(self.token_emb(codes))
         x = torch.where(masks.masked[..., None], self.mask_token_label.to(x.dtype), x) + self.pos_embed[:, 1:]
-        x = x.gather(1, _rows(masks.seen, x))
+        x = x.gather(1, _rows(masks.seen, x))  # (B, n, embed_dim), some of them mask tokens
         cls_token = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)
         x = torch.cat([cls_token.to(x.dtype), x], 1)
         for block in self.blocks:
@@ -199,11 +205,12 @@ class MaskedTokenModel(nn.Module):
         return self.norm(x)
 
     def decode(self, features: torch.Tensor, masks: Masks) -> torch.Tensor:
-        """Features of `encode` -> logits. At each masked place stands the image's own class token."""
+        """Features of `encode` -> logits. The class token of the image stands at each masked position, as published."""
         x = self.decoder_embed(features)
-        places = x[:, :1].expand(-1, masks.masked.shape[1], -1)
-        known = places.scatter(1, _rows(masks.seen, x), x[:, 1:])
-        x = torch.cat([x[:, :1], torch.where(masks.masked[..., None], places, known)], 1)
+        fillers = x[:, :1].expand(-1, masks.masked.shape[1], -1)  # (B, N, decoder_embed_dim)
+        known = fillers.scatter(1, _rows(masks.seen, x), x[:, 1:])
+        # a patch that was seen as a mask token is filled too: the encoder knows nothing of it
+        x = torch.cat([x[:, :1], torch.where(masks.masked[..., None], fillers, known)], 1)
         x = x + self.decoder_pos_embed_learned
         for block in self.decoder_blocks:
             x = block(x)
@@ -253,7 +260,7 @@ def masked_token_loss(logits: torch.Tensor, codes: torch.Tensor, masked: torch.T
     else:
         losses = F.cross_entropy(logits.transpose(1, 2), codes.flatten(1), reduction='none', label_smoothing=smoothing)
     losses = rearrange(losses, 'b (h y w x) -> b (h w) (y x)', h=side // PATCH, y=PATCH, x=PATCH).mean(-1)
-    return (losses * masked).sum() / masked.sum().clamp(min=1)
+    return (losses * masked).sum() / masked.sum().clamp(min=1)  # a ratio of 0 masks nothing
 
 
 # ---------------------------------------------------------------- timm's names
@@ -263,7 +270,7 @@ def mae_token_vit_base_patch16_dec512d4b_k2s2_vitvqgan_32(pretrained: bool = Fal
     """The published model: ViT-B, patches of 2x2 codes, a decoder of 4 blocks of 512."""
     if pretrained:
         raise ValueError('no weights of masked-token models are hosted; load a checkpoint with load_state_dict')
-    return MaskedTokenModel(**{name: value for name, value in kwargs.items() if name not in TIMMS_OWN})
+    return MaskedTokenModel(**{name: value for name, value in kwargs.items() if name not in TIMM_ARGUMENTS})
 
 
 MODELS = timm.list_models(module='models_mtm')

@@ -1,7 +1,8 @@
 """The classifiers that masked-token pre-training ends in (SeiT++): ViTs on codes, and starting them from its weights.
 
-The published program calls its classifier `deit_base_token_32`, as SeiT calls another network. timm knows ours as
-`mtm_deit_base_token_32`, so both can be used at once; `--model` takes the published name.
+The published program calls its classifier `deit_base_token_32`, as SeiT calls another network. timm knows it here as
+`mtm_deit_base_token_32`, so both can be used at once; `--model` takes the published name. `CodeVisionTransformer` is
+SeiT's ViT with learned embeddings in front; `load_encoder` at the end is what --finetune does.
 """
 from typing import Any
 
@@ -20,7 +21,7 @@ from training.pretrained import fit_positions
 from utils import InputError, print0
 
 PREFIX = 'mtm_'  # of timm's names
-UNUSED = ('mask_token_label', 'decoder_', 'mlm_layer.')  # what only pre-training needs
+UNUSED = ('mask_token_label', 'decoder_', 'mlm_layer.')  # prefixes of weights that only pre-training needs
 
 
 class CodeVisionTransformer(TokenVisionTransformer):
@@ -42,7 +43,10 @@ class CodeVisionTransformer(TokenVisionTransformer):
         return super().forward_intermediates(self.token_emb(x), *args, **kwargs)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Layers for timm's layer decay. What is in none is the last one: as published, the code embedding too."""
+        """Layers for timm's layer decay. A weight in none of them counts to the last one, with the full learning rate.
+
+        As published, that is so for the code embedding too, though it is the first layer.
+        """
         return {'stem': r'^cls_token|pos_embed|patch_embed', 'blocks': [(r'^blocks\.(\d+)', None)]}
 
 
@@ -119,6 +123,6 @@ def load_encoder(model: CodeVisionTransformer, path: str) -> None:
     wanted = model.state_dict()
     if isinstance(weights.get('pos_embed'), torch.Tensor):
         weights['pos_embed'] = fit_positions(weights['pos_embed'], wanted['pos_embed'], path)
-    trunc_normal_(model.head.weight, std=2e-5)
+    trunc_normal_(model.head.weight, std=2e-5)  # as in MAE: the first steps shall not disturb the encoder
     load_weights(model, weights | {name: value for name, value in wanted.items() if name.startswith('head.')}, path)
     print0(f'{path}: the encoder starts from it, the head from scratch')

@@ -1,7 +1,8 @@
 """What main_mtm_pretrain.py and main_mtm_finetune.py share: flags, the input of masked-token models, their schedule.
 
-Codes are augmented as embeddings and become codes again, because these models read and predict codes (SeiT++ sec. 3).
-The learning rate is MAE's: a line from 0, then a cosine, set for each step.
+Codes are augmented as embeddings and become codes again, because these models read and predict codes (SeiT++ sec. 3);
+`make_input` is that way in one function. The learning rate is MAE's: a line from 0, then a cosine, set for each step
+(`StepCosine`). Begin with one of the programs, and come here for what it calls.
 """
 import os
 from collections.abc import Callable
@@ -41,25 +42,30 @@ def add_token_flags(parser: Parser) -> Callable:
     """Tokens and TokenAdapt. Returns the group's add."""
     add = flags.add_token_flags(parser)
     add('--tokenadapt-path', default='weights/tokenadapt.ckpt', metavar='FILE', of_a_rank=True,
-        help="TokenAdapt for half of each batch (scripts/fit_token_adapt.py makes one); '' for none")
+
+        help="a trained TokenAdapt, by which half of each batch is augmented (scripts/fit_token_adapt.py makes one); "
+             "'' for none")
     return add
 
 
 def add_step_flags(parser: Parser, models: list[str]) -> Callable:
-    """Model, one of `models`, batch, schedule, precision. Returns the group's add."""
+    """Model, batch, schedule, precision. Returns the group's add.
+
+    Texts of flags that main_seit.py has too are the same there: docs/flags.md lists only what differs.
+    """
     add = parser.add_group('optimization')
-    add('--model', help=', '.join(models))
+    add('--model', help='one of ' + ', '.join(models))
     add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
-        help='its sizes, as in depth=4 embed_dim=128 num_heads=4')
-    add('--batch-size', type=integer(1), default=128, exact=True, help='per process')
+        help='arguments of the model, as in depth=4 embed_dim=128 num_heads=4')
+    add('--batch-size', type=integer(1), default=128, exact=True, help='images of a batch of one process')
     add('--accum-iter', type=integer(1), default=1, metavar='N', exact=True,
-        help='batches whose gradients make one step')
-    add('--epochs', type=integer(1), default=400)
-    add('--lr', type=number(0), help='of the run; default: from --blr')
+        help='batches whose gradients make one step of the optimizer')
+    add('--epochs', type=integer(1), default=400, help='how many epochs are trained')
+    add('--lr', type=number(0), help='learning rate, taken as it is (default: --blr, scaled)')
     add('--blr', type=number(0), default=1.5e-4, help='learning rate that is scaled with the batch of all processes')
-    add('--min-lr', type=number(0), default=0.)
-    add('--warmup-epochs', type=integer(), default=40)
-    add('--weight-decay', type=number(0), default=0.05)
+    add('--min-lr', type=number(0), default=0., help='learning rate at the end of the schedule')
+    add('--warmup-epochs', type=integer(), default=40, help='epochs in which the learning rate rises')
+    add('--weight-decay', type=number(0), default=0.05, help='weight decay; biases and norms have none')
     flags.add_precision_flags(add)
     return add
 
@@ -67,19 +73,21 @@ def add_step_flags(parser: Parser, models: list[str]) -> Callable:
 def add_augmentation_flags(parser: Parser) -> None:
     """Crops, ColorAdapt and noise, Token-EDA, which is off by default."""
     add = flags.add_token_augmentation_flags(parser)
-    add('--rrc', action='store_true', help='a random-resized crop of all images first, before the halves have theirs')
-    add('--src', action='store_true', help='a plain random crop of all images first')
+    add('--rrc', action='store_true',
+        help='make a random-resized crop of all images first, before the two halves of a batch are cropped')
+    add('--src', action='store_true', help='make a plain random crop of all images first')
     parser.set_defaults(rrc_ratio=0.2, token_noise_prob=0., eda_rc_prob=0., eda_sc_prob=0.)
 
 
 def add_periods_flag(add: Callable, *default: str) -> None:
     """--save-periods, added by a group's add."""
     add('--save-periods', nargs='+', default=list(default), metavar='PERIOD',
-        help='checkpoints to keep: lastN (the newest and N before it), every_N_epochs, best')
+        help='which checkpoints are kept: lastN (the newest and the N before it), every_N_epochs, best')
 
 
 def check_sizes(args: Flags) -> int:
     """Codes on a side that the model reads. InputError for flags of the groups above that cannot work together."""
+    # the model reads whole patches of PATCH x PATCH codes
     size, rest = divmod(args.input_size, args.token_patch_size)
     if rest or size < PATCH or size % PATCH:
         raise InputError(f'--input-size {args.input_size}: give {PATCH} x --token-patch-size {args.token_patch_size}, '
@@ -88,7 +96,7 @@ def check_sizes(args: Flags) -> int:
         raise InputError('--rrc and --src exclude each other')
     if args.eda_rc_prob + args.eda_sc_prob > 1:
         raise InputError('--eda-rc-prob and --eda-sc-prob add up to more than 1')
-    make_color_change(args)
+    make_color_change(args)  # raises for chances that add up to more than 1
     return size
 
 
@@ -119,7 +127,8 @@ def open_token_adapt(path: str, codebook: torch.Tensor, device: torch.device) ->
 
 
 def canonical_codes(codebook: torch.Tensor) -> torch.Tensor:
-    """(K,) int64: for each row of a codebook (K, d) the first row of its direction, mostly itself."""
+    """(K,) int64: for each row of a codebook (K, d) the first row of its direction, mostly the row itself."""
+    # nearest codes are found by direction, as the tokenizer finds them, and of equal rows the first is taken
     return nearest_codes_of(codebook.T[None, ..., None], codebook).flatten()
 
 
@@ -133,14 +142,17 @@ def make_input(args: Flags, codebook: torch.Tensor, grid_size: int, size: int,
     device = codebook.device
     token_eda = make_token_eda(args, len(codebook), grid_size, device)
     color = make_color_change(args)
-    same = canonical_codes(codebook)
+    # A codebook may hold several rows of one direction, and rounding would decide which of them is the nearest code. So
+    # the masked model reads and predicts the first of them: else it would be asked to guess how numbers were rounded.
+    canonical = canonical_codes(codebook)
     first_crop = None
     if args.rrc or args.src:
-        kind = RandomCrop if args.src else RandomResizedCrop
-        first_crop = kind(codebook, grid_size, size, args.rrc_ratio, device)
+        crop_class = RandomCrop if args.src else RandomResizedCrop
+        first_crop = crop_class(codebook, grid_size, size, args.rrc_ratio, device)
         grid_size = size
-    crop, finer_crop = (RandomResizedCrop(codebook, n * grid_size, n * size, args.rrc_ratio, device)
-                        for n in (1, FINER))
+    # TokenAdapt's half is cropped while it is converted, when a code is FINER x FINER positions
+    crop, finer_crop = (RandomResizedCrop(codebook, finer * grid_size, finer * size, args.rrc_ratio, device)
+                        for finer in (1, FINER))
     halves = TokenHalves(token_adapt, codebook, crop, finer_crop, mixup) if token_adapt else None
 
     def prepare(codes: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> tuple:
@@ -153,9 +165,9 @@ def make_input(args: Flags, codebook: torch.Tensor, grid_size: int, size: int,
             x = crop_embeddings(x, crop.draw(len(x), generator), size)
             x, targets = mixup(x, labels) if mixup else (x, labels)
             codes = nearest_codes_of(x, codebook)
-        return same[codes], targets
+        return canonical[codes], targets
 
-    return torch.no_grad()(prepare)
+    return torch.no_grad()(prepare)  # TokenAdapt is a network, but nothing of it is trained here
 
 
 def make_state(args: Flags, model: nn.Module, optimizer: torch.optim.Optimizer, amp: str, images: int,
@@ -168,7 +180,7 @@ def make_state(args: Flags, model: nn.Module, optimizer: torch.optim.Optimizer, 
         optimizer: of its parameters.
         amp: 'bf16', 'fp16' or 'off'.
         images: of an epoch, on this rank.
-        inputs: a batch for the model.
+        inputs: those of an example batch, with which DDP makes its buckets.
     """
     device = inputs[0].device
     schedule = StepCosine(optimizer, args.epochs, args.warmup_epochs, args.min_lr, images // args.batch_size,
@@ -179,7 +191,7 @@ def make_state(args: Flags, model: nn.Module, optimizer: torch.optim.Optimizer, 
 
 def resume_run(args: Flags, state: TrainState, checkpoint: dict[str, Any] | None, path: str) -> None:
     """`recipe.resume_run`, from a checkpoint with TokenAdapt's weights in it or not."""
-    if checkpoint and not args.tokenadapt_path:
+    if checkpoint and not args.tokenadapt_path:  # then the model has no names for these weights
         checkpoint['model'] = without_token_adapt(checkpoint['model'])
     recipe.resume_run(args, state, checkpoint, path, state.scheduler.steps)
 
@@ -191,17 +203,17 @@ class StepCosine(CosineLRScheduler):
 
     Args:
         optimizer: its groups may have an `lr_scale`.
-        epochs: in all, the warm-up's too.
-        warmup_epochs: from 0 to the optimizer's learning rate.
+        epochs: in all, with those of the warm-up.
+        warmup_epochs: in which the rate rises from 0 to the optimizer's learning rate.
         min_lr: at the end.
-        batches: in an epoch.
-        steps: of these, the ones that are used: what `step_update` counts.
+        batches: of an epoch.
+        steps: those of the batches that make whole optimizer steps, which `step_update` counts.
     """
 
     def __init__(self, optimizer: Optimizer, epochs: int, warmup_epochs: int, min_lr: float, batches: int, steps: int):
-        cosine = (epochs - warmup_epochs) * batches
-        super().__init__(optimizer, max(cosine, 2), min_lr, warmup_t=warmup_epochs * batches, warmup_prefix=True,
-                         t_in_epochs=False)
+        cosine_batches = (epochs - warmup_epochs) * batches
+        super().__init__(optimizer, max(cosine_batches, 2), min_lr, warmup_t=warmup_epochs * batches,
+                         warmup_prefix=True, t_in_epochs=False)
         self.batches = batches
         self.steps = steps
 

@@ -1,9 +1,10 @@
 """TokenAdapt: pixel augmentation for codes (SeiT++, ECCV 2024).
 
 A frozen network turns the embeddings of a grid of codes into an "image" of twice its side, on which flips, affine maps,
-crops and Mixup act as they do on pixels, and a second one turns the result back into codes.
+crops and Mixup act as they do on pixels, and a second one turns the result back into codes. `load_token_adapt` reads
+the two networks from their file; `RandomGeometry` draws and applies what is done between them.
 
-Which maps a batch gets, and their angles and lengths, are numpy's draws, on the host, so that a map that is not drawn
+Which maps a batch gets, and their angles and lengths, are drawn by numpy on the host, so that a map that is not drawn
 costs nothing; boxes are drawn from the generator, on its device. Nothing waits for the device.
 
 Shapes: embeddings (B, d, g, g); converted (B, d, 2g, 2g); cropped (B, d, 2s, 2s); codes (B, s, s). Published: d = 32,
@@ -42,8 +43,8 @@ class TokenAdapt(nn.Module):
     """Conversion and inversion, under the published names.
 
     Args:
-        codes: rows of the codebook, K.
-        code_dim: of a row, d.
+        codes: K, rows of the codebook.
+        code_dim: d, elements of a row.
         grid_size, crop_size: g and s, the sides of the stored position tables; for other sides they are computed.
         size: of the two transformers.
     """
@@ -126,10 +127,10 @@ def read_config(state: dict[str, Any]) -> dict[str, Any]:
     code_dim = shape_of(state, 'conversion_function.0.weight', 2)[1]
     sides = []
     for name in ('conversion_function.1.de_pos_embedding', 'reverse_transform.0.en_pos_embedding'):
-        places = shape_of(state, name, 3)[1]
-        sides.append(math.isqrt(places))
-        if sides[-1] ** 2 != places:
-            raise InputError(f'{name} has {places} places, which make no square grid')
+        positions = shape_of(state, name, 3)[1]
+        sides.append(math.isqrt(positions))
+        if sides[-1] ** 2 != positions:
+            raise InputError(f'{name} has {positions} places, which make no square grid')
     size = read_size(state, 'conversion_function.1')
     return {'codes': codes, 'code_dim': code_dim, 'grid_size': sides[0], 'crop_size': sides[1], 'size': size}
 
@@ -165,7 +166,7 @@ class Geometry(NamedTuple):
     boxes: torch.Tensor
 
     def times(self, factor: int) -> 'Geometry':
-        """The same for images `factor` times as large."""
+        """The same for images `factor` times as large: lengths in pixels grow, angles stay."""
         maps = [(angle, x * factor, y * factor, *shears) for angle, x, y, *shears in self.maps]
         return Geometry(self.flip, maps, self.boxes * factor)
 
@@ -197,9 +198,10 @@ def draw_maps(side: int) -> list[tuple[float, ...]]:
         return []
     drawn = [np.random.uniform(-ANGLE, ANGLE), *np.round(np.random.uniform(-SHIFT * side, SHIFT * side, 2)),
              *np.random.uniform(0, SHEAR, 2)]
-    chosen = np.random.random(len(drawn)) < EACH_MAP
-    return [tuple(float(value) if i == place else 0. for i in range(len(drawn)))
-            for place, value in enumerate(drawn) if chosen[place]]
+    is_used = np.random.random(len(drawn)) < EACH_MAP
+    # one row for each map, with zeros for the others: maps follow one another, and each resamples the image
+    return [tuple(float(value) if i == number else 0. for i in range(len(drawn)))
+            for number, value in enumerate(drawn) if is_used[number]]
 
 
 def apply_geometry(x: torch.Tensor, geometry: Geometry, size: int) -> torch.Tensor:
@@ -218,6 +220,7 @@ def affine_map(x: torch.Tensor, angle: float, shift_x: float, shift_y: float, sh
     As torchvision does it, a plane of ones goes the same way and is multiplied by: pixels on the border of what the
     image covers are weighted twice. Angles are in degrees, shifts in pixels.
     """
+    # torchvision's matrix: rotation after shear; grid_sample asks where each pixel comes from, hence the inverse
     a, u, v = (math.radians(degrees) for degrees in (angle, shear_x, shear_y))
     forward = np.array([[math.cos(a - v), -math.cos(a - v) * math.tan(u) - math.sin(a) * math.cos(v)],
                         [math.sin(a - v), -math.sin(a - v) * math.tan(u) + math.cos(a) * math.cos(v)]]) / math.cos(v)
@@ -233,7 +236,7 @@ def affine_map(x: torch.Tensor, angle: float, shift_x: float, shift_y: float, sh
 
 
 def crop_embeddings(x: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:
-    """`resized_crop` of embeddings (B, d, h, w) instead of codes: every place has a code of its own."""
+    """`resized_crop` of embeddings (B, d, h, w) instead of codes: each position counts as a code of its own."""
     table = rearrange(x, 'b d y x -> (b y x) d')
     codes = torch.arange(len(table), device=x.device).view(x.shape[0], *x.shape[2:])
     return resized_crop(codes, table, boxes, size)

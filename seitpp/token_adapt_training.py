@@ -3,6 +3,9 @@
 How the published TokenAdapt was trained is not known; this is our procedure. An image is tokenized, and so is the same
 image flipped, mapped, cropped and perhaps mixed with another, in pixels. TokenAdapt does the same to the first codes,
 converted, and learns by cross-entropy to give the second. What maps leave empty is black.
+
+A `Change` is what is done to a batch; `CodePairs` makes the codes on both sides and the loss; `evaluate_token_adapt`
+counts the codes that come out right, beside what merely moving the codes would give.
 """
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +23,7 @@ from seitpp.token_adapt import ANGLE, FINER, SHEAR, SHIFT, Geometry, RandomGeome
 from token_files.codebook import look_up, quantize
 from utils import InputError, autocast, print0, rank, seed_step
 
-ALIKE = 16  # images that are measured under the same maps
+IMAGES_PER_CHANGE = 16  # images that are measured under the same maps
 MEASURED = ('none', 'flip', 'rotate', 'shift', 'shear', 'crop', 'mixup', 'all')
 
 
@@ -28,13 +31,14 @@ class Change(NamedTuple):
     """What is made of a batch of images.
 
     Attributes:
-        geometry: for sides of FINER pixels a code.
-        kept: of each image in its mixture with its mirror image in the batch, from 0 to 1; 1 for no mixing.
+        geometry: for images of FINER pixels a code.
+        kept: weight of each image, 0 to 1, in its mixture with the image at the mirrored position in the batch; 1 for
+            no mixing.
     """
     geometry: Geometry
     kept: float = 1.
 
-    @torch.compiler.disable  # --compile would compile each change of its own
+    @torch.compiler.disable  # --compile would compile anew for each change
     def apply(self, x: torch.Tensor, size: int, finer: int = 1) -> torch.Tensor:
         """Images (B, c, S, S) float32 -> (B, c, size, size); `finer` times as many pixels a code as converted ones."""
         x = apply_geometry(x, self.geometry.times(finer), size)
@@ -81,9 +85,10 @@ class CodePairs:
         return F.cross_entropy(self.logits_of(model, self.codes_of(images), change), self.targets_of(images, change))
 
     def moved(self, codes: torch.Tensor, change: Change) -> torch.Tensor:
-        """What TokenAdapt is compared with: the codes (B, g, g) themselves, flipped and moved to the nearest places.
+        """What TokenAdapt is compared with: the codes (B, g, g) themselves, each moved to the nearest position.
 
-        Where maps leave nothing, black's; of a mixture those of the larger part. Returns (B, s, s).
+        Where maps leave nothing, there is the code of black; of a mixture it takes the image of the larger weight.
+        Returns (B, s, s).
         """
         b, g, _ = codes.shape
         # Positions go the way of the images, and a plane of ones beside them, which tells what the maps leave empty.
@@ -126,13 +131,13 @@ def evaluate_token_adapt(model: TokenAdapt, pairs: CodePairs, batches: Iterable[
     Args:
         model: left in eval mode.
         pairs: of its tokenizer.
-        batches: (B, 3, S, S) uint8 on the device, of the rank's share of the held-out images.
+        batches: (B, 3, S, S) uint8 on the device, of this rank's part of the held-out images.
         random: the training's.
         amp: 'off', 'bf16' or 'fp16'.
         name: marks the printed line: '' or 'EMA'.
 
     Returns:
-        {'codes_flip': by TokenAdapt, 'moved_flip': by moving codes, likewise for all MEASURED; 'loss': of 'all'}.
+        {'codes_flip': by TokenAdapt, 'moved_flip': by moving codes, and so for all MEASURED; 'loss': of 'all'}.
 
     Raises:
         InputError: without images.
@@ -140,9 +145,10 @@ def evaluate_token_adapt(model: TokenAdapt, pairs: CodePairs, batches: Iterable[
     model.eval()
     device = pairs.codebook.device
     generator = torch.Generator(device)
-    hits = torch.zeros(len(MEASURED), 2, dtype=torch.float64, device=device)  # shares of codes, summed over images
+    # fractions of codes that are right, summed over images: by TokenAdapt, by moving
+    hits = torch.zeros(len(MEASURED), 2, dtype=torch.float64, device=device)
     sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, images
-    parts = (part for pixels in batches for part in pixels.split(ALIKE))
+    parts = (part for pixels in batches for part in pixels.split(IMAGES_PER_CHANGE))
     for number, part in enumerate(parts):
         seed_step(0, 0, number, rank(), generator)  # the same changes each time
         images = unit_range(part)
@@ -151,20 +157,21 @@ def evaluate_token_adapt(model: TokenAdapt, pairs: CodePairs, batches: Iterable[
             targets = pairs.targets_of(images, change)
             with autocast(device, amp):
                 logits = pairs.logits_of(model, codes, change)
-            row += torch.stack([(found == targets).double().mean((1, 2)).sum()
-                                for found in (logits.argmax(1), pairs.moved(codes, change))])
+            row += torch.stack([(predicted == targets).double().mean((1, 2)).sum()
+                                for predicted in (logits.argmax(1), pairs.moved(codes, change))])
         sums += torch.stack([F.cross_entropy(logits, targets).double(), torch.ones_like(sums[0])]) * len(images)
     if dist.is_initialized():
         dist.all_reduce(hits)
         dist.all_reduce(sums)
     if not sums[1]:
         raise InputError('no image is left to evaluate')
-    shares = dict(zip(MEASURED, (100 * hits / sums[1]).tolist()))
-    print0('* codes right, and by moving them: ' + ', '.join(f'{key} {ours:.1f} ({moved:.1f})' for key, (ours, moved) in
-                                                            shares.items()) + (f' ({name})' if name else ''))
+    percent = dict(zip(MEASURED, (100 * hits / sums[1]).tolist()))
+    print0('* codes right, and by moving them: '
+           + ', '.join(f'{key} {adapted:.1f} ({moved:.1f})' for key, (adapted, moved) in percent.items())
+           + (f' ({name})' if name else ''))
     stats = {'loss': (sums[0] / sums[1]).item()}
-    for key, (ours, moved) in shares.items():
-        stats |= {f'codes_{key}': ours, f'moved_{key}': moved}
+    for key, (adapted, moved) in percent.items():
+        stats |= {f'codes_{key}': adapted, f'moved_{key}': moved}
     return stats
 
 

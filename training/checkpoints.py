@@ -1,4 +1,9 @@
-"""The state of a run, and resuming it exactly."""
+"""The state of a run, and resuming it exactly.
+
+`TrainState` is what the loop changes and what a checkpoint holds; `load_checkpoint` reads a file, which may be a
+published one or a damaged one, and `resume` puts it into a new state after comparing flags. At the end stand the
+functions that tell from the names and shapes of weights which program made them.
+"""
 from argparse import Namespace
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
@@ -11,8 +16,8 @@ from torch import nn
 from fileio.torch_files import MAX_STRING, check_fields, load_torch
 from utils import InputError, print0, world_size
 
-MOMENTS = {'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'momentum_buffer'}  # that have their parameter's shape
-FIELDS = {  # of a checkpoint, where it has them
+MOMENTS = {'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'momentum_buffer'}  # of their parameter's shape
+FIELDS = {  # what a field of a checkpoint may hold, where the checkpoint has it
     'model_ema': lambda value: isinstance(value, dict),
     'epoch': lambda value: type(value) is int and value >= -1,
     'step': lambda value: type(value) is int and value >= 0,
@@ -37,7 +42,7 @@ class TrainState:
         model: bare: saved, averaged, evaluated.
         train_model: the same weights as the loop calls them: compiled, in DDP.
         optimizer, scheduler: timm's.
-        scaler: of gradients; skips a step that is not finite, on the device.
+        scaler: of gradients; it skips a step that is not finite, on the device.
         ema: timm's ModelEmaV3 of the model, or None.
         amp: 'bf16', 'fp16' or 'off'.
         epoch: the one in progress, or next.
@@ -58,7 +63,7 @@ class TrainState:
     best: dict[str, float] = field(default_factory=lambda: {'model': 0., 'ema': 0.})
 
     def state_dict(self) -> dict[str, Any]:
-        """The checkpoint, in plain types: the published keys ('epoch' is the last one finished), and ours."""
+        """The checkpoint, in plain types: the published keys ('epoch' is the last one finished), and a few more."""
         return {
             'model': self.model.state_dict(), 'model_ema': self.ema.module.state_dict() if self.ema else None,
             'optimizer': self.optimizer.state_dict(), 'lr_scheduler': self.scheduler.state_dict(),
@@ -71,7 +76,7 @@ class TrainState:
 # ---------------------------------------------------------------- reading
 
 def load_checkpoint(path: str) -> dict[str, Any]:
-    """A checkpoint, ours or a published one, as a dict with 'model'. Raises InputError.
+    """A checkpoint of this program or of the published one, as a dict with 'model'. Raises InputError.
 
     What DDP and torch.compile put before the names of weights is taken off.
     """
@@ -89,7 +94,7 @@ def load_checkpoint(path: str) -> dict[str, Any]:
 
 
 def _without_wrappers(weights: dict[str, Any], path: str) -> dict[str, Any]:
-    for prefix in (*WRAPPERS, *WRAPPERS):  # in either order
+    for prefix in (*WRAPPERS, *WRAPPERS):  # twice, because either may be around the other
         if weights and all(str(name).startswith(prefix) for name in weights):
             print0(f'{path}: names of weights begin with {prefix!r}, which is taken off')
             weights = {name[len(prefix):]: value for name, value in weights.items()}
@@ -117,6 +122,7 @@ def progress_of(checkpoint: dict[str, Any] | None) -> dict[str, Any]:
 def load_weights(model: nn.Module, weights: dict[str, Any], path: str) -> None:
     """load_state_dict, with the keys that differ in a one-line InputError."""
     wanted = model.state_dict()
+    # None, which fits no shape, for what is no tensor, or of integers where the model has floats
     shapes = {key: tuple(value.shape) if isinstance(value, torch.Tensor) and value.is_floating_point() == (
         key not in wanted or wanted[key].is_floating_point()) else None for key, value in weights.items()}
     wrong = [f'{key}: {shapes[key]} for {tuple(wanted[key].shape)}' for key in wanted
@@ -133,15 +139,14 @@ def load_weights(model: nn.Module, weights: dict[str, Any], path: str) -> None:
 
 def resume(state: TrainState, checkpoint: dict[str, Any], path: str, flags: dict[str, Any], steps: int,
            exact: Collection[str] = (), of_a_start: Collection[str] = ()) -> None:
-    """Resume from a checkpoint, ours or a published one.
+    """Resume from a checkpoint of this program or of the published one.
 
     One rule: hyperparameters are those of the command line; the file gives weights, EMA, the optimizer's moments and
     progress. A line is printed for each flag that differs from the run's.
 
     Args:
         state: of a new run with these flags; changed in place.
-        checkpoint: of `load_checkpoint`.
-        path: its name, for errors.
+        checkpoint: of `load_checkpoint`; `path` names it in errors.
         flags: of the command line, by name.
         steps: batches of an epoch, per rank.
         exact, of_a_start: see `compare_flags`.
@@ -160,19 +165,21 @@ def resume(state: TrainState, checkpoint: dict[str, Any], path: str, flags: dict
     elif state.ema:
         print0(f'{path}: no EMA in it; it starts from the weights')
         state.ema.set(state.model)
-    if state.amp == 'fp16' and checkpoint.get('scaler'):
+    if state.amp == 'fp16' and checkpoint.get('scaler'):  # a run may change --amp, and the scale of others is constant
         state.scaler.load_state_dict(checkpoint['scaler'])
     state.best = {'model': checkpoint.get('best_acc1') or 0., 'ema': checkpoint.get('best_ema_acc1') or 0.}
     state.epoch = checkpoint['epoch'] + 1
     state.step = checkpoint.get('step') or 0
     losses = checkpoint.get('meter')
-    state.losses = None if losses is None or len(losses) != world_size() else losses
-    now = world_size() * flags['batch_size']
-    then = (checkpoint.get('world_size') or world_size()) * saved_flags(checkpoint).get('batch_size',
-                                                                                       flags['batch_size'])
-    # an allowed, inexact resume: after about as many images, and with a step of the epoch left
-    whole = min(state.step * then // now, steps - flags['accum_iter']) // flags['accum_iter'] * flags['accum_iter']
-    state.step = max(0, whole)
+    state.losses = None if losses is None or len(losses) != world_size() else losses  # one row for each rank
+    # An allowed, inexact resume may have batches of another size: it begins after about as many images, at a whole
+    # optimizer step, and with at least one step left, at which the epoch ends. An exact one keeps its step.
+    batch_now = world_size() * flags['batch_size']
+    batch_before = (checkpoint.get('world_size') or world_size()) * saved_flags(checkpoint).get('batch_size',
+                                                                                               flags['batch_size'])
+    step = (min(state.step * batch_before // batch_now, steps - flags['accum_iter'])
+            // flags['accum_iter'] * flags['accum_iter'])
+    state.step = max(0, step)
 
 
 def compare_flags(checkpoint: dict[str, Any], flags: dict[str, Any], path: str, exact: Collection[str],
@@ -182,8 +189,9 @@ def compare_flags(checkpoint: dict[str, Any], flags: dict[str, Any], path: str, 
     Args:
         checkpoint, path: of that run.
         flags: of the command line, by name.
-        exact: names of those without which batches or augmentation are others. The number of processes counts too.
-        of_a_start: names of those that are no part of a run.
+        exact: names of flags with whose other values batches or augmentation would differ. The number of processes
+            counts as one of them.
+        of_a_start: names of flags that are no part of a run, which no line is printed for.
     """
     before = saved_flags(checkpoint) | {'world_size': checkpoint.get('world_size') or world_size()}
     if 'classes' not in checkpoint:  # written before there was one: it holds what was made of these two
@@ -212,7 +220,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path
         groups = saved['param_groups']
         if [len(group['params']) for group in groups] != [len(group['params']) for group in new]:
             raise ValueError('other parameter groups')
-        merged = [{**ours, 'params': theirs['params']} for ours, theirs in zip(new, groups)]
+        # hyperparameters of the command line, with the file's numbering of the parameters
+        merged = [{**new_group, 'params': saved_group['params']} for new_group, saved_group in zip(new, groups)]
         optimizer.load_state_dict({'state': saved['state'], 'param_groups': merged})
         check_moments(optimizer)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
@@ -237,8 +246,8 @@ def check_moments(optimizer: torch.optim.Optimizer) -> None:
 
 
 def head_size(weights: dict[str, Any], classifier: str | tuple[str, ...], path: str) -> int:
-    """Classes that the head of a checkpoint's weights tells apart, by its name. Raises InputError without one."""
-    classifier = classifier if isinstance(classifier, str) else classifier[0]  # the second distills
+    """Classes that the head of a checkpoint's weights tells apart. Raises InputError without a head of that name."""
+    classifier = classifier if isinstance(classifier, str) else classifier[0]  # DeiT's second head is for distillation
     bias = weights.get(f'{classifier}.bias')
     if not isinstance(bias, torch.Tensor) or bias.ndim != 1:
         names = ', '.join(map(str, list(weights)[:3]))
@@ -248,7 +257,10 @@ def head_size(weights: dict[str, Any], classifier: str | tuple[str, ...], path: 
 
 
 def origin(weights: dict[str, Any]) -> str:
-    """The program that makes weights of these names and shapes; '' for none of the three on tokens."""
+    """The program that makes weights of these names and shapes; '' for none of the three on tokens.
+
+    Published files do not say it, so the weights decide.
+    """
     if 'mlm_layer.bias' in weights:
         return PRETRAIN
     if CODES in weights:
@@ -260,16 +272,16 @@ def origin(weights: dict[str, Any]) -> str:
 
 
 def origin_note(weights: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """For an error about weights that do not fit a model: whose they are, where they are another program's."""
-    theirs = origin(weights)
-    return f' (these are weights of {theirs})' if theirs and theirs != origin(wanted) else ''
+    """For an error about weights that do not fit a model: which program made them, where it is another than wanted."""
+    program = origin(weights)
+    return f' (these are weights of {program})' if program and program != origin(wanted) else ''
 
 
 def check_origin(weights: dict[str, Any], programs: Sequence[str], path: str) -> None:
     """InputError unless the weights of a file belong to one of some programs."""
-    theirs = origin(weights)
-    if theirs not in programs:
-        what = f'belong to {theirs}, whose network is another' if theirs else 'are of no model of masked tokens'
+    program = origin(weights)
+    if program not in programs:
+        what = f'belong to {program}, whose network is another' if program else 'are of no model of masked tokens'
         raise InputError(f'{path}: its weights {what}: give a checkpoint of {" or ".join(programs)}')
 
 

@@ -1,4 +1,8 @@
-"""The loss of an epoch without waiting for the device: its mean, bad steps, and what is shown of it."""
+"""The loss of an epoch without waiting for the device: its mean, bad steps, and what is shown of it.
+
+Asking a GPU for a loss makes the host wait until all work before it is done. So `LossMeter` adds losses up on the
+device, and remembers there which step was the first bad one; `check_finite` reads both at logging steps.
+"""
 import math
 import sys
 
@@ -11,7 +15,7 @@ from utils import InputError, is_main, print0, rank, world_size
 
 
 class NotFinite(InputError):
-    """Loss or gradient is NaN or infinite. `step`: which of the epoch (for a gradient: at the latest)."""
+    """Loss or gradient is NaN or infinite, at `step` of the epoch; a gradient at the latest, since the last reading."""
     exit_code = 3
 
     def __init__(self, what: str, epoch: int, step: int, lr: float):
@@ -40,10 +44,11 @@ class LossMeter:
         finite = loss.isfinite()
         self.total += torch.where(finite, loss, 0)
         self.count += finite
-        self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=step))
+        self.first_bad = torch.where(finite, self.first_bad, self.first_bad.clamp(max=step))  # steps only rise
 
     def read(self) -> tuple[float, int | None]:
         """(this rank's mean loss, the first bad step on any rank or None): the host waits for the device."""
+        # ranks must agree that a step was bad, or one would stop while the others wait for its gradients
         bad = self.first_bad.clone()
         if dist.is_initialized():
             dist.all_reduce(bad, dist.ReduceOp.MIN)
@@ -72,7 +77,8 @@ def check_finite(meter: LossMeter, state: TrainState, step: int, on_nan: str) ->
     With `on_nan` 'skip' a line says so instead; the step has changed no weight in either case.
     """
     mean, bad = meter.read()
-    # a constant scale only ever shrinks, and only for a gradient that is not finite; fp16's begins at 65,536 and moves
+    # The constant scale, 1, only shrinks at a gradient that is not finite (recipe.make_scaler). fp16's begins at 65,536
+    # and shrinks in ordinary training; below 1 no scale is left that would help.
     shrunk = state.scaler.get_scale() < 1
     if bad is None and not shrunk:
         return mean
@@ -80,7 +86,7 @@ def check_finite(meter: LossMeter, state: TrainState, step: int, on_nan: str) ->
     if on_nan == 'stop':
         raise NotFinite(what, state.epoch, at, state.optimizer.param_groups[-1]['lr'])
     print0(f'warning: skipped: {what} {at} of epoch {state.epoch} is not finite')
-    meter.first_bad.fill_(torch.inf)
+    meter.first_bad.fill_(torch.inf)  # the next reading shall report the next bad step
     if shrunk and state.amp != 'fp16':
         state.scaler.update(1.)
     return mean

@@ -1,4 +1,8 @@
-"""Pre-emption: signals that ask for a stop, and ranks that agree on what to do after a step."""
+"""Pre-emption: signals that ask for a stop, and ranks that agree on what to do after a step.
+
+A cluster that takes its machine back sends a signal, perhaps to one rank only. `StopSignal` notes it, and `AnyRank`
+lets all ranks save and stop after the same step.
+"""
 import datetime
 import math
 import os
@@ -13,7 +17,7 @@ REQUEUE = 75  # exit code of a run that a signal stopped after saving (EX_TEMPFA
 
 
 class AnyRank:
-    """Ranks agree, once a step, whether any of them wishes something, without waiting for a GPU.
+    """Ranks agree, once a step, whether any of them asks for something, without waiting for a GPU.
 
     The votes of a step travel while the next is computed. So with several ranks the answer is a step late, and the
     same on all.
@@ -24,15 +28,16 @@ class AnyRank:
 
     def __init__(self, minutes: float = 10):
         wait = datetime.timedelta(minutes=minutes)
+        # gloo and tensors on the host: a vote by NCCL would stand in line behind the step's work on the GPU
         self.group = dist.new_group(backend='gloo', timeout=wait) if dist.is_initialized() else None
         self.work = None
 
-    def __call__(self, *wishes: bool) -> list[bool]:
-        """What any rank wished in its last call; alone, in this one."""
-        votes = torch.tensor(wishes, dtype=torch.int32)
+    def __call__(self, *requests: bool) -> list[bool]:
+        """Which requests any rank made in its last call; with one process, in this one."""
+        votes = torch.tensor(requests, dtype=torch.int32)
         if self.group is None:
             return votes.bool().tolist()
-        answer = [False] * len(wishes)
+        answer = [False] * len(requests)
         if self.work:
             pending, sums = self.work
             pending.wait()
@@ -58,7 +63,7 @@ class StopSignal:
         self.handlers = {}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # launchers may pass one request on twice, at the same moment
+        # launchers may pass one request on twice at the same moment, which shall not count as the second signal
         if self.received and time.monotonic() - self.since > 1:
             os._exit(128 + number)
         if not self.received:

@@ -1,6 +1,7 @@
 """Fine-tuning: --finetune, which starts from other weights, and --attn-only, which trains few of them.
 
-Weights of tokens and of pixels start each other. What becomes of each tensor is a rule: docs/pretraining.md has them.
+A model of tokens may start from weights of pixels, and the other way round. `load_pretrained` decides by rules, which
+docs/pretraining.md has too, what becomes of each tensor, and prints it.
 """
 import math
 from typing import Any
@@ -14,7 +15,7 @@ from training.checkpoints import load_checkpoint, load_weights
 from utils import InputError, print0
 
 POSITIONS = 'pos_embed'
-OPTIONAL = ('cls_token', 'dist_token', 'head_dist.')  # what a model may lack, and its blocks are the same
+OPTIONAL = ('cls_token', 'dist_token', 'head_dist.')  # parts without which a model's blocks are the same
 OTHER_CLASSES = 'other classes'
 
 
@@ -43,15 +44,17 @@ def load_pretrained(model: nn.Module, path: str, classes: list[str] | None = Non
     left_out = [key for key in weights if str(key).startswith(OPTIONAL) and key not in wanted]
     weights = {key: value for key, value in weights.items() if key not in left_out}
     heads = prefixes(model, 'classifier')
-    renew = new_head or not same_class_names(checkpoint.get('classes'), classes)
+    # a head for classes of other names fits by its shape, but its scores would mean other things
+    renew_head = new_head or not same_class_names(checkpoint.get('classes'), classes)
     scratch = {}
+    # A part is taken as a whole or not at all: a new weight with an old bias would start from neither.
     for prefix in dict.fromkeys((*prefixes(model, 'first_conv'), *heads, *OPTIONAL)):
         part = {key: value for key, value in wanted.items() if key.startswith(prefix)}
         reason = why_from_scratch(weights, part)
-        if renew and prefix in heads and not reason:
+        if renew_head and prefix in heads and not reason:
             reason = OTHER_CLASSES
         if reason:
-            weights |= part
+            weights |= part  # the model's initial values
             scratch[prefix] = reason
     resampled = ''
     if isinstance(weights.get(POSITIONS), torch.Tensor) and POSITIONS in wanted:
@@ -69,9 +72,9 @@ def summary(path: str, kept: str, resampled: str, scratch: dict[str, str], left_
 
     Args:
         path: of the file.
-        kept: how many tensors were kept.
-        resampled: of `positions_note`.
-        scratch: why parts start from scratch, by how their names begin.
+        kept: how many tensors were kept, as a text.
+        resampled: text of `positions_note`.
+        scratch: prefix of a part's names -> why it starts from scratch.
         left_out: names of the file's tensors that the model has no use for.
     """
     text = f'{path}: {kept}'
@@ -91,19 +94,19 @@ def prefixes(model: nn.Module, part: str) -> list[str]:
 
 def with_norm_of(weights: dict[str, Any], wanted: dict[str, torch.Tensor]) -> tuple[dict[str, Any], str]:
     """Weights with the final norm under the name that is wanted, and a note where that is another than the file's."""
-    for ours, theirs in (('norm.', 'fc_norm.'), ('fc_norm.', 'norm.')):
-        keys = [key for key in wanted if key.startswith(ours) and key not in weights]
-        names = {theirs + key[len(ours):]: key for key in keys}
+    for model_name, file_name in (('norm.', 'fc_norm.'), ('fc_norm.', 'norm.')):
+        keys = [key for key in wanted if key.startswith(model_name) and key not in weights]
+        names = {file_name + key[len(model_name):]: key for key in keys}
         if keys and names.keys() <= weights.keys() and not names.keys() & wanted.keys():
-            return {names.get(key, key): value for key, value in weights.items()}, f' ({theirs}* as {ours}*)'
+            return {names.get(key, key): value for key, value in weights.items()}, f' ({file_name}* as {model_name}*)'
     return weights, ''
 
 
 def why_from_scratch(weights: dict[str, Any], part: dict[str, torch.Tensor]) -> str:
     """Why a part of a model cannot be kept, '' where all its tensors are among the weights in their shapes."""
-    found = [weights[key] for key in part if isinstance(weights.get(key), torch.Tensor)]
-    if len(found) < len(part):
-        return 'another shape' if found else 'not in the file'
+    in_file = [weights[key] for key in part if isinstance(weights.get(key), torch.Tensor)]
+    if len(in_file) < len(part):
+        return 'another shape' if in_file else 'not in the file'
     return '' if all(weights[key].shape == value.shape for key, value in part.items()) else 'another shape'
 
 
@@ -116,13 +119,13 @@ def prefix_tokens(number: int) -> int | None:
 
 def positions_note(before: int, now: int) -> str:
     """What `fit_positions` does with so many positions to make another number of them."""
-    theirs, ours = prefix_tokens(before), prefix_tokens(now)
-    old, new = math.isqrt(before - theirs), math.isqrt(now - ours)
+    old_prefix, new_prefix = prefix_tokens(before), prefix_tokens(now)
+    old, new = math.isqrt(before - old_prefix), math.isqrt(now - new_prefix)
     notes = [f'resampled from {old}x{old} to {new}x{new}'] if old != new else []
-    if theirs > ours:
-        notes.append(f'cut to {ours} of its {theirs} prefix tokens')
-    if theirs < ours:
-        notes.append(f'from scratch for {ours - theirs} of {ours} prefix tokens')
+    if old_prefix > new_prefix:
+        notes.append(f'cut to {new_prefix} of its {old_prefix} prefix tokens')
+    if old_prefix < new_prefix:
+        notes.append(f'from scratch for {new_prefix - old_prefix} of {new_prefix} prefix tokens')
     return ' and '.join(notes)
 
 
@@ -136,14 +139,16 @@ def fit_positions(positions: torch.Tensor, wanted: torch.Tensor, path: str) -> t
     """
     if positions.shape == wanted.shape:
         return positions
-    prefix = prefix_tokens(positions.shape[1]) if positions.ndim == 3 else None
-    ours = prefix_tokens(wanted.shape[1])
-    if prefix is None or ours is None or positions.shape[2] != wanted.shape[2]:
+    old_prefix = prefix_tokens(positions.shape[1]) if positions.ndim == 3 else None
+    new_prefix = prefix_tokens(wanted.shape[1])
+    if old_prefix is None or new_prefix is None or positions.shape[2] != wanted.shape[2]:
         raise InputError(f'{path}: position embeddings of shape {tuple(positions.shape)} do not fit '
                          f'{tuple(wanted.shape)}: the weights are of another model')
-    grid = torch.cat([positions[:, :min(prefix, ours)], wanted[:, min(prefix, ours):ours], positions[:, prefix:]], 1)
-    side = math.isqrt(wanted.shape[1] - ours)
-    return resample_abs_pos_embed(grid.float(), [side, side], num_prefix_tokens=ours, antialias=False)
+    # prefix tokens that both have, those that only the model has, and the file's grid
+    grid = torch.cat([positions[:, :min(old_prefix, new_prefix)], wanted[:, min(old_prefix, new_prefix):new_prefix],
+                      positions[:, old_prefix:]], 1)
+    side = math.isqrt(wanted.shape[1] - new_prefix)
+    return resample_abs_pos_embed(grid.float(), [side, side], num_prefix_tokens=new_prefix, antialias=False)
 
 
 def freeze_all_but_attention(model: nn.Module) -> None:

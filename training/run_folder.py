@@ -8,7 +8,8 @@
     .unsaved                                     there until the first checkpoint is whole
 
 Programs may name checkpoints otherwise, see CheckpointFiles. A run killed at any moment leaves a folder from which
-`find_checkpoint` resumes it exactly.
+`find_checkpoint` resumes it exactly: each file is written beside its name and renamed when it is whole, and the newest
+checkpoint is renamed last. Begin with `RunFolder`; `find_checkpoint` is what the next start of the run asks.
 """
 import contextlib
 import json
@@ -39,8 +40,8 @@ class CheckpointFiles:
     Attributes:
         newest: the newest first. Each save moves them on by one.
         best: the one of the best accuracy, of 'model' and 'ema'.
-        every: numbers of epochs; after each so many there is a copy checkpoint-N.pth.
-        keep_newest: also at the end of the run, when its last epoch has a copy.
+        every: periods in epochs; at the end of each there is a copy checkpoint-N.pth.
+        keep_newest: whether the newest stays at the end of the run, when its last epoch has a copy.
         epochs: of the run, in programs that write a summary beside each checkpoint; else 0.
     """
     newest: tuple[str, ...] = ('checkpoint.pth', 'checkpoint_previous.pth')
@@ -74,7 +75,7 @@ def checkpoint_files(periods: Sequence[str], epochs: int, has_best: bool = True)
         has_best: whether the program has an accuracy.
 
     Raises:
-        InputError: for other words.
+        InputError: for a period of another form.
     """
     last = [re.fullmatch(r'last(\d{0,3})', period) for period in periods]
     every = [re.fullmatch(r'every_([1-9]\d{0,8})_epochs?', period) for period in periods]
@@ -93,7 +94,7 @@ def checkpoint_files(periods: Sequence[str], epochs: int, has_best: bool = True)
 
 def find_checkpoint(output_dir: str, resume: str, evaluating: bool = False,
                     outputs: Sequence[str] = (), files: CheckpointFiles = FILES) -> tuple[dict | None, str]:
-    """The checkpoint that a run begins from. Collective: rank 0 looks, and all take what it found.
+    """The checkpoint that a run begins from. Collective: rank 0 looks, and all ranks take the same.
 
     Precedence: `resume` as a path or address; with 'auto' the newest in `output_dir`, or the one before where that is
     damaged (it is set aside as checkpoint_damaged.pth); otherwise none.
@@ -113,12 +114,12 @@ def find_checkpoint(output_dir: str, resume: str, evaluating: bool = False,
             nothing is overwritten.
     """
     loaded = {}
-    path = on_main(_choose, output_dir, resume, evaluating, loaded, outputs, files)
+    path = on_main(_path_to_begin_from, output_dir, resume, evaluating, loaded, outputs, files)
     return (loaded.get(path) or load_checkpoint(path), path) if path else (None, '')
 
 
-def _choose(output_dir: str, resume: str, evaluating: bool, loaded: dict[str, dict], outputs: Sequence[str],
-            files: CheckpointFiles) -> str:
+def _path_to_begin_from(output_dir: str, resume: str, evaluating: bool, loaded: dict[str, dict],
+                        outputs: Sequence[str], files: CheckpointFiles) -> str:
     """The path of the checkpoint to begin from, or ''. Rank 0 alone; what it had to load is put into `loaded`."""
     folder = Path(output_dir)
     if not evaluating and output_dir:
@@ -156,14 +157,17 @@ def _finish_renames(folder: Path, files: CheckpointFiles) -> None:
 
 
 def _rename_newest(folder: Path, files: CheckpointFiles) -> None:
-    """The complete one becomes the newest, the others move on. Begun again after a kill, it ends the same way."""
-    for end in (SUMMARY, ''):  # the checkpoint last: while it is complete, what is left is done again
+    """The complete checkpoint becomes the newest, others move on. Begun again after a kill, it ends the same way."""
+    # The checkpoint is renamed last. As long as COMPLETE is there, the next start does what is left (_finish_renames);
+    # were it renamed first, a kill before the summary's rename would leave a checkpoint with another one's summary.
+    for end in (SUMMARY, ''):
         if not os.path.exists(folder / f'{COMPLETE}{end}'):
             continue
         names = [folder / f'{name}{end}' for name in files.newest]
-        gap = next((place for place, path in enumerate(names) if not os.path.exists(path)), len(names) - 1)
-        for place in range(gap, 0, -1):
-            os.replace(names[place - 1], names[place])
+        # up to the first free name: a kill between two renames has left one free, and those behind it have moved on
+        free = next((i for i, path in enumerate(names) if not os.path.exists(path)), len(names) - 1)
+        for i in range(free, 0, -1):
+            os.replace(names[i - 1], names[i])
         os.replace(folder / f'{COMPLETE}{end}', names[0])
 
 
@@ -177,6 +181,7 @@ def _first_whole(candidates: list[Path], evaluating: bool, loaded: dict[str, dic
             if path == candidates[-1]:
                 raise
             print0(f'warning: {error}; taking the one before it')
+            # a file that cannot be read now may be whole: only one that was read and is damaged is set aside
             if not evaluating and not isinstance(error.__context__, OSError | MemoryError):
                 os.replace(path, path.with_name('checkpoint_damaged.pth'))
     return ''
@@ -229,6 +234,7 @@ class RunFolder:
 
     def _begin(self, args_json: dict[str, Any]) -> None:
         if self.saves:
+            # what a run leaves that dies before its first checkpoint is no run: the same command may begin again
             if not _earlier_files(self.path, self.files):
                 write_text(self.path / UNSAVED, '')
             write_text(self.path / 'args.json', json.dumps(args_json, indent=1) + '\n')
@@ -261,6 +267,7 @@ class RunFolder:
             return
         content = state.state_dict() | self.record
         copies = self.files.copies(state.epoch, state.step, improved)
+        # copies first: once the newest is in place, nothing of this save may be missing
         for name in copies:
             save_torch(content, self.path / name)
             self._summarize(name, name, state, stats)
@@ -273,7 +280,7 @@ class RunFolder:
                 (self.path / f'{self.files.newest[0]}{end}').unlink(missing_ok=True)
 
     def _summarize(self, file: str, name: str, state: TrainState, stats: dict[str, Any] | None) -> None:
-        """Write what the checkpoint `file`, to be called `name`, is of, where the program has summaries."""
+        """Where the program has summaries, write epoch and accuracy of the checkpoint `file`, to be called `name`."""
         if self.files.epochs:
             summary = {'epoch': f'{state.epoch}/{self.files.epochs}', 'step': state.step, **(stats or {}),
                        'checkpoint': name}
@@ -308,6 +315,7 @@ class RunLog:
     def _open(self, start_epoch: int, tensorboard: bool) -> None:
         if self.path is None:
             return
+        # an epoch that was logged, but not saved, is trained again
         kept = [line for line in self._lines() if isinstance(line, dict) and type(line.get('epoch', -1)) is int
                 and line.get('epoch', -1) < start_epoch] if start_epoch else []
         write_text(self.path, ''.join(json.dumps(line) + '\n' for line in kept))
@@ -329,7 +337,7 @@ class RunLog:
             with open(self.path, 'a', encoding='utf-8') as file:
                 file.write(json.dumps(values) + '\n')
                 file.flush()
-                os.fsync(file.fileno())
+                os.fsync(file.fileno())  # the epoch's checkpoint comes next, and shall never be there without its line
         except OSError as error:
             raise InputError(f'{self.path}: cannot be written ({error.strerror})') from None
         if self.board:

@@ -28,15 +28,7 @@ def print_model(name: str, model: nn.Module, device: torch.device, amp: str) -> 
 
 
 def print_batch(batch_size: int, accum_iter: int, steps: int, epochs: int, lr: float) -> None:
-    """Print batch, steps and learning rate.
-
-    Args:
-        batch_size: images of a process's batch.
-        accum_iter: batches of a step.
-        steps: batches an epoch.
-        epochs: in all.
-        lr: the run's, scaled or not.
-    """
+    """Print the effective batch, steps and learning rate. `steps` counts the batches of an epoch on a rank."""
     accumulated = f' x {accum_iter}' if accum_iter > 1 else ''
     batch = batch_size * world_size() * accum_iter
     print0(f'batch: {batch_size} x {world_size()}{accumulated} = {batch}, {steps // accum_iter} steps an epoch, '
@@ -44,7 +36,7 @@ def print_batch(batch_size: int, accum_iter: int, steps: int, epochs: int, lr: f
 
 
 def print_recipe_batch(batch: int, unscaled: bool) -> None:
-    """Say what another effective batch than the published recipe's means; `unscaled`: the learning rate is as given."""
+    """Print a note where the effective batch is not the published one; `unscaled`: the learning rate is as given."""
     if batch != RECIPE_BATCH:
         print0(f'note: the published accuracy is for an effective batch of {RECIPE_BATCH} (8 GPUs x 128), this is '
                f'{batch}: the learning rate is {"as given" if unscaled else "scaled with it"}, but --warmup-lr, '
