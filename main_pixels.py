@@ -167,7 +167,7 @@ def evaluate_only(args: argparse.Namespace, checkpoint: dict[str, Any], path: st
     model = create_model(args, classes).to(device)
     amp = recipe.print_model(args, args.model, model, device)
     evaluate_of = make_evaluate(args, data, device, amp)
-    scored = model if chosen is None else OnlyClasses(model, chosen, classes).to(device)
+    scored = model if subset is None else OnlyClasses(model, subset, classes).to(device)
     evaluate_checkpoint(model, checkpoint, path, args.model_ema, lambda _, name: evaluate_of(scored, name),
                         args.output)
 

@@ -30,7 +30,7 @@ ENLARGED = 2
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('--data-path', nargs='+', required=True, metavar='PATH', help='the same images, as each row stores them')
     add('--token-file', required=True, metavar='FILE', help='tokens of them, in the same order')

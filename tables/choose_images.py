@@ -23,7 +23,7 @@ from utils import InputError, print0, run
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('--data-path', required=True, metavar='DIR', help='a folder with a folder of images for every class')
     add('--output-dir', required=True, metavar='DIR')

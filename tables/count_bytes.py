@@ -27,7 +27,7 @@ from utils import InputError, print0, run
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('--data-path', metavar='PATH', help='images: see image_data/sources.py')
     add('--token-file', metavar='FILE', help='NAME.data.bin.gz, or a glob of shards')

@@ -223,7 +223,7 @@ TABLES = {
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
-    parser = Parser(__doc__.splitlines()[0])
+    parser = Parser(__doc__)
     add = parser.add_argument
     add('table', choices=[*TABLES, ALL])
     add('--preset', default='tiny', choices=list(PRESETS | PROTOCOLS),

@@ -491,7 +491,7 @@ def test_a_part_whose_images_are_all_bad_at_any_place(data, tmp_path, monkeypatc
     lines = [f'{path} {label}' for path, label in samples(data / 'train')[:16]]
     lines[4 * lost:4 * lost] = ['no.png 0'] * 4
     (tmp_path / 'list.txt').write_text('\n'.join(lines))
-    out = tokenize(data, tmp_path / 'out', data_path=tmp_path / 'list.txt', skip_bad=True, compact=kind == 'compact')
+    out = tokenize(data, tmp_path / 'out', data_path=tmp_path / 'list.txt', skip_bad=True, format=kind)
     token_file, = out.glob('my-token.data.bin*')
     want = tokenize(data, tmp_path / 'all')
     assert np.array_equal(open_codes([open_token_file(token_file)], 'none'), codes_of(want)[:16])

@@ -121,7 +121,7 @@ def test_what_cannot_be_asked(tmp_path):
 # ---------------------------------------------------------------- the compact format
 
 def test_compact_sets_are_verified(data, tmp_path, capsys):
-    out = tokenize(data, tmp_path / 'out', shard_size=20, compact=True)
+    out = tokenize(data, tmp_path / 'out', shard_size=20, format='compact')
     line = ['--token-file', f'{out}/my-token-*.data.bin', '--label-file', f'{out}/my-label-*.txt', '--codebook-path',
             data / 'codebook.ckpt']
     assert verify(capsys, *line) == (0, ['right: 45 images of 4x4 codes in 3 files (compact)'])
@@ -142,7 +142,7 @@ def test_compact_sets_are_verified(data, tmp_path, capsys):
     (lambda model: model.write_bytes(model.read_bytes()[:-1]),
      ['my-token.model.bin: is not the model that', 'my-token.model.bin: [0-9]+ bytes, SHA-256'])])
 def test_a_damaged_model_is_named(data, tmp_path, capsys, damage, words):
-    out = tokenize(data, tmp_path, compact=True)
+    out = tokenize(data, tmp_path, format='compact')
     damage(out / 'my-token.model.bin')
     code, lines = verify(capsys, '--token-file', out / 'my-token.data.bin', '--label-file', out / 'my-label.txt')
     assert code == 1 and len(lines) == len(words) + 1, lines
