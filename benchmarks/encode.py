@@ -18,7 +18,7 @@ from benchmarks import common
 from flags import integer
 from image_data.sources import Source, load_images, open_source
 from image_tokenizer.tokenizing import Encoder, encode_part
-from token_files.parts import Parts
+from token_files.parts import PartsFolder
 from utils import cores, keep_freed_memory, run
 
 
@@ -49,7 +49,8 @@ def make_encoders(args: argparse.Namespace, device: torch.device) -> dict[str, E
     return encoders
 
 
-def encode_all(encoder: Encoder, source: Source, parts: Parts, args: argparse.Namespace, device: torch.device) -> None:
+def encode_all(encoder: Encoder, source: Source, parts: PartsFolder, args: argparse.Namespace,
+               device: torch.device) -> None:
     """Decode and encode all images, and write the parts."""
     batches = [batch for part in range(len(parts)) for batch in parts.batches(part)]
     images = load_images(source, batches, args.image_size, workers=args.num_workers, pin_memory=device.type == 'cuda')
@@ -70,7 +71,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
 
     common.make_images(folder / 'images', args.images)
     source = open_source(str(folder / 'images'))
-    parts = Parts(folder / 'parts', args.images, args.batch_size)
+    parts = PartsFolder(folder / 'parts', args.images, args.batch_size)
     whole = {name: lambda encoder=encoder: encode_all(encoder, source, parts, args, device)
              for name, encoder in encoders.items()}
     seconds = common.take_turns(whole, args.repeats, device)

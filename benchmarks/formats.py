@@ -38,7 +38,7 @@ from token_files.cache import open_codes
 from token_files.context_model import ContextModel, bits
 from token_files.published import CHUNK_BYTES, Codec, codec_for, encode, parse_npy
 from token_files.token_file import (FORMATS, MAX_CODES, count_codes, decode, entropy_bits, format_for, format_of,
-                                    open_token_file, stated_source_bytes, stream_ending, write_model, write_set)
+                                    open_token_file, source_bytes_of, stream_ending, write_model, write_set)
 from utils import InputError, run
 
 RUN_CODES = 1 << 23  # handled at a time
@@ -142,12 +142,12 @@ class Compressed:
 
 def find_compressors() -> dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]]:
     """What compresses and decompresses bytes, by name; those whose packages are not installed are left out."""
-    found = {'xz -9': (functools.partial(lzma.compress, preset=9), lzma.decompress)}
+    compressors = {'xz -9': (functools.partial(lzma.compress, preset=9), lzma.decompress)}
     if zstd := import_first('compression.zstd', 'zstandard'):
-        found['zstd -19'] = functools.partial(zstd.compress, level=19), zstd.decompress
+        compressors['zstd -19'] = functools.partial(zstd.compress, level=19), zstd.decompress
     if brotli := import_first('brotli'):
-        found['brotli -11'] = functools.partial(brotli.compress, quality=11, lgwin=24), brotli.decompress
-    return found
+        compressors['brotli -11'] = functools.partial(brotli.compress, quality=11, lgwin=24), brotli.decompress
+    return compressors
 
 
 def import_first(*names: str) -> ModuleType | None:
@@ -171,7 +171,7 @@ def make_formats(folder: Path, stem: str, manifest: dict[str, Any], codes: np.nd
     """
     manifest = {key: value for key, value in manifest.items() if key not in ('format', 'model')}
     if 'files' in manifest:  # labels stay
-        manifest['files'] = {name: stated for name, stated in manifest['files'].items() if name.endswith('.txt')}
+        manifest['files'] = {name: entry for name, entry in manifest['files'].items() if name.endswith('.txt')}
     formats = {}
     for name in FORMATS:
         tokens = folder / name / f'{stem}.{stream_ending(name)}'
@@ -198,11 +198,11 @@ def load_codes(args: argparse.Namespace, folder: Path) -> tuple[np.ndarray, str,
     if source and len(source) != len(codes):
         raise InputError(f'{args.data_path}: has {len(source)} images, but {args.token_file} {len(codes)}: give the '
                          'images that the tokens were made from')
-    source_bytes = source.encoded_bytes() if source else stated_source_bytes(files)
+    source_bytes = source.encoded_bytes() if source else source_bytes_of(files)
     return codes, files[0].stream.name.partition('.data.bin')[0], files[0].manifest, source_bytes
 
 
-def of_model(model: ContextModel, codes: np.ndarray) -> dict[str, Any]:
+def describe_model(model: ContextModel, codes: np.ndarray) -> dict[str, Any]:
     """What there is to say of the model of codes (N, n): its groups, and bits a code by it."""
     grid = math.isqrt(codes.shape[1])
     symbol_of = model.symbol_of()
@@ -216,9 +216,9 @@ def measure_sizes(formats: dict[str, TokenSet | Compressed], codes: np.ndarray) 
     for name, format_ in formats.items():
         print(f'writing {len(codes):,} images: {name}', flush=True)
         format_.write(codes)
-        of_files = format_.sizes()
-        size[name] = {key: round(value / len(codes), 3) for key, value in of_files.items()}
-        size[name]['total'] = round(sum(of_files.values()) / len(codes), 3)
+        file_sizes = format_.sizes()
+        size[name] = {key: round(value / len(codes), 3) for key, value in file_sizes.items()}
+        size[name]['total'] = round(sum(file_sizes.values()) / len(codes), 3)
     bits_a_code = {name: round(8 * value['total'] / codes.shape[1], 4) for name, value in size.items()}
     return {'bytes_an_image': size, 'bits_a_code': bits_a_code}
 
@@ -242,18 +242,18 @@ def measure_speeds(args: argparse.Namespace, formats: dict[str, TokenSet | Compr
 
 def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
     """The numbers of the JSON line; files are made in `folder`."""
-    codes, stem, manifest, of_images = load_codes(args, folder)
+    codes, stem, manifest, source_bytes = load_codes(args, folder)
     counts = count_codes(codes, MAX_CODES)
     result = {'images': len(codes), 'grid': math.isqrt(codes.shape[1]), 'codes_used': int((counts > 0).sum()),
               'entropy_bits': round(entropy_bits(counts), 4)}
-    if of_images is not None:
-        result['source_bytes_an_image'] = round(of_images / len(codes), 1)
+    if source_bytes is not None:
+        result['source_bytes_an_image'] = round(source_bytes / len(codes), 1)
     began = common.CLOCKS[args.clock]()
     formats = make_formats(folder, stem, manifest, codes, int(counts.nonzero()[0][-1]) + 1)
     fit_seconds = common.CLOCKS[args.clock]() - began
     sizes = measure_sizes(formats, codes)
     model = open_token_file(formats['compact'].tokens).content.model
-    result |= of_model(model, codes) | {'fit_seconds': round(fit_seconds, 2)} | sizes
+    result |= describe_model(model, codes) | {'fit_seconds': round(fit_seconds, 2)} | sizes
     result['not_installed'] = [name for name in NAMES if name not in formats]
     some = np.array(codes[:max(1, SPEED_CODES // codes.shape[1])])
     return result | measure_speeds(args, {name: format_ for name, format_ in formats.items() if name != WITHOUT_SPEED},

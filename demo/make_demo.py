@@ -24,7 +24,7 @@ from image_data.sources import open_source  # noqa: E402
 from image_tokenizer.patch_fit import FitOptions, fit_to_folder  # noqa: E402
 from image_tokenizer.tokenizing import EncodingOptions, tokenize  # noqa: E402
 from token_files.codebook import build_synonyms  # noqa: E402
-from token_files.parts import Output  # noqa: E402
+from token_files.parts import OutputFiles  # noqa: E402
 from token_files.published import open_gzip  # noqa: E402
 from utils import InputError, run  # noqa: E402
 
@@ -94,7 +94,7 @@ def main(args: argparse.Namespace) -> None:
         for split in ('train', 'val'):
             for old in output.glob(f'fashion-{split}-[tl]*'):  # tokenizing refuses to overwrite another set
                 old.unlink()
-            tokenize(open_source(images / split), Output(output, f'fashion-{split}', format='compact'), options,
+            tokenize(open_source(images / split), OutputFiles(output, f'fashion-{split}', format='compact'), options,
                      torch.device('cpu'))
     export(val[0][:args.png_images], val[1][:args.png_images], output / 'images' / 'val')
 

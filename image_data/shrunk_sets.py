@@ -22,7 +22,7 @@ import PIL
 from PIL import features
 from tqdm import tqdm
 
-from fileio.files import (check_writable, expand_files, hold_folder, is_noted, read_json, remove_leftovers,
+from fileio.files import (check_writable, expand_files, hold_folder, is_same_run, read_json, remove_leftovers,
                           write_text)
 from image_data.decoding import is_hidden
 from image_data.shrinking import METHODS, Shrunk, ShrunkImages, sample_classes, shrink_images
@@ -131,7 +131,7 @@ class SetFolder:
         """Whether the set is there. Raises InputError for another set, and for one that lacks its images."""
         manifest = self.path / MANIFEST
         advice = f'{CHOOSE}, or give the same flags and images again'
-        if not is_noted(manifest, self.run_id, advice, ignored=('versions',), field='run'):
+        if not is_same_run(manifest, self.run_id, advice, ignored=('versions',), field='run'):
             return False
         if not os.path.exists(self.path / IMAGES):
             raise InputError(f'{manifest}: the set is finished, but {IMAGES} is not there: fetch it again, or remove '
@@ -143,7 +143,7 @@ class SetFolder:
         check_writable(self.path / MANIFEST, CHOOSE)
         path = self.work / 'run.json'
         advice = f'give the same flags and images again to finish it, or remove {self.work}'
-        if is_noted(path, self.run_id, advice, field='run'):
+        if is_same_run(path, self.run_id, advice, field='run'):
             return read_json(path).get('noted')
         if os.path.exists(self.path / IMAGES):
             raise InputError(f'{self.path / IMAGES}: is there already; {CHOOSE}, or remove it')

@@ -30,7 +30,7 @@ from fileio.files import atomic_path, download, is_address, sha256
 from image_data.sources import ImageBatch, Source, load_images
 from image_tokenizer.tokenizers import check_codebook, encode_images, load_tokenizer
 from token_files.codebook import load_codebook
-from token_files.parts import FinishedParts, Output, Parts, plan, write_sets
+from token_files.parts import FinishedCodes, OutputFiles, PartsFolder, remaining_parts, write_sets
 from token_files.token_file import MAX_CODES, format_for, largest_grid
 from utils import InputError, check_same_on_all_ranks, cores, is_main, on_main, print0, rank, world_size
 
@@ -59,7 +59,7 @@ class EncodingOptions:
     limit_codes: bool = False
 
 
-def tokenize(source: Source, output: Output, options: EncodingOptions, device: torch.device,
+def tokenize(source: Source, output: OutputFiles, options: EncodingOptions, device: torch.device,
              workers: int | None = None, skip_bad: bool | None = None, max_pixels: int | None = None) -> None:
     """Tokenize all images of a source into token files, and print what was made. Collective.
 
@@ -86,12 +86,12 @@ def tokenize(source: Source, output: Output, options: EncodingOptions, device: t
     tokenizer, codebook = load_models(options.tokenizer_path, options.code_path, options.codebook_path,
                                       options.image_size, options.limit_codes)
     check_grid(output.format, options.image_size // tokenizer.patch_size)
-    parts = Parts(output.parts_folder, len(source), options.batch_size)
+    parts = PartsFolder(output.parts_folder, len(source), options.batch_size)
     run_id = identify_run(source, output, options, parts, codebook, device)
     check_same_on_all_ranks(run_id)
 
     # what is to do
-    todo = on_main(plan, output, parts, run_id, options.codebook_path is None)
+    todo = on_main(remaining_parts, output, parts, run_id, options.codebook_path is None)
     if todo is None:
         print0(f'{output.folder}: {output.name} is complete already, nothing to do')
         return
@@ -115,7 +115,7 @@ def tokenize(source: Source, output: Output, options: EncodingOptions, device: t
 
     # codes to files
     if is_main():
-        finished = FinishedParts(parts)
+        finished = FinishedCodes(parts)
         check_skipped(finished, source, skip_bad)
         print0(finish(source, output, options, finished, codebook, run_id))
         parts.remove()
@@ -180,8 +180,8 @@ def torch_bytes(tensor: torch.Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def identify_run(source: Source, output: Output, options: EncodingOptions, parts: Parts, codebook: torch.Tensor,
-                 device: torch.device) -> dict[str, Any]:
+def identify_run(source: Source, output: OutputFiles, options: EncodingOptions, parts: PartsFolder,
+                 codebook: torch.Tensor, device: torch.device) -> dict[str, Any]:
     """All that the token files depend on, as the manifest has it. Raises InputError for files that cannot be read."""
     if options.codebook_path:
         codebook_id = identity(options.codebook_path)
@@ -231,7 +231,7 @@ class Encoder:
         return float((self.codes(pixels, self.amp) == self.codes(pixels, 'off')).float().mean())
 
 
-def encode_part(parts: Parts, part: int, images: Iterator[ImageBatch], encoder: Encoder,
+def encode_part(parts: PartsFolder, part: int, images: Iterator[ImageBatch], encoder: Encoder,
                 advance: Callable[[int], None]) -> None:
     """Make one part, and write it.
 
@@ -293,7 +293,7 @@ def wait_for_all() -> None:
 
 # ---------------------------------------------------------------- codes to files
 
-def check_skipped(finished: FinishedParts, source: Source, skip_bad: bool) -> None:
+def check_skipped(finished: FinishedCodes, source: Source, skip_bad: bool) -> None:
     """InputError when no image is left, or images were skipped that now are not to be."""
     bad = np.flatnonzero(~finished.good)
     if len(bad) and not skip_bad:
@@ -321,8 +321,8 @@ def write_codebook(codebook: torch.Tensor, path: Path) -> dict[str, str]:
     return identity(path)
 
 
-def finish(source: Source, output: Output, options: EncodingOptions, finished: FinishedParts, codebook: torch.Tensor,
-           run_id: dict[str, Any]) -> str:
+def finish(source: Source, output: OutputFiles, options: EncodingOptions, finished: FinishedCodes,
+           codebook: torch.Tensor, run_id: dict[str, Any]) -> str:
     """Write the final files from the parts; returns the line that says what was made. Raises InputError."""
     new_codes = None
     codebook_id = run_id['codebook']
