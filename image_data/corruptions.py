@@ -53,7 +53,7 @@ def _shot_noise(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.nd
 
 
 def _impulse_noise(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
-    hit = rng.random(x.shape) < IMPULSE_NOISE[severity - 1]  # each color by itself
+    hit = rng.random(x.shape) < IMPULSE_NOISE[severity - 1]  # each color on its own, as published
     salt = rng.random(x.shape) < .5
     return np.where(hit, salt.astype(x.dtype), x)
 
@@ -183,9 +183,10 @@ def corrupt(pixels: torch.Tensor, name: str, severity: int, seed: int = 0, index
     if name in ON_IMAGES:
         changed = np.array(ON_IMAGES[name](Image.fromarray(image), severity))
     else:
+        # crc32 and not hash(), which Python draws anew in each process
         rng = np.random.default_rng([seed, zlib.crc32(name.encode()), severity, index])
         values = ON_VALUES[name](image / 255, severity, rng)
-        # cut off, not rounded, as published; the little more keeps 99.99999 at 100
+        # cut off, not rounded, as published. The sum of 1e-4 keeps a value that should be 100 from becoming 99
         changed = (np.clip(values, 0, 1) * 255 + 1e-4).astype(np.uint8)
     return torch.from_numpy(changed).permute(2, 0, 1).contiguous()
 
@@ -207,17 +208,17 @@ class Corruption:
 # ---------------------------------------------------------------- flags
 
 def add_robustness_flags(parser: Parser) -> None:
-    """Flags of programs that evaluate on other images than those of training: --corruption, --severity, --classes.
+    """The flags of programs that evaluate on other images than those of training.
 
-    For `make_corruption` and `class_subsets.read_classes`.
+    `make_corruption` reads --corruption and --severity, `class_subsets.read_classes` reads --classes.
     """
     add = parser.add_group('robustness')
     add('--corruption', choices=CORRUPTIONS, metavar='NAME',
-        help='corrupt each image, once resized, as ImageNet-C does: ' + ', '.join(CORRUPTIONS))
-    add('--severity', type=integer(1, SEVERITIES), metavar='N', help=f'of --corruption, 1 to {SEVERITIES}')
+        help='corrupt each resized image as ImageNet-C does; NAME is one of ' + ', '.join(CORRUPTIONS))
+    add('--severity', type=integer(1, SEVERITIES), metavar='N', help=f'how strong --corruption is, 1 to {SEVERITIES}')
     add('--classes', metavar='imagenet|imagenet-a|imagenet-r|imagenet-sketch|FILE',
-        help="score over these of the model's classes, which are those of the images; a FILE has a line for each: its "
-             'name, or its number in the model')
+        help='let the model choose only among these of its classes, which the images have; a FILE has a class a line: '
+             'its name, or its number in the model')
 
 
 def make_corruption(name: str | None, severity: int | None, seed: int) -> Corruption | None:

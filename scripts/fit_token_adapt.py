@@ -110,13 +110,13 @@ def main(args: argparse.Namespace) -> int:
 
     def order_of(epoch: int) -> np.ndarray:
         order = shuffled(len(images), world_size(), rank(), args.seed, epoch)
-        return images.chosen[order[:args.epoch_images // world_size()] if args.epoch_images else order]
+        return images.numbers[order[:args.epoch_images // world_size()] if args.epoch_images else order]
 
     def batches_of(indices: np.ndarray, epoch: int, start: int) -> Iterator[torch.Tensor]:
         return images.batches(indices)
 
     def evaluate_of(model: nn.Module, name: str) -> dict[str, float]:
-        batches = held_out.batches(held_out.chosen[rank_indices(len(held_out), True)])
+        batches = held_out.batches(held_out.numbers[rank_indices(len(held_out), True)])
         stats = evaluate_token_adapt(model, pairs, batches, geometry, amp, name)
         if args.output_dir and bool(name) == args.model_ema:
             on_main(save_token_adapt, model, folder.path / FILE)

@@ -112,7 +112,7 @@ def fitted_start(args: argparse.Namespace, training: TokenizerTraining, images: 
     """Fit new weights to the first images of the first epoch; returns them all, on the CPU. Raises InputError."""
     n = (args.image_size // args.patch_size) ** 2
     order = shuffled(len(images), 1, 0, args.seed, 0)[:math.ceil(PATCHES_A_CODE * args.codes / n)]
-    batches = list(images.batches(images.chosen[order]))
+    batches = list(images.batches(images.numbers[order]))
     generator = torch.Generator(batches[0].device).manual_seed(args.seed)
     fit_start(training.eval().model, training.quantizer, batches, generator)
     return {name: value.cpu() for name, value in training.state_dict().items()}
@@ -156,7 +156,7 @@ def main(args: argparse.Namespace) -> int:
 
     def order_of(epoch: int) -> np.ndarray:
         order = shuffled(len(images), world_size(), rank(), args.seed, epoch)
-        return images.chosen[order[:args.epoch_images // world_size()] if args.epoch_images else order]
+        return images.numbers[order[:args.epoch_images // world_size()] if args.epoch_images else order]
 
     def batches_of(indices: np.ndarray, epoch: int, start: int) -> Iterator[torch.Tensor]:
         return images.batches(indices)
@@ -169,10 +169,10 @@ def main(args: argparse.Namespace) -> int:
         return model(x, torch.rand(args.codes + 1, generator=generator, device=device)).sum()
 
     spread = np.linspace(0, len(held_out) - 1, min(SHEET_IMAGES, len(held_out)), dtype=np.int64)  # of all kinds
-    shown = held_out.chosen[spread]
+    shown = held_out.numbers[spread]
 
     def evaluate_of(model: nn.Module, name: str) -> dict[str, float]:
-        batches = held_out.batches(held_out.chosen[rank_indices(len(held_out), True)])
+        batches = held_out.batches(held_out.numbers[rank_indices(len(held_out), True)])
         stats = evaluate_tokenizer(model, batches, amp, name)
         if args.output_dir and bool(name) == args.model_ema:
             on_main(lambda: write_outputs(model, torch.cat(list(held_out.batches(shown))), folder.path))
