@@ -79,7 +79,8 @@ def tokenize(source: Source, output: OutputFiles, options: EncodingOptions, devi
         InputError: for files that do not belong together, images that cannot be read, and an output folder that holds
             another run or cannot be written.
     """
-    torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions; fp32 is to mean fp32
+    # torch lets convolutions round to TF32 by default. Codes of a set must not depend on such a setting.
+    torch.backends.cudnn.allow_tf32 = False
 
     # what goes in
     check_folder(source.data_path, output.folder, source.classes)
@@ -91,29 +92,29 @@ def tokenize(source: Source, output: OutputFiles, options: EncodingOptions, devi
     check_same_on_all_ranks(run_id)
 
     # what is to do
-    todo = on_main(remaining_parts, output, parts, run_id, options.codebook_path is None)
-    if todo is None:
+    missing_parts = on_main(remaining_parts, output, parts, run_id, options.codebook_path is None)
+    if missing_parts is None:
         print0(f'{output.folder}: {output.name} is complete already, nothing to do')
         return
     print0(f'{len(source):,} images, labels from {source.labels_from}; '
-           f'{len(parts) - len(todo)} of {len(parts)} parts done')
+           f'{len(parts) - len(missing_parts)} of {len(parts)} parts done')
 
     # images to codes
     tokenizer = tokenizer.to(device)
     if options.compiled:
         tokenizer = torch.compile(tokenizer)
     encoder = Encoder(tokenizer, codebook.to(device), options.amp, options.tokenizer_path)
-    rank_parts = todo[rank()::world_size()]
+    rank_parts = missing_parts[rank()::world_size()]  # every n-th one, so that ranks end at about the same time
     batches = [batch for part in rank_parts for batch in parts.batches(part)]
     images = load_images(source, batches, options.image_size, workers=cores() if workers is None else workers,
                          skip_bad=skip_bad, pin_memory=device.type == 'cuda', max_pixels=max_pixels)
-    total = sum(len(batch) for part in todo for batch in parts.batches(part))
+    total = sum(len(batch) for part in missing_parts for batch in parts.batches(part))
     with progress_bar(total, sum(map(len, batches))) as advance:
         for part in rank_parts:
             encode_part(parts, part, images, encoder, advance)
     wait_for_all()
 
-    # codes to files
+    # codes to files: only now, since new code numbers (--limit-codes) and the compact model need all codes
     if is_main():
         finished = FinishedCodes(parts)
         check_skipped(finished, source, skip_bad)
@@ -137,9 +138,9 @@ def load_models(tokenizer_path: str | Path, code_path: str | Path | None, codebo
                          'keeps those in use')
     patch = tokenizer.patch_size
     if image_size % patch:
-        near = max(patch, image_size // patch * patch)
-        raise InputError(f'--image-size {image_size}: patches of {patch} do not divide it; choose {near} or '
-                         f'{near + patch}')
+        multiple = max(patch, image_size // patch * patch)
+        raise InputError(f'--image-size {image_size}: patches of {patch} do not divide it; choose {multiple} or '
+                         f'{multiple + patch}')
     return tokenizer, codebook
 
 
@@ -194,7 +195,7 @@ def identify_run(source: Source, output: OutputFiles, options: EncodingOptions, 
               'image_size': options.image_size, 'batch_size': options.batch_size,
               'part_batches': parts.size // parts.batch_size, 'precision': precision, 'device': device.type,
               'limit_codes': options.limit_codes, 'shard_size': output.shard_size}
-    if output.format != 'published':  # whose manifests stay as they were before there was another
+    if output.format != 'published':  # manifests from before there was another format say nothing of it
         run_id['format'] = output.format
     return run_id
 
@@ -202,11 +203,9 @@ def identify_run(source: Source, output: OutputFiles, options: EncodingOptions, 
 # ---------------------------------------------------------------- images to codes
 
 class Encoder:
-    """Pixels to codes on a device.
+    """Pixels to codes, on the device of `tokenizer` and `codebook` (K, d).
 
     Args:
-        tokenizer: on the device.
-        codebook: (K, d), on the device.
         amp: 'off' or 'bf16'.
         path: of the tokenizer, for errors.
     """
@@ -246,7 +245,7 @@ def encode_part(parts: PartsFolder, part: int, images: Iterator[ImageBatch], enc
         InputError: for an image that cannot be read, features that are not finite, a part that cannot be written.
     """
     batches = parts.batches(part)
-    codes = []  # on the device until the part ends, so that nothing waits for it
+    codes = []  # they stay on the device until the part ends, so that the next batch need not wait for a copy
     good = []
     sizes = []
     extra = {'agreement': math.nan} if part == 0 and encoder.amp != 'off' else {}
@@ -275,7 +274,7 @@ def progress_bar(total: int, rank_total: int) -> Iterator[Callable[[int], None]]
 
     Args:
         total: images to do on all ranks.
-        rank_total: images of this rank, which counts its own for all, since ranks keep in step.
+        rank_total: images of this rank. Rank 0 scales what it has done, since ranks keep about in step.
 
     Yields:
         A function to call with the number of images done.
