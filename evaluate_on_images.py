@@ -1,4 +1,6 @@
-"""Evaluate a token-trained ViT on images (SeiT sec. 4): image -> tokenizer -> codes -> codebook -> ViT.
+"""Evaluate a token-trained ViT on images (SeiT, arXiv 2303.11114, sec. 4).
+
+Each image takes the way of the training tokens: image -> tokenizer -> codes -> codebook -> ViT.
 
 One process:   python evaluate_on_images.py --data-path IMAGES --model-path trained-vit.ckpt ...
 One node:      torchrun --nproc_per_node=8 evaluate_on_images.py --dist-eval ...
@@ -22,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, under PYTHONSAFEPATH=1 too
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # this project's modules first, under PYTHONSAFEPATH=1 too
 from engine import evaluate, rank_indices
 from fileio.files import check_writable, write_text
 from flags import SEED, KeyValues, Parser, add_max_pixels, integer, print_no_effect
@@ -52,29 +54,33 @@ def make_parser() -> Parser:
         help='class folders of images, a list file .txt, tar shards or parquet files: see image_data/sources.py')
     add('--model', default='deit_base_token_32', help=', '.join(MODELS))
     add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
-        help='as given in training')
-    add('--model-path', default='weights/trained-vit.ckpt', metavar='FILE', help='a checkpoint')
-    add('--use-ema', action='store_true', help="take the checkpoint's averaged weights")
-    add('--codebook-path', default='weights/codebook.ckpt', metavar='FILE')
-    add('--tokenizer-path', default='weights/tokenizer.ckpt', metavar='FILE')
+        help='sizes of the model, as given in training')
+    add('--model-path', default='weights/trained-vit.ckpt', metavar='FILE', help='checkpoint of the ViT')
+    add('--use-ema', action='store_true', help="evaluate the checkpoint's averaged weights")
+    add('--codebook-path', default='weights/codebook.ckpt', metavar='FILE',
+        help='the codebook that the model was trained with')
+    add('--tokenizer-path', default='weights/tokenizer.ckpt', metavar='FILE',
+        help='the tokenizer that made the training tokens')
     add('--tokenizer-code-path', metavar='DIR',
-        help='folder of the code that a pickled tokenizer runs when loaded; scripts/convert_tokenizer.py does without')
-    add('--tokenizer-input-size', type=integer(1), default=256, help='pixels images are resized to, both sides')
-    add('--vit-input-size', type=integer(2), default=28, help='codes the model reads, each side')
-    add('--nb-classes', type=integer(1), help="default: the checkpoint's (1000 in the published ones)")
-    add('--batch-size', type=integer(1), default=64, help='per process')
-    add('--num-workers', type=integer(), default=10, help='processes that decode images; as many as the cores at most')
+        help='folder of the code that loading a pickled tokenizer runs; not needed for a file converted by '
+             'scripts/convert_tokenizer.py')
+    add('--tokenizer-input-size', type=integer(1), default=256, help='resize images to this many pixels on both sides')
+    add('--vit-input-size', type=integer(2), default=28, help='codes on a side that the model reads')
+    add('--nb-classes', type=integer(1), help="classes of the model; default: the checkpoint's, 1000 if published")
+    add('--batch-size', type=integer(1), default=64, help='images in a batch of each process')
+    add('--num-workers', type=integer(), default=10, help='processes that decode images; never more than the cores')
     add('--pin-mem', action=argparse.BooleanOptionalAction, default=True,
         help='copy batches to a GPU from page-locked memory')
     add('--amp', choices=['bf16', 'fp16', 'off'], help='mixed precision of the ViT (default: fp16 on CUDA, off on CPU)')
     add('--tokenizer-amp', choices=['bf16', 'off'], default='off',
         help='off: fp32, so that codes are those of the training set; bf16 is faster and moves some codes')
     add('--compile', action='store_true', help='torch.compile tokenizer and model')
-    add('--dist-eval', action='store_true', help='share the images over the ranks, each on exactly one')
-    add('--save-predictions', metavar='FILE.csv', help='a line an image: file, label, prediction, probability, top 5')
-    add('--skip-bad-images', action='store_true', help='leave unreadable images out and count them')
+    add('--dist-eval', action='store_true', help='divide the images among the ranks, each to exactly one')
+    add('--save-predictions', metavar='FILE.csv',
+        help='write a line for each image: file, label, prediction, probability, top 5')
+    add('--skip-bad-images', action='store_true', help='leave out unreadable images, and count them')
     add_max_pixels(add)
-    add('--seed', type=SEED, default=0, help='of the noise of --corruption; nothing else is random')
+    add('--seed', type=SEED, default=0, help='seed of the noise of --corruption; nothing else is random')
     add('--device', default='auto', help='auto (CUDA where there is one), cuda or cpu')
     add('--dist-url', default='env://', help="torch.distributed's init method")
     add_robustness_flags(parser)
@@ -156,7 +162,7 @@ class CodeBatches:
 # ---------------------------------------------------------------- predictions
 
 def gather(values: list[Any], distributed: bool) -> list[Any] | None:
-    """All ranks' lists in one, on rank 0 (elsewhere None); without `distributed` this rank's own."""
+    """All ranks' lists in one, on rank 0 (elsewhere None); without `distributed` those of this rank."""
     if not distributed or world_size() == 1:
         return values
     gathered = [None] * world_size() if is_main() else None
@@ -193,7 +199,7 @@ def main(args: argparse.Namespace) -> None:
     if args.save_predictions:
         on_main(check_writable, args.save_predictions)
 
-    # model, tokenizer and images, which must belong together
+    # model, tokenizer and images, which must belong together: a wrong codebook has the right shape, and gives chance
     codebook = load_codebook(args.codebook_path)
     model, names = load_model(args.model_path, args.use_ema, args.model, args.model_kwargs, args.nb_classes,
                               args.vit_input_size, codebook.shape[1])

@@ -20,7 +20,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # ours come first, under PYTHONSAFEPATH=1 too
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # this project's modules first, under PYTHONSAFEPATH=1 too
 from flags import Parser, add_max_pixels, integer
 from image_data.sources import open_source
 from image_tokenizer.tokenizing import EncodingOptions, tokenize
@@ -38,27 +38,32 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="class folders of images (labels: folders in alphabetical order); a .txt list of 'path label' lines; "
              ".tar shards, as a glob, x-{000..146}.tar or comma list (labels: members .cls, or .json's 'label'); "
              "or .parquet files, a folder of them or a glob (labels: column 'label')")
-    add('--name', required=True, help='first part of the file names, as in imagenet1k-train')
-    add('--output-dir', required=True, metavar='DIR')
-    add('--tokenizer-path', required=True, metavar='FILE')
-    add('--tokenizer-code-path', metavar='DIR', help="a pickled tokenizer's code, which is then run")
-    add('--codebook-path', metavar='FILE', help="default: the tokenizer's own, also written to DIR/codebook.ckpt")
+    add('--name', required=True, help='first part of the file names, such as imagenet1k-train')
+    add('--output-dir', required=True, metavar='DIR', help='folder that the token sets are written to')
+    add('--tokenizer-path', required=True, metavar='FILE',
+        help='a ViT-VQGAN or a patch tokenizer (image_tokenizer/tokenizers.py)')
+    add('--tokenizer-code-path', metavar='DIR', help='folder of the code that loading a pickled tokenizer runs')
+    add('--codebook-path', metavar='FILE',
+        help="the codebook; default: the one in the tokenizer's file, which is then also written to DIR/codebook.ckpt")
     add('--limit-codes', action='store_true',
-        help='keep and renumber only the codes in use, and write that codebook to DIR/codebook.ckpt (training split)')
+        help='keep only the codes in use, renumber them, and write their codebook to DIR/codebook.ckpt; for the '
+             'training split')
     add('--format', choices=FORMATS, default='published',
         help="published: the paper's files, which other programs read; compact: a third smaller (docs/token_format.md)")
-    add('--shard-size', type=integer(), default=0, metavar='N', help='images to a numbered shard; 0: one set of files')
+    add('--shard-size', type=integer(), default=0, metavar='N',
+        help='images in each numbered shard; 0: one set of files')
     add('--skip-bad-images', action='store_true', help='leave out unreadable images, instead of stopping at one')
     add_max_pixels(add)
 
     group = parser.add_argument_group('computation')
     add = group.add_argument
-    add('--image-size', type=integer(1), default=256, help='images are resized to this, both sides')
-    add('--batch-size', type=integer(1), default=64, help='per process; another may change a few codes, by rounding')
+    add('--image-size', type=integer(1), default=256, help='resize images to this many pixels on both sides')
+    add('--batch-size', type=integer(1), default=64,
+        help='images in a batch of each process; another size may change a few codes, by rounding')
     add('--amp', choices=('off', 'bf16'), default='off',
-        help='off: fp32; bf16: faster, and how many codes agree with fp32 is reported')
-    add('--compile', action='store_true', help='torch.compile the tokenizer; may change a few codes, by rounding')
-    add('--num-workers', type=integer(), default=cores(), help='processes that decode images, per rank')
+        help='precision of the tokenizer; off: fp32; bf16: faster, and prints how many codes agree with fp32')
+    add('--compile', action='store_true', help='torch.compile the tokenizer, which may change a few codes, by rounding')
+    add('--num-workers', type=integer(), default=cores(), help='processes that decode images, for each rank')
     add('--device', default='auto', help='auto (CUDA where there is one), cuda or cpu')
     args = parser.parse_args(argv)
     if not args.name or args.name != Path(args.name).name or args.name.startswith('.'):

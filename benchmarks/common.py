@@ -1,4 +1,8 @@
-"""What the benchmarks share: their command line, rounds that take turns, synthetic data, the JSON line."""
+"""What the benchmarks share: their command line, rounds that take turns, synthetic data, the JSON line.
+
+A benchmark is a function (device, folder) -> numbers. `run_benchmark` calls it in a temporary folder and prints what it
+returns; inside, `take_turns` measures variants in rounds.
+"""
 import argparse
 import contextlib
 import functools
@@ -28,10 +32,10 @@ from utils import device_of_rank
 
 CODES = 391  # of the published codebook
 CODE_DIM = 32
-CHUNK_CODES = 1 << 23  # made at a time
+CHUNK_CODES = 1 << 23  # codes made at a time: bounds memory
 RANKINGS = 64  # of the codes, one for every so many of the neighbors that a synthetic code may have
 CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
-PLACES = 'main_flags', 'folder', 'token_file', 'data_path'  # flags that say where files lie
+FILE_FLAGS = 'main_flags', 'folder', 'token_file', 'data_path'  # flags that say where files lie
 # Of main_seit.py's flags, those that the JSON line repeats.
 MAIN_FLAGS = 'model', 'model_kwargs', 'batch_size', 'input_size', 'compile', 'nb_classes', 'data_device'
 
@@ -49,11 +53,11 @@ def make_parser(about: str, repeats: int, clock: bool = False, threads: str = "t
     """
     parser = Parser(about)
     add = parser.add_argument
-    add('--repeats', type=integer(1), default=repeats, help='rounds')
+    add('--repeats', type=integer(1), default=repeats, help='rounds to measure')
     add('--threads', type=integer(1), default=torch.get_num_threads(), help=threads)
     if clock:
-        add('--clock', default='wall', choices=list(CLOCKS), help='cpu: count CPU seconds of the process; with '
-            '--threads 1, what a CPU shared with other jobs would do alone')
+        add('--clock', default='wall', choices=list(CLOCKS), help='cpu counts CPU seconds of the process: with '
+            '--threads 1, what a CPU that other jobs use too would do alone')
     return parser
 
 
@@ -104,11 +108,11 @@ def take_turns(variants: dict[str, Callable], repeats: int, device: torch.device
     """
     now = CLOCKS[clock]
     seconds = {name: [] for name in variants}
-    for round_ in range(-1, repeats):
+    for round_ in range(-1, repeats):  # round -1 is the warm-up
         for name, variant in variants.items():
             began = now()
             variant()
-            if device.type == 'cuda':
+            if device.type == 'cuda':  # else only the launch of the kernels would be measured
                 torch.cuda.synchronize(device)
             if round_ >= 0:
                 seconds[name].append(now() - began)
@@ -118,8 +122,8 @@ def take_turns(variants: dict[str, Callable], repeats: int, device: torch.device
 def spread(values: Sequence[float], digits: int = 4) -> dict[str, float]:
     """Median, least and largest of some numbers, to so many significant digits."""
     values = np.asarray(values, float)
-    of_interest = {'median': np.median(values), 'min': values.min(), 'max': values.max()}
-    return {name: float(f'{value:.{digits}g}') for name, value in of_interest.items()}
+    statistics = {'median': np.median(values), 'min': values.min(), 'max': values.max()}
+    return {name: float(f'{value:.{digits}g}') for name, value in statistics.items()}
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -132,41 +136,41 @@ def hardware(device: torch.device) -> dict[str, Any]:
             'cuda': torch.version.cuda if on_gpu else None, **VERSIONS, 'numpy': np.__version__}
 
 
-def run_benchmark(name: str, measure: Callable, asked: dict[str, Any]) -> None:
+def run_benchmark(name: str, measure: Callable, settings: dict[str, Any]) -> None:
     """Measure in a temporary folder, and print the result.
 
     Args:
         name: of the benchmark.
         measure: (device, folder) -> numbers by name.
-        asked: the flags by name, 'device' and 'threads' among them, and what `parse_with_main` adds where it was used.
+        settings: the flags by name, among them 'device' and 'threads', and what `parse_with_main` adds.
     """
-    device = set_up(asked['device'], asked['threads'])
+    device = set_up(settings['device'], settings['threads'])
     with tempfile.TemporaryDirectory(prefix='seit-benchmark-') as folder:
         result = measure(device, Path(folder))
-    if 'main_flags' in asked:
-        asked = asked | asked_of_main(main_seit.parse_args(asked['main_flags']), device)
-    print_result(name, result, asked, device)
+    if 'main_flags' in settings:
+        settings = settings | asked_of_main(main_seit.parse_args(settings['main_flags']), device)
+    print_result(name, result, settings, device)
 
 
 def asked_of_main(main_args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """What main_seit.py's flags asked for, as the JSON line has it."""
-    asked = {name: getattr(main_args, name) for name in MAIN_FLAGS}
-    return asked | {'amp': main_args.amp or default_amp(device)}
+    settings = {name: getattr(main_args, name) for name in MAIN_FLAGS}
+    return settings | {'amp': main_args.amp or default_amp(device)}
 
 
-def print_result(name: str, result: dict[str, Any], asked: dict[str, Any], device: torch.device) -> None:
+def print_result(name: str, result: dict[str, Any], settings: dict[str, Any], device: torch.device) -> None:
     """Print a line for each result, then the JSON line.
 
     Args:
         name: of the benchmark.
         result: numbers by name.
-        asked: the flags; those that say where files lie are left out.
+        settings: the flags; those that say where files lie are left out.
         device: it was measured on.
     """
     for key, value in result.items():
         print(f'{key}: {value}')
-    asked = {key: value for key, value in asked.items() if key not in PLACES}
-    print(json.dumps({'benchmark': name, **result, 'asked': asked, 'hardware': hardware(device)}), flush=True)
+    settings = {key: value for key, value in settings.items() if key not in FILE_FLAGS}
+    print(json.dumps({'benchmark': name, **result, 'asked': settings, 'hardware': hardware(device)}), flush=True)
 
 
 # ---------------------------------------------------------------- synthetic data

@@ -28,11 +28,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add('--device', default='auto', help='auto (CUDA where there is one), cuda, cuda:N or cpu')
     add('--tokenizer', default='base', choices=common.TOKENIZERS, help='ViT-VQGAN of that size, or patches')
-    add('--amp', nargs='+', default=['off', 'bf16'], choices=['off', 'bf16'])
+    add('--amp', nargs='+', default=['off', 'bf16'], choices=['off', 'bf16'],
+        help='precisions to measure')
     add('--compile', action='store_true', help='measure each with torch.compile too')
-    add('--image-size', type=integer(1), default=256)
-    add('--batch-size', type=integer(1), default=64)
-    add('--images', type=integer(1), default=1024)
+    add('--image-size', type=integer(1), default=256, help='pixels on a side')
+    add('--batch-size', type=integer(1), default=64, help='images in a batch')
+    add('--images', type=integer(1), default=1024, help='images with decoding')
     add('--num-workers', type=integer(), default=cores(), help='processes that decode images')
     return parser.parse_args(argv)
 

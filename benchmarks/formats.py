@@ -41,7 +41,7 @@ from token_files.token_file import (FORMATS, MAX_CODES, count_codes, decode, ent
                                     open_token_file, source_bytes_of, stream_ending, write_model, write_set)
 from utils import InputError, run
 
-RUN_CODES = 1 << 23  # handled at a time
+RUN_CODES = 1 << 23  # codes handled at a time
 SPEED_CODES = 1 << 24  # that speeds are measured on, at most
 NAMES = 'published', 'xz -9', 'zstd -19', 'brotli -11', 'compact'
 WITHOUT_SPEED = 'brotli -11'  # ten times as slow as the next one
@@ -53,11 +53,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                                 threads='cores that encoding and decoding may use')
     parser.set_defaults(threads=1)
     add = parser.add_argument
-    add('--token-file', metavar='FILE', help='a set, or a glob of its shards; default: a synthetic set')
+    add('--token-file', metavar='FILE', help='a set, or a glob of its shards; default: make a synthetic set')
     add('--data-path', metavar='PATH', help='the images that it was made from, for their bytes; default: what its '
         'manifest says')
-    add('--images', type=integer(1), default=50_000, help='of the synthetic set')
-    add('--grid', type=integer(2), default=16, help='of the synthetic set, codes on a side')
+    add('--images', type=integer(1), default=50_000, help='images of the synthetic set')
+    add('--grid', type=integer(2), default=16, help='codes on a side of the synthetic set')
     args = parser.parse_args(argv)
     if args.data_path and not args.token_file:
         raise InputError('--data-path: give the tokens of these images to --token-file')
@@ -163,7 +163,7 @@ def make_formats(folder: Path, stem: str, manifest: dict[str, Any], codes: np.nd
     """The formats that can be had, by name, each with a folder of its own. A model is fitted and written here.
 
     Args:
-        folder: for theirs.
+        folder: each format gets one below it.
         stem: first part of the files' names.
         manifest: of the set, {} for none.
         codes: (N, n), that will be written.

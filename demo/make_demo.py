@@ -36,13 +36,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add('--fashion-mnist', required=True, metavar='DIR')
-    add('--output-dir', default=str(ROOT / 'demo'), metavar='DIR')
-    add('--image-size', type=integer(1), default=64)
-    add('--train-images', type=integer(1), default=10_000)
-    add('--val-images', type=integer(1), default=2_000)
-    add('--png-images', type=integer(), default=400, help='validation images kept as PNGs')
-    add('--fit', action='store_true', help='fit the tokenizer and codebook too')
+    add('--fashion-mnist', required=True, metavar='DIR', help='folder of the four original files')
+    add('--output-dir', default=str(ROOT / 'demo'), metavar='DIR', help='folder of the demo')
+    add('--image-size', type=integer(1), default=64, help='resize images to this many pixels on both sides')
+    add('--train-images', type=integer(1), default=10_000, help='training images, the first ones')
+    add('--val-images', type=integer(1), default=2_000, help='validation images, the first ones')
+    add('--png-images', type=integer(), default=400, help='validation images that are kept as PNGs too')
+    add('--fit', action='store_true', help='fit a new tokenizer and codebook')
     return parser.parse_args(argv)
 
 
@@ -85,6 +85,7 @@ def main(args: argparse.Namespace) -> None:
         images = Path(temporary)
         export(*train, images / 'train')
         export(val[0][:args.val_images], val[1][:args.val_images], images / 'val')
+        # a fit gives other codes on another machine; with the committed tokenizer the streams are always the same
         if args.fit:
             for name in ('tokenizer.pt', 'codebook.ckpt'):  # fitting refuses to overwrite others
                 (output / name).unlink(missing_ok=True)

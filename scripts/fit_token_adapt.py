@@ -44,16 +44,21 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_image_flags(parser)
 
     add = parser.add_group('TokenAdapt')
-    add('--tokenizer-path', required=True, metavar='FILE', of_a_rank=True, help='see image_tokenizer/tokenizers.py')
-    add('--codebook-path', metavar='FILE', of_a_rank=True, help="default: the tokenizer's own")
-    add('--width', type=integer(HEAD_DIM), default=SIZE.dim, help=f'a multiple of {HEAD_DIM}, the width of a head; the '
-        'published program reads only the default')
-    add('--depth', type=integer(1), default=SIZE.depth, help='layers of either network')
+    add('--tokenizer-path', required=True, metavar='FILE', of_a_rank=True,
+        help='the tokenizer of the tokens (image_tokenizer/tokenizers.py)')
+    add('--codebook-path', metavar='FILE', of_a_rank=True,
+        help="the codebook of the tokens; default: the one in the tokenizer's file")
+    add('--width', type=integer(HEAD_DIM), default=SIZE.dim,
+        help=f'width of both networks, a multiple of {HEAD_DIM}, the width of a head; the published program reads only '
+             'the default')
+    add('--depth', type=integer(1), default=SIZE.depth, help='layers of each network')
 
     add = parser.add_group('augmentation')
-    add('--input-size', type=integer(2), help='side of the crops, in pixels; default: 7/8 of --image-size')
-    add('--rrc-ratio', type=flags.SHARE, default=0.08, help='smallest area of the random-resized crop')
-    add('--mixup-prob', type=flags.SHARE, default=0.25, help=f'of Mixup in a batch, of alpha {ADAPTED_MIXUP}')
+    add('--input-size', type=integer(2), help='pixels on a side of the crops; default: 7/8 of --image-size')
+    add('--rrc-ratio', type=flags.SHARE, default=0.08,
+        help='smallest area of the random-resized crop, as a part of the image')
+    add('--mixup-prob', type=flags.SHARE, default=0.25,
+        help=f'probability that a batch gets Mixup (alpha {ADAPTED_MIXUP})')
 
     flags.add_average_flags(flags.add_step_flags(parser))
     flags.add_output_flags(parser)

@@ -54,30 +54,34 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--flip', action=flags.ON_OFF, default=True, exact=True, help='mirror half of the training images')
 
     add = parser.add_group('tokenizer')
-    add('--vit', default='small', choices=list(VITS), help='size of encoder and decoder; tiny is for CPUs')
-    add('--width', type=integer(HEAD_DIM), help=f"instead of --vit's; a multiple of {HEAD_DIM}, the width of a head")
-    add('--depth', type=integer(1), help="layers of each, instead of --vit's")
-    add('--patch-size', type=integer(1), default=8, help='pixels a code covers, on each side')
+    add('--vit', default='small', choices=list(VITS), help='size of both encoder and decoder; tiny is for CPUs')
+    add('--width', type=integer(HEAD_DIM),
+        help=f"width of both, instead of --vit's; a multiple of {HEAD_DIM}, the width of a head")
+    add('--depth', type=integer(1), help="layers of both, instead of --vit's")
+    add('--patch-size', type=integer(1), default=8, help='pixels on a side that a code covers')
     add('--codes', type=integer(2, 1 << 16), default=391, help='rows of the codebook')
-    add('--dim', type=integer(1), default=32, help='width of the codebook')
-    add('--estimator', default='straight-through', choices=ESTIMATORS, help='how gradients pass the codebook')
-    add('--decay', type=flags.SHARE, default=0.9, help='of the moving averages that the codebook is, a step')
+    add('--dim', type=integer(1), default=32, help='elements of a codebook row')
+    add('--estimator', default='straight-through', choices=ESTIMATORS,
+        help='how gradients pass the codebook on their way to the encoder')
+    add('--decay', type=flags.SHARE, default=0.9,
+        help='part of the moving averages, which the codebook is made of, that a step keeps')
     add('--revive-below', type=flags.SHARE, default=0.1,
-        help='codes used less than this part of the mean use start again at a feature; 0: never')
+        help='a code used less than this part of the mean use starts again at a feature of the batch; 0: never')
 
     add = parser.add_group('loss')
     add('--l1', type=number(0), default=LossWeights.l1, help='weight of the mean absolute error of pixels')
-    add('--l2', type=number(0), default=LossWeights.l2, help='of the mean squared error')
+    add('--l2', type=number(0), default=LossWeights.l2, help='weight of the mean squared error of pixels')
     add('--gradient', type=number(0), default=LossWeights.gradient,
-        help='of the mean absolute error of differences between neighboring pixels')
-    add('--perceptual', type=number(0), default=0.1, help='of the perceptual term, with --vgg-path')
+        help='weight of the mean absolute error of differences between neighboring pixels')
+    add('--perceptual', type=number(0), default=0.1, help='weight of the perceptual term, with --vgg-path')
     add('--vgg-path', default='', metavar='FILE', of_a_rank=True,
         help="adds a perceptual term: torchvision's VGG16 weights, a state dict as a torch file")
-    add('--commitment', type=number(0), default=LossWeights.commitment, help='of features to their rows')
+    add('--commitment', type=number(0), default=LossWeights.commitment,
+        help='weight of the distance of features from their rows')
 
     flags.add_average_flags(flags.add_step_flags(parser))
     flags.add_output_flags(parser)
-    # 1e-4 for a batch of 64, and that at once: the start is good, and large steps spoil it
+    # A learning rate of 1e-4 for a batch of 64, without warm-up: the fitted start is good, and large steps spoil it.
     parser.set_defaults(epochs=30, lr=8e-4, weight_decay=1e-4, clip_grad=1., warmup_epochs=0, model_ema_decay=0.995,
                         start_epoch=0)
     args = parser.parse_args(argv)
@@ -168,7 +172,7 @@ def main(args: argparse.Namespace) -> int:
             x = torch.where(mirrored, x.flip(-1), x)
         return model(x, torch.rand(args.codes + 1, generator=generator, device=device)).sum()
 
-    spread = np.linspace(0, len(held_out) - 1, min(SHEET_IMAGES, len(held_out)), dtype=np.int64)  # of all kinds
+    spread = np.linspace(0, len(held_out) - 1, min(SHEET_IMAGES, len(held_out)), dtype=np.int64)  # from all over
     shown = held_out.numbers[spread]
 
     def evaluate_of(model: nn.Module, name: str) -> dict[str, float]:
