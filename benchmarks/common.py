@@ -181,6 +181,8 @@ def make_codes(images: int, grid_size: int) -> Iterator[np.ndarray]:
     Each code is drawn from a ranking of all codes, the first ones most often, that its left or its upper neighbor has.
     Of the 7.5 bits of a code on its own 5.1 are left to a context model of 128 groups, about as with real ones.
     """
+    # A power of a uniform number makes low ranks frequent. Each neighbor ranks the codes in another order, so a code
+    # says much about the next one, while all codes are used about alike.
     rng = np.random.default_rng(0)
     ranking = rng.permuted(np.tile(np.arange(CODES, dtype=np.uint16), (RANKINGS, 1)), axis=1)
     chunk = max(1, CHUNK_CODES // grid_size ** 2)
@@ -230,6 +232,7 @@ def make_images(folder: Path, images: int, classes: int = 10, width: int = 500, 
     """Write JPEGs of ImageNet's typical size (about 90 KB) into class folders."""
     rng = np.random.default_rng(0)
     for i in range(images):
+        # large smooth areas and a little noise, as photographs have; noise alone would make much larger files
         coarse = Image.fromarray(rng.integers(256, size=(24, 32, 3), dtype=np.uint8)).resize((width, height))
         pixels = np.asarray(coarse) + rng.normal(0, 12, (height, width, 1))
         path = folder / f'class-{i % classes}' / f'{i:05d}.jpg'

@@ -60,6 +60,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     order = rank_indices(args.images, False)
 
     def on_tokens() -> None:
+        # main_seit.py evaluates batches half as large again as those of training, since it needs no gradients
         batches = data.batches(order, int(1.5 * main_args.batch_size), device, main_args.pin_mem)
         evaluate(model, batches, EvalTransform(codebook, size, device), amp=amp)
 

@@ -255,6 +255,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     model = open_token_file(formats['compact'].tokens).content.model
     result |= describe_model(model, codes) | {'fit_seconds': round(fit_seconds, 2)} | sizes
     result['not_installed'] = [name for name in NAMES if name not in formats]
+    # copied into memory: the codes are a map, and the first round would read the disk
     some = np.array(codes[:max(1, SPEED_CODES // codes.shape[1])])
     return result | measure_speeds(args, {name: format_ for name, format_ in formats.items() if name != WITHOUT_SPEED},
                                    some, device)

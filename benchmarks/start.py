@@ -158,7 +158,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     cache = cache_path([file])
     flags = common.token_flags(folder, args.format)
     for ranks in args.ranks:
-        for state in ('cold', 'warm'):
+        for state in ('cold', 'warm'):  # cold: the first rank decodes; warm: all map the cache of a run before
             runs = []
             for _ in range(args.repeats):
                 if state == 'cold':

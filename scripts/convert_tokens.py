@@ -120,6 +120,7 @@ def read_all(shards: Sequence[Shard]) -> int:
                 raise InputError(f'{shard.file.stream}: {codes.shape[1]} codes an image, where '
                                  f'{shards[0].file.stream} has {n}: they are no shards of one set')
             shard.largest = max(shard.largest, int(codes.max()))
+            # of the codes and not of the file, in one byte order: so it can be compared across formats
             digest.update(codes.astype('<u2').tobytes())
         shard.digest = digest.hexdigest()
     return math.isqrt(n)
@@ -133,6 +134,7 @@ def write_shards(shards: Sequence[Shard], folder: Path, format_name: str) -> Non
     if grid_size > largest_grid(format_name):
         raise InputError(f'{shards[0].file.stream}: {grid_size} codes on a side; --format {format_name} holds '
                          f'{largest_grid(format_name)} at most')
+    # The rows of the codebook count too, not only the codes that occur, so that all splits get one format.
     name = format_for(format_name, max(max(shard.largest + 1, codebook_rows(shard.file)) for shard in shards))
     all_codes = (codes for shard in shards for codes in shard.codes())
     images = sum(len(shard.file) for shard in shards)

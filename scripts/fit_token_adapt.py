@@ -115,6 +115,7 @@ def main(args: argparse.Namespace) -> int:
 
     def order_of(epoch: int) -> np.ndarray:
         order = shuffled(len(images), world_size(), rank(), args.seed, epoch)
+        # order counts the images to train on; the source numbers them together with those held out
         return images.numbers[order[:args.epoch_images // world_size()] if args.epoch_images else order]
 
     def batches_of(indices: np.ndarray, epoch: int, start: int) -> Iterator[torch.Tensor]:
@@ -123,6 +124,7 @@ def main(args: argparse.Namespace) -> int:
     def evaluate_of(model: nn.Module, name: str) -> dict[str, float]:
         batches = held_out.batches(held_out.numbers[rank_indices(len(held_out), True)])
         stats = evaluate_token_adapt(model, pairs, batches, geometry, amp, name)
+        # with --model-ema both sets of weights are evaluated, and the averaged ones are written
         if args.output_dir and bool(name) == args.model_ema:
             on_main(save_token_adapt, model, folder.path / FILE)
         return stats

@@ -84,6 +84,7 @@ def predict(model: MaskedTokenModel, codes: torch.Tensor, ratio: float,
     masks = masks_of(torch.rand(len(codes), side ** 2, generator=generator), ratio, min(ratio, UNSEEN))
     logits = model(codes, *masks)
     masked = masks.masked.view(-1, side, side).repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)
+    # codes that are not masked stay as they are, so that the picture shows what the prediction adds
     filled = torch.where(masked, logits.argmax(-1).view_as(codes), codes)
     return filled, masked, masked_token_loss(logits, codes, masks.masked).item()
 

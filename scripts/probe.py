@@ -73,6 +73,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--device', default='auto', help='auto (CUDA where there is one), cuda, cuda:N or cpu')
     add('--output', metavar='FILE.json', help='also write the results to this file')
     args = parser.parse_args(argv)
+    # either all flags of tokens or all flags of images
     given = [[flag for flag in flags if getattr(args, flag)] for flags in (TOKEN_FLAGS, IMAGE_FLAGS)]
     if [len(flags) for flags in given] not in ([len(TOKEN_FLAGS), 0], [0, len(IMAGE_FLAGS)]):
         raise InputError('give ' + ', or '.join(', '.join(f'--{flag.replace("_", "-")}' for flag in flags)
@@ -202,6 +203,7 @@ def linear_probe(train: torch.Tensor, labels: torch.Tensor, queries: torch.Tenso
     if len(train) < HELD_OUT:
         raise InputError(f'{len(train)} training images: a linear probe holds one in {HELD_OUT} of them out')
     train, queries = standardize(train, queries)
+    # drawn on the CPU, so that the held-out tenth is the same on every device
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).to(train.device)
     held_out, rest = order[:len(train) // HELD_OUT], order[len(train) // HELD_OUT:]
     # from strong to weak decay, each fit begins at the one before: fewer iterations

@@ -107,6 +107,7 @@ def main(args: argparse.Namespace) -> None:
         folder.remove_leftovers()
         print0(f'{args.output_dir}: finished already')
         return
+    # the search for a budget takes minutes; a resumed run has its result on disk
     noted = folder.begun() or choose_parameter(args, source)
     folder.begin(noted)
     if not folder.has_manifest():

@@ -115,6 +115,7 @@ def make_training(args: argparse.Namespace, device: torch.device) -> TokenizerTr
 def fitted_start(args: argparse.Namespace, training: TokenizerTraining, images: Images) -> dict[str, torch.Tensor]:
     """Fit new weights to the first images of the first epoch; returns them all, on the CPU. Raises InputError."""
     n = (args.image_size // args.patch_size) ** 2
+    # the order of one process, whatever the number of ranks: the start does not depend on it
     order = shuffled(len(images), 1, 0, args.seed, 0)[:math.ceil(PATCHES_A_CODE * args.codes / n)]
     batches = list(images.batches(images.numbers[order]))
     generator = torch.Generator(batches[0].device).manual_seed(args.seed)
@@ -160,6 +161,7 @@ def main(args: argparse.Namespace) -> int:
 
     def order_of(epoch: int) -> np.ndarray:
         order = shuffled(len(images), world_size(), rank(), args.seed, epoch)
+        # order counts the images to train on; the source numbers them together with those held out
         return images.numbers[order[:args.epoch_images // world_size()] if args.epoch_images else order]
 
     def batches_of(indices: np.ndarray, epoch: int, start: int) -> Iterator[torch.Tensor]:
@@ -178,12 +180,14 @@ def main(args: argparse.Namespace) -> int:
     def evaluate_of(model: nn.Module, name: str) -> dict[str, float]:
         batches = held_out.batches(held_out.numbers[rank_indices(len(held_out), True)])
         stats = evaluate_tokenizer(model, batches, amp, name)
+        # with --model-ema both sets of weights are evaluated, and the averaged ones are written
         if args.output_dir and bool(name) == args.model_ema:
             on_main(lambda: write_outputs(model, torch.cat(list(held_out.batches(shown))), folder.path))
         return stats
 
     # ------------------------------------------------------------ train
     steps = recipe.count_steps(args, len(order_of(0)), args.data_path)
+    # rank 0 fits, and all ranks load what it fitted: they must begin with the same weights
     if not checkpoint:
         training.load_state_dict(on_main(fitted_start, args, training, images))
     state = recipe.make_state(args, training, device, (3, args.image_size, args.image_size))

@@ -160,6 +160,7 @@ def main(args: argparse.Namespace) -> int:
     problems = Problems()
     codebook = read_codebook(args.codebook_path, args.token_synonym_dict, problems) if args.codebook_path else None
     sets = [check_set(*pair, codebook, problems) for pair in zip(token_files, label_files)]
+    # what can be read is still checked together, so that one run names all problems
     files = [file for file, _ in sets if file]
     summary = [one for _, one in sets if one]
     check_shards(files, summary, args.token_file, problems)
