@@ -1,4 +1,6 @@
-"""Evaluate a token-trained ViT on images (SeiT sec. 4): image -> tokenizer -> codes -> codebook -> ViT.
+"""Evaluate a token-trained ViT on images (SeiT, arXiv 2303.11114, sec. 4).
+
+Each image takes the way of the training tokens: image -> tokenizer -> codes -> codebook -> ViT.
 
 One process:   python evaluate_on_images.py --data-path IMAGES --model-path trained-vit.ckpt ...
 One node:      torchrun --nproc_per_node=8 evaluate_on_images.py --dist-eval ...
@@ -203,7 +205,7 @@ def main(args: argparse.Namespace) -> None:
     for path in filter(None, (args.output, args.save_predictions)):
         on_main(check_writable, path)
 
-    # model, tokenizer and images, which must belong together
+    # model, tokenizer and images, which must belong together: a wrong codebook has the right shape, and gives chance
     codebook = load_codebook(args.codebook_path)
     model, names = load_model(args.model_path, args.use_ema, args.model, args.model_kwargs, args.nb_classes,
                               args.vit_input_size, codebook.shape[1])

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # before installed pac
 from flags import Parser, add_max_pixels, integer
 from image_data.sources import open_source
 from image_tokenizer.tokenizing import EncodingOptions, tokenize
-from token_files.parts import Output
+from token_files.parts import OutputFiles
 from token_files.token_file import FORMATS
 from utils import InputError, cores, init_distributed, run
 
@@ -75,7 +75,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Tokenize the images of all ranks' parts, and put the parts together."""
     device = init_distributed(args.device)
-    output = Output(Path(args.output_dir), args.name, args.shard_size, args.format)
+    output = OutputFiles(Path(args.output_dir), args.name, args.shard_size, args.format)
     options = EncodingOptions(args.tokenizer_path, args.image_size, args.codebook_path,
                               code_path=args.tokenizer_code_path, batch_size=args.batch_size, amp=args.amp,
                               compiled=args.compile, limit_codes=args.limit_codes)

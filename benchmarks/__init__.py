@@ -10,4 +10,5 @@
 Each ends in one JSON line on standard output. A measured number there is {"median", "min", "max"} over --repeats rounds
 after a warm-up; variants that are compared take turns, so that a drift of the machine hits all alike. Data are random,
 of ImageNet's sizes by default, in a temporary folder. `train.py` and `evaluate.py` take the flags of main_seit.py too.
+Begin reading at common.py, which all of them share.
 """

@@ -1,4 +1,8 @@
-"""What the benchmarks share: their command line, rounds that take turns, synthetic data, the JSON line."""
+"""What the benchmarks share: their command line, rounds that take turns, synthetic data, the JSON line.
+
+A benchmark is a function (device, folder) -> numbers. `run_benchmark` calls it in a temporary folder and prints what it
+returns; inside, `take_turns` measures variants in rounds.
+"""
 import argparse
 import contextlib
 import functools
@@ -28,7 +32,7 @@ from utils import device_of_rank
 
 CODES = 391  # of the published codebook
 CODE_DIM = 32
-CHUNK_CODES = 1 << 23  # made at a time
+CHUNK_CODES = 1 << 23  # codes made at a time: bounds memory
 RANKINGS = 64  # of the codes, one for every so many of the neighbors that a synthetic code may have
 CLOCKS = {'wall': time.perf_counter, 'cpu': time.process_time}
 # Flags that say where files lie.
@@ -50,12 +54,12 @@ def make_parser(about: str, repeats: int, clock: bool = False, threads: str = "t
     """
     parser = Parser(about)
     add = parser.add_argument
-    add('--repeats', type=integer(1), default=repeats, help='rounds')
+    add('--repeats', type=integer(1), default=repeats, help='rounds to measure')
     add('--threads', type=integer(1), default=torch.get_num_threads(), help=threads)
     add('--output', metavar='FILE.json', help='write the JSON line there, too')
     if clock:
-        add('--clock', default='wall', choices=list(CLOCKS), help='cpu: count CPU seconds of the process; with '
-            '--threads 1, what a CPU shared with other jobs would do alone')
+        add('--clock', default='wall', choices=list(CLOCKS), help='cpu counts CPU seconds of the process: with '
+            '--threads 1, what a CPU that other jobs use too would do alone')
     return parser
 
 
@@ -106,11 +110,11 @@ def take_turns(variants: dict[str, Callable], repeats: int, device: torch.device
     """
     now = CLOCKS[clock]
     seconds = {name: [] for name in variants}
-    for round_ in range(-1, repeats):
+    for round_ in range(-1, repeats):  # round -1 is the warm-up
         for name, variant in variants.items():
             began = now()
             variant()
-            if device.type == 'cuda':
+            if device.type == 'cuda':  # else only the launch of the kernels would be measured
                 torch.cuda.synchronize(device)
             if round_ >= 0:
                 seconds[name].append(now() - began)
@@ -120,8 +124,8 @@ def take_turns(variants: dict[str, Callable], repeats: int, device: torch.device
 def spread(values: Sequence[float], digits: int = 4) -> dict[str, float]:
     """Median, least and largest of some numbers, to so many significant digits."""
     values = np.asarray(values, float)
-    of_interest = {'median': np.median(values), 'min': values.min(), 'max': values.max()}
-    return {name: float(f'{value:.{digits}g}') for name, value in of_interest.items()}
+    statistics = {'median': np.median(values), 'min': values.min(), 'max': values.max()}
+    return {name: float(f'{value:.{digits}g}') for name, value in statistics.items()}
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -134,28 +138,28 @@ def hardware(device: torch.device) -> dict[str, Any]:
             'cuda': torch.version.cuda if on_gpu else None, **VERSIONS, 'numpy': np.__version__}
 
 
-def run_benchmark(name: str, measure: Callable, asked: dict[str, Any]) -> None:
+def run_benchmark(name: str, measure: Callable, settings: dict[str, Any]) -> None:
     """Measure in a temporary folder, and print the result.
 
     Args:
         name: of the benchmark.
         measure: (device, folder) -> numbers by name.
-        asked: the flags by name, 'device' and 'threads' among them, and what `parse_with_main` adds where it was used.
+        settings: the flags by name, among them 'device' and 'threads', and what `parse_with_main` adds.
     """
     if asked.get('output'):
         check_writable(asked['output'])
     device = set_up(asked['device'], asked['threads'])
     with tempfile.TemporaryDirectory(prefix='seit-benchmark-') as folder:
         result = measure(device, Path(folder))
-    if 'main_flags' in asked:
-        asked = asked | asked_of_main(main_seit.parse_args(asked['main_flags']), device)
-    print_result(name, result, asked, device)
+    if 'main_flags' in settings:
+        settings = settings | asked_of_main(main_seit.parse_args(settings['main_flags']), device)
+    print_result(name, result, settings, device)
 
 
 def asked_of_main(main_args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """What main_seit.py's flags asked for, as the JSON line has it."""
-    asked = {name: getattr(main_args, name) for name in MAIN_FLAGS}
-    return asked | {'amp': main_args.amp or default_amp(device)}
+    settings = {name: getattr(main_args, name) for name in MAIN_FLAGS}
+    return settings | {'amp': main_args.amp or default_amp(device)}
 
 
 def print_result(name: str, result: dict[str, Any], asked: dict[str, Any], device: torch.device) -> None:
@@ -164,7 +168,7 @@ def print_result(name: str, result: dict[str, Any], asked: dict[str, Any], devic
     Args:
         name: of the benchmark.
         result: numbers by name.
-        asked: the flags; those that say where files lie are left out.
+        settings: the flags; those that say where files lie are left out.
         device: it was measured on.
     """
     for key, value in result.items():
@@ -184,6 +188,8 @@ def make_codes(images: int, grid_size: int) -> Iterator[np.ndarray]:
     Each code is drawn from a ranking of all codes, the first ones most often, that its left or its upper neighbor has.
     Of the 7.5 bits of a code on its own 5.1 are left to a context model of 128 groups, about as with real ones.
     """
+    # A power of a uniform number makes low ranks frequent. Each neighbor ranks the codes in another order, so a code
+    # says much about the next one, while all codes are used about alike.
     rng = np.random.default_rng(0)
     ranking = rng.permuted(np.tile(np.arange(CODES, dtype=np.uint16), (RANKINGS, 1)), axis=1)
     chunk = max(1, CHUNK_CODES // grid_size ** 2)
@@ -233,6 +239,7 @@ def make_images(folder: Path, images: int, classes: int = 10, width: int = 500, 
     """Write JPEGs of ImageNet's typical size (about 90 KB) into class folders."""
     rng = np.random.default_rng(0)
     for i in range(images):
+        # large smooth areas and a little noise, as photographs have; noise alone would make much larger files
         coarse = Image.fromarray(rng.integers(256, size=(24, 32, 3), dtype=np.uint8)).resize((width, height))
         pixels = np.asarray(coarse) + rng.normal(0, 12, (height, width, 1))
         path = folder / f'class-{i % classes}' / f'{i:05d}.jpg'

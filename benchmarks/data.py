@@ -30,11 +30,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                                 clock=True)
     add = parser.add_argument
     add('--device', default='auto', help='auto (CUDA where there is one), cuda, cuda:N or cpu')
-    add('--batch-size', type=integer(1), default=128)
+    add('--batch-size', type=integer(1), default=128, help='images in a batch')
     add('--batches', type=integer(1), default=8, help='batches a round')
     add('--one-hot-images', type=integer(1), default=32, help='images a round of the one-hot implementation')
     add('--grid', type=integer(2), default=32, help="codes on a side; 7/8 of them are the model's input")
-    add('--data-device', default='auto', choices=['auto', 'cpu', 'cuda'], help='as in main_seit.py')
+    add('--data-device', default='auto', choices=['auto', 'cpu', 'cuda'],
+        help='where the tokens live, as in main_seit.py')
     add('--compile', action='store_true', help='torch.compile the crop')
     return parser.parse_args(argv)
 
@@ -45,10 +46,11 @@ def crop_difference(fast: RandomResizedCrop, slow: OneHot, codes: torch.Tensor, 
     Raises:
         RuntimeError: when they are not one function.
     """
+    # a fast augmentation that computes something else would be no comparison
     boxes = fast.draw(len(codes), torch.Generator().manual_seed(0))
-    ours = fast.resample(codes.long().to(device), boxes.to(device)).cpu()
+    fast_path = fast.resample(codes.long().to(device), boxes.to(device)).cpu()
     plain = torch.stack([slow.crop(image, box) for image, box in zip(codes.numpy(), boxes.tolist())])
-    difference = float((ours - plain).abs().max())
+    difference = float((fast_path - plain).abs().max())
     if difference > 1e-4:
         raise RuntimeError(f'the crops differ by {difference}: the two implementations are not of one function')
     return difference
@@ -78,18 +80,18 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     order = shuffled(images, 1, 0, 0, 0)
     generator = torch.Generator(device)
 
-    def ours() -> None:
+    def fast_path() -> None:
         for batch in data.batches(order, args.batch_size, device, True):
             augment(*batch, generator)
 
     def plain() -> None:
         one_hot(data.batch(order[:args.one_hot_images])[0])
 
-    seconds = common.take_turns({'ours': ours, 'plain': plain}, args.repeats, device, args.clock)
-    our_rate = images / seconds['ours']
+    seconds = common.take_turns({'ours': fast_path, 'plain': plain}, args.repeats, device, args.clock)
+    rate = images / seconds['ours']
     plain_rate = args.one_hot_images / seconds['plain']
-    return {'images_per_second': common.spread(our_rate), 'one_hot_images_per_second': common.spread(plain_rate),
-            'ratio': common.spread(our_rate / plain_rate), 'ms_an_image': common.spread(1e3 / our_rate),
+    return {'images_per_second': common.spread(rate), 'one_hot_images_per_second': common.spread(plain_rate),
+            'ratio': common.spread(rate / plain_rate), 'ms_an_image': common.spread(1e3 / rate),
             'one_hot_ms_an_image': common.spread(1e3 / plain_rate), 'crop_difference': difference,
             'tokens_on_gpu': data.resident is not None}
 

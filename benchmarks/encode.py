@@ -34,9 +34,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--codebook-path', metavar='FILE')
     add('--amp', nargs='+', default=['off', 'bf16'], choices=['off', 'bf16'])
     add('--compile', action='store_true', help='measure each with torch.compile too')
-    add('--image-size', type=integer(1), default=256)
-    add('--batch-size', type=integer(1), default=64)
-    add('--images', type=integer(1), default=1024)
+    add('--image-size', type=integer(1), default=256, help='pixels on a side')
+    add('--batch-size', type=integer(1), default=64, help='images in a batch')
+    add('--images', type=integer(1), default=1024, help='images with decoding')
     add('--num-workers', type=integer(), default=cores(), help='processes that decode images')
     args = parser.parse_args(argv)
     if bool(args.tokenizer_path) != bool(args.codebook_path):
@@ -60,7 +60,8 @@ def make_encoders(args: argparse.Namespace, device: torch.device) -> dict[str, E
     return encoders
 
 
-def encode_all(encoder: Encoder, source: Source, parts: Parts, args: argparse.Namespace, device: torch.device) -> None:
+def encode_all(encoder: Encoder, source: Source, parts: PartsFolder, args: argparse.Namespace,
+               device: torch.device) -> None:
     """Decode and encode all images, and write the parts."""
     batches = [batch for part in range(len(parts)) for batch in parts.batches(part)]
     images = load_images(source, batches, args.image_size, workers=args.num_workers, pin_memory=device.type == 'cuda')
@@ -81,7 +82,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
 
     common.make_images(folder / 'images', args.images)
     source = open_source(str(folder / 'images'))
-    parts = Parts(folder / 'parts', args.images, args.batch_size)
+    parts = PartsFolder(folder / 'parts', args.images, args.batch_size)
     whole = {name: lambda encoder=encoder: encode_all(encoder, source, parts, args, device)
              for name, encoder in encoders.items()}
     seconds = common.take_turns(whole, args.repeats, device)

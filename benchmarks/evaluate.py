@@ -27,12 +27,12 @@ from utils import cores, keep_freed_memory, run
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Our arguments, and main_seit.py's as `main_flags`. Raises InputError."""
+    """This benchmark's arguments, and main_seit.py's as `main_flags`. Raises InputError."""
     parser = common.make_parser('Measure evaluation on tokens and on images. Takes the flags of main_seit.py too.', 5)
     add = parser.add_argument
     add('--tokenizer', default='base', choices=common.TOKENIZERS, help='ViT-VQGAN of that size, or patches')
     add('--grid', type=integer(2), default=32, help='codes on a side; images have 8 times as many pixels')
-    add('--images', type=integer(1), default=1024)
+    add('--images', type=integer(1), default=1024, help='images to evaluate')
     add('--image-workers', type=integer(), default=cores(), help='processes that decode images')
     return common.parse_with_main(parser, argv)
 
@@ -40,8 +40,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
     """The numbers of the JSON line; data are made in `folder`."""
     # tokens and model, as main_seit.main makes them
-    asked = main_seit.parse_args(args.main_flags)
-    classes = min(10, asked.nb_classes)
+    first_args = main_seit.parse_args(args.main_flags)
+    classes = min(10, first_args.nb_classes)
     main_args = main_seit.parse_args([*args.main_flags, *common.make_tokens(folder, args.images, args.grid, classes)])
     recipe.set_up_torch(main_args)
     amp = main_args.amp or recipe.default_amp(device)
@@ -60,12 +60,13 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     order = rank_indices(args.images, False)
 
     def on_tokens() -> None:
+        # main_seit.py evaluates batches half as large again as those of training, since it needs no gradients
         batches = data.batches(order, int(1.5 * main_args.batch_size), device, main_args.pin_mem)
         evaluate(model, batches, EvalTransform(codebook, size, device), amp=amp)
 
     def on_images() -> None:
-        chosen = [order[start:start + main_args.batch_size] for start in range(0, len(order), main_args.batch_size)]
-        images = load_images(source, chosen, 8 * args.grid, workers=args.image_workers,
+        slices = [order[start:start + main_args.batch_size] for start in range(0, len(order), main_args.batch_size)]
+        images = load_images(source, slices, 8 * args.grid, workers=args.image_workers,
                              pin_memory=main_args.pin_mem and device.type == 'cuda')
         batches = CodeBatches(images, torch.from_numpy(source.labels), tokenizer, rows, 'off')
         evaluate(model, batches, EvalTransform(rows, size, device), amp=amp)

@@ -38,10 +38,10 @@ from token_files.cache import open_codes
 from token_files.context_model import ContextModel, bits
 from token_files.published import CHUNK_BYTES, Codec, codec_for, encode, parse_npy
 from token_files.token_file import (FORMATS, MAX_CODES, count_codes, decode, entropy_bits, format_for, format_of,
-                                    open_token_file, stated_source_bytes, stream_ending, write_model, write_set)
+                                    open_token_file, source_bytes_of, stream_ending, write_model, write_set)
 from utils import InputError, run
 
-RUN_CODES = 1 << 23  # handled at a time
+RUN_CODES = 1 << 23  # codes handled at a time
 SPEED_CODES = 1 << 24  # that speeds are measured on, at most
 NAMES = 'published', 'xz -9', 'zstd -19', 'brotli -11', 'compact'
 WITHOUT_SPEED = 'brotli -11'  # ten times as slow as the next one
@@ -53,11 +53,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                                 threads='cores that encoding and decoding may use')
     parser.set_defaults(threads=1)
     add = parser.add_argument
-    add('--token-file', metavar='FILE', help='a set, or a glob of its shards; default: a synthetic set')
+    add('--token-file', metavar='FILE', help='a set, or a glob of its shards; default: make a synthetic set')
     add('--data-path', metavar='PATH', help='the images that it was made from, for their bytes; default: what its '
         'manifest says')
-    add('--images', type=integer(1), default=50_000, help='of the synthetic set')
-    add('--grid', type=integer(2), default=16, help='of the synthetic set, codes on a side')
+    add('--images', type=integer(1), default=50_000, help='images of the synthetic set')
+    add('--grid', type=integer(2), default=16, help='codes on a side of the synthetic set')
     args = parser.parse_args(argv)
     if args.data_path and not args.token_file:
         raise InputError('--data-path: give the tokens of these images to --token-file')
@@ -142,12 +142,12 @@ class Compressed:
 
 def find_compressors() -> dict[str, tuple[Callable[[bytes], bytes], Callable[[bytes], bytes]]]:
     """What compresses and decompresses bytes, by name; those whose packages are not installed are left out."""
-    found = {'xz -9': (functools.partial(lzma.compress, preset=9), lzma.decompress)}
+    compressors = {'xz -9': (functools.partial(lzma.compress, preset=9), lzma.decompress)}
     if zstd := import_first('compression.zstd', 'zstandard'):
-        found['zstd -19'] = functools.partial(zstd.compress, level=19), zstd.decompress
+        compressors['zstd -19'] = functools.partial(zstd.compress, level=19), zstd.decompress
     if brotli := import_first('brotli'):
-        found['brotli -11'] = functools.partial(brotli.compress, quality=11, lgwin=24), brotli.decompress
-    return found
+        compressors['brotli -11'] = functools.partial(brotli.compress, quality=11, lgwin=24), brotli.decompress
+    return compressors
 
 
 def import_first(*names: str) -> ModuleType | None:
@@ -163,7 +163,7 @@ def make_formats(folder: Path, stem: str, manifest: dict[str, Any], codes: np.nd
     """The formats that can be had, by name, each with a folder of its own. A model is fitted and written here.
 
     Args:
-        folder: for theirs.
+        folder: each format gets one below it.
         stem: first part of the files' names.
         manifest: of the set, {} for none.
         codes: (N, n), that will be written.
@@ -171,7 +171,7 @@ def make_formats(folder: Path, stem: str, manifest: dict[str, Any], codes: np.nd
     """
     manifest = {key: value for key, value in manifest.items() if key not in ('format', 'model')}
     if 'files' in manifest:  # labels stay
-        manifest['files'] = {name: stated for name, stated in manifest['files'].items() if name.endswith('.txt')}
+        manifest['files'] = {name: entry for name, entry in manifest['files'].items() if name.endswith('.txt')}
     formats = {}
     for name in FORMATS:
         tokens = folder / name / f'{stem}.{stream_ending(name)}'
@@ -198,11 +198,11 @@ def load_codes(args: argparse.Namespace, folder: Path) -> tuple[np.ndarray, str,
     if source and len(source) != len(codes):
         raise InputError(f'{args.data_path}: has {len(source)} images, but {args.token_file} {len(codes)}: give the '
                          'images that the tokens were made from')
-    source_bytes = source.encoded_bytes() if source else stated_source_bytes(files)
+    source_bytes = source.encoded_bytes() if source else source_bytes_of(files)
     return codes, files[0].stream.name.partition('.data.bin')[0], files[0].manifest, source_bytes
 
 
-def of_model(model: ContextModel, codes: np.ndarray) -> dict[str, Any]:
+def describe_model(model: ContextModel, codes: np.ndarray) -> dict[str, Any]:
     """What there is to say of the model of codes (N, n): its groups, and bits a code by it."""
     grid = math.isqrt(codes.shape[1])
     symbol_of = model.symbol_of()
@@ -216,9 +216,9 @@ def measure_sizes(formats: dict[str, TokenSet | Compressed], codes: np.ndarray) 
     for name, format_ in formats.items():
         print(f'writing {len(codes):,} images: {name}', flush=True)
         format_.write(codes)
-        of_files = format_.sizes()
-        size[name] = {key: round(value / len(codes), 3) for key, value in of_files.items()}
-        size[name]['total'] = round(sum(of_files.values()) / len(codes), 3)
+        file_sizes = format_.sizes()
+        size[name] = {key: round(value / len(codes), 3) for key, value in file_sizes.items()}
+        size[name]['total'] = round(sum(file_sizes.values()) / len(codes), 3)
     bits_a_code = {name: round(8 * value['total'] / codes.shape[1], 4) for name, value in size.items()}
     return {'bytes_an_image': size, 'bits_a_code': bits_a_code}
 
@@ -242,19 +242,20 @@ def measure_speeds(args: argparse.Namespace, formats: dict[str, TokenSet | Compr
 
 def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
     """The numbers of the JSON line; files are made in `folder`."""
-    codes, stem, manifest, of_images = load_codes(args, folder)
+    codes, stem, manifest, source_bytes = load_codes(args, folder)
     counts = count_codes(codes, MAX_CODES)
     result = {'images': len(codes), 'grid': math.isqrt(codes.shape[1]), 'codes_used': int((counts > 0).sum()),
               'entropy_bits': round(entropy_bits(counts), 4)}
-    if of_images is not None:
-        result['source_bytes_an_image'] = round(of_images / len(codes), 1)
+    if source_bytes is not None:
+        result['source_bytes_an_image'] = round(source_bytes / len(codes), 1)
     began = common.CLOCKS[args.clock]()
     formats = make_formats(folder, stem, manifest, codes, int(counts.nonzero()[0][-1]) + 1)
     fit_seconds = common.CLOCKS[args.clock]() - began
     sizes = measure_sizes(formats, codes)
     model = open_token_file(formats['compact'].tokens).content.model
-    result |= of_model(model, codes) | {'fit_seconds': round(fit_seconds, 2)} | sizes
+    result |= describe_model(model, codes) | {'fit_seconds': round(fit_seconds, 2)} | sizes
     result['not_installed'] = [name for name in NAMES if name not in formats]
+    # copied into memory: the codes are a map, and the first round would read the disk
     some = np.array(codes[:max(1, SPEED_CODES // codes.shape[1])])
     return result | measure_speeds(args, {name: format_ for name, format_ in formats.items() if name != WITHOUT_SPEED},
                                    some, device)

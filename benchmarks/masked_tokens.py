@@ -41,13 +41,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add('--steps', type=integer(1), default=20, help='batches a round')
     add('--grid', type=integer(2), default=32, help='codes on a side')
-    add('--batch-size', type=integer(4), default=128)
-    add('--input-size', type=integer(2), default=224, help='8 to a code')
-    add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help='of all three ViTs')
-    add('--decoder-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help='of pre-training')
-    add('--width', type=integer(HEAD_DIM), default=SIZE.dim, help=f'of TokenAdapt, a multiple of {HEAD_DIM}')
+    add('--batch-size', type=integer(4), default=128, help='images in a batch')
+    add('--input-size', type=integer(2), default=224, help='pixels on a side of the input, 8 to a code')
+    add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
+        help='sizes of all three ViTs')
+    add('--decoder-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
+        help='sizes of the decoder of pre-training')
+    add('--width', type=integer(HEAD_DIM), default=SIZE.dim, help=f'width of TokenAdapt, a multiple of {HEAD_DIM}')
     add('--amp', choices=['bf16', 'fp16', 'off'], help='mixed precision')
-    add('--device', default='auto')
+    add('--device', default='auto', help='auto (CUDA where there is one), cuda, cuda:N or cpu')
     return parser.parse_args(argv)
 
 
@@ -120,7 +122,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     torch.manual_seed(0)
     token_adapt = TokenAdapt(*codebook.shape, args.grid, args.input_size // 8, size_of_width(args.width))
     save_token_adapt(token_adapt, folder / 'tokenadapt.ckpt')
-    alike = ['--batch-size', str(args.batch_size), '--input-size', str(args.input_size), '--device', args.device,
+    common_flags = ['--batch-size', str(args.batch_size), '--input-size', str(args.input_size), '--device', args.device,
              *(['--amp', args.amp] if args.amp else [])]
     sizes = words_of(args.model_kwargs)
     decoder = words_of(args.decoder_kwargs)
@@ -131,10 +133,12 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     for name, (program, make, flags, kwargs) in programs.items():
         paths = {'': folder / 'tokenadapt.ckpt', '_without_tokenadapt': ''} if program is not main_seit else {'': ''}
         for suffix, path in paths.items():
-            asked = program.parse_args([*flags, *alike, '--model-kwargs', *kwargs, '--tokenadapt-path', str(path)])
-            rounds[name + suffix] = make_round(asked, *make(asked, codebook, data, device), data, args.steps)
+            program_args = program.parse_args([*flags, *common_flags, '--model-kwargs', *kwargs,
+                                               '--tokenadapt-path', str(path)])
+            rounds[name + suffix] = make_round(program_args, *make(program_args, codebook, data, device), data,
+                                               args.steps)
     seconds = common.take_turns(rounds, args.repeats, device, args.clock)
-    result = {f'{name}_images_per_second': common.spread(images / found) for name, found in seconds.items()}
+    result = {f'{name}_images_per_second': common.spread(images / values) for name, values in seconds.items()}
     for name in ('pretrain', 'finetune'):
         without = seconds[f'{name}_without_tokenadapt']
         result[f'{name}_tokenadapt_share'] = common.spread(1 - without / seconds[name])

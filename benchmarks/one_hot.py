@@ -1,4 +1,7 @@
-"""The augmentations as one would first write them: image by image, on one-hot grids. Slow and obvious."""
+"""The augmentations as one would first write them: image by image, on one-hot grids. Slow and obvious.
+
+benchmarks/data.py measures the real ones against these, and tests compare what they compute.
+"""
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,9 +19,9 @@ class OneHot:
         codebook: (K, d) float32.
         size: side of the model input.
         synonyms: table (K, k) and count (K,), see codebook.load_synonyms.
-        synonym_share: share of images with synonym replacement.
+        synonym_share: part of the images with synonym replacement.
         synonym_prob: of each code in such an image.
-        swap_share: share of images with two patches swapped.
+        swap_share: part of the images with two patches swapped.
         swap_scale: largest side of a patch, as a part of the grid's.
         min_area: the smallest area of the random-resized crop, as a part of the grid's.
         noise: part of each batch that gets noise; deviations of what a channel shares and of each element.

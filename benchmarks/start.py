@@ -37,12 +37,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                                 'alone.', 3, threads='cores that decoding alone may use')
     parser.set_defaults(threads=cores())
     add = parser.add_argument
-    add('--images', type=integer(1), default=1_281_167)
+    add('--images', type=integer(1), default=1_281_167, help="images of the synthetic set; default: ImageNet's")
     add('--grid', type=integer(2), default=32, help='codes on a side')
-    add('--device', default='cpu', help='that decodes alone: cpu, or cuda, which helps with the compact format')
-    add('--format', choices=FORMATS, default='published')
-    add('--ranks', type=integer(1), nargs='*', default=[1, 4], help='none: only decoding')
-    add('--folder', metavar='DIR', help='keep the synthetic set here, and use one that is here already')
+    add('--device', default='cpu', help='device of decoding alone: cpu, or cuda, which helps with the compact format')
+    add('--format', choices=FORMATS, default='published', help='format of the synthetic set')
+    add('--ranks', type=integer(1), nargs='*', default=[1, 4],
+        help='how many ranks to start, one count after the other; none: only decoding')
+    add('--folder', metavar='DIR', help='keep the synthetic set here, or use the one that is here')
     return parser.parse_args(argv)
 
 
@@ -91,7 +92,7 @@ def decode_once(tokens: Path, threads: int, device: torch.device) -> dict[str, f
         Seconds, codes a second, and MB: at most, and how much of that came with decoding.
     """
     cache_path([open_token_file(tokens)]).unlink(missing_ok=True)
-    torch.zeros(1, device=device)  # CUDA has started
+    torch.zeros(1, device=device)  # starts CUDA, which takes seconds and is not what is measured
     with common.on_cores(threads), PeakMemory() as memory:
         began = time.perf_counter()
         codes = open_codes([open_token_file(tokens)], device=device)
@@ -104,6 +105,7 @@ def decode_alone(tokens: Path, threads: int, device: torch.device, repeats: int)
     """The spread of what `decode_once` returns, each time in a new process."""
     costs = []
     for _ in range(repeats):
+        # a new process each time: memory that Python has once taken it seldom gives back
         with ProcessPoolExecutor(1, get_context('spawn')) as process:
             costs.append(process.submit(decode_once, tokens, threads, device).result())
         print(f'decoding: {costs[-1]["seconds"]:.1f} s, {costs[-1]["memory"]:.0f} MB', flush=True)
@@ -156,7 +158,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     cache = cache_path([file])
     flags = common.token_flags(folder, args.format)
     for ranks in args.ranks:
-        for state in ('cold', 'warm'):
+        for state in ('cold', 'warm'):  # cold: the first rank decodes; warm: all map the cache of a run before
             runs = []
             for _ in range(args.repeats):
                 if state == 'cold':

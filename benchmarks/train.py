@@ -29,7 +29,7 @@ from utils import AMP_DTYPE, InputError, keep_freed_memory, run
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Our arguments, and main_seit.py's as `main_flags`. Raises InputError."""
+    """This benchmark's arguments, and main_seit.py's as `main_flags`. Raises InputError."""
     parser = common.make_parser('Measure training steps, with the real data path and with a constant batch. Takes the '
                                 'flags of main_seit.py too.', 5, clock=True)
     parser.add_argument('--steps', type=integer(1), default=50, help='batches a round')
@@ -53,6 +53,7 @@ def matmul_peak(device: torch.device, amp: str, repeats: int, clock: str) -> flo
 
 def forward_flops(model: nn.Module, input_shape: tuple[int, ...]) -> int:
     """Floating-point operations of one image's forward pass, a multiply-add being two."""
+    # the plain kernel of attention: the counter does not see into the fused ones
     x = torch.zeros(1, *input_shape, device=next(model.parameters()).device)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model(x)
@@ -62,10 +63,10 @@ def forward_flops(model: nn.Module, input_shape: tuple[int, ...]) -> int:
 def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
     """The numbers of the JSON line; data are made in `folder`."""
     # what main_seit.main makes before its loop
-    asked = main_seit.parse_args(args.main_flags)
-    batch_size = asked.batch_size
+    first_args = main_seit.parse_args(args.main_flags)
+    batch_size = first_args.batch_size
     images = args.steps * batch_size
-    token_flags = common.make_tokens(folder, images, args.grid, asked.nb_classes)
+    token_flags = common.make_tokens(folder, images, args.grid, first_args.nb_classes)
     main_args = main_seit.parse_args([*args.main_flags, *token_flags, '--no-eval'])
     recipe.set_up_torch(main_args)
     codebook = load_codebook(main_args.codebook_path)
@@ -85,7 +86,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     state = recipe.make_state(main_args, model, device, input_shape)
     options = recipe.step_options(main_args, args.steps)
 
-    # the two that are compared
+    # The two that are compared: their difference is what reading and augmenting take of a step.
     order = shuffled(images, 1, 0, 0, 0)
     constant_x, first_targets = unmixed(*next(data.batches(order, batch_size, device)), torch.Generator(device))
 

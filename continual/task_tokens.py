@@ -24,7 +24,7 @@ from image_tokenizer.tokenizers import check_codebook, load_tokenizer
 from image_tokenizer.tokenizing import EncodingOptions, tokenize
 from token_dataset import TokenDataset
 from token_files.codebook import SYNONYMS, build_synonyms, load_codebook
-from token_files.parts import Output
+from token_files.parts import OutputFiles
 from utils import InputError, on_main
 
 PATIENCE = 60  # seconds to wait for another run, which mostly only looks whether all tokens are there
@@ -110,7 +110,7 @@ def tokenize_splits(files: TokenFiles, folder: Path, splits: dict[str, Source], 
     for name, source in splits.items():
         made_of = {f'images of {name}': source.digest(), 'tokenizer': tokenizer, 'image size': image_size}
         on_main(check_same, folder / f'{name}-images.json', made_of, '--tokens-dir')
-        tokenize(source, Output(folder, name), options, device, max_pixels=max_pixels)
+        tokenize(source, OutputFiles(folder, name), options, device, max_pixels=max_pixels)
         files = files._replace(**{name: str(folder / f'{name}-token.data.bin.gz'),
                                   f'{name}_labels': str(folder / f'{name}-label.txt')})
     files = files._replace(codebook=files.codebook or str(folder / 'codebook.ckpt'),

@@ -24,7 +24,7 @@ from image_data.sources import open_source  # noqa: E402
 from image_tokenizer.patch_fit import FitOptions, fit_to_folder  # noqa: E402
 from image_tokenizer.tokenizing import EncodingOptions, tokenize  # noqa: E402
 from token_files.codebook import build_synonyms  # noqa: E402
-from token_files.parts import Output  # noqa: E402
+from token_files.parts import OutputFiles  # noqa: E402
 from token_files.published import open_gzip  # noqa: E402
 from utils import InputError, run  # noqa: E402
 
@@ -36,13 +36,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add('--fashion-mnist', required=True, metavar='DIR')
-    add('--output-dir', default=str(ROOT / 'demo'), metavar='DIR')
-    add('--image-size', type=integer(1), default=64)
-    add('--train-images', type=integer(1), default=10_000)
-    add('--val-images', type=integer(1), default=2_000)
-    add('--png-images', type=integer(), default=400, help='validation images kept as PNGs')
-    add('--fit', action='store_true', help='fit the tokenizer and codebook too')
+    add('--fashion-mnist', required=True, metavar='DIR', help='folder of the four original files')
+    add('--output-dir', default=str(ROOT / 'demo'), metavar='DIR', help='folder of the demo')
+    add('--image-size', type=integer(1), default=64, help='resize images to this many pixels on both sides')
+    add('--train-images', type=integer(1), default=10_000, help='training images, the first ones')
+    add('--val-images', type=integer(1), default=2_000, help='validation images, the first ones')
+    add('--png-images', type=integer(), default=400, help='validation images that are kept as PNGs too')
+    add('--fit', action='store_true', help='fit a new tokenizer and codebook')
     return parser.parse_args(argv)
 
 
@@ -85,6 +85,7 @@ def main(args: argparse.Namespace) -> None:
         images = Path(temporary)
         export(*train, images / 'train')
         export(val[0][:args.val_images], val[1][:args.val_images], images / 'val')
+        # a fit gives other codes on another machine; with the committed tokenizer the streams are always the same
         if args.fit:
             for name in ('tokenizer.pt', 'codebook.ckpt'):  # fitting refuses to overwrite others
                 (output / name).unlink(missing_ok=True)
@@ -94,7 +95,7 @@ def main(args: argparse.Namespace) -> None:
         for split in ('train', 'val'):
             for old in output.glob(f'fashion-{split}-[tl]*'):  # tokenizing refuses to overwrite another set
                 old.unlink()
-            tokenize(open_source(images / split), Output(output, f'fashion-{split}', format='compact'), options,
+            tokenize(open_source(images / split), OutputFiles(output, f'fashion-{split}', format='compact'), options,
                      torch.device('cpu'))
     export(val[0][:args.png_images], val[1][:args.png_images], output / 'images' / 'val')
 

@@ -53,15 +53,17 @@ class Picture(NamedTuple):
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(__doc__)
-    parser.add_argument('--image', default=str(ROOT / 'docs' / 'cat.jpg'), metavar='FILE', help='a picture')
-    parser.add_argument('--output', default=str(ROOT / 'docs' / 'pipeline.png'), metavar='FILE.png')
+    parser.add_argument('--image', default=str(ROOT / 'docs' / 'cat.jpg'), metavar='FILE',
+                        help='the picture to tokenize')
+    parser.add_argument('--output', default=str(ROOT / 'docs' / 'pipeline.png'), metavar='FILE.png',
+                        help='the figure to write')
     return parser.parse_args(argv)
 
 
 def tokenize_picture(path: str | Path) -> Picture:
     """Fit a patch tokenizer to a picture and tokenize the picture with it."""
     with tempfile.TemporaryDirectory() as folder:
-        images = Path(folder, 'images.txt')
+        images = Path(folder, 'images.txt')  # a set of one image: the fit takes any source
         images.write_text(f'{Path(path).resolve()}\t0\n')
         tokenizer, _ = fit(open_source(images), FitOptions(SIZE))
     with Image.open(path) as image:
@@ -144,7 +146,7 @@ def draw_storing(axes: Any, picture: Picture) -> None:
 
 
 def brightness_order(picture: Picture) -> np.ndarray:
-    """(codes,) place of each code among those in use, from dark to bright: a color for the code grid."""
+    """(codes,) rank of each code among those in use, from dark to bright: a color for the code grid."""
     total = np.zeros(picture.codes.max() + 1)
     patches = picture.decoded.reshape(GRID, SIZE // GRID, GRID, SIZE // GRID, 3).mean((1, 3, 4))
     np.add.at(total, picture.codes, patches)
@@ -217,7 +219,7 @@ def main(args: argparse.Namespace) -> None:
         raise InputError('figures need matplotlib: pip install -r requirements-plot.txt') from None
     figure = draw(tokenize_picture(args.image))
     with atomic_path(args.output) as temporary:
-        figure.savefig(temporary, format='png', metadata={'Software': None})
+        figure.savefig(temporary, format='png', metadata={'Software': None})  # equal figures, equal files
     print0(args.output)
 
 

@@ -1,4 +1,4 @@
-"""Files of any kind: atomic writing and locks, safe reading of what torch saved, class names, figures.
+"""Files of any kind: atomic writing and locks, safe reading of what torch saved, labels and class names, figures.
 
-Doors: files, torch_files, labels, figures. It imports utils alone.
+Doors: files (any file), torch_files (what torch saved), labels, figures. It imports utils alone.
 """

@@ -12,7 +12,7 @@ def pyplot() -> Any:
         import matplotlib
     except ImportError:
         raise InputError('plots need matplotlib: pip install -r requirements-plot.txt') from None
-    matplotlib.use('Agg')
+    matplotlib.use('Agg')  # compute nodes have no display
     import matplotlib.pyplot as plt
     return plt
 

@@ -1,4 +1,9 @@
-"""Files: which ones a flag names, reading within limits, writing whole or not at all, locks, downloads."""
+"""Files: which ones a flag names, reading within limits, writing whole or not at all, locks, downloads.
+
+A training may be killed at any moment, and its inputs come from strangers. So nothing is written in place:
+`atomic_path` writes beside the file and renames. Nothing is read without a limit, see the numbers at the top. A folder
+has one writer, see `hold_folder`. A run that starts again asks `is_same_run` whether its folder has results of it.
+"""
 import contextlib
 import errno
 import fcntl
@@ -44,10 +49,10 @@ def expand_files(spec: str) -> list[Path]:
     if os.path.exists(spec):
         return [Path(spec)]
     files = []
-    for word in filter(None, map(str.strip, spec.split(','))):
-        matches = _match(word)
+    for pattern in filter(None, map(str.strip, spec.split(','))):
+        matches = _match(pattern)
         if not matches:
-            raise InputError(f'{word}: no file matches')
+            raise InputError(f'{pattern}: no file matches')
         files += matches
     if not files:
         raise InputError(f'{spec!r} names no file')
@@ -70,15 +75,15 @@ def _match(pattern: str) -> list[Path]:
 
 
 def _count_braces(pattern: str) -> list[str]:
-    """'a-{00..02}.tar' as ['a-00.tar', 'a-01.tar', 'a-02.tar']; other words as they are, in a list."""
+    """'a-{00..02}.tar' as ['a-00.tar', 'a-01.tar', 'a-02.tar']; other names as they are, in a list."""
     match = re.search(r'\{(\d+)\.\.(\d+)\}', pattern)
     if not match:
         return [pattern]
     first, last = match.groups()
     if int(last) - int(first) >= MAX_FILES:
         raise InputError(f'{pattern}: counts {int(last) - int(first) + 1:,} files; {MAX_FILES:,} are the most')
-    return [word for number in range(int(first), int(last) + 1)
-            for word in _count_braces(f'{pattern[:match.start()]}{number:0{len(first)}d}{pattern[match.end():]}')]
+    return [name for number in range(int(first), int(last) + 1)
+            for name in _count_braces(f'{pattern[:match.start()]}{number:0{len(first)}d}{pattern[match.end():]}')]
 
 
 # ---------------------------------------------------------------- reading
@@ -138,14 +143,15 @@ def atomic_path(path: str | Path, advice: str = 'choose another folder') -> Iter
     """
     path = _target(path)
     handle, temporary = _temporary_beside(path, advice)
-    with contextlib.suppress(OSError):  # file systems without locks
+    with contextlib.suppress(OSError):  # some file systems have no locks
         fcntl.flock(handle, fcntl.LOCK_EX)
     try:
         yield temporary
+        # The content is on disk before the name points to it: after a power cut the file is the old one or whole.
         with open(temporary, 'rb+') as file:
             os.fsync(file.fileno())
         with contextlib.suppress(OSError):  # a mount may refuse it
-            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp's files are private; ours are like any other
+            os.chmod(temporary, 0o666 & ~_umask())  # mkstemp makes files that only the user can read
         os.replace(temporary, path)
         _flush_folder(path.parent)
     except OSError as error:
@@ -178,10 +184,7 @@ def check_writable(path: str | Path, advice: str = 'choose another folder or nam
                    inputs: Sequence[str | Path] = ()) -> None:
     """InputError unless `atomic_path` could write `path` now: called before long work that ends in that file.
 
-    Args:
-        path: of the output.
-        advice: what to do.
-        inputs: files that are read, which the output must not replace.
+    `inputs` are files that the program reads, which the output must not replace.
     """
     if any(os.path.realpath(path) == os.path.realpath(file) for file in inputs):
         raise InputError(f'{path}: is read, and would be replaced by the output; choose another name for the output')
@@ -192,7 +195,8 @@ def check_writable(path: str | Path, advice: str = 'choose another folder or nam
 
 def remove_leftovers(folder: str | Path, pattern: str) -> None:
     """Remove temporary files that killed runs left in a folder; those a living process writes stay."""
-    with contextlib.suppress(OSError):  # a folder that cannot be read
+    with contextlib.suppress(OSError):  # the folder may be unreadable
+        # The writer of a temporary file holds its lock; the system took away the locks of killed processes.
         for path in Path(folder).glob(pattern):
             with contextlib.suppress(OSError), open(path, 'rb+') as file:  # NFS locks what is open for writing
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -210,7 +214,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def _umask() -> int:
-    mask = os.umask(0)
+    mask = os.umask(0)  # it can only be read by setting it
     os.umask(mask)
     return mask
 
@@ -225,31 +229,28 @@ def save_torch(value: Any, path: str | Path) -> None:
     """torch.save, atomically; equal values give equal files. Raises InputError (a full disk, say)."""
     with atomic_path(path) as temporary, open(temporary, 'wb') as file:
         try:
-            torch.save(value, file)  # given a path, torch would put the temporary name into the file
+            torch.save(value, file)  # not to a path: torch would store the temporary name, another one each time
         except RuntimeError as error:  # how torch's writer passes on an OSError
             raise InputError(f'{path}: cannot be written ({first_line(error)})') from None
 
 
 def check_same(path: Path, definition: dict[str, Any], flag: str = '--output-dir') -> None:
-    """Note in a JSON file what the results in its folder are made of. Raises InputError as `is_noted` does.
+    """Note in a JSON file what the results in its folder are made of, as plain values by name.
 
-    Args:
-        path: of the file.
-        definition: plain values by name.
-        flag: that names the folder.
+    Raises InputError as `is_same_run` does, whose advice names the `flag` of the folder.
     """
-    if not is_noted(path, definition, f'choose another {flag}, or remove that folder'):
+    if not is_same_run(path, definition, f'choose another {flag}, or remove that folder'):
         write_text(path, json.dumps(definition, indent=1) + '\n')
 
 
-def is_noted(path: Path, definition: dict[str, Any], advice: str, ignored: Sequence[str] = (),
+def is_same_run(path: Path, definition: dict[str, Any], advice: str, ignored: Sequence[str] = (),
              field: str | None = None) -> bool:
     """Whether a JSON file says that results are made of `definition`: a run that begins asks if it is the same run.
 
     Args:
-        path: of the file.
+        path: of the JSON file.
         definition: plain values by name.
-        advice: what to do about another run.
+        advice: what the user can do when it is another run.
         ignored: names that may differ.
         field: the one of the file's fields that holds the definition; None where the file holds nothing else.
 
@@ -261,7 +262,7 @@ def is_noted(path: Path, definition: dict[str, Any], advice: str, ignored: Seque
     """
     if not os.path.exists(path):
         return False
-    definition = json.loads(json.dumps(definition))  # as it is read
+    definition = json.loads(json.dumps(definition))  # as JSON gives it back: tuples are lists, say
     before = read_json(path)
     if field and isinstance(before, dict):
         before = before.get(field)
@@ -281,9 +282,9 @@ def hold_folder(folder: str | Path, advice: str = 'choose another --output-dir',
 
     Args:
         folder: that only one process may write.
-        advice: what else to do where it cannot be held.
-        wait: seconds, for another process that holds it.
-        name: of the file in the folder that is locked.
+        advice: what the user can do where it cannot be held.
+        wait: seconds to wait for another process that holds it.
+        name: of the lock file in the folder.
 
     Raises:
         InputError: when another process holds the folder, or it cannot be written.
@@ -303,8 +304,8 @@ def lock_file(path: str | Path, wait: float = 0) -> BinaryIO:
     On a file system without locks every process gets the file.
 
     Args:
-        path: of the file, which is made where it is not there.
-        wait: seconds, for another process that holds the lock.
+        path: of the file, which is made where it does not exist.
+        wait: seconds to wait for another process that holds the lock.
 
     Raises:
         BlockingIOError: when another process holds the lock.
@@ -312,18 +313,20 @@ def lock_file(path: str | Path, wait: float = 0) -> BinaryIO:
     """
     file = open(path, 'ab')  # noqa: SIM115 - it stays open, and so locked
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # of the process: forked loader processes do not keep it
+        # lockf's lock is of the process, flock's is of the open file, which forked processes have too. When a run is
+        # killed, its loader processes may live on for a while, and must not keep the folder from the next run.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
         if not _wait_for_lock(file, wait):
             file.close()
             raise BlockingIOError(f'{path} is locked') from None
     except OSError:
-        pass  # no locks here
+        pass  # this file system has no locks; the user is not kept from working there
     return file
 
 
 def _wait_for_lock(file: BinaryIO, seconds: float) -> bool:
-    """Whether this process gets the lock of an open file in that time."""
+    """Whether this process gets the lock of an open file within some seconds."""
     locked = []
 
     def wait() -> None:
@@ -345,13 +348,14 @@ def is_address(path: str | Path) -> bool:
 
 
 def download(url: str, folder: str | Path) -> str:
-    """Fetch `url` into `folder`; returns the path. (torch.hub's cache goes by file name alone.)
+    """Fetch `url` into `folder`; returns the path.
 
     An address may end in '#sha256=' and 64 hexadecimal digits: a file with another SHA-256 is refused.
 
     Raises:
         InputError: when it cannot be fetched, or is not the file it should be.
     """
+    # No cache: torch.hub's goes by file name alone, and checkpoints of many runs are called checkpoint.pth.
     address, _, fragment = url.partition('#')
     expected = re.fullmatch(r'sha256=([0-9a-f]{64})', fragment)
     if fragment and not expected:

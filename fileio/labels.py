@@ -1,4 +1,8 @@
-"""Labels: the files that hold them, how many classes they make, and whether two sets mean the same classes."""
+"""Labels: the files that hold them, how many classes they make, and whether two sets mean the same classes.
+
+A label is a number, and the order of the class names gives it its meaning. Two sets with other names for one number
+would train and evaluate without an error, so names are compared wherever both sets have them.
+"""
 import itertools
 import re
 from collections.abc import Iterable
@@ -34,22 +38,23 @@ def _repeat_labels(names: list[str], others: list[str]) -> bool:
     """Whether names are only the labels, as of folders 0, 1, 2 or 00, 01, 02, which no number in others contradicts."""
     numbers, other_numbers = ([int(name) if str(name).isdecimal() else None for name in side]
                               for side in (names, others))
+    # 'n01440764' says nothing about its number; '7' as the name of class 3 does
     return bool(numbers) and numbers == list(range(len(numbers))) and all(
         number in (None, label) for label, number in enumerate(other_numbers))
 
 
-def count_classes(labels: dict[str, np.ndarray], asked: int | None, trained: int | None) -> int:
-    """Classes of a model's head: `asked`, or what it was trained for, or the largest label of the first file + 1.
+def count_classes(labels: dict[str, np.ndarray], requested: int | None, trained: int | None) -> int:
+    """Classes of a model's head: `requested`, or what it was trained for, or the largest label of the first file + 1.
 
     Args:
-        labels: of each file.
-        asked: --nb-classes, or None.
+        labels: of each file, by its path.
+        requested: --nb-classes, or None.
         trained: outputs of a checkpoint's head, or None.
 
     Raises:
         InputError: naming a file with a label beyond them.
     """
-    classes = asked or trained or int(next(iter(labels.values())).max()) + 1
+    classes = requested or trained or int(next(iter(labels.values())).max()) + 1
     for path, values in labels.items():
         if int(values.max()) >= classes:
             raise InputError(f'{path}: holds class {int(values.max())}, but there are {classes} classes (0 to '
@@ -66,14 +71,15 @@ def read_labels(path: str | Path) -> np.ndarray:
     text = read_bytes(path, MAX_LABEL_BYTES).removeprefix(b'\xef\xbb\xbf').rstrip(b' \t\r\n')
     if not text:
         raise InputError(f'{path}: no labels in it')
+    # one expression over the whole file: a loop over a million lines takes seconds
     bad = re.search(rb'^(?![ \t]*[+-]?\d{1,18}[ \t\r]*$).*', text, re.MULTILINE)
     if bad:
         line = text.count(b'\n', 0, bad.start()) + 1
         raise InputError(f'{path}: line {line} is not an integer class: {bad.group()[:40].decode(errors="replace")!r}')
     labels = np.fromstring(text, np.int64, sep=' ')
-    wrong = (labels < 0) | (labels > MAX_CLASS)
-    if wrong.any():
-        line = int(np.argmax(wrong))
+    out_of_range = (labels < 0) | (labels > MAX_CLASS)
+    if out_of_range.any():
+        line = int(np.argmax(out_of_range))
         raise InputError(f'{path}: line {line + 1}: class {labels[line]} is not from 0 to {MAX_CLASS:,}; classes are '
                          'numbered from 0')
     return labels

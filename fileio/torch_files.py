@@ -1,4 +1,9 @@
-"""Torch files from strangers: read without running code from them, and within the memory that their size allows."""
+"""Torch files from strangers: read without running code from them, and within the memory that their size allows.
+
+`load_torch` is the door. torch.load(weights_only=True) runs no code, but trusts sizes: a file of a kilobyte can ask for
+all memory. So a file is looked at before torch opens it (`check_torch`), and its tensors are added up afterwards
+(`check_tensors`).
+"""
 import argparse
 import os
 import pickle
@@ -47,14 +52,16 @@ def check_pickle(file: bytes | BinaryIO) -> None:
     """
     names = set()
     strings = set()
-    for operation, word, _ in pickletools.genops(file):
-        if isinstance(word, str):
-            (names if operation.name == 'GLOBAL' else strings).add(word)
-    if any(len(name) > MAX_NAME for name in names) or any(len(word) > MAX_STRING for word in strings):
+    for operation, argument, _ in pickletools.genops(file):
+        if isinstance(argument, str):
+            (names if operation.name == 'GLOBAL' else strings).add(argument)
+    if any(len(name) > MAX_NAME for name in names) or any(len(argument) > MAX_STRING for argument in strings):
         raise RuntimeError('it holds a name too long')
+    # bytearray(n) takes n bytes for a number of a few digits
     if any(name.endswith(' bytearray') for name in names):
         raise RuntimeError('it calls bytearray, which no tensor needs')
-    if '_codecs encode' in names and ENLARGING & {re.sub('[^a-z0-9]', '', word.lower()) for word in strings}:
+    # each of these encodings makes text longer, and a few in a row fill the memory
+    if '_codecs encode' in names and ENLARGING & {re.sub('[^a-z0-9]', '', argument.lower()) for argument in strings}:
         raise RuntimeError('it calls encode, to make bytes longer')
 
 
@@ -76,7 +83,7 @@ def check_torch(path: str | Path) -> None:
 def check_tensors(value: Any, limit: int) -> None:
     """RuntimeError unless the tensors in nested containers are plain, and take `limit` bytes at most together.
 
-    A tensor of a few bytes can claim any shape, with strides of 0.
+    A tensor of a few bytes can claim any shape, with strides of 0, and the next copy of it would fill the memory.
     """
     todo = [value]
     seen = {}
@@ -84,11 +91,11 @@ def check_tensors(value: Any, limit: int) -> None:
         node = todo.pop()
         if id(node) in seen:
             continue
-        seen[id(node)] = node  # kept, so that no other object gets its id
+        seen[id(node)] = node  # kept alive, so that no other object gets its id
         if isinstance(node, torch.Tensor):
             if node.layout is not torch.strided or node.is_quantized or node.is_nested or node.device.type != 'cpu':
                 raise RuntimeError('it holds a tensor that is not a plain one')
-            limit -= node.numel() * node.element_size()
+            limit -= node.numel() * node.element_size()  # not its storage: strides of 0 claim more than is stored
             if limit < 0:
                 raise RuntimeError('its tensors claim more numbers than it has')
         elif isinstance(node, (dict, list, tuple, set)):
@@ -100,11 +107,8 @@ def check_tensors(value: Any, limit: int) -> None:
 def load_torch(path: str | Path, what: str) -> Any:
     """torch.load on the CPU without running code from the file (`weights_only=True`).
 
-    argparse.Namespace is allowed, because the published checkpoints hold one.
-
-    Args:
-        path: may be an http(s) address, see `files.download`.
-        what: the file should be, as in 'a checkpoint': for errors.
+    argparse.Namespace is allowed, because the published checkpoints hold one. `path` may be an http(s) address, see
+    `files.download`; `what` is what errors call the file, as in 'a checkpoint'.
 
     Raises:
         InputError: when it is anything else, damaged, or would run code.
@@ -128,9 +132,9 @@ def load_torch(path: str | Path, what: str) -> Any:
             raise InputError(f'{path}: damaged or not {what} ({first_line(error)[:120]})') from None
 
 
-def check_fields(value: dict[str, Any], fits: dict[str, Callable], path: str | Path, what: str) -> None:
+def check_fields(value: dict[str, Any], checks: dict[str, Callable], path: str | Path, what: str) -> None:
     """InputError unless each field of a loaded dict that is there, and is not None, is of the kind it should be."""
-    wrong = [name for name, kind in fits.items() if value.get(name) is not None and not kind(value[name])]
+    wrong = [name for name, kind in checks.items() if value.get(name) is not None and not kind(value[name])]
     if wrong:
         raise InputError(f'{path}: damaged or not {what} (its {", ".join(wrong)} cannot be)')
 

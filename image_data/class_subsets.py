@@ -32,9 +32,9 @@ class ClassSubset:
     """Some of a model's classes.
 
     Attributes:
-        value: what was asked for, one of KNOWN or a file.
-        indices: their numbers in the model, in the order in which the set without class names numbers them.
-        names: their names, or None where the model has none.
+        value: --classes as given, one of KNOWN or a file.
+        indices: the numbers of the classes in the model. A set of images without class names has them in this order.
+        names: of the classes, or None where the model has none.
     """
     value: str
     indices: list[int]
@@ -62,25 +62,26 @@ def read_classes(value: str, names: list[str] | None, num_classes: int, model_pa
     Raises:
         InputError: the model lacks a class, or the file cannot be read, holds none, or one twice.
     """
-    names = _meaningful(names)
-    if not names and num_classes == IMAGENET_CLASSES:
+    names = _meaningful_names(names)
+    if not names and num_classes == IMAGENET_CLASSES:  # the published checkpoints have no class names
         names = ImageNetInfo('imagenet-1k').label_names()
-    wanted = _known_synsets(value) if value in KNOWN else _read_lines(value)
+    requested = _known_synsets(value) if value in KNOWN else _read_lines(value)
+    # A file may name classes or number them. A name wins: folders may be called by numbers of another order.
     numbers = {name: label for label, name in enumerate(names or ())}
     indices = []
-    for word in wanted:
-        is_number = value not in KNOWN and re.fullmatch('[0-9]{1,9}', word)
-        index = numbers.get(word, int(word) if is_number else None)
+    for entry in requested:
+        is_number = value not in KNOWN and re.fullmatch('[0-9]{1,9}', entry)
+        index = numbers.get(entry, int(entry) if is_number else None)
         if index is None or index >= num_classes:
-            raise InputError(f'--classes {value}: {model_path} has no class {word[:60]!r}, only {num_classes} '
+            raise InputError(f'--classes {value}: {model_path} has no class {entry[:60]!r}, only {num_classes} '
                              f'{"others" if names else "without names"}; give a file with a class of the model a line')
         if index in indices:
-            raise InputError(f'--classes {value}: class {word[:60]!r} is in it twice')
+            raise InputError(f'--classes {value}: class {entry[:60]!r} is in it twice')
         indices.append(index)
     return ClassSubset(value, indices, [names[index] for index in indices] if names else None)
 
 
-def _meaningful(names: list[str] | None) -> list[str] | None:
+def _meaningful_names(names: list[str] | None) -> list[str] | None:
     """Class names that mean something: None for those of folders that are called by their labels, as 0, 1, 2."""
     repeated = names and all(name.isdecimal() and int(name) == label for label, name in enumerate(names))
     return None if repeated else names
@@ -106,10 +107,10 @@ def _read_lines(value: str) -> list[str]:
         lines = read_bytes(value, MAX_FILE_BYTES).decode('utf-8-sig').splitlines()
     except UnicodeDecodeError as error:
         raise InputError(f'{value}: no UTF-8 text ({error.reason} at byte {error.start}); save it so') from None
-    words = [line.strip() for line in lines if line.strip()]
-    if not words:
+    entries = [line.strip() for line in lines if line.strip()]
+    if not entries:
         raise InputError(f'{value}: no classes in it; give one a line')
-    return words
+    return entries
 
 
 # ---------------------------------------------------------------- their images
@@ -120,22 +121,18 @@ def map_labels(subset: ClassSubset, source: Source) -> np.ndarray:
     By the images' class names, such as folders called n01443537; where these or the model's are not known, the images'
     classes are taken to be the subset's in its order, with a note.
 
-    Args:
-        subset: of the model's classes.
-        source: the images.
-
     Returns:
         (N,) int64, numbers of the model's classes.
 
     Raises:
         InputError: the images have other classes, or not all of them.
     """
-    classes = _meaningful(source.classes)
+    classes = _meaningful_names(source.classes)
     if classes and subset.names:
         _check_names(subset, classes, source.data_path)
         numbers = dict(zip(subset.names, subset.indices))
         return np.array([numbers[name] for name in classes], np.int64)[source.labels]
-    count = _count(source)
+    count = _count_classes(source)
     if count != len(subset):
         raise InputError(f'{source.data_path}: {count} classes without names that are known, but --classes '
                          f'{subset.value} is {len(subset)}: number the labels from 0 to {len(subset) - 1} in its '
@@ -147,12 +144,12 @@ def map_labels(subset: ClassSubset, source: Source) -> np.ndarray:
 def _check_names(subset: ClassSubset, classes: list[str], data_path: str) -> None:
     """InputError unless the images' classes are those of the subset, in any order."""
     missing = sorted(set(subset.names) - set(classes))
-    more = sorted(set(classes) - set(subset.names))
-    if missing or more:
-        wrong = [f'{len(some):,} are {what} (first: {ascii(some[0])})'
-                 for some, what in ((missing, 'missing'), (more, 'not of it')) if some]
+    surplus = sorted(set(classes) - set(subset.names))
+    if missing or surplus:
+        complaints = [f'{len(some):,} are {what} (first: {ascii(some[0])})'
+                 for some, what in ((missing, 'missing'), (surplus, 'not of it')) if some]
         raise InputError(f'{data_path}: its classes are not the {len(subset)} of --classes {subset.value}: '
-                         f'{" and ".join(wrong)}; give the images that belong to it, or other --classes')
+                         f'{" and ".join(complaints)}; give the images that belong to it, or other --classes')
 
 
 def match_classes(source: Source, names: list[str] | None, num_classes: int, model_path: str,
@@ -194,7 +191,7 @@ def check_classes(source: Source, names: list[str] | None, num_classes: int, mod
     Raises:
         InputError: the images have more classes than the model, or other ones.
     """
-    classes = _count(source)
+    classes = _count_classes(source)
     if classes > num_classes:
         raise InputError(f'{source.data_path}: {classes} classes, but the model has {num_classes}')
     if names and source.classes:
@@ -205,7 +202,7 @@ def check_classes(source: Source, names: list[str] | None, num_classes: int, mod
     return classes
 
 
-def _count(source: Source) -> int:
+def _count_classes(source: Source) -> int:
     """Number of classes: the names, or the largest label + 1."""
     return max(len(source.classes or ()), int(source.labels.max()) + 1)
 

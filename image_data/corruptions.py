@@ -53,7 +53,7 @@ def _shot_noise(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.nd
 
 
 def _impulse_noise(x: np.ndarray, severity: int, rng: np.random.Generator) -> np.ndarray:
-    hit = rng.random(x.shape) < IMPULSE_NOISE[severity - 1]  # each color by itself
+    hit = rng.random(x.shape) < IMPULSE_NOISE[severity - 1]  # each color on its own, as published
     salt = rng.random(x.shape) < .5
     return np.where(hit, salt.astype(x.dtype), x)
 
@@ -183,9 +183,10 @@ def corrupt(pixels: torch.Tensor, name: str, severity: int, seed: int = 0, index
     if name in ON_IMAGES:
         changed = np.array(ON_IMAGES[name](Image.fromarray(image), severity))
     else:
+        # crc32 and not hash(), which Python draws anew in each process
         rng = np.random.default_rng([seed, zlib.crc32(name.encode()), severity, index])
         values = ON_VALUES[name](image / 255, severity, rng)
-        # cut off, not rounded, as published; the little more keeps 99.99999 at 100
+        # cut off, not rounded, as published. The sum of 1e-4 keeps a value that should be 100 from becoming 99
         changed = (np.clip(values, 0, 1) * 255 + 1e-4).astype(np.uint8)
     return torch.from_numpy(changed).permute(2, 0, 1).contiguous()
 
@@ -207,9 +208,9 @@ class Corruption:
 # ---------------------------------------------------------------- flags
 
 def add_robustness_flags(parser: Parser) -> None:
-    """Flags of programs that evaluate on other images than those of training: --corruption, --severity, --classes.
+    """The flags of programs that evaluate on other images than those of training.
 
-    For `make_corruption` and `class_subsets.read_classes`.
+    `make_corruption` reads --corruption and --severity, `class_subsets.read_classes` reads --classes.
     """
     add = parser.add_group('robustness')
     add('--corruption', choices=CORRUPTIONS, metavar='NAME',

@@ -20,7 +20,7 @@ from timm.data.random_erasing import RandomErasing
 from image_data.sources import Source, load_images, open_source
 from utils import InputError
 
-HELD_OUT = 1000  # images that are held out, where a tenth of all would be more
+HELD_OUT = 1000  # images that are held out unless the user says how many, where a tenth of all would be more
 
 
 class ImageDataset:
@@ -28,7 +28,7 @@ class ImageDataset:
 
     Args:
         data_path: images, as in image_data/sources.py.
-        size: S, side of the pixels that are yielded.
+        size: S, pixels on a side of what is yielded.
         transform: RGB image -> (3, S, S) uint8, of `train_transform` or `eval_transform`.
         workers: processes that decode.
         max_pixels: larger images are an InputError; None for PIL's limit.
@@ -68,6 +68,8 @@ class ImageDataset:
         """
         slices = [indices[start:start + batch_size] for start in range(0, len(indices), batch_size)]
 
+        # Runs in a worker process. timm's transforms draw from global generators, so these are seeded for each image:
+        # what one image draws does not depend on which process decodes it, or on what was decoded before.
         def prepare(image: Image.Image, number: int, position: int) -> torch.Tensor:
             if draws is not None:
                 seed_transform(draws[number * batch_size + position])
@@ -90,10 +92,11 @@ def seed_transform(draw: np.ndarray) -> None:
 # ---------------------------------------------------------------- transforms
 
 def posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
-    """timm's, which asks for 0 bits at magnitude 10: black, as Pillow had it before it refused them."""
+    """timm's posterize, which at magnitude 10 asks for 0 bits: new Pillows refuse that, old ones made black of it."""
     return auto_augment.posterize(image, bits_to_keep) if bits_to_keep > 0 else image.point(lambda _: 0)
 
 
+# timm looks operations up by name, so that is where the mended one goes.
 auto_augment.NAME_TO_OP.update({name: posterize for name, operation in auto_augment.NAME_TO_OP.items()
                                 if operation is auto_augment.posterize})
 
@@ -150,7 +153,7 @@ class Images:
 
     Attributes:
         source: of the images.
-        chosen: (N,) int64, their numbers in the source.
+        numbers: (N,) int64, which images of the source.
         size: S, side of the pixels that are yielded; both sides of an image are resized to it.
         batch_size: the last batch may be smaller.
         device: of the batches.
@@ -159,7 +162,7 @@ class Images:
         max_pixels: larger images cannot be read; None for PIL's limit.
     """
     source: Source
-    chosen: np.ndarray
+    numbers: np.ndarray
     size: int
     batch_size: int
     device: torch.device
@@ -168,7 +171,7 @@ class Images:
     max_pixels: int | None = None
 
     def __len__(self) -> int:
-        return len(self.chosen)
+        return len(self.numbers)
 
     def batches(self, numbers: np.ndarray) -> Iterator[torch.Tensor]:
         """Yield pixels (B, 3, S, S) uint8 on the device, of the images of these numbers (M,) in the source.
@@ -194,7 +197,7 @@ def hold_out(data_path: str, val_path: str, val_images: int | None, seed: int, *
         val_path: of the images that are held out; '' for some of `data_path`.
         val_images: how many are held out, drawn at random; None for a tenth, 1,000 at most.
         seed: of the draw.
-        reading: what else an `Images` takes, such as its size.
+        reading: what else an `Images` takes, such as its size and batch size.
 
     Raises:
         InputError: for images that cannot be found, or are too few.
@@ -206,6 +209,8 @@ def hold_out(data_path: str, val_path: str, val_images: int | None, seed: int, *
         raise InputError(f'{val_path or data_path}: of its {len(val_source)} images {count} cannot be held out and '
                          'leave some to train on: give a smaller --val-images')
     order = torch.randperm(len(val_source), generator=torch.Generator().manual_seed(seed)).numpy()
-    trained = np.arange(len(source)) if val_path else np.sort(order[count:])
-    held_out = np.sort(order[:count])  # in order, so that row groups of parquet files are read once
-    return Images(source, trained, **reading), Images(val_source, held_out, **reading)
+    training_numbers = np.arange(len(source)) if val_path else np.sort(order[count:])
+    # In order, because a parquet file is read by row groups of thousands of images: in any other order, each image
+    # would read its group again.
+    held_out = np.sort(order[:count])
+    return Images(source, training_numbers, **reading), Images(val_source, held_out, **reading)

@@ -92,7 +92,7 @@ def decode_rgb(data: bytes, max_pixels: int | None = None) -> Image.Image:
     limit = Image.MAX_IMAGE_PIXELS
     try:
         if max_pixels is not None:
-            Image.MAX_IMAGE_PIXELS = None  # else PIL refuses, or warns, by its own limit
+            Image.MAX_IMAGE_PIXELS = None  # else PIL would refuse or warn by the limit it has
         with Image.open(io.BytesIO(data), formats=image_formats()) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError(f'{image.width} x {image.height} pixels')
@@ -103,6 +103,7 @@ def decode_rgb(data: bytes, max_pixels: int | None = None) -> Image.Image:
         raise BadImage(f'more pixels than are allowed, as in a decompression bomb ({first_line(error)}); allow them '
                        'with --max-image-pixels') from None
     except Exception as error:  # PIL raises nearly anything for damaged data
+        # PIL's message has the address of the buffer, which would make each run's line another one
         why = re.sub(r'<_io\.BytesIO[^>]*>', 'it', ' '.join(str(error).split()))
         raise BadImage(why or type(error).__name__) from None
     finally:
@@ -143,24 +144,25 @@ def scan_bytes(data: bytes) -> int | None:
     if data[:2] != b'\xff\xd8':
         return None
     total = 0
-    at = 2
-    while data[at:at + 1] == b'\xff' and data[at + 1:at + 2] != b'\xd9':
-        if data[at + 1:at + 2] == b'\xff':  # markers may be preceded by any number of these
-            at += 1
+    position = 2
+    while data[position:position + 1] == b'\xff' and data[position + 1:position + 2] != b'\xd9':
+        if data[position + 1:position + 2] == b'\xff':  # markers may be preceded by any number of these
+            position += 1
             continue
-        start_of_scan = data[at + 1:at + 2] == b'\xda'
-        header = int.from_bytes(data[at + 2:at + 4], 'big')
-        at += 2 + max(header, 2)
+        # a marker segment has its length behind the marker; the scan's data behind its header have none
+        start_of_scan = data[position + 1:position + 2] == b'\xda'
+        header = int.from_bytes(data[position + 2:position + 4], 'big')
+        position += 2 + max(header, 2)
         if start_of_scan:
-            begin = at
-            at = data.find(b'\xff', at)
+            scan_begin = position
+            position = data.find(b'\xff', position)
             # a stuffed zero and the restart markers D0 to D7 belong to the scan
-            while 0 <= at < len(data) - 1 and (data[at + 1] == 0 or 0xd0 <= data[at + 1] <= 0xd7):
-                at = data.find(b'\xff', at + 2)
-            if at < 0:
+            while 0 <= position < len(data) - 1 and (data[position + 1] == 0 or 0xd0 <= data[position + 1] <= 0xd7):
+                position = data.find(b'\xff', position + 2)
+            if position < 0:
                 return None
-            total += at - begin
-    return total if data[at:at + 2] == b'\xff\xd9' else None
+            total += position - scan_begin
+    return total if data[position:position + 2] == b'\xff\xd9' else None
 
 
 def webp_bytes(data: bytes) -> int | None:
@@ -172,12 +174,12 @@ def webp_bytes(data: bytes) -> int | None:
         return None
     end = 8 + int.from_bytes(data[4:8], 'little')
     total = 0
-    at = 12
-    while at < end:
-        size = int.from_bytes(data[at + 4:at + 8], 'little')
-        if at + 8 + size > len(data):
+    position = 12
+    while position < end:
+        size = int.from_bytes(data[position + 4:position + 8], 'little')
+        if position + 8 + size > len(data):
             return None
-        if data[at:at + 4] in (b'VP8 ', b'VP8L', b'ALPH'):
+        if data[position:position + 4] in (b'VP8 ', b'VP8L', b'ALPH'):
             total += size
-        at += 8 + size + size % 2  # chunks begin at even bytes
+        position += 8 + size + size % 2  # chunks begin at even bytes
     return total or None

@@ -24,15 +24,15 @@ def read_folder(root: Path, ignored: IgnoredFiles) -> tuple[list[str], list[str]
     """
     classes = class_folders(root, ignored)
     if not classes:
-        more = f'; it has files ({_endings(os.listdir(root))}), which must be in a folder for each class'
-        raise InputError(f'{root}: no class folders of images in it{more if os.listdir(root) else ""}')
+        hint = f'; it has files ({_endings(os.listdir(root))}), which must be in a folder for each class'
+        raise InputError(f'{root}: no class folders of images in it{hint if os.listdir(root) else ""}')
     names = []
     labels = []
     for label, name in enumerate(classes):
         images = images_in(root, name, ignored)
         if not images:
-            seen = [file for _, _, files in os.walk(root / name) for file in files if not is_hidden(file)]
-            contents = f' (it has {_endings(seen)} files)' if seen else ', it is empty'
+            visited = [file for _, _, files in os.walk(root / name) for file in files if not is_hidden(file)]
+            contents = f' (it has {_endings(visited)} files)' if visited else ', it is empty'
             raise InputError(f'{root}: the class folder {name} holds no images{contents}; remove it, or put its images '
                              'there')
         names += images
@@ -71,16 +71,16 @@ def images_in(root: Path, class_name: str, ignored: IgnoredFiles) -> list[str]:
     Links are followed, except to folders that are read anyway, so that none is read twice or without end.
     """
     files_of = []
-    seen = set()
+    visited = set()
     folders = [class_name]
-    links = []  # after the folders themselves, so that an image has its own path
+    links = []  # followed after all folders, so that an image is named by the folder it lies in, not by a link
     while folders or links:
         folder = folders.pop() if folders else links.pop(0)
-        identity = os.stat(root / folder)
-        if (identity.st_dev, identity.st_ino) in seen:
+        identity = os.stat(root / folder)  # device and inode: the same by whatever path one comes
+        if (identity.st_dev, identity.st_ino) in visited:
             ignored.add(IgnoredFiles.LINK, folder)
             continue
-        seen.add((identity.st_dev, identity.st_ino))
+        visited.add((identity.st_dev, identity.st_ino))
         files = []
         for entry in _entries(root / folder):
             name = os.path.join(folder, entry.name)
@@ -94,6 +94,7 @@ def images_in(root: Path, class_name: str, ignored: IgnoredFiles) -> list[str]:
             else:
                 ignored.add(kind, name)
         files_of.append((folder, files))
+    # ImageFolder sorts by folder first, then by file: 'a/z.jpg' comes before 'a-b/a.jpg'
     return [name for _, files in sorted(files_of) for name in files]
 
 
@@ -115,10 +116,10 @@ def _kind(entry: os.DirEntry, root: Path) -> str:
 def _leads_back(link: str, root: Path) -> bool:
     """Whether a link leads to `root`, above it, or to a folder in it that is read anyway."""
     target = os.path.realpath(link)
-    home = os.path.realpath(root)
-    if home == target or home.startswith(os.path.join(target, '')):
+    real_root = os.path.realpath(root)
+    if real_root == target or real_root.startswith(os.path.join(target, '')):
         return True
-    return target.startswith(os.path.join(home, '')) and not is_hidden(os.path.relpath(target, home))
+    return target.startswith(os.path.join(real_root, '')) and not is_hidden(os.path.relpath(target, real_root))
 
 
 def _entries(folder: Path) -> list[os.DirEntry]:

@@ -1,7 +1,8 @@
 """Parquet files as image sets on Hugging Face have them: a column 'image' of struct{bytes, path}, a column 'label'.
 
-Needs pyarrow (requirements-formats.txt). No threads of pyarrow are used: loader processes are forks, in which its
-threads do not run.
+Needs pyarrow (requirements-formats.txt). A file is read by row groups, the smallest unit that parquet has. So images
+should be asked for in order, or a group would be read for each of them. No threads of pyarrow are used: loader
+processes are forks, in which its threads do not run.
 """
 import json
 import re
@@ -47,7 +48,7 @@ def open_parquet(path: Path) -> 'ParquetFile':
     except ImportError as error:
         raise InputError(f'parquet files need pyarrow ({error}): pip install -r requirements-formats.txt') from None
     try:
-        file = parquet.ParquetFile(path, pre_buffer=False)
+        file = parquet.ParquetFile(path, pre_buffer=False)  # buffering ahead would start threads
     except (OSError, pyarrow.ArrowException) as error:
         why = getattr(error, 'strerror', None) or first_line(error)
         raise InputError(f'{path}: no readable parquet file ({why})') from None

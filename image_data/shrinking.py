@@ -35,7 +35,7 @@ from utils import InputError, print0
 RESIZED_QUALITY = 95  # of the JPEGs that resized images become
 STEPS = 1000  # in which fractions and factors are searched
 SEARCHED = 2000  # images on which a budget's parameter is searched, at most
-EQUAL = 100.  # what psnr gives for equal images
+EQUAL_PSNR = 100.  # what psnr gives for equal images
 CHUNK = 32  # images that a process makes at a time
 
 
@@ -67,14 +67,14 @@ METHODS = {
 
 def check_parameter(method: str, parameter: float) -> float | int:
     """The parameter, as a whole number where the method takes those. Raises InputError for one it does not take."""
-    takes = METHODS[method]
-    if takes.scale > 1:
+    spec = METHODS[method]
+    if spec.scale > 1:
         if not 0 < parameter <= 1:
             raise InputError(f'--parameter {parameter:g}: {method} takes more than 0, and 1 at most')
         return parameter
-    if parameter != int(parameter) or not takes.lowest <= parameter <= takes.highest:
-        raise InputError(f'--parameter {parameter:g}: {method} takes a whole number from {takes.lowest} to '
-                         f'{takes.highest}')
+    if parameter != int(parameter) or not spec.lowest <= parameter <= spec.highest:
+        raise InputError(f'--parameter {parameter:g}: {method} takes a whole number from {spec.lowest} to '
+                         f'{spec.highest}')
     return int(parameter)
 
 
@@ -98,13 +98,7 @@ class Shrunk(NamedTuple):
 
 
 def shrink(image: Image.Image, method: str, parameter: float) -> bytes:
-    """The file that an RGB image becomes. Raises BadImage where the format cannot hold it.
-
-    Args:
-        image: at its own size.
-        method: 'resize', 'jpeg' or 'webp'.
-        parameter: of the method.
-    """
+    """The file that an RGB image becomes by 'resize', 'jpeg' or 'webp'. Raises BadImage where it cannot hold it."""
     file = io.BytesIO()
     try:
         if method == 'resize':
@@ -117,7 +111,7 @@ def shrink(image: Image.Image, method: str, parameter: float) -> bytes:
     return file.getvalue()
 
 
-def distance(image: Image.Image, data: bytes) -> float:
+def psnr_of(image: Image.Image, data: bytes) -> float:
     """PSNR, in dB, of an encoded image against an RGB one, at whose size it is compared (bicubic)."""
     other = decode_rgb(data, image.width * image.height)
     if other.size != image.size:
@@ -150,6 +144,8 @@ def sample_classes(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray
         seed: of the draw.
     """
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed)).numpy()
+    # One random order of all images, of which each class keeps its first ones: so a larger fraction only adds images,
+    # and the sets of a table are nested.
     by_class = order[np.argsort(labels[order], kind='stable')]
     counts = np.unique(labels, return_counts=True)[1]
     positions = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)  # of each within its class
@@ -179,6 +175,7 @@ def largest_within(lowest: int, highest: int, measure: Callable[[int], float], b
     Raises:
         Unreachable: when the lowest exceeds the budget too.
     """
+    # Both ends first: most budgets are larger than the set, or smaller than anything, by a mistake in the unit.
     most = measure(highest)
     if most <= budget:
         return highest
@@ -210,7 +207,7 @@ def find_parameter(source: Source, method: str, budget: float, seed: int, worker
         InputError: naming an image that cannot be read.
         Unreachable: when no parameter keeps within the budget.
     """
-    takes = METHODS[method]
+    spec = METHODS[method]
     measured = np.arange(len(source))
     if method == 'sample':
         sizes = source.sizes()
@@ -219,18 +216,18 @@ def find_parameter(source: Source, method: str, budget: float, seed: int, worker
 
     def total_of(number: int) -> float:
         """Bytes that the set comes to, all images together."""
-        parameter = takes.parameter(number)
+        parameter = spec.parameter(number)
         if method == 'sample':
             total = int(sizes[sample_classes(source.labels, parameter, seed)].sum())
         else:
-            made = ShrunkImages(source, measured, method, parameter, max_pixels, only_sizes=True)
-            total = sum(image.size for image in shrink_images(made, workers)) * len(source) / len(measured)
+            smaller = ShrunkImages(source, measured, method, parameter, max_pixels, only_sizes=True)
+            total = sum(image.size for image in shrink_images(smaller, workers)) * len(source) / len(measured)
         print0(f'{method} {parameter:g}: {total:,.0f} bytes, {total / len(source):,.1f} an image of the source')
         return total
-    number = largest_within(takes.lowest, takes.highest, total_of, budget)
-    if number == takes.highest:
-        print0(f'note: the largest parameter, {takes.parameter(number):g}, keeps within the budget')
-    return takes.parameter(number), len(measured)
+    number = largest_within(spec.lowest, spec.highest, total_of, budget)
+    if number == spec.highest:
+        print0(f'note: the largest parameter, {spec.parameter(number):g}, keeps within the budget')
+    return spec.parameter(number), len(measured)
 
 
 # ---------------------------------------------------------------- in worker processes
@@ -261,45 +258,45 @@ class ShrunkImages(Dataset):
         return len(self.chunks)
 
     def __getitem__(self, number: int) -> list[Shrunk] | str:
-        made = []
+        smaller = []
         for i in map(int, self.chunks[number]):
             try:
-                made.append(self._shrink(i))
+                smaller.append(self._shrink(i))
             except OSError as error:
                 return f'{self.source.names[i]} is no readable image ({error.strerror or error})'
             except (BadImage, InputError) as error:
                 return f'{self.source.names[i]} is no readable image ({error})'
-        return made
+        return smaller
 
     def _shrink(self, i: int) -> Shrunk:
         data = self.source.read(i)
         if self.method == 'sample':
-            return Shrunk(data, ending_of(self.source.names[i], data), len(data), bare_bytes(data), EQUAL)
+            return Shrunk(data, ending_of(self.source.names[i], data), len(data), bare_bytes(data), EQUAL_PSNR)
         image = decode_rgb(data, self.max_pixels)
         data = shrink(image, self.method, self.parameter)
         ending = '.webp' if self.method == 'webp' else '.jpg'
         if self.only_sizes:
             return Shrunk(b'', ending, len(data), None, math.nan)
-        return Shrunk(data, ending, len(data), bare_bytes(data), distance(image, data))
+        return Shrunk(data, ending, len(data), bare_bytes(data), psnr_of(image, data))
 
 
-def shrink_images(made: ShrunkImages, workers: int) -> Iterator[Shrunk]:
+def shrink_images(smaller: ShrunkImages, workers: int) -> Iterator[Shrunk]:
     """Yield images made smaller, in order, by worker processes. Raises InputError for one that cannot be read."""
-    image_formats()  # once, before the processes fork
-    processes, ahead = plan_workers(min(workers, len(made)), 0)  # nothing passes through shared memory
-    loader = iter(DataLoader(made, batch_size=None, num_workers=processes, collate_fn=_unchanged,
+    image_formats()  # PIL's list is made once, before the processes fork
+    processes, ahead = plan_workers(min(workers, len(smaller)), 0)  # nothing passes through shared memory
+    loader = iter(DataLoader(smaller, batch_size=None, num_workers=processes, collate_fn=_unchanged,
                              prefetch_factor=ahead if processes else None,
                              multiprocessing_context='fork' if processes else None, generator=torch.Generator(),
                              worker_init_fn=_end_with_parent))
-    for _ in range(len(made)):
-        chunk = next_batch(loader, made.source)
+    for _ in range(len(smaller)):
+        chunk = next_batch(loader, smaller.source)
         if isinstance(chunk, str):
-            raise InputError(f'{made.source.data_path}: {chunk}: replace or remove it')
+            raise InputError(f'{smaller.source.data_path}: {chunk}: replace or remove it')
         yield from chunk
 
 
 def _end_with_parent(_: int) -> None:
-    """Let the kernel end this process when its parent is killed: it would wait for ever to pass on what it made."""
+    """Let the kernel end this process when its parent is killed: else it waits for ever to hand over its images."""
     with contextlib.suppress(OSError, AttributeError):  # no Linux
         set_parent_death_signal = 1  # of sys/prctl.h
         ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)

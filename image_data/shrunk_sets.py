@@ -22,18 +22,18 @@ import PIL
 from PIL import features
 from tqdm import tqdm
 
-from fileio.files import (check_writable, expand_files, hold_folder, is_noted, read_json, remove_leftovers,
+from fileio.files import (check_writable, expand_files, hold_folder, is_same_run, read_json, remove_leftovers,
                           write_text)
 from image_data.decoding import is_hidden
 from image_data.shrinking import METHODS, Shrunk, ShrunkImages, sample_classes, shrink_images
 from image_data.sources import Source, TarImages
 from utils import InputError, print0
 
-PART = 512  # images lost if killed, at most
+PART = 512  # images of a part: that many are made again after a kill, at most
 WORK = '.unfinished'
 IMAGES = 'images'
 MANIFEST = 'manifest.json'
-CHOOSE = 'choose another --output-dir'
+ADVICE = 'choose another --output-dir'
 
 
 # ---------------------------------------------------------------- names
@@ -46,6 +46,7 @@ def class_folders(source: Source) -> dict[int, str]:
     Raises:
         InputError: where class folders would give other labels, as a class among them has no images.
     """
+    # Readers number folders in alphabetical order, so a class without a folder would shift all labels after it.
     labels = np.unique(source.labels).tolist()
     if labels[-1] != len(labels) - 1:
         gap = next(label for number, label in enumerate(labels) if number != label) - 1
@@ -76,8 +77,8 @@ def check_outside(output_dir: str, source: Source) -> None:
     """InputError when the output would be taken for a part of the source by the next run."""
     output = os.path.realpath(output_dir)
     if os.path.isdir(source.data_path):
-        home = os.path.realpath(source.data_path)
-        inside = output == home or output.startswith(os.path.join(home, ''))
+        real_source = os.path.realpath(source.data_path)
+        inside = output == real_source or output.startswith(os.path.join(real_source, ''))
     else:
         inside = isinstance(source, TarImages) and output in {
             os.path.realpath(path.parent) for path in expand_files(source.data_path)}
@@ -100,7 +101,7 @@ def identify_run(source: Source, method: str, parameter: float | None, budget: d
         seed: of what is drawn.
     """
     versions = {'PIL': PIL.__version__, **{name: features.version(name) for name in ('jpg', 'libjpeg_turbo', 'webp')}}
-    # an earlier version of this program made tar shards, and sampled by scores: it noted so, and its sets differ
+    # An earlier version also made tar shards, and sampled by scores. Their names stay, so that its sets are recognized.
     return {'method': method, 'parameter': parameter, 'budget': budget or None, 'format': 'folder', 'scores': None,
             'seed': seed, 'images': source.digest(), 'versions': versions}
 
@@ -130,8 +131,8 @@ class SetFolder:
     def is_complete(self) -> bool:
         """Whether the set is there. Raises InputError for another set, and for one that lacks its images."""
         manifest = self.path / MANIFEST
-        advice = f'{CHOOSE}, or give the same flags and images again'
-        if not is_noted(manifest, self.run_id, advice, ignored=('versions',), field='run'):
+        advice = f'{ADVICE}, or give the same flags and images again'
+        if not is_same_run(manifest, self.run_id, advice, ignored=('versions',), field='run'):
             return False
         if not os.path.exists(self.path / IMAGES):
             raise InputError(f'{manifest}: the set is finished, but {IMAGES} is not there: fetch it again, or remove '
@@ -140,13 +141,13 @@ class SetFolder:
 
     def begun(self) -> dict[str, Any] | None:
         """What `begin` noted when this run began; None where it did not yet. Raises InputError for another run."""
-        check_writable(self.path / MANIFEST, CHOOSE)
+        check_writable(self.path / MANIFEST, ADVICE)
         path = self.work / 'run.json'
         advice = f'give the same flags and images again to finish it, or remove {self.work}'
-        if is_noted(path, self.run_id, advice, field='run'):
+        if is_same_run(path, self.run_id, advice, field='run'):
             return read_json(path).get('noted')
         if os.path.exists(self.path / IMAGES):
-            raise InputError(f'{self.path / IMAGES}: is there already; {CHOOSE}, or remove it')
+            raise InputError(f'{self.path / IMAGES}: is there already; {ADVICE}, or remove it')
         return None
 
     def begin(self, noted: dict[str, Any]) -> None:
@@ -155,7 +156,7 @@ class SetFolder:
         Args:
             noted: what `begun` returns from now on: the parameter, and on how many images it was searched.
         """
-        self.lock = hold_folder(self.path, CHOOSE)
+        self.lock = hold_folder(self.path, ADVICE)
         if self.begun() is None:
             write_text(self.work / 'run.json', json.dumps({'run': self.run_id, 'noted': noted}, indent=1) + '\n')
         remove_leftovers(self.work, '.*.tmp')
@@ -171,7 +172,7 @@ class SetFolder:
         """Whether a part has its record, and its files are there. Raises InputError."""
         if not os.path.exists(self._record_path(part)):
             return False
-        # a machine that went down may have lost what was not on disk yet
+        # Images are not flushed one by one, so a machine that went down may have the record and not the images.
         return all(_size(self.work / IMAGES / record.name) == record.size for record in self.read_records(part))
 
     def write_part(self, part: int, names: list[str], images: Iterator[Shrunk]) -> None:
@@ -190,7 +191,7 @@ class SetFolder:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(image.data)
             except OSError as error:
-                raise InputError(f'{path}: cannot be written ({error.strerror}); make room, or {CHOOSE}') from None
+                raise InputError(f'{path}: cannot be written ({error.strerror}); make room, or {ADVICE}') from None
             records.append(Record(name + image.ending, image.size, image.bare, image.psnr))
         write_text(self._record_path(part), json.dumps(records) + '\n')
 
@@ -205,7 +206,8 @@ class SetFolder:
     def finish(self) -> None:
         """Move a set that has its manifest to where it belongs. Raises InputError."""
         try:
-            os.sync()  # once: an image alone would wait for the disk longer than it takes to make it
+            os.sync()  # once: to wait for the disk after each image would take longer than to make it
+            # The manifest goes last: where it is, the images are. A rename is one step, so nobody sees half a set.
             for name in IMAGES, MANIFEST:
                 if os.path.exists(self.work / name):  # else a run killed here has moved it
                     os.replace(self.work / name, self.path / name)
@@ -243,15 +245,15 @@ def write_set(folder: SetFolder, source: Source, noted: dict[str, Any], workers:
         images = sample_classes(source.labels, noted['parameter'], folder.run_id['seed'])
     names = image_names(source, images)
     starts = range(0, len(images), PART)
-    left = [(part, slice(start, start + PART)) for part, start in enumerate(starts) if not folder.is_written(part)]
-    if len(left) < len(starts):
-        print0(f'{folder.path}: resumed with {len(starts) - len(left):,} of {len(starts):,} parts')
-    to_make = [images[part_images] for _, part_images in left]
+    missing = [(part, slice(start, start + PART)) for part, start in enumerate(starts) if not folder.is_written(part)]
+    if len(missing) < len(starts):
+        print0(f'{folder.path}: resumed with {len(starts) - len(missing):,} of {len(starts):,} parts')
+    to_make = [images[part_images] for _, part_images in missing]
     to_make = np.concatenate(to_make) if to_make else images[:0]
     smaller = shrink_images(ShrunkImages(source, to_make, method, noted['parameter'], max_pixels), workers)
     with tqdm(total=len(images), initial=len(images) - len(to_make), unit=' images', unit_scale=True,
               mininterval=0.1 if sys.stderr.isatty() else 60) as bar:
-        for part, part_images in left:
+        for part, part_images in missing:
             folder.write_part(part, names[part_images], smaller)
             bar.update(len(names[part_images]))
     records = [record for part in range(len(starts)) for record in folder.read_records(part)]

@@ -11,7 +11,9 @@ What --data-path may be, in which order the images come, and where their labels 
     FILE.parquet            as image sets on Hugging Face: a column 'image' of struct{bytes, path} and an integer
                             column 'label'. A path, a glob, a comma-separated list, or a folder, which gives all in it.
 
-Images are what PIL reads. Hidden names (.ipynb_checkpoints, __MACOSX, ._x) are never classes, images or members.
+`open_source` opens any of them as a `Source`, which numbers the images and reads their bytes; `load_images` decodes
+batches of them in worker processes. Images are what PIL reads. Hidden names (.ipynb_checkpoints, __MACOSX, ._x) are
+never classes, images or members.
 Tar shards are read in place, by offset: nothing is extracted. Parquet needs pyarrow (requirements-formats.txt).
 """
 import hashlib
@@ -76,7 +78,10 @@ class Source:
         return int(self.sizes().sum())
 
     def digest(self) -> str:
-        """SHA-256 of names and labels: changes when the list of images does."""
+        """SHA-256 of names and labels: changes when the list of images does.
+
+        Not of the pixels, which would read the whole set: a run may resume after a damaged image was mended.
+        """
         lines = hashlib.sha256()
         for name, label in zip(self.names, self.labels.tolist()):
             lines.update(f'{label} {name}\n'.encode(errors='surrogateescape'))
@@ -217,14 +222,14 @@ class ParquetImages(Source):
         self.names = []
         labels = []
         locations = []
-        named = None  # the first file with class names
+        named_path = None  # the first file with class names
         for number, path in enumerate(paths):
             file = open_parquet(path)
             classes = class_names(file)
-            check_class_names(self.classes, classes, named, path)
+            check_class_names(self.classes, classes, named_path, path)
             if self.classes is None and classes is not None:
                 self.classes = classes
-                named = path
+                named_path = path
             labels_here = read_labels_of(path, file, classes)
             labels += labels_here
             self.names += [f'{path.name}/{row}' for row in range(len(labels_here))]
@@ -234,7 +239,7 @@ class ParquetImages(Source):
             raise InputError(f'{paths[0]}: no images in it')
         self.labels = np.array(labels, np.int64)
         self.locations = np.array(locations, np.int64)
-        self.group = None  # (file, row group, its images): the one read last, as images are asked for in order
+        self.group = None  # (file, row group, its images): the group read last, since images are asked for in order
 
     def _cell(self, i: int) -> bytes | None:
         number, group, row = self.locations[i].tolist()
@@ -279,7 +284,7 @@ def load_images(source: Source, batches: Sequence[Sequence[int]], size: int, *, 
         source: of the images.
         batches: indices into the source.
         size: images become squares of it.
-        workers: processes that decode; as many as the cores, the batches and shared memory allow at most.
+        workers: processes that decode, fewer where cores, batches or shared memory allow no more.
         skip_bad: leave images that cannot be read out, with a line on standard error for each; None where the program
             has no such flag.
         pin_memory: put pixels into page-locked memory, for a GPU.
@@ -292,13 +297,13 @@ def load_images(source: Source, batches: Sequence[Sequence[int]], size: int, *, 
     Raises:
         InputError: naming an image that cannot be read, unless `skip_bad`.
     """
-    image_formats()  # once, before the processes fork
+    image_formats()  # PIL's list is made once, before the processes fork
     processes, ahead = plan_workers(min(workers, len(batches)), max(map(len, batches), default=0) * 3 * size * size)
     loader = iter(DataLoader(
         _DecodedBatches(source, batches, size, max_pixels, prepare), batch_size=None, num_workers=processes,
         collate_fn=_unchanged, pin_memory=pin_memory, prefetch_factor=ahead if processes else None,
         multiprocessing_context='fork' if processes else None,
-        generator=torch.Generator()))  # else it would draw from torch's own
+        generator=torch.Generator()))  # else it would draw from torch's global one, and shift what a training draws
     for _ in range(len(batches)):
         batch = next_batch(loader, source)
         for i, why in batch.skipped:
@@ -342,7 +347,9 @@ class _DecodedBatches(Dataset):
         batch = self.batches[number]
         pixels = torch.empty((len(batch), 3, self.size, self.size), dtype=torch.uint8)
         if torch.utils.data.get_worker_info():
-            pixels.share_memory_()  # here, where a lack of it is an error; sent without, it would be a hang
+            # The DataLoader would move them there when it sends them. A lack of shared memory is an error here, and
+            # would be a hang there.
+            pixels.share_memory_()
         good = []
         sizes = []
         skipped = []

@@ -31,6 +31,7 @@ class TarImage(NamedTuple):
 
 def read_tar(path: Path, ignored: IgnoredFiles) -> Iterator[TarImage]:
     """Yield the images of a tar shard in its order; what is not one is added to `ignored`. Raises InputError."""
+    # webdataset's rule: a sample is a run of members that share the path up to the first dot of the file name
     key = None
     members = []
     for member in _members(path, ignored):
@@ -82,8 +83,8 @@ def _members(path: Path, ignored: IgnoredFiles) -> Iterator[_Member]:
     try:
         with tarfile.open(path, 'r:') as tar:
             while (info := tar.next()) is not None:
-                tar.members = []  # it would keep them all
-                if info.size < 0:  # tarfile would go round in circles
+                tar.members = []  # tarfile would keep them all: a shard has thousands, a set millions
+                if info.size < 0:  # tarfile would go back, and read the same headers for ever
                     raise InputError(f'{path}: {info.name} claims a negative size: damaged; fetch it again')
                 offset = tar.offset
                 if is_hidden(info.name):

@@ -34,12 +34,13 @@ def plan_workers(workers: int, batch_bytes: int) -> tuple[int, int]:
         print0('note: no temporary folder takes the sockets of worker processes (a path of 107 bytes at most): images '
                'are decoded without them, which is slower; set TMPDIR to a short path')
         return 0, 0
-    room = shared_memory() // max(1, batch_bytes) - 2  # one batch is with the caller, one on its way there
-    if room < workers:
-        print0(f'note: {SHARED_MEMORY} has little room: {max(0, room)} instead of {workers} worker processes decode '
-               'images; make it larger (docker run --shm-size), or choose a smaller --batch-size')
-        workers = max(0, room)
-    return (workers, min(PREFETCH, room // workers)) if workers else (0, 0)
+    # two batches less: one is with the caller, one on its way there
+    batches_that_fit = shared_memory() // max(1, batch_bytes) - 2
+    if batches_that_fit < workers:
+        print0(f'note: {SHARED_MEMORY} has little room: {max(0, batches_that_fit)} instead of {workers} worker '
+               'processes decode images; make it larger (docker run --shm-size), or choose a smaller --batch-size')
+        workers = max(0, batches_that_fit)
+    return (workers, min(PREFETCH, batches_that_fit // workers)) if workers else (0, 0)
 
 
 def shared_memory() -> int:
@@ -48,6 +49,7 @@ def shared_memory() -> int:
         return sys.maxsize
     if not os.access(SHARED_MEMORY, os.W_OK):
         return 0
+    # ranks of a node share it; a tenth is left to others
     return int(0.9 * shutil.disk_usage(SHARED_MEMORY).free) // int(os.environ.get('LOCAL_WORLD_SIZE', 1))
 
 
@@ -56,28 +58,28 @@ def choose_socket_folder() -> bool:
 
     A socket's path has 107 bytes at most on Linux, so a long TMPDIR does not do: workers would wait for ever.
     """
-    usual = tempfile.tempdir
+    default_folder = tempfile.tempdir
     with contextlib.suppress(OSError):  # no folder for temporary files at all
         for folder in (tempfile.gettempdir(), '/tmp', '/var/tmp'):
             if not _takes_sockets(folder):
                 continue
             tempfile.tempdir = folder
             try:
-                return _binds(multiprocessing.util.get_temp_dir())  # made now, or earlier in this process
+                return _can_bind(multiprocessing.util.get_temp_dir())  # made now, or earlier in this process
             finally:
-                tempfile.tempdir = usual
+                tempfile.tempdir = default_folder
     return False
 
 
 def _takes_sockets(folder: str) -> bool:
     try:
         with tempfile.TemporaryDirectory(prefix='pymp-', dir=folder) as inner:
-            return _binds(inner)
+            return _can_bind(inner)
     except OSError:
         return False
 
 
-def _binds(folder: str) -> bool:
+def _can_bind(folder: str) -> bool:
     """Whether a socket can be made in a folder, with a name as long as multiprocessing's are."""
     path = os.path.join(folder, 'listener-12345678')
     try:

@@ -6,6 +6,7 @@ ROWS_AT_ONCE = 1 << 14  # features whose products with all rows are in memory to
 
 def nearest_rows(features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """The nearest of rows (K, d) for each of features (N, d): (N,) int64. Ties go to the lowest row."""
+    # |f - r|^2 / 2 = |f|^2 / 2 - (f r - |r|^2 / 2): the nearest row has the largest bracket, and |f| does not matter
     half = rows.square().sum(1) / 2
     return torch.cat([(part @ rows.T - half).argmax(1) for part in features.split(ROWS_AT_ONCE)])
 
@@ -20,9 +21,10 @@ def seed_rows(features: torch.Tensor, codes: int, generator: torch.Generator) ->
     distance = (features - rows[0]).square().sum(1)
     square = features.square().sum(1)
     for _ in range(codes - 1):
+        # in float64: the sum over a million features must still tell two of them apart
         cumulative = distance.double().cumsum(0)
-        at = torch.rand(1, generator=generator, device=features.device, dtype=torch.float64) * cumulative[-1]
-        drawn = torch.searchsorted(cumulative, at, right=True).clamp(max=len(features) - 1)
+        target = torch.rand(1, generator=generator, device=features.device, dtype=torch.float64) * cumulative[-1]
+        drawn = torch.searchsorted(cumulative, target, right=True).clamp(max=len(features) - 1)
         row = features[drawn[0]]
         rows.append(row)
         # |f - r|^2 without the (N, d) difference; rounding may take it a little below zero
@@ -38,7 +40,7 @@ def kmeans(features: torch.Tensor, codes: int, iterations: int, generator: torch
     Args:
         features: (N, d) float, N of `codes` or more.
         codes: number of clusters.
-        iterations: of Lloyd, after the seeds; fewer where nothing moves any more.
+        iterations: Lloyd's, after the seeds; fewer where nothing moves any more.
         generator: on the device of the features.
     """
     rows = seed_rows(features, codes, generator)

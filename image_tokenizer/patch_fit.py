@@ -5,8 +5,11 @@ drawn at random, which are decoded and dropped batch by batch, so memory goes wi
 Equal images and options give equal tokenizers on one machine.
 
 A patch gets the code whose row is nearest in Euclidean distance (tokenizers.PatchTokenizer says how that agrees with
-the cosine by which codes are found everywhere here). The elements of rows are principal components, with standard
-deviation 1 together, since embedding noise has that too, and a constant last one.
+the cosine by which codes are looked for everywhere here). The elements of rows are principal components, with standard
+deviation 1 together, since SeiT's embedding noise has that too. The last element is a constant: codes are compared by
+direction, and rows of gray patches, whose components are all near 0, would have none.
+
+`fit` does it, in the order draw patches, PCA, k-means; `fit_to_folder` also writes the files.
 """
 import math
 import os
@@ -54,10 +57,8 @@ def fit_to_folder(source: Source, folder: str | Path, options: FitOptions, worke
     """Fit a patch tokenizer, write it as tokenizer.pt and its codebook as codebook.ckpt, and print what was made.
 
     Args:
-        source: of the images.
         folder: must hold neither file yet.
-        options: of the fit.
-        workers, skip_bad, max_pixels: as for `fit`.
+        source, options, workers, skip_bad, max_pixels: as for `fit`.
 
     Raises:
         InputError: as `fit` does, and for files that exist or cannot be written, before the work.
@@ -103,7 +104,7 @@ def fit(source: Source, options: FitOptions, workers: int | None = None, skip_ba
     lost = (square_sum(patches) - square_sum(components)) / len(patches)  # of a patch, by the projection
     del patches  # the largest tensor by far: k-means needs memory too
     rows = kmeans(components, options.codes, options.iterations, generator)
-    scale = 1 / rows.std()
+    scale = 1 / rows.std()  # after k-means, so that the deviation is that of the rows, which training sees
     tokenizer = PatchTokenizer(mean, basis, scale, lift_rows(rows * scale))
 
     # how well it fits: the squared error of a patch is what the projection loses, and the distance to its row
@@ -123,6 +124,7 @@ def draw(total: int, count: int, generator: torch.Generator, shuffled_whole: int
     """
     if total <= shuffled_whole or 2 * count > total:
         return torch.randperm(total, generator=generator)[:count]
+    # few of very many: draw with repeats, drop them, and draw more until there are enough
     drawn = torch.empty(0, dtype=torch.int64)
     while len(drawn) < count:
         drawn = torch.cat([drawn, torch.randint(total, (count,), generator=generator)]).unique()
@@ -154,12 +156,12 @@ def sample_patches(source: Source, options: FitOptions, generator: torch.Generat
     cut = PatchTokenizer(torch.zeros(width), torch.eye(width), torch.tensor(1.)).patches
     patches = torch.empty(len(drawn), width)
     filled = torch.zeros(len(drawn), dtype=torch.bool)
-    numbers = sorted(position)  # so that a row group of a parquet file is read once
+    numbers = sorted(position)  # a parquet file is read by row groups: in this order each of them once
     batches = [numbers[first:first + BATCH_SIZE] for first in range(0, len(numbers), BATCH_SIZE)]
-    good = 0
+    images_read = 0
     for batch in load_images(source, batches, options.image_size, skip_bad=skip_bad,
                              workers=cores() if workers is None else workers, max_pixels=max_pixels):
-        good += len(batch.indices)
+        images_read += len(batch.indices)
         for index, pixels in zip(batch.indices.tolist(), batch.pixels):
             i = position[index]
             rows = order[starts[i]:starts[i + 1]]
@@ -168,7 +170,7 @@ def sample_patches(source: Source, options: FitOptions, generator: torch.Generat
     if not filled.all():  # bad images were left out
         patches = patches[filled]
         check_enough(source.data_path, options, len(patches))
-    return patches, good
+    return patches, images_read
 
 
 def check_enough(data_path: str, options: FitOptions, patches: int) -> None:
@@ -188,11 +190,13 @@ def fit_pca(patches: torch.Tensor, dim: int) -> tuple[torch.Tensor, torch.Tensor
     """Mean (m,) and leading components (m, dim) of patches (N, m); each component's largest entry is positive."""
     mean = patches.mean(0)
     scatter = torch.zeros(len(mean), len(mean), dtype=torch.float64)
+    # in float64: the products of 200,000 patches are added up, and eigenvectors are as exact as their sum
     for part in patches.split(ROWS_AT_ONCE):
         centered = (part - mean).double()
         scatter += centered.T @ centered
     _, vectors = torch.linalg.eigh(scatter)
     basis = vectors.flip(1)[:, :dim]
+    # Eigenvectors have a sign by chance. A fixed one makes equal images give equal tokenizers.
     largest = basis.gather(0, basis.abs().argmax(0, keepdim=True))
     return mean, (basis * largest.sign()).float().contiguous()
 

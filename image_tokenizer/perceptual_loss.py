@@ -1,4 +1,8 @@
-"""A perceptual term for training tokenizers: distances between features of VGG16, whose weights the user gives."""
+"""A perceptual term for training tokenizers: distances between features of VGG16, whose weights the user gives.
+
+Squared errors of pixels reward blur where a texture cannot be reproduced exactly; features of a classifier do so less.
+This is LPIPS (Zhang et al., 2018, arXiv 1801.03924) without its learned weights of channels.
+"""
 import copy
 from pathlib import Path
 from typing import Any
@@ -36,8 +40,8 @@ class PerceptualLoss:
         if not isinstance(weights, dict):
             raise InputError(f"{path}: not the state dict of torchvision's VGG16")
         network = nn.ModuleDict({'features': make_layers(cfgs['D'][:LAYERS])})
-        wanted = network.state_dict().keys()
-        load_weights(network, {key: weights[key] for key in wanted if key in weights}, str(path))
+        needed = network.state_dict().keys()
+        load_weights(network, {key: weights[key] for key in needed if key in weights}, str(path))
         for number, layer in enumerate(network['features']):
             if isinstance(layer, nn.ReLU):
                 network['features'][number] = nn.ReLU()  # in place, it would change the features it is given

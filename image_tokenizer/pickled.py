@@ -1,8 +1,9 @@
 """Tokenizers saved as whole modules, as SeiT published its own: loading one runs the code that the file names.
 
-So one is loaded only where the user gives the folder of that code. What comes out is any nn.Module, of which nothing is
-known but what it does: features are computed for one noise image. Where a ViTVQGAN with the same weights gives the same
-features, it takes the module's place, since it needs none of that code; any other module is wrapped as it is.
+A pickle can run anything. So one is loaded only where the user gives the folder of that code. What comes out is any
+nn.Module, of which nothing is known but what it does: features are computed for one noise image. Where a ViTVQGAN
+with the same weights gives the same features, it takes the module's place, since it needs none of that code. Any other
+module is wrapped as it is.
 """
 import contextlib
 import math
@@ -78,7 +79,7 @@ def load_running_code(path: str | Path, code_path: str | Path, use: Callable[[st
                              'with scripts/convert_tokenizer.py, which needs no code') from None
         except Exception as error:  # the file's own code runs here, and may raise anything
             raise InputError(f'{path}: cannot be loaded as a tokenizer ({first_line(error)})') from None
-        return use(path, value)
+        return use(path, value)  # within the block: the module may import more of its code when it is called
 
 
 # ---------------------------------------------------------------- what a module is
@@ -90,6 +91,7 @@ def features_of(module: nn.Module, side: int) -> torch.Tensor:
     Raises:
         InputError: when it gives anything else, or n is no square that divides the image.
     """
+    # noise, which a constant image is not: other weights or another order of patches give other features
     image = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     try:
         features = module(image)
@@ -104,9 +106,9 @@ def features_of(module: nn.Module, side: int) -> torch.Tensor:
     return features
 
 
-def same_features(wanted: torch.Tensor, features: torch.Tensor) -> bool:
+def same_features(expected: torch.Tensor, features: torch.Tensor) -> bool:
     """Whether features (1, n, d) are the wanted ones but for rounding."""
-    return wanted.shape == features.shape and bool((wanted - features).abs().max() <= 1e-3 * wanted.abs().max())
+    return expected.shape == features.shape and bool((expected - features).abs().max() <= 1e-3 * expected.abs().max())
 
 
 def from_module(path: str | Path, module: nn.Module) -> nn.Module:

@@ -46,9 +46,9 @@ def check_sizes(image_size: int, patch_size: int) -> None:
     if patch_size > image_size:
         raise InputError(f'--patch-size {patch_size}: larger than images of --image-size {image_size}')
     if image_size % patch_size:
-        near = image_size // patch_size * patch_size
+        multiple = image_size // patch_size * patch_size
         raise InputError(f'--image-size {image_size}: images of it do not divide into patches of {patch_size}: choose '
-                         f'{near} or {near + patch_size}')
+                         f'{multiple} or {multiple + patch_size}')
 
 
 def check_codebook(tokenizer: nn.Module, codebook: torch.Tensor, path: str) -> None:
@@ -60,7 +60,8 @@ def check_codebook(tokenizer: nn.Module, codebook: torch.Tensor, path: str) -> N
 
 def unit_range(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 pixels -> float32 in [0, 1], rounded as torchvision's ToTensor does, on any device."""
-    # by a tensor: CUDA would multiply by the reciprocal of a number, and round otherwise
+    # Divided by a tensor, since CUDA divides by a plain number by multiplying with its reciprocal, which rounds
+    # differently: a few codes would be others than on a CPU.
     return pixels / torch.full((1,), 255., device=pixels.device)
 
 
@@ -69,10 +70,10 @@ def encode_images(tokenizer: nn.Module, codebook: torch.Tensor, pixels: torch.Te
     """Images to codes, on the device of the tokenizer and the codebook.
 
     Args:
-        tokenizer: see the module's docstring.
+        tokenizer: as the module's docstring has it.
         codebook: (K, d).
         pixels: (B, 3, S, S) uint8, on any device.
-        amp: 'off' or 'bf16', of the tokenizer.
+        amp: 'off' or 'bf16', for the tokenizer alone: codes are compared in float32.
 
     Returns:
         features (B, n, d) float32 and codes (B, n) int64.
@@ -89,7 +90,7 @@ def decode_codes(tokenizer: nn.Module, codebook: torch.Tensor, codes: torch.Tens
     """Codes to images, on the device of the tokenizer and the codebook.
 
     Args:
-        tokenizer: see the module's docstring.
+        tokenizer: as the module's docstring has it.
         codebook: (K, d).
         codes: (B, n) int64, n a square.
 
@@ -157,7 +158,7 @@ class PatchTokenizer(nn.Module):
 
 
 def lift_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Rows (K, d) of components with LIFT as one more: no row is without a direction, and gray rows have like ones."""
+    """Rows (K, d) of components with LIFT as one more element: rows near zero get a direction, and like ones."""
     return torch.cat([rows, torch.full_like(rows[:, :1], LIFT)], 1)
 
 
@@ -207,10 +208,10 @@ def read_file(path: str | Path) -> Any:
     try:
         return load_torch(path, 'a tokenizer')
     except InputError as error:
-        # load_torch words every refusal alike; what torch said tells a foreign class from a file of another kind.
-        said = str(error.__context__) if isinstance(error.__context__, pickle.UnpicklingError) else ''
-        name = re.search(r'GLOBAL (\S+) ', said)
-        if name or 'persistent_load of storage' in said:  # the latter is how torch < 1.6 saved modules
+        # load_torch refuses a foreign class and a file of another kind alike. What torch said tells one from the other.
+        refusal = str(error.__context__) if isinstance(error.__context__, pickle.UnpicklingError) else ''
+        name = re.search(r'GLOBAL (\S+) ', refusal)
+        if name or 'persistent_load of storage' in refusal:  # the latter is how torch < 1.6 saved modules
             raise CodeNeeded(path, name.group(1) if name else 'a module in an old format') from None
         raise
 

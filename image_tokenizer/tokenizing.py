@@ -30,7 +30,7 @@ from fileio.files import atomic_path, download, is_address, sha256
 from image_data.sources import ImageBatch, Source, load_images
 from image_tokenizer.tokenizers import check_codebook, encode_images, load_tokenizer
 from token_files.codebook import load_codebook
-from token_files.parts import FinishedParts, Output, Parts, plan, write_sets
+from token_files.parts import FinishedCodes, OutputFiles, PartsFolder, remaining_parts, write_sets
 from token_files.token_file import MAX_CODES, format_for, largest_grid
 from utils import InputError, check_same_on_all_ranks, cores, is_main, on_main, print0, rank, world_size
 
@@ -59,7 +59,7 @@ class EncodingOptions:
     limit_codes: bool = False
 
 
-def tokenize(source: Source, output: Output, options: EncodingOptions, device: torch.device,
+def tokenize(source: Source, output: OutputFiles, options: EncodingOptions, device: torch.device,
              workers: int | None = None, skip_bad: bool | None = None, max_pixels: int | None = None) -> None:
     """Tokenize all images of a source into token files, and print what was made. Collective.
 
@@ -79,43 +79,44 @@ def tokenize(source: Source, output: Output, options: EncodingOptions, device: t
         InputError: for files that do not belong together, images that cannot be read, and an output folder that holds
             another run or cannot be written.
     """
-    torch.backends.cudnn.allow_tf32 = False  # torch's default for convolutions; fp32 is to mean fp32
+    # torch lets convolutions round to TF32 by default. Codes of a set must not depend on such a setting.
+    torch.backends.cudnn.allow_tf32 = False
 
     # what goes in
     check_folder(source.data_path, output.folder, source.classes)
     tokenizer, codebook = load_models(options.tokenizer_path, options.code_path, options.codebook_path,
                                       options.image_size, options.limit_codes)
     check_grid(output.format, options.image_size // tokenizer.patch_size)
-    parts = Parts(output.parts_folder, len(source), options.batch_size)
+    parts = PartsFolder(output.parts_folder, len(source), options.batch_size)
     run_id = identify_run(source, output, options, parts, codebook, device)
     check_same_on_all_ranks(run_id)
 
     # what is to do
-    todo = on_main(plan, output, parts, run_id, options.codebook_path is None)
-    if todo is None:
+    missing_parts = on_main(remaining_parts, output, parts, run_id, options.codebook_path is None)
+    if missing_parts is None:
         print0(f'{output.folder}: {output.name} is complete already, nothing to do')
         return
     print0(f'{len(source):,} images, labels from {source.labels_from}; '
-           f'{len(parts) - len(todo)} of {len(parts)} parts done')
+           f'{len(parts) - len(missing_parts)} of {len(parts)} parts done')
 
     # images to codes
     tokenizer = tokenizer.to(device)
     if options.compiled:
         tokenizer = torch.compile(tokenizer)
     encoder = Encoder(tokenizer, codebook.to(device), options.amp, options.tokenizer_path)
-    rank_parts = todo[rank()::world_size()]
+    rank_parts = missing_parts[rank()::world_size()]  # every n-th one, so that ranks end at about the same time
     batches = [batch for part in rank_parts for batch in parts.batches(part)]
     images = load_images(source, batches, options.image_size, workers=cores() if workers is None else workers,
                          skip_bad=skip_bad, pin_memory=device.type == 'cuda', max_pixels=max_pixels)
-    total = sum(len(batch) for part in todo for batch in parts.batches(part))
+    total = sum(len(batch) for part in missing_parts for batch in parts.batches(part))
     with progress_bar(total, sum(map(len, batches))) as advance:
         for part in rank_parts:
             encode_part(parts, part, images, encoder, advance)
     wait_for_all()
 
-    # codes to files
+    # codes to files: only now, since new code numbers (--limit-codes) and the compact model need all codes
     if is_main():
-        finished = FinishedParts(parts)
+        finished = FinishedCodes(parts)
         check_skipped(finished, source, skip_bad)
         print0(finish(source, output, options, finished, codebook, run_id))
         parts.remove()
@@ -137,9 +138,9 @@ def load_models(tokenizer_path: str | Path, code_path: str | Path | None, codebo
                          'keeps those in use')
     patch = tokenizer.patch_size
     if image_size % patch:
-        near = max(patch, image_size // patch * patch)
-        raise InputError(f'--image-size {image_size}: patches of {patch} do not divide it; choose {near} or '
-                         f'{near + patch}')
+        multiple = max(patch, image_size // patch * patch)
+        raise InputError(f'--image-size {image_size}: patches of {patch} do not divide it; choose {multiple} or '
+                         f'{multiple + patch}')
     return tokenizer, codebook
 
 
@@ -180,8 +181,8 @@ def torch_bytes(tensor: torch.Tensor) -> bytes:
     return buffer.getvalue()
 
 
-def identify_run(source: Source, output: Output, options: EncodingOptions, parts: Parts, codebook: torch.Tensor,
-                 device: torch.device) -> dict[str, Any]:
+def identify_run(source: Source, output: OutputFiles, options: EncodingOptions, parts: PartsFolder,
+                 codebook: torch.Tensor, device: torch.device) -> dict[str, Any]:
     """All that the token files depend on, as the manifest has it. Raises InputError for files that cannot be read."""
     if options.codebook_path:
         codebook_id = identity(options.codebook_path)
@@ -194,7 +195,7 @@ def identify_run(source: Source, output: Output, options: EncodingOptions, parts
               'image_size': options.image_size, 'batch_size': options.batch_size,
               'part_batches': parts.size // parts.batch_size, 'precision': precision, 'device': device.type,
               'limit_codes': options.limit_codes, 'shard_size': output.shard_size}
-    if output.format != 'published':  # whose manifests stay as they were before there was another
+    if output.format != 'published':  # manifests from before there was another format say nothing of it
         run_id['format'] = output.format
     return run_id
 
@@ -202,11 +203,9 @@ def identify_run(source: Source, output: Output, options: EncodingOptions, parts
 # ---------------------------------------------------------------- images to codes
 
 class Encoder:
-    """Pixels to codes on a device.
+    """Pixels to codes, on the device of `tokenizer` and `codebook` (K, d).
 
     Args:
-        tokenizer: on the device.
-        codebook: (K, d), on the device.
         amp: 'off' or 'bf16'.
         path: of the tokenizer, for errors.
     """
@@ -231,7 +230,7 @@ class Encoder:
         return float((self.codes(pixels, self.amp) == self.codes(pixels, 'off')).float().mean())
 
 
-def encode_part(parts: Parts, part: int, images: Iterator[ImageBatch], encoder: Encoder,
+def encode_part(parts: PartsFolder, part: int, images: Iterator[ImageBatch], encoder: Encoder,
                 advance: Callable[[int], None]) -> None:
     """Make one part, and write it.
 
@@ -246,7 +245,7 @@ def encode_part(parts: Parts, part: int, images: Iterator[ImageBatch], encoder: 
         InputError: for an image that cannot be read, features that are not finite, a part that cannot be written.
     """
     batches = parts.batches(part)
-    codes = []  # on the device until the part ends, so that nothing waits for it
+    codes = []  # they stay on the device until the part ends, so that the next batch need not wait for a copy
     good = []
     sizes = []
     extra = {'agreement': math.nan} if part == 0 and encoder.amp != 'off' else {}
@@ -275,7 +274,7 @@ def progress_bar(total: int, rank_total: int) -> Iterator[Callable[[int], None]]
 
     Args:
         total: images to do on all ranks.
-        rank_total: images of this rank, which counts its own for all, since ranks keep in step.
+        rank_total: images of this rank. Rank 0 scales what it has done, since ranks keep about in step.
 
     Yields:
         A function to call with the number of images done.
@@ -293,7 +292,7 @@ def wait_for_all() -> None:
 
 # ---------------------------------------------------------------- codes to files
 
-def check_skipped(finished: FinishedParts, source: Source, skip_bad: bool) -> None:
+def check_skipped(finished: FinishedCodes, source: Source, skip_bad: bool) -> None:
     """InputError when no image is left, or images were skipped that now are not to be."""
     bad = np.flatnonzero(~finished.good)
     if len(bad) and not skip_bad:
@@ -321,8 +320,8 @@ def write_codebook(codebook: torch.Tensor, path: Path) -> dict[str, str]:
     return identity(path)
 
 
-def finish(source: Source, output: Output, options: EncodingOptions, finished: FinishedParts, codebook: torch.Tensor,
-           run_id: dict[str, Any]) -> str:
+def finish(source: Source, output: OutputFiles, options: EncodingOptions, finished: FinishedCodes,
+           codebook: torch.Tensor, run_id: dict[str, Any]) -> str:
     """Write the final files from the parts; returns the line that says what was made. Raises InputError."""
     new_codes = None
     codebook_id = run_id['codebook']

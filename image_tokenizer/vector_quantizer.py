@@ -1,5 +1,8 @@
 """ViT-VQGAN's quantizer while it is trained: unit rows compared by cosine, moved by averages, dead ones revived.
 
+Rows are not trained by gradients. Each follows the moving average of the features that got its code, as in VQ-VAE
+(van den Oord et al., 2017, arXiv 1711.00937, appendix A.1); the encoder's gradients pass the codebook by an estimator.
+
 The package vector-quantize-pytorch is not used: its averaged codebook asks the host at every step, makes one-hot
 (N, K) floats, starts from one batch inside forward, cannot be kept still in DDP's warm-up, and needs four packages.
 """
@@ -27,7 +30,7 @@ def rotate(unit: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     e = unit.detach()
     half = F.normalize(e + rows, dim=-1)
     turned = unit - 2 * (unit * half).sum(-1, keepdim=True) * half + 2 * (unit * e).sum(-1, keepdim=True) * rows
-    return rows + (turned - turned.detach())  # the value is exactly the row
+    return rows + (turned - turned.detach())  # the value is exactly the row, the gradient that of `turned`
 
 
 def pass_through(unit: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -93,25 +96,27 @@ class VectorQuantizer(nn.Module):
     @torch.no_grad()
     def _learn(self, unit: torch.Tensor, codes: torch.Tensor, draws: torch.Tensor) -> None:
         """Move the averages by features (N, d) and their codes (N,), then revive dead rows."""
-        number = len(self.rows)
+        row_count = len(self.rows)
         finite = unit.isfinite().all(1)
         unit = torch.where(finite[:, None], unit, 0)  # a bad step must not spoil the codebook
+        # Dead rows start again at features of this batch. The draws come from the caller, who seeds a step.
         # One feature from each of K equal parts of the batch, which begin anywhere: none twice where there are K.
-        positions = (torch.arange(number, device=unit.device) + draws[:number]) / number + draws[number]
+        positions = (torch.arange(row_count, device=unit.device) + draws[:row_count]) / row_count + draws[row_count]
         candidates = unit[(positions % 1 * len(unit)).long().clamp(max=len(unit) - 1)]
-        moved = torch.cat([torch.zeros_like(self.sums).index_add_(0, codes, unit),
+        # one tensor, so that ranks need one all_reduce a step; candidates are rank 0's, so that all ranks agree
+        batch_sums = torch.cat([torch.zeros_like(self.sums).index_add_(0, codes, unit),
                            torch.zeros_like(self.share).index_add_(0, codes, finite.float())[:, None],
                            candidates if is_main() else torch.zeros_like(candidates)], 1)
         if dist.is_initialized():
-            dist.all_reduce(moved)
+            dist.all_reduce(batch_sums)
         width = unit.shape[1]
-        total = moved[:, width].sum().clamp(min=1)
-        sums = torch.lerp(moved[:, :width] / total, self.sums, self.decay)
-        share = torch.lerp(moved[:, width] / total, self.share, self.decay)
+        total = batch_sums[:, width].sum().clamp(min=1)
+        sums = torch.lerp(batch_sums[:, :width] / total, self.sums, self.decay)
+        use_fraction = torch.lerp(batch_sums[:, width] / total, self.share, self.decay)
         rows = torch.where(sums.norm(dim=1, keepdim=True) > SMALL, F.normalize(sums, dim=1), self.rows)
 
-        candidates = moved[:, width + 1:]  # rank 0's
-        dead = (share * number < self.revive_below) & candidates.any(1)
+        candidates = batch_sums[:, width + 1:]  # rank 0's
+        dead = (use_fraction * row_count < self.revive_below) & candidates.any(1)
         self.rows.copy_(torch.where(dead[:, None], candidates, rows))
-        self.sums.copy_(torch.where(dead[:, None], candidates / number, sums))
-        self.share.copy_(torch.where(dead, 1 / number, share))
+        self.sums.copy_(torch.where(dead[:, None], candidates / row_count, sums))
+        self.share.copy_(torch.where(dead, 1 / row_count, use_fraction))

@@ -2,6 +2,10 @@
 
 Yu et al., 'Vector-quantized Image Modeling with Improved VQGAN' (ICLR 2022, arXiv 2110.04627), section 3.1 for the
 encoder and the decoder, 3.2 for the codebook: narrow rows, L2-normalized before they are compared or decoded.
+
+`ViTVQGAN` is the tokenizer, `ViTVQGAN.from_state_dict` builds it from a checkpoint: sizes are read off the shapes, and
+all names must fit, since a layer that is silently left out would give other codes. Module names, such as `to_qkv`,
+`fn` and `net`, are those of the checkpoints.
 """
 import math
 import re
@@ -50,12 +54,12 @@ def position_table(height: int, width: int, dim: int, device: torch.device | Non
         raise InputError(f'a position embedding for {height}x{width} codes of width {dim} is too large')
     frequency = 10000 ** (-torch.arange(dim // 4, device=device) / (dim // 4))
 
-    def waves(length: int) -> torch.Tensor:
+    def sines_and_cosines(length: int) -> torch.Tensor:
         angle = torch.arange(length, device=device)[:, None] * frequency
         return torch.cat([angle.sin(), angle.cos()], -1)  # (length, dim/2)
 
-    x = repeat(waves(width), 'w d -> (h w) d', h=height)
-    y = repeat(waves(height), 'h d -> (h w) d', w=width)
+    x = repeat(sines_and_cosines(width), 'w d -> (h w) d', h=height)
+    y = repeat(sines_and_cosines(height), 'h d -> (h w) d', w=width)
     return torch.cat([x, y], -1)[None]
 
 
@@ -129,6 +133,7 @@ class Encoder(nn.Module):
 
     def __init__(self, size: Size, patch_size: int, grid_size: int, channels: int = 3):
         super().__init__()
+        # a Sequential of one, for the published name to_patch_embedding.0
         self.to_patch_embedding = nn.Sequential(nn.Conv2d(channels, size.dim, patch_size, stride=patch_size))
         self.register_buffer('en_pos_embedding', position_table(grid_size, grid_size, size.dim))
         self.transformer = Transformer(size)
@@ -205,13 +210,13 @@ class ViTVQGAN(nn.Module):
         state = without_prefix(state)
         with torch.device('meta'):  # names and shapes only; the tensors are those of `state`
             model = cls(**read_config(state))
-        wanted = model.state_dict()
+        expected = model.state_dict()
         grid_size = model.image_size // model.patch_size
-        tables = {key: position_table(grid_size, grid_size, value.shape[-1]) for key, value in wanted.items()
+        tables = {key: position_table(grid_size, grid_size, value.shape[-1]) for key, value in expected.items()
                   if key.endswith('_pos_embedding')}
         state = tables | state
-        check_names_and_shapes(state, wanted)
-        model.load_state_dict({key: state[key].detach().float() for key in wanted}, assign=True)
+        check_names_and_shapes(state, expected)
+        model.load_state_dict({key: state[key].detach().float() for key in expected}, assign=True)
         return model.eval()
 
     @property
@@ -293,16 +298,17 @@ def read_config(state: dict[str, Any]) -> dict[str, Any]:
             'image_size': image_size, 'patch_size': patch_size}
 
 
-def check_names_and_shapes(state: dict[str, Any], wanted: dict[str, torch.Tensor]) -> None:
-    """InputError unless `state` has every name of `wanted` in its shape, and no unknown one in encoder or decoder."""
+def check_names_and_shapes(state: dict[str, Any], expected: dict[str, torch.Tensor]) -> None:
+    """InputError unless `state` has every name of `expected` in its shape, and no unknown one in encoder or decoder."""
     problems = []
-    for key, value in wanted.items():
+    for key, value in expected.items():
         if not isinstance(state.get(key), torch.Tensor) or not state[key].is_floating_point():
             problems.append(f'{key} is missing')
         elif state[key].shape != value.shape:
             problems.append(f'{key} has shape {tuple(state[key].shape)}, expected {tuple(value.shape)}')
     # An extra tensor there (a bias, say) means another architecture, whose features would silently differ.
-    problems += [f'{key} is unknown' for key in state if key.startswith(('encoder.', 'decoder.')) and key not in wanted]
+    problems += [f'{key} is unknown' for key in state
+                 if key.startswith(('encoder.', 'decoder.')) and key not in expected]
     if problems:
         more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''
         raise InputError(f'not a ViT-VQGAN: {"; ".join(problems[:3])}{more}')

@@ -3,7 +3,8 @@
 From random weights, features of all images point in one direction for hundreds of steps, all to one code. So every
 layer starts as the identity; what goes into the codebook is fitted to principal components of patches, with a constant
 beside them by which directions differ as the components do; rows are clusters of these features; and what comes out of
-the decoder is fitted to the patches. A few seconds of least squares are worth an hour of training on a CPU.
+the decoder is fitted to the patches. A few seconds of least squares are worth an hour of training on a CPU. Call
+`start_weights`, then `fit_start`.
 """
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -32,6 +33,8 @@ def start_weights(model: ViTVQGAN) -> None:
             nn.init.xavier_uniform_(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+    # What a layer adds to its input is 0 when its last weights and biases are: the layer is the identity, and yet it
+    # learns, because those weights have gradients.
     for part in (model.encoder, model.decoder):
         for attention, feed_forward in part.transformer.layers:
             nn.init.zeros_(attention.fn.to_out.weight)
@@ -41,7 +44,7 @@ def start_weights(model: ViTVQGAN) -> None:
     nn.init.zeros_(embedding.bias)
 
 
-def cut(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
+def cut_patches(pixels: torch.Tensor, patch_size: int) -> torch.Tensor:
     """(B, 3, S, S) uint8 -> patches (B·n, 3·p·p) float32 in [0, 1], ordered (channel, row, column)."""
     return rearrange(unit_range(pixels), 'b c (h p) (w q) -> (b h w) (c p q)', p=patch_size, q=patch_size)
 
@@ -67,7 +70,7 @@ def components_of(batches: Sequence[torch.Tensor], patch_size: int, number: int)
     total = 0
     square = 0
     for pixels in batches:
-        patches = cut(pixels, patch_size).double()
+        patches = cut_patches(pixels, patch_size).double()
         count += len(patches)
         total = total + patches.sum(0)
         square = square + patches.T @ patches
@@ -101,17 +104,18 @@ def fit_start(model: ViTVQGAN, quantizer: VectorQuantizer, batches: Sequence[tor
         raise InputError(f'--codes {codes}: more than the {patches} patches of the first {images} images; give more '
                          'images, or fewer codes')
 
-    # features: principal components of patches, and a constant
+    # Features: principal components of patches, and a constant. Codes are compared by direction; beside a constant,
+    # patches of other contrast have other directions too.
     components = components_of(batches, size, dim - 1)
 
-    def wanted(pixels: torch.Tensor) -> torch.Tensor:
-        return F.pad(components(cut(pixels, size)), (0, 1), value=CONSTANT)
+    def target_features(pixels: torch.Tensor) -> torch.Tensor:
+        return F.pad(components(cut_patches(pixels, size)), (0, 1), value=CONSTANT)
 
-    def encoded(pixels: torch.Tensor) -> torch.Tensor:
+    def encoder_outputs(pixels: torch.Tensor) -> torch.Tensor:
         return F.pad(model.encoder(unit_range(pixels)).flatten(0, 1), (0, 1), value=1.)
 
-    matrix = least_squares((encoded(pixels), wanted(pixels)) for pixels in batches)
-    matrix *= (dim / (1 + CONSTANT ** 2)) ** 0.5  # elements have mean square 1
+    matrix = least_squares((encoder_outputs(pixels), target_features(pixels)) for pixels in batches)
+    matrix *= (dim / (1 + CONSTANT ** 2)) ** 0.5  # now elements of features have mean square 1
     model.pre_quant.weight.copy_(matrix[:-1].T)
     model.pre_quant.bias.copy_(matrix[-1])
 
@@ -122,13 +126,13 @@ def fit_start(model: ViTVQGAN, quantizer: VectorQuantizer, batches: Sequence[tor
     # pixels
     color = torch.stack([unit_range(pixels).mean((0, 2, 3)) for pixels in batches]).mean(0)
 
-    def decoded(pixels: torch.Tensor) -> torch.Tensor:
+    def decoder_outputs(pixels: torch.Tensor) -> torch.Tensor:
         rows = quantizer.rows[quantize(model(unit_range(pixels)), quantizer.rows)]
         side = math.isqrt(rows.shape[1])
         x = add_position(model.post_quant(rows), side, side, model.decoder.de_pos_embedding)
         return model.decoder.transformer(x).flatten(0, 1)
 
-    matrix = least_squares((decoded(pixels), cut(pixels, size) - color.repeat_interleave(size ** 2))
+    matrix = least_squares((decoder_outputs(pixels), cut_patches(pixels, size) - color.repeat_interleave(size ** 2))
                            for pixels in batches)
     to_pixel = model.decoder.to_pixel[-1]
     to_pixel.weight.copy_(matrix.view_as(to_pixel.weight))

@@ -1,6 +1,8 @@
 """Training a ViT-VQGAN: the losses, what is measured of it on held-out images, and the file that it becomes.
 
-No adversarial term: what 9 bits a code cannot say, such as fine texture, comes out as blur.
+There is no adversarial term: what 9 bits a code cannot say, such as fine texture, comes out as blur.
+`TokenizerTraining` is the module that is trained. `evaluate_tokenizer` judges it, and stops a run whose codebook has
+collapsed. `save_tokenizer` writes what image_tokenizer/tokenizers.py opens. scripts/train_tokenizer.py has the loop.
 """
 import json
 from collections.abc import Callable, Iterable
@@ -20,9 +22,9 @@ from image_tokenizer.vitvqgan import ViTVQGAN
 from image_tokenizer.vq_start import start_weights
 from utils import InputError, autocast, print0
 
-COLLAPSED = 0.1  # of the codes in use: below, a run stops
-SPARSE = 0.5  # below, it warns
-TOKENS_A_CODE = 10  # held out, from which on usage tells something
+COLLAPSED = 0.1  # a run stops when a smaller part of the codes than this is in use
+SPARSE = 0.5  # it warns below this part
+TOKENS_A_CODE = 10  # held-out tokens for each code: with fewer, codes are unused by chance
 
 
 class Collapsed(InputError):
@@ -116,8 +118,8 @@ class TokenizerTraining(nn.Module):
 
 def perplexity(counts: torch.Tensor) -> torch.Tensor:
     """2 to the entropy in bits of codes used counts (K,) times, (): K where all are used alike, 1 for one alone."""
-    shares = counts.double() / counts.sum().clamp(min=1)
-    return 2 ** -torch.special.xlogy(shares, shares).sum().div(torch.log(torch.tensor(2.)))
+    frequencies = counts.double() / counts.sum().clamp(min=1)
+    return 2 ** -torch.special.xlogy(frequencies, frequencies).sum().div(torch.log(torch.tensor(2.)))
 
 
 @torch.no_grad()
@@ -163,9 +165,9 @@ def evaluate_tokenizer(training: TokenizerTraining, batches: Iterable[torch.Tens
     stats = dict(zip(('psnr', 'ssim', 'loss', 'usage', 'perplexity'), values))
     if not with_ssim:
         del stats['ssim']
-    similar = f' SSIM {stats["ssim"]:.4f}' if with_ssim else ''
-    print0(f'* PSNR {stats["psnr"]:.3f}{similar} usage {stats["usage"]:.1%} perplexity {stats["perplexity"]:.1f} loss '
-           f'{stats["loss"]:.4f}' + (f' ({name})' if name else ''))
+    ssim_note = f' SSIM {stats["ssim"]:.4f}' if with_ssim else ''
+    print0(f'* PSNR {stats["psnr"]:.3f}{ssim_note} usage {stats["usage"]:.1%} perplexity {stats["perplexity"]:.1f} '
+           f'loss {stats["loss"]:.4f}' + (f' ({name})' if name else ''))
     check_usage(stats['usage'], size, int(counts.sum()))
     return stats
 
@@ -187,7 +189,7 @@ def save_tokenizer(training: TokenizerTraining, path: str | Path) -> None:
     state = {key: value.cpu().contiguous() for key, value in training.model.state_dict().items()}
     state['quantizer.embedding.weight'] = training.codebook()
     data = safetensors.torch.save(state, {'format': FORMAT, 'version': str(VERSION)})
-    # the library writes these two in any order; in one order, equal tokenizers are equal files
+    # The library writes the two entries of the metadata in any order. In one order, equal tokenizers are equal files.
     size = int.from_bytes(data[:8], 'little')
     header = json.loads(data[8:8 + size])
     header['__metadata__'] = dict(sorted(header['__metadata__'].items()))

@@ -1,4 +1,4 @@
-"""Synonyms of each code, for Token-EDA: the nearest other rows of the L2-normalized codebook.
+"""Write the synonyms of each code, for Token-EDA: the nearest other rows of the L2-normalized codebook.
 
     python scripts/build_synonyms.py --codebook-path tokens/codebook.ckpt --output tokens/synonyms.json
 """
@@ -17,9 +17,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add('--codebook-path', required=True, metavar='FILE')
-    add('--output', required=True, metavar='FILE')
-    add('--top-k', type=integer(1), default=SYNONYMS, help='synonyms of a code, best first (training uses the first 5)')
+    add('--codebook-path', required=True, metavar='FILE', help='the codebook of the tokens')
+    add('--output', required=True, metavar='FILE', help='the JSON file to write')
+    add('--top-k', type=integer(1), default=SYNONYMS,
+        help='synonyms to write for each code, best first (training uses the first 5)')
     return parser.parse_args(argv)
 
 

@@ -32,9 +32,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add('--input', required=True, metavar='FILE', help='published tokenizer file')
+    add('--input', required=True, metavar='FILE', help='the published tokenizer file')
     add('--output', required=True, metavar='FILE',
-        help='plain file to write: .safetensors, or any other ending for a torch file')
+        help='the plain file to write: .safetensors, or with any other ending a torch file')
     add('--tokenizer-code-path', metavar='DIR',
         help='load the file by running its code, found in this folder, and compare the features')
     return parser.parse_args(argv)
@@ -67,6 +67,7 @@ def stand_in(name: str) -> type:
 
 def read_inert(path: str | Path) -> Any:
     """What a file holds, with an empty container in place of each class torch does not know. Raises InputError."""
+    # torch names one class that it refuses at a time. Each gets an empty stand-in, until the file can be read.
     stand_ins = {}
     while True:
         with torch.serialization.safe_globals(list(stand_ins.values())):
@@ -90,17 +91,17 @@ def tensors_of(node: Any, prefix: str = '') -> Iterator[tuple[str, torch.Tensor]
             yield from tensors_of(child, f'{prefix}{name}.')
 
 
-# ---------------------------------------------------------------- finding the parts
+# ---------------------------------------------------------------- the parts of a ViT-VQGAN
 
 class PartFinder:
-    """Moves tensors from a file's names to ours, one part of the ViT-VQGAN after the other; prints what it finds.
+    """Moves tensors from a file's names to those of vitvqgan.py, part after part; prints what it finds.
 
     Args:
         tensors: name -> tensor, as in the file.
 
     Attributes:
-        left: those not taken yet.
-        taken: those taken, under our names.
+        left: those not taken yet, under the file's names.
+        taken: those taken, under vitvqgan.py's names.
     """
 
     def __init__(self, tensors: dict[str, torch.Tensor]):
@@ -141,7 +142,7 @@ class PartFinder:
 
 
 def find_parts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of encoder, pre_quant, and where there are any codebook, decoder, post_quant, under our names.
+    """The tensors of encoder, pre_quant, and where there are any codebook, decoder, post_quant, by vitvqgan.py's names.
 
     Prints what was found.
 
@@ -188,8 +189,8 @@ def convert(path: str | Path, value: Any) -> ViTVQGAN:
     try:
         model = ViTVQGAN.from_state_dict(find_parts(tensors))
         if isinstance(value, nn.Module):
-            theirs = features_of(value.eval(), model.image_size)
-            if not same_features(theirs, features_of(model, model.image_size)):
+            module_features = features_of(value.eval(), model.image_size)
+            if not same_features(module_features, features_of(model, model.image_size)):
                 raise InputError('the module computes other features than a ViT-VQGAN with its weights: not converted')
             print0('the features of the module and of the converted tokenizer agree')
     except InputError as error:

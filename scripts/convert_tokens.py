@@ -34,10 +34,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add('--token-file', required=True, metavar='FILE', help='a path, a glob or a comma-separated list of shards')
-    add('--label-file', metavar='FILE', help='as many, in the same order (default: those beside the token files)')
-    add('--format', required=True, choices=FORMATS)
-    add('--output-dir', required=True, metavar='DIR')
+    add('--token-file', required=True, metavar='FILE',
+        help='the set: a path, a glob or a comma-separated list of shards')
+    add('--label-file', metavar='FILE',
+        help='label files in the order of the token files; default: those beside them')
+    add('--format', required=True, choices=FORMATS, help='the format to write')
+    add('--output-dir', required=True, metavar='DIR', help='folder of the new files')
     return parser.parse_args(argv)
 
 
@@ -118,6 +120,7 @@ def read_all(shards: Sequence[Shard]) -> int:
                 raise InputError(f'{shard.file.stream}: {codes.shape[1]} codes an image, where '
                                  f'{shards[0].file.stream} has {n}: they are no shards of one set')
             shard.largest = max(shard.largest, int(codes.max()))
+            # of the codes and not of the file, in one byte order: so it can be compared across formats
             digest.update(codes.astype('<u2').tobytes())
         shard.digest = digest.hexdigest()
     return math.isqrt(n)
@@ -131,31 +134,32 @@ def write_shards(shards: Sequence[Shard], folder: Path, format_name: str) -> Non
     if grid_size > largest_grid(format_name):
         raise InputError(f'{shards[0].file.stream}: {grid_size} codes on a side; --format {format_name} holds '
                          f'{largest_grid(format_name)} at most')
-    name = format_for(format_name, max(max(shard.largest + 1, stated_codes(shard.file)) for shard in shards))
+    # The rows of the codebook count too, not only the codes that occur, so that all splits get one format.
+    name = format_for(format_name, max(max(shard.largest + 1, codebook_rows(shard.file)) for shard in shards))
     all_codes = (codes for shard in shards for codes in shard.codes())
     images = sum(len(shard.file) for shard in shards)
     model = write_model(folder / shards[0].stream, name, all_codes, images)
     for shard in shards:
-        manifest = {'codes': shard.largest + 1} | kept_entries(shard.file, format_name) | {'format': name} | model
+        manifest = {'codes': shard.largest + 1} | entries_to_keep(shard.file, format_name) | {'format': name} | model
         write_set(folder / shard.stream, shard.codes(), len(shard.file), folder / label_name(shard.stream),
                   shard.labels, manifest)
         compare(shard, folder / shard.stream)
         print0(f'{shard.file.stream}: {len(shard.file):,} images compared, all codes are the same')
 
 
-def stated_codes(file: TokenFile) -> int:
+def codebook_rows(file: TokenFile) -> int:
     """Rows of the codebook that the manifest states, as far as token files hold them; else 0."""
     codes = file.manifest.get('codes')
     return codes if type(codes) is int and codes <= MAX_CODES else 0
 
 
-def kept_entries(file: TokenFile, format_name: str) -> dict[str, Any]:
+def entries_to_keep(file: TokenFile, format_name: str) -> dict[str, Any]:
     """What the manifest says, but for its format and files."""
-    kept = {key: value for key, value in file.manifest.items() if key not in ('format', 'model', 'files')}
-    if isinstance(kept.get('run'), dict):  # tokenize_images.py knows its sets by it, and names other formats there
-        run_id = {key: value for key, value in kept['run'].items() if key != 'format'}
-        kept['run'] = run_id if format_name == 'published' else run_id | {'format': format_name}
-    return kept
+    entries = {key: value for key, value in file.manifest.items() if key not in ('format', 'model', 'files')}
+    if isinstance(entries.get('run'), dict):  # tokenize_images.py recognizes a finished set by this entry
+        run_id = {key: value for key, value in entries['run'].items() if key != 'format'}
+        entries['run'] = run_id if format_name == 'published' else run_id | {'format': format_name}
+    return entries
 
 
 def compare(shard: Shard, stream: Path) -> None:
@@ -173,11 +177,13 @@ def main(args: argparse.Namespace) -> None:
     check_free(shards, folder, args.format)
     work = folder / f'.{shards[0].stream}.converting'
     lock = hold_folder(work, 'choose another --output-dir', name='lock')
+    # Everything is written and compared in a hidden folder, then moved: a kill leaves the output folder as it was.
     new = work / 'files'
     shutil.rmtree(new, ignore_errors=True)  # of a killed run
     try:
         write_shards(shards, new, args.format)
-        for path in sorted(new.iterdir(), key=lambda path: 'data.bin' in path.name):  # a stream after what it needs
+        # streams last: whoever sees one sees its index or model, its labels and its manifest too
+        for path in sorted(new.iterdir(), key=lambda path: 'data.bin' in path.name):
             path.rename(folder / path.name)
     finally:
         shutil.rmtree(work, ignore_errors=True)

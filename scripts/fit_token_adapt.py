@@ -44,11 +44,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add_image_flags(parser)
 
     add = parser.add_group('TokenAdapt')
-    add('--tokenizer-path', required=True, metavar='FILE', of_a_rank=True, help='see image_tokenizer/tokenizers.py')
-    add('--codebook-path', metavar='FILE', of_a_rank=True, help="default: the tokenizer's own")
-    add('--width', type=integer(HEAD_DIM), default=SIZE.dim, help=f'a multiple of {HEAD_DIM}, the width of a head; the '
-        'published program reads only the default')
-    add('--depth', type=integer(1), default=SIZE.depth, help='layers of either network')
+    add('--tokenizer-path', required=True, metavar='FILE', of_a_rank=True,
+        help='the tokenizer of the tokens (image_tokenizer/tokenizers.py)')
+    add('--codebook-path', metavar='FILE', of_a_rank=True,
+        help="the codebook of the tokens; default: the one in the tokenizer's file")
+    add('--width', type=integer(HEAD_DIM), default=SIZE.dim,
+        help=f'width of both networks, a multiple of {HEAD_DIM}, the width of a head; the published program reads only '
+             'the default')
+    add('--depth', type=integer(1), default=SIZE.depth, help='layers of each network')
 
     add = parser.add_group('augmentation')
     add('--input-size', type=integer(2), help='side of the crops, in pixels; default: 7/8 of --image-size')
@@ -110,14 +113,16 @@ def main(args: argparse.Namespace) -> int:
 
     def order_of(epoch: int) -> np.ndarray:
         order = shuffled(len(images), world_size(), rank(), args.seed, epoch)
-        return images.chosen[order[:args.epoch_images // world_size()] if args.epoch_images else order]
+        # order counts the images to train on; the source numbers them together with those held out
+        return images.numbers[order[:args.epoch_images // world_size()] if args.epoch_images else order]
 
     def batches_of(indices: np.ndarray, epoch: int, start: int) -> Iterator[torch.Tensor]:
         return images.batches(indices)
 
     def evaluate_of(model: nn.Module, name: str) -> dict[str, float]:
-        batches = held_out.batches(held_out.chosen[rank_indices(len(held_out), True)])
+        batches = held_out.batches(held_out.numbers[rank_indices(len(held_out), True)])
         stats = evaluate_token_adapt(model, pairs, batches, geometry, amp, name)
+        # with --model-ema both sets of weights are evaluated, and the averaged ones are written
         if args.output_dir and bool(name) == args.model_ema:
             on_main(save_token_adapt, model, folder.path / FILE)
         return stats

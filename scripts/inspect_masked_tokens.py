@@ -36,25 +36,25 @@ from training.checkpoints import (PRETRAIN, check_codes, check_origin, load_chec
 from utils import InputError, print0, run
 
 GRAY = 0.5
-UNSEEN = 0.4  # share of patches that the encoder never sees, as published
+UNSEEN = 0.4  # part of the patches that the encoder never sees, as published
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError for values that cannot be."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add('--checkpoint', required=True, metavar='FILE', help='of main_mtm_pretrain.py')
+    add('--checkpoint', required=True, metavar='FILE', help='a checkpoint of main_mtm_pretrain.py')
     add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
-        help='sizes of its model; default: as the checkpoint says')
+        help='sizes of the model; default: as the checkpoint says')
     add('--token-file', required=True, metavar='FILE', help='NAME.data.bin.gz, or a glob of shards')
-    add('--codebook-path', required=True, metavar='FILE')
-    add('--tokenizer-path', required=True, metavar='FILE', help='one with a decoder')
+    add('--codebook-path', required=True, metavar='FILE', help='the codebook of the tokens')
+    add('--tokenizer-path', required=True, metavar='FILE', help='the tokenizer of the tokens; it must have a decoder')
     add('--data-path', metavar='PATH', help='the images that the tokens were made from')
-    add('--output', required=True, metavar='FILE.png')
-    add('--images', type=integer(1), default=16, help='from the first on')
-    add('--mask-ratio', type=number(0.01, 1), default=0.6, help='share of patches that are masked')
-    add('--seed', type=SEED, default=0, help='of the masks')
-    add('--max-image-pixels', type=integer(1), metavar='N', help="images with more are refused; default: PIL's limit")
+    add('--output', required=True, metavar='FILE.png', help='the picture to write')
+    add('--images', type=integer(1), default=16, help='images to draw, from the first on')
+    add('--mask-ratio', type=number(0.01, 1), default=0.6, help='part of the patches that are masked')
+    add('--seed', type=SEED, default=0, help='seed of the masks')
+    add('--max-image-pixels', type=integer(1), metavar='N', help="refuse images with more pixels; default: PIL's limit")
     return parser.parse_args(argv)
 
 
@@ -75,7 +75,7 @@ def load_model(path: str, model_kwargs: dict, codebook_size: int) -> tuple[Maske
 @torch.no_grad()
 def predict(model: MaskedTokenModel, codes: torch.Tensor, ratio: float,
             generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Mask a share of the patches of codes (B, s, s) int64 and predict them.
+    """Mask a part of the patches of codes (B, s, s) int64 and predict them.
 
     Returns:
         Codes (B, s, s), the masked ones as predicted; which those are, (B, s, s) bool; their cross-entropy.
@@ -84,6 +84,7 @@ def predict(model: MaskedTokenModel, codes: torch.Tensor, ratio: float,
     masks = masks_of(torch.rand(len(codes), side ** 2, generator=generator), ratio, min(ratio, UNSEEN))
     logits = model(codes, *masks)
     masked = masks.masked.view(-1, side, side).repeat_interleave(PATCH, 1).repeat_interleave(PATCH, 2)
+    # codes that are not masked stay as they are, so that the picture shows what the prediction adds
     filled = torch.where(masked, logits.argmax(-1).view_as(codes), codes)
     return filled, masked, masked_token_loss(logits, codes, masks.masked).item()
 
@@ -96,7 +97,8 @@ def class_attention(model: MaskedTokenModel, codes: torch.Tensor) -> torch.Tenso
     """
     side = codes.shape[1] // PATCH
     layer = model.blocks[-1].attn
-    layer.fused_attn = False  # the fused kernel never has the matrix
+    # The fused kernel never makes the matrix of attention. Unfused, it passes through attn_drop, where a hook sees it.
+    layer.fused_attn = False
     captured = []
     hook = layer.attn_drop.register_forward_hook(lambda module, inputs, output: captured.append(output))
     model.encode(codes, masks_of(torch.zeros(len(codes), side ** 2), 0., 0.))
@@ -116,12 +118,12 @@ def main(args: argparse.Namespace) -> None:
         raise InputError(f'{args.codebook_path}: rows of {codebook.shape[1]} elements, but the tokenizer gives '
                          f'{tokenizer.embed_dim}')
     source = open_source(args.data_path) if args.data_path else None
-    every = open_codes(files, cache='none')
-    if source and len(source) != len(every):
-        raise InputError(f'{args.data_path}: {len(source)} images, but {args.token_file} holds {len(every)}; give the '
-                         'images that the tokens were made from')
+    all_codes = open_codes(files, cache='none')
+    if source and len(source) != len(all_codes):
+        raise InputError(f'{args.data_path}: {len(source)} images, but {args.token_file} holds {len(all_codes)}; give '
+                         'the images that the tokens were made from')
 
-    codes = torch.from_numpy(every[:args.images].astype(np.int64))
+    codes = torch.from_numpy(all_codes[:args.images].astype(np.int64))
     if codes.max() >= len(codebook):
         raise InputError(f'{args.token_file}: holds code {codes.max()}, but the codebook has {len(codebook)} rows; '
                          'give the codebook the tokens were made with')

@@ -51,8 +51,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add('--token-file', required=True, metavar='FILE', help='NAME.data.bin.gz, or a glob of shards')
-    add('--codebook-path', required=True, metavar='FILE')
-    add('--label-file', metavar='FILE', help='adds images a class')
+    add('--codebook-path', required=True, metavar='FILE', help='the codebook of the tokens')
+    add('--label-file', metavar='FILE', help='labels of the images: adds the number of images of each class')
     add('--data-path', metavar='PATH', help='the images that the tokens were made from (class folders, a list file '
         '.txt, tar shards or parquet files: see image_sources.py): adds their bytes')
     add('--tokenizer-path', metavar='FILE', help='reconstructs the images, where it has a decoder')
@@ -134,14 +134,14 @@ def image_quality(source: Source, codes: np.ndarray, tokenizer: nn.Module, codeb
 # ---------------------------------------------------------------- text
 
 def histogram(counts: np.ndarray) -> list[str]:
-    """Lines of text: the share of all codes that each tenth of the codebook takes, most used first."""
+    """Lines of text: the part of all codes that each tenth of the codebook has, most used first."""
     ranked = np.sort(counts)[::-1]
     lines = []
     first = 1
     for part in np.array_split(ranked, min(10, len(ranked))):
-        share = part.sum() / ranked.sum()
+        fraction = part.sum() / ranked.sum()
         last = first + len(part) - 1
-        lines.append(f'  {f"{first}-{last}":>9} {share:6.1%} {"#" * round(50 * share)}')
+        lines.append(f'  {f"{first}-{last}":>9} {fraction:6.1%} {"#" * round(50 * fraction)}')
         first = last + 1
     return lines
 

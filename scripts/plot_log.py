@@ -18,8 +18,8 @@ from utils import InputError, print0, run
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
     parser = Parser(__doc__)
-    parser.add_argument('logs', nargs='+', metavar='LOG', help='log.txt of a run')
-    parser.add_argument('--output', required=True, metavar='FILE.png')
+    parser.add_argument('logs', nargs='+', metavar='LOG', help='log.txt of a run; several are drawn together')
+    parser.add_argument('--output', required=True, metavar='FILE.png', help='the picture to write')
     return parser.parse_args(argv)
 
 
@@ -47,6 +47,7 @@ def main(args: argparse.Namespace) -> None:
     check_writable(args.output, inputs=args.logs)
     figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(13, 4), layout='constrained')
     for path, lines in logs.items():
+        # a run is named by its folder, where more than one is drawn
         run_name = f'{Path(path).absolute().parent.name} ' if len(logs) > 1 else ''
         draw(loss, lines, 'train_loss', run_name + 'train')
         draw(loss, lines, 'test_loss', run_name + 'val')

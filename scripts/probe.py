@@ -50,26 +50,30 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add('--checkpoint', required=True, metavar='FILE')
-    add('--use-ema', action='store_true', help="take the checkpoint's averaged weights")
-    add('--model', default='', help='default: as the checkpoint says, and with what arguments')
-    add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', help='as given in training')
+    add('--checkpoint', required=True, metavar='FILE', help='the checkpoint to judge')
+    add('--use-ema', action='store_true', help="judge the checkpoint's averaged weights")
+    add('--model', default='', help='name of the model; default: as the checkpoint says, with its arguments')
+    add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
+        help='sizes of --model, as given in training')
     for flag in TOKEN_FLAGS:
         add(f'--{flag.replace("_", "-")}', default='', metavar='FILE',
-            help='a glob or a comma-separated list of shards, too' if flag != 'codebook_path' else 'of the tokens')
-    add('--token-cache', default='', metavar='DIR', help='see main_seit.py')
+            help='a path, a glob or a comma-separated list of shards' if flag != 'codebook_path'
+            else 'the codebook of the tokens')
+    add('--token-cache', default='', metavar='DIR', help='where token files are decoded to, as in main_seit.py')
     for flag in IMAGE_FLAGS:
         add(f'--{flag.replace("_", "-")}', default='', metavar='PATH', help='images: see image_data/sources.py')
-    add('--input-size', type=integer(1), help='of images, pixels on a side; default: as the checkpoint says')
-    add('--eval-crop-ratio', type=number(0.01, 1), help='of images; default: as the checkpoint says')
-    add('--num-workers', type=integer(), default=10, help='processes that decode images; as many as the cores at most')
-    add('--probes', nargs='+', choices=PROBES, default=list(PROBES))
-    add('--neighbors', type=integer(1), default=20)
-    add('--temperature', type=number(1e-6), default=TEMPERATURE, help="of the neighbors' votes")
-    add('--batch-size', type=integer(1), default=64)
+    add('--input-size', type=integer(1), help='pixels on a side of images; default: as the checkpoint says')
+    add('--eval-crop-ratio', type=number(0.01, 1),
+        help='part of the side of images that the center crop keeps; default: as the checkpoint says')
+    add('--num-workers', type=integer(), default=10, help='processes that decode images; never more than the cores')
+    add('--probes', nargs='+', choices=PROBES, default=list(PROBES), help='which probes to run')
+    add('--neighbors', type=integer(1), default=20, help='how many nearest neighbors vote')
+    add('--temperature', type=number(1e-6), default=TEMPERATURE, help="temperature of the neighbors' votes")
+    add('--batch-size', type=integer(1), default=64, help='images in a batch')
     add('--device', default='auto', help='auto (CUDA where there is one), cuda, cuda:N or cpu')
-    add('--output', metavar='FILE.json', help='write the results there, too')
+    add('--output', metavar='FILE.json', help='also write the results to this file')
     args = parser.parse_args(argv)
+    # either all flags of tokens or all flags of images
     given = [[flag for flag in flags if getattr(args, flag)] for flags in (TOKEN_FLAGS, IMAGE_FLAGS)]
     if [len(flags) for flags in given] not in ([len(TOKEN_FLAGS), 0], [0, len(IMAGE_FLAGS)]):
         raise InputError('give ' + ', or '.join(', '.join(f'--{flag.replace("_", "-")}' for flag in flags)
@@ -133,7 +137,7 @@ def neighbor_votes(train: torch.Tensor, labels: torch.Tensor, queries: torch.Ten
 def standardize(train: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Two sets of features, (N, D) and (M, D), minus the mean of the first, divided by its deviation."""
     std, mean = torch.std_mean(train, dim=0, correction=0)
-    std = torch.where(std > 0, std, 1.)
+    std = torch.where(std > 0, std, 1.)  # a feature that never changes becomes 0, not NaN
     return (train - mean) / std, (other - mean) / std
 
 
@@ -199,14 +203,17 @@ def linear_probe(train: torch.Tensor, labels: torch.Tensor, queries: torch.Tenso
     if len(train) < HELD_OUT:
         raise InputError(f'{len(train)} training images: a linear probe holds one in {HELD_OUT} of them out')
     train, queries = standardize(train, queries)
+    # drawn on the CPU, so that the held-out tenth is the same on every device
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).to(train.device)
-    held, rest = order[:len(train) // HELD_OUT], order[len(train) // HELD_OUT:]
+    held_out, rest = order[:len(train) // HELD_OUT], order[len(train) // HELD_OUT:]
+    # from strong to weak decay, each fit begins at the one before: fewer iterations
     weights = train.new_zeros(train.shape[1] + 1, classes)
     losses = {}
     for decay in decays:
         weights = fit_linear(train[rest], labels[rest], decay, weights)
-        losses[decay] = F.cross_entropy(scores_of(weights, train[held]), labels[held]).item()
+        losses[decay] = F.cross_entropy(scores_of(weights, train[held_out]), labels[held_out]).item()
     best = min(losses, key=losses.get)
+    # the last fit has all features, and begins at zero, so that it does not depend on what was tried
     weights = fit_linear(train, labels, best, torch.zeros_like(weights))
     return scores_of(weights, queries), best
 

@@ -22,18 +22,18 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Our arguments, and main_seit.py's flags as `training`. Raises InputError for a mistake in either."""
+    """This script's arguments, and main_seit.py's flags as `training`. Raises InputError for a mistake in either."""
     parser = Parser('Train under SLURM with submitit; flags of main_seit.py come after --.')
     add = parser.add_argument
-    add('--nodes', type=integer(1), default=1)
-    add('--gpus', type=integer(1), default=8, help='a node')
-    add('--cpus', type=integer(1), default=8, help='a GPU')
-    add('--hours', type=number(0.1), default=24., help='until the job is queued again')
-    add('--partition', help="default: the cluster's")
-    add('--constraint', help='of the nodes')
-    add('--comment', help='for the scheduler')
-    add('--requeues', type=integer(), default=100, help='at most, for lack of time')
-    add('--job-dir', metavar='DIR', help="submitit's files (default: submitit in --output-dir)")
+    add('--nodes', type=integer(1), default=1, help='nodes of the job')
+    add('--gpus', type=integer(1), default=8, help='GPUs of a node; each gets a process')
+    add('--cpus', type=integer(1), default=8, help='cores for each GPU')
+    add('--hours', type=number(0.1), default=24., help='time limit, at which the job saves and is queued again')
+    add('--partition', help="SLURM's partition; default: the cluster's")
+    add('--constraint', help='features that the nodes must have')
+    add('--comment', help='comment for the scheduler')
+    add('--requeues', type=integer(), default=100, help='how often the job is queued again at most')
+    add('--job-dir', metavar='DIR', help="folder of submitit's files; default: submitit in --output-dir")
     argv = list(sys.argv[1:] if argv is None else argv)
     end = argv.index('--') if '--' in argv else len(argv)
     args = argparse.Namespace(**vars(parser.parse_args(argv[:end])), training=argv[end + 1:])
@@ -85,7 +85,7 @@ def main(args: argparse.Namespace) -> None:
                          'scripts/slurm_train.sbatch does without') from None
     output_dir = training_args(args.training).output_dir
     os.chdir(ROOT)
-    # the job unpickles Training, which imports main_seit, before any line of ours could say where that is
+    # The job unpickles Training, and so imports main_seit, before any line of this file runs there.
     os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])
     executor = submitit.AutoExecutor(args.job_dir or Path(output_dir) / 'submitit',
                                      slurm_max_num_timeout=args.requeues)

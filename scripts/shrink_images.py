@@ -46,18 +46,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add('--data-path', required=True, metavar='PATH',
         help='class folders of images, a list file .txt, tar shards or parquet files: see image_data/sources.py')
-    add('--output-dir', required=True, metavar='DIR', help='folder of the smaller set')
+    add('--output-dir', required=True, metavar='DIR', help='folder that the smaller set is written to')
     add('--method', required=True, choices=list(METHODS), help='how the set becomes smaller')
     size = parser.add_mutually_exclusive_group(required=True)
     size.add_argument('--parameter', type=number(0), metavar='P',
-                      help='sample: part of the images; resize: factor of the sides; jpeg, webp: quality')
+                      help='of sample: part of the images; of resize: factor of the sides; of jpeg and webp: quality')
     size.add_argument('--bytes-per-image', type=number(0), metavar='B',
                       help='find the largest parameter with files of B bytes for each image of the source, or less')
     size.add_argument('--total-bytes', type=integer(0), metavar='T',
                       help='find the largest parameter with files of T bytes together, or less')
-    add('--seed', type=SEED, default=0, help='of the images that are drawn')
+    add('--seed', type=SEED, default=0, help='seed of the images that are drawn')
     add('--num-workers', type=integer(), default=cores(), metavar='N', help='processes that make images smaller')
-    add('--max-image-pixels', type=integer(1), metavar='N', help="images with more are refused; default: PIL's limit")
+    add('--max-image-pixels', type=integer(1), metavar='N', help="refuse images with more pixels; default: PIL's limit")
     args = parser.parse_args(argv)
     if args.parameter is not None:
         check_parameter(args.method, args.parameter)
@@ -107,6 +107,7 @@ def main(args: argparse.Namespace) -> None:
         folder.remove_leftovers()
         print0(f'{args.output_dir}: finished already')
         return
+    # the search for a budget takes minutes; a resumed run has its result on disk
     noted = folder.begun() or choose_parameter(args, source)
     folder.begin(noted)
     if not folder.has_manifest():

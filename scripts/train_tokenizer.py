@@ -54,10 +54,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--flip', action=flags.ON_OFF, default=True, exact=True, help='mirror half of the training images')
 
     add = parser.add_group('tokenizer')
-    add('--vit', default='small', choices=list(VITS), help='size of encoder and decoder; tiny is for CPUs')
-    add('--width', type=integer(HEAD_DIM), help=f"instead of --vit's; a multiple of {HEAD_DIM}, the width of a head")
-    add('--depth', type=integer(1), help="layers of each, instead of --vit's")
-    add('--patch-size', type=integer(1), default=8, help='pixels a code covers, on each side')
+    add('--vit', default='small', choices=list(VITS), help='size of both encoder and decoder; tiny is for CPUs')
+    add('--width', type=integer(HEAD_DIM),
+        help=f"width of both, instead of --vit's; a multiple of {HEAD_DIM}, the width of a head")
+    add('--depth', type=integer(1), help="layers of both, instead of --vit's")
+    add('--patch-size', type=integer(1), default=8, help='pixels on a side that a code covers')
     add('--codes', type=integer(2, 1 << 16), default=391, help='rows of the codebook')
     add('--dim', type=integer(1), default=32, help='width of the codebook')
     add('--estimator', default='straight-through', choices=ESTIMATORS, help='how gradients pass the codebook')
@@ -67,17 +68,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_group('loss')
     add('--l1', type=number(0), default=LossWeights.l1, help='weight of the mean absolute error of pixels')
-    add('--l2', type=number(0), default=LossWeights.l2, help='of the mean squared error')
+    add('--l2', type=number(0), default=LossWeights.l2, help='weight of the mean squared error of pixels')
     add('--gradient', type=number(0), default=LossWeights.gradient,
-        help='of the mean absolute error of differences between neighboring pixels')
-    add('--perceptual', type=number(0), default=0.1, help='of the perceptual term, with --vgg-path')
+        help='weight of the mean absolute error of differences between neighboring pixels')
+    add('--perceptual', type=number(0), default=0.1, help='weight of the perceptual term, with --vgg-path')
     add('--vgg-path', default='', metavar='FILE', of_a_rank=True,
         help="adds a perceptual term: torchvision's VGG16 weights, a state dict as a torch file")
-    add('--commitment', type=number(0), default=LossWeights.commitment, help='of features to their rows')
+    add('--commitment', type=number(0), default=LossWeights.commitment,
+        help='weight of the distance of features from their rows')
 
     flags.add_average_flags(flags.add_step_flags(parser))
     flags.add_output_flags(parser)
-    # 1e-4 for a batch of 64, and that at once: the start is good, and large steps spoil it
+    # A learning rate of 1e-4 for a batch of 64, without warm-up: the fitted start is good, and large steps spoil it.
     parser.set_defaults(epochs=30, lr=8e-4, weight_decay=1e-4, clip_grad=1., warmup_epochs=0, model_ema_decay=0.995,
                         start_epoch=0)
     args = parser.parse_args(argv)
@@ -111,8 +113,9 @@ def make_training(args: argparse.Namespace, device: torch.device) -> TokenizerTr
 def fitted_start(args: argparse.Namespace, training: TokenizerTraining, images: Images) -> dict[str, torch.Tensor]:
     """Fit new weights to the first images of the first epoch; returns them all, on the CPU. Raises InputError."""
     n = (args.image_size // args.patch_size) ** 2
+    # the order of one process, whatever the number of ranks: the start does not depend on it
     order = shuffled(len(images), 1, 0, args.seed, 0)[:math.ceil(PATCHES_A_CODE * args.codes / n)]
-    batches = list(images.batches(images.chosen[order]))
+    batches = list(images.batches(images.numbers[order]))
     generator = torch.Generator(batches[0].device).manual_seed(args.seed)
     fit_start(training.eval().model, training.quantizer, batches, generator)
     return {name: value.cpu() for name, value in training.state_dict().items()}
@@ -156,7 +159,8 @@ def main(args: argparse.Namespace) -> int:
 
     def order_of(epoch: int) -> np.ndarray:
         order = shuffled(len(images), world_size(), rank(), args.seed, epoch)
-        return images.chosen[order[:args.epoch_images // world_size()] if args.epoch_images else order]
+        # order counts the images to train on; the source numbers them together with those held out
+        return images.numbers[order[:args.epoch_images // world_size()] if args.epoch_images else order]
 
     def batches_of(indices: np.ndarray, epoch: int, start: int) -> Iterator[torch.Tensor]:
         return images.batches(indices)
@@ -168,18 +172,20 @@ def main(args: argparse.Namespace) -> int:
             x = torch.where(mirrored, x.flip(-1), x)
         return model(x, torch.rand(args.codes + 1, generator=generator, device=device)).sum()
 
-    spread = np.linspace(0, len(held_out) - 1, min(SHEET_IMAGES, len(held_out)), dtype=np.int64)  # of all kinds
-    shown = held_out.chosen[spread]
+    spread = np.linspace(0, len(held_out) - 1, min(SHEET_IMAGES, len(held_out)), dtype=np.int64)  # from all over
+    shown = held_out.numbers[spread]
 
     def evaluate_of(model: nn.Module, name: str) -> dict[str, float]:
-        batches = held_out.batches(held_out.chosen[rank_indices(len(held_out), True)])
+        batches = held_out.batches(held_out.numbers[rank_indices(len(held_out), True)])
         stats = evaluate_tokenizer(model, batches, amp, name)
+        # with --model-ema both sets of weights are evaluated, and the averaged ones are written
         if args.output_dir and bool(name) == args.model_ema:
             on_main(lambda: write_outputs(model, torch.cat(list(held_out.batches(shown))), folder.path))
         return stats
 
     # ------------------------------------------------------------ train
     steps = recipe.count_steps(args, len(order_of(0)), args.data_path)
+    # rank 0 fits, and all ranks load what it fitted: they must begin with the same weights
     if not checkpoint:
         training.load_state_dict(on_main(fitted_start, args, training, images))
     state = recipe.make_state(args, training, device, (3, args.image_size, args.image_size))

@@ -34,10 +34,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add('--token-file', required=True, metavar='FILE', help='a path, a glob or a comma-separated list')
-    add('--label-file', required=True, metavar='FILE', help='as many, in the same order')
-    add('--codebook-path', metavar='FILE')
-    add('--token-synonym-dict', metavar='FILE', help='needs --codebook-path')
+    add('--token-file', required=True, metavar='FILE', help='the token files: a path, a glob or a comma-separated list')
+    add('--label-file', required=True, metavar='FILE', help='as many label files, in the same order')
+    add('--codebook-path', metavar='FILE', help='the codebook, to check it and the codes')
+    add('--token-synonym-dict', metavar='FILE', help='the synonyms, to check them; needs --codebook-path')
     args = parser.parse_args(argv)
     if args.token_synonym_dict and not args.codebook_path:
         raise InputError('--token-synonym-dict: give --codebook-path too, synonyms are of its rows')
@@ -62,7 +62,7 @@ class Codebook(NamedTuple):
     rows: torch.Tensor
 
 
-class Found(NamedTuple):
+class StreamSummary(NamedTuple):
     """What a token file holds."""
     images: int
     codes_an_image: int
@@ -70,12 +70,12 @@ class Found(NamedTuple):
     codes_used: int
 
 
-def read_stream(file: TokenFile) -> Found:
+def read_stream(file: TokenFile) -> StreamSummary:
     """Decode all images of a token file. Raises InputError."""
     used = np.zeros(MAX_CODES, bool)
     for _, codes in decode(file):
         used[codes] = True
-    return Found(len(file), codes.shape[1], int(used.nonzero()[0][-1]), int(used.sum()))
+    return StreamSummary(len(file), codes.shape[1], int(used.nonzero()[0][-1]), int(used.sum()))
 
 
 def check_files(paths: Sequence[Path], manifest: dict[str, Any], path: Path, problems: Problems) -> None:
@@ -87,16 +87,16 @@ def check_files(paths: Sequence[Path], manifest: dict[str, Any], path: Path, pro
             problems.attempt(check_checksums, file, manifest, path)
 
 
-def check_manifest(file: TokenFile, found: Found, labels: np.ndarray | None, codebook: Codebook | None,
+def check_manifest(file: TokenFile, summary: StreamSummary, labels: np.ndarray | None, codebook: Codebook | None,
                    problems: Problems) -> None:
     """Compare what the manifest says with what the files hold."""
     path = file.manifest_path
-    stated = file.manifest.get('codes_used', found.codes_used)
-    if stated != found.codes_used:
-        problems.append(f'{path}: says codes_used {reprlib.repr(stated)}, but {found.codes_used} are')
+    recorded = file.manifest.get('codes_used', summary.codes_used)
+    if recorded != summary.codes_used:
+        problems.append(f'{path}: says codes_used {reprlib.repr(recorded)}, but {summary.codes_used} are')
     if codebook and 'codebook' in file.manifest:
-        stated = file.manifest['codebook']
-        if not isinstance(stated, dict) or stated.get('sha256') != sha256(codebook.path):
+        recorded = file.manifest['codebook']
+        if not isinstance(recorded, dict) or recorded.get('sha256') != sha256(codebook.path):
             problems.append(f'{codebook.path}: is not the codebook that {path} names by its SHA-256')
     if file.classes and labels is not None and labels.max() >= len(file.classes):
         problems.append(f'{file.stream}: its labels hold class {labels.max()}, but {path} names {len(file.classes)} '
@@ -104,7 +104,7 @@ def check_manifest(file: TokenFile, found: Found, labels: np.ndarray | None, cod
 
 
 def check_set(token_file: Path, label_file: Path, codebook: Codebook | None,
-              problems: Problems) -> tuple[TokenFile | None, Found | None]:
+              problems: Problems) -> tuple[TokenFile | None, StreamSummary | None]:
     """Check one set, and note its problems.
 
     Returns:
@@ -119,20 +119,21 @@ def check_set(token_file: Path, label_file: Path, codebook: Codebook | None,
             check_files(sorted(paths), manifest, manifest_path(token_file), problems)
         return None, None
     check_files([*file.files, label_file], file.manifest, file.manifest_path, problems)
-    found = problems.attempt(read_stream, file)
+    summary = problems.attempt(read_stream, file)
     if labels is not None and len(labels) != len(file):
         problems.append(f'{label_file}: {len(labels)} labels for the {len(file)} images of {token_file}')
-    if found is None:
+    if summary is None:
         return file, None
-    if codebook and found.largest >= len(codebook.rows):
-        problems.append(f'{token_file}: holds code {found.largest}, but {codebook.path} has {len(codebook.rows)} rows')
-    check_manifest(file, found, labels, codebook, problems)
-    return file, found
+    if codebook and summary.largest >= len(codebook.rows):
+        problems.append(f'{token_file}: holds code {summary.largest}, but {codebook.path} has {len(codebook.rows)} '
+                        'rows')
+    check_manifest(file, summary, labels, codebook, problems)
+    return file, summary
 
 
-def check_shards(files: list[TokenFile], found: list[Found], token_file: str, problems: Problems) -> None:
+def check_shards(files: list[TokenFile], summary: list[StreamSummary], token_file: str, problems: Problems) -> None:
     """Check that sets are shards of one: grids of one size, and class names in one order."""
-    sizes = sorted({one.codes_an_image for one in found})
+    sizes = sorted({one.codes_an_image for one in summary})
     if len(sizes) > 1:
         problems.append(f'{token_file}: shards of {" and ".join(map(str, sizes))} codes an image: they are no shards '
                         'of one set')
@@ -159,15 +160,16 @@ def main(args: argparse.Namespace) -> int:
     problems = Problems()
     codebook = read_codebook(args.codebook_path, args.token_synonym_dict, problems) if args.codebook_path else None
     sets = [check_set(*pair, codebook, problems) for pair in zip(token_files, label_files)]
+    # what can be read is still checked together, so that one run names all problems
     files = [file for file, _ in sets if file]
-    found = [one for _, one in sets if one]
-    check_shards(files, found, args.token_file, problems)
+    summary = [one for _, one in sets if one]
+    check_shards(files, summary, args.token_file, problems)
     if problems:
         print0('\n'.join(problems))
         print0(f'{len(problems)} problem{"" if len(problems) == 1 else "s"} found')
         return 1
-    grid = math.isqrt(found[0].codes_an_image)
-    print0(f'right: {sum(one.images for one in found):,} images of {grid}x{grid} codes in {len(files)} '
+    grid = math.isqrt(summary[0].codes_an_image)
+    print0(f'right: {sum(one.images for one in summary):,} images of {grid}x{grid} codes in {len(files)} '
            f'file{"" if len(files) == 1 else "s"} ({", ".join(sorted({file.format for file in files}))})')
     return 0
 

@@ -32,7 +32,7 @@ from image_tokenizer.tokenizing import EncodingOptions
 from image_tokenizer.vitvqgan import Size, position_table
 from token_files import cache as token_cache
 from token_files.context_model import HEADER, MAGIC
-from token_files.parts import Output
+from token_files.parts import OutputFiles
 from token_files.published import companion_path, gzip_bytes
 from token_files.token_file import manifest_path, open_token_file, write_model, write_set
 from utils import InputError
@@ -441,7 +441,7 @@ def tokenize(data, output, source='train', *, data_path=None, name='my', shard_s
              image_size=SIZE, batch_size=2, workers=0, skip_bad=False, max_pixels=None, **options):
     """Tokenize the images of `make_images` in this process; returns the output folder."""
     options = {'tokenizer_path': data / 'tok.pt', 'codebook_path': data / 'codebook.ckpt', **options}
-    tokenizing.tokenize(open_source(data_path or data / source), Output(output, name, shard_size, format),
+    tokenizing.tokenize(open_source(data_path or data / source), OutputFiles(output, name, shard_size, format),
                         EncodingOptions(image_size=image_size, batch_size=batch_size, **options), torch.device('cpu'),
                         workers, skip_bad, max_pixels)
     return output

@@ -1,5 +1,6 @@
 """Token files: the published and the compact format, the cache they are decoded to, codebooks.
 
-Doors: token_file (reading and writing any format), cache (codes in memory), parts (a tokenizing run on disk), codebook.
-It imports fileio and utils.
+Doors: token_file (reads and writes either format), cache (codes in memory), parts (a tokenizing run on disk), codebook.
+Begin with token_file. published and compact hold the two formats, context_model and rans how the compact one saves a
+third. It imports fileio and utils.
 """

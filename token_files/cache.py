@@ -1,4 +1,9 @@
-"""The cache of a node: token files decoded once into a memory-mapped array that all ranks share."""
+"""The cache of a node: token files decoded once into a memory-mapped array that all ranks share.
+
+`open_codes` is the door. The first rank of a node decodes the files into a .npy, then all ranks map it: the codes of
+ImageNet-1k (2.6 GB) are in the memory of a node once, and a second run starts at once. A cache is named by a
+fingerprint of the files, so that one of changed files is never read.
+"""
 import contextlib
 import errno
 import functools
@@ -30,6 +35,8 @@ def _fingerprint(path: Path) -> tuple[int, int, str]:
 def cache_path(files: Sequence[TokenFile], folder: str = '') -> Path:
     """Where the decoded codes of token files belong; the name changes with what they are decoded from."""
     paths = [file.stream.absolute() for file in files]
+    # Two hashes: the key changes with the files' content, the location with their paths alone. So changed files get
+    # another cache, and the old one, of the same location, can be told and removed.
     content = [(file.format, *map(_fingerprint, file.files)) for file in files]
     key = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
     location = hashlib.sha256('\0'.join(map(str, paths)).encode()).hexdigest()[:8]
@@ -46,7 +53,7 @@ def decode_into(files: Sequence[TokenFile], allocate: Callable[[tuple[int, int]]
     """
     for file in files:
         file.check_content()
-    codes = None
+    codes = None  # allocated when the first run tells how many codes an image has
     start = 0
     for file in files:
         for first, run in decode(file, device):
@@ -61,14 +68,16 @@ def decode_into(files: Sequence[TokenFile], allocate: Callable[[tuple[int, int]]
 
 
 def _allocate(path: str, shape: tuple[int, int]) -> np.ndarray:
-    """A new .npy of codes, mapped; all its space is taken at once, since a map on a full disk dies of a bus error."""
+    """A new .npy of codes, mapped for writing, with all its space on disk taken."""
     codes = np.lib.format.open_memmap(path, 'w+', np.uint16, shape)
+    # A write into a map on a full disk kills the process by a bus error. Taking all space at once gives an error that
+    # can be reported.
     if hasattr(os, 'posix_fallocate'):
         with open(path, 'rb+') as file:
             try:
                 os.posix_fallocate(file.fileno(), 0, os.path.getsize(path))
             except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):  # not known to this file system
+                if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):  # this file system cannot
                     raise
     return codes
 
@@ -80,6 +89,7 @@ def build_cache(files: Sequence[TokenFile], path: Path, device: torch.device = C
     with atomic_path(path, 'choose another folder with --token-cache') as temporary:
         codes = decode_into(files, functools.partial(_allocate, temporary), device)
         codes.flush()
+    # Only after the new cache is there: a run that is killed on the way leaves a cache that works.
     for old in path.parent.glob(_versions(path)):
         if old != path:
             with contextlib.suppress(OSError):
@@ -98,9 +108,9 @@ def open_codes(files: Sequence[TokenFile], cache: str = '', device: torch.device
 
     Args:
         files: the shards of one set.
-        cache: folder of the decoded file; '' puts it beside the (first) token file; 'none' decodes into this
-            process's own memory instead.
-        device: that decodes, see `token_file.decode`.
+        cache: folder of the decoded file; '' puts it beside the (first) token file; 'none' decodes into the memory of
+            this process instead.
+        device: that decodes; a GPU is faster for compact files.
 
     Raises:
         InputError: for damaged files, or a cache that cannot be written or read.
@@ -128,7 +138,7 @@ def map_cache(path: Path) -> np.ndarray:
     try:
         codes = np.load(path, mmap_mode='r', allow_pickle=False)
     except OSError as error:
-        if error.errno is None:  # numpy's own complaint
+        if error.errno is None:  # numpy complains about the content, not the system about the file
             raise InputError(f'{path}: damaged cache ({error}); delete it, and it is made again') from None
         raise InputError(f'{path}: the cache cannot be mapped ({error.strerror}); choose another folder with '
                          '--token-cache') from None

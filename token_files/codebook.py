@@ -1,4 +1,8 @@
-"""The codebook: reading it, finding codes of features, and the synonyms of codes that Token-EDA uses."""
+"""The codebook: reading it, finding codes of features, and the synonyms of codes that Token-EDA uses.
+
+A codebook is a (K, d) tensor. Codes are its row numbers: `look_up` takes codes to embeddings, `quantize` takes features
+to codes. Synonyms of a code are the rows of the most similar direction (SeiT, arXiv 2303.11114, sec. 3).
+"""
 import json
 from pathlib import Path
 
@@ -25,12 +29,7 @@ def load_codebook(path: str | Path) -> torch.Tensor:
 def quantize(features: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
     """Codes of features: the nearest codebook row after L2-normalizing both (ViT-VQGAN's quantizer).
 
-    Args:
-        features: (..., d) float.
-        codebook: (K, d) float.
-
-    Returns:
-        (...) int64 in [0, K). Ties go to the lowest code.
+    Features (..., d) and codebook (K, d), float -> (...) int64 in [0, K). Ties go to the lowest code.
     """
     return (F.normalize(features, dim=-1) @ F.normalize(codebook, dim=-1).T).argmax(-1)
 
@@ -64,7 +63,7 @@ def nearest_codes_of(embeddings: torch.Tensor, codebook: torch.Tensor) -> torch.
 
 def nearest_codes(codebook: torch.Tensor, top_k: int) -> torch.Tensor:
     """(K, top_k) int64: for each row of the codebook the other rows by falling cosine; equal ones by rising code."""
-    unit = F.normalize(codebook.double(), dim=-1)
+    unit = F.normalize(codebook.double(), dim=-1)  # in float64, so that every machine ranks near ties alike
     similarity = (unit @ unit.T).fill_diagonal_(-torch.inf)
     return similarity.argsort(dim=1, descending=True, stable=True)[:, :top_k]
 
@@ -87,7 +86,7 @@ def load_synonyms(path: str | Path, codes: int, top_k: int) -> tuple[torch.Tenso
     Args:
         path: a synonyms.json, {"code": [other codes, best first], ...}.
         codes: rows of the codebook, K.
-        top_k: how many of each list are used (published: 5).
+        top_k: how many of each list are used (5 in the paper).
 
     Returns:
         table (K, top_k) int64, short lists padded with the code itself, and count (K,) int64.
@@ -102,6 +101,7 @@ def load_synonyms(path: str | Path, codes: int, top_k: int) -> tuple[torch.Tenso
     if missing:
         raise InputError(f'{path}: no synonyms for {len(missing)} of {codes} codes (first: {missing[0]}); '
                          'make it from this codebook with scripts/build_synonyms.py')
+    # Each row begins as the code itself, and stays so where its list is short: a draw beyond `count` would be harmless.
     table = torch.arange(codes)[:, None].repeat(1, top_k)
     count = torch.empty(codes, dtype=torch.int64)
     for code in range(codes):

@@ -3,8 +3,9 @@
     NAME.data.bin    header, words of each block, blocks; an image set, or one shard of it
     NAME.model.bin   the context model, one for all shards of a set
 
-The manifest says that a set is compact, and where its model is. docs/token_format.md has the bytes. The names that
-token_file.py uses of this module are those of published.py.
+The manifest says that a set is compact, and where its model is. docs/token_format.md has the bytes. Images are encoded
+in blocks that do not depend on each other, so that threads, or a GPU, decode many at once and a reader of a few images
+skips the rest. The names that token_file.py uses of this module are those of published.py.
 
 Most damage shows in the index, or in a block that does not end in the state that its encoding began with. Checksums of
 the manifest find the rest: a bit that swaps two codes of equal likelihood, blocks of equal length that changed places,
@@ -40,7 +41,7 @@ MAX_GRID = 256  # codes on a side: what a small file can claim to hold stays sma
 MAX_MODEL_BYTES = 1 << 27
 MAX_NAME_BYTES = 255  # what file systems take
 ENCODE_CODES = 1 << 22  # at a time: bounds memory
-DECODE_CODES = 1 << 24
+DECODE_CODES = 1 << 24  # at a time, in a thread
 MAX_THREADS = 8  # each has its codes in memory
 GPU_CODES = 1 << 28  # 1.5 GB there
 LEAST_WORDS = 2  # of a block: its state
@@ -52,12 +53,11 @@ class Stream:
 
     Attributes:
         path: of the stream.
-        model_path: of the model.
-        model: of the set.
+        model_path, model: of the set; shards share them.
         images: in this stream.
         grid: codes on a side.
-        block_images: images of a block.
-        lengths: (blocks,) int64, words of each block.
+        block_images: images of a block; the last block may have fewer.
+        lengths: (blocks,) int64, 32-bit words of each block.
     """
     path: Path
     model_path: Path
@@ -79,32 +79,30 @@ class Stream:
     def decode(self, device: torch.device = CPU) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first, codes (m, n) uint16) for one run of images after another. Raises InputError.
 
-        Args:
-            device: that does the work; all cores of a CPU do.
+        `device` does the work: all cores of a CPU, or a GPU.
         """
+        # Threads, not processes: numpy lets go of Python's lock in the long operations. A GPU works on its own; one
+        # thread feeds it.
         blocks = len(self.lengths)
         threads = min(cores(), MAX_THREADS) if device.type == 'cpu' else 1
-        most = DECODE_CODES if device.type == 'cpu' else GPU_CODES
-        at_once = min(max(1, most // (self.block_images * self.grid ** 2)), -(-blocks // threads))
+        max_codes = DECODE_CODES if device.type == 'cpu' else GPU_CODES
+        step = min(max(1, max_codes // (self.block_images * self.grid ** 2)), -(-blocks // threads))
         ends = self.model.ends()
         yield from prefetch(lambda first: (first * self.block_images,
-                                           self.decode_blocks(first, min(first + at_once, blocks), ends, device)),
-                            range(0, blocks, at_once), threads)
+                                           self.decode_blocks(first, min(first + step, blocks), ends, device)),
+                            range(0, blocks, step), threads)
 
     def decode_blocks(self, first: int, last: int, ends: np.ndarray | None = None,
                       device: torch.device = CPU) -> np.ndarray:
         """Codes (m, n) uint16 of the images of blocks `first` to `last` - 1; reads nothing of the others.
 
-        Args:
-            first: block.
-            last: the block after the last one.
-            ends: `self.model.ends()`, if it is there already.
-            device: that does the work.
+        `ends` is `self.model.ends()`, for callers that have it already.
 
         Raises:
             InputError: naming the block that is damaged.
         """
         lengths = self.lengths[first:last]
+        # header, index, then the blocks one after the other
         start = HEADER.itemsize + 4 * (len(self.lengths) + int(self.lengths[:first].sum()))
         try:
             with open(self.path, 'rb') as file:
@@ -156,6 +154,7 @@ def open_stream(path: Path, manifest: dict[str, Any], manifest_path: Path) -> St
     header, lengths = _read_header(path)
     model_path = _model_path(path, manifest, manifest_path)
     data = read_bytes(model_path, MAX_MODEL_BYTES)
+    # A wrong model decodes without complaint to wrong codes, so each stream holds the hash of its model.
     if identity_of(data) != header['model'].tobytes():
         raise InputError(f'{model_path}: is not the model that {path} was encoded with: it is damaged, or of another '
                          'set; fetch or make it again')
@@ -191,6 +190,7 @@ def _read_header(path: Path) -> tuple[np.void, np.ndarray]:
                 raise InputError(f'{path}: its header says {images} images of {grid}x{grid} codes in blocks of '
                                  f'{block_images}; {advice}')
             blocks = -(-images // block_images)
+            # before the index is read: a damaged header must not have us take memory for 2 ** 27 images
             if size < HEADER.itemsize + 4 * (1 + LEAST_WORDS) * blocks:
                 raise InputError(f'{path}: {size:,} bytes are too few for the {blocks:,} blocks its header says; '
                                  f'{advice}')
@@ -256,6 +256,7 @@ def write_stream(path: Path, codes: Iterable[np.ndarray], images: int, manifest:
         InputError: for a file that cannot be written, or a model that cannot be read.
     """
     model_path = path.with_name(manifest['model'])
+    # read back from the file, so that what is encoded is what a reader will decode with
     data = read_bytes(model_path, MAX_MODEL_BYTES)
     model = _parse_model(data, model_path)
     ends = model.ends()
@@ -270,7 +271,8 @@ def write_stream(path: Path, codes: Iterable[np.ndarray], images: int, manifest:
                                      f'{MAX_GRID}x{MAX_GRID}')
                 header = np.array([(MAGIC, images, grid, block_images, identity_of(data))], HEADER)
                 file.write(header.tobytes())
-                file.seek(4 * -(-images // block_images), os.SEEK_CUR)  # the index, which comes last
+                # room for the index, which is known when all blocks are written
+                file.seek(4 * -(-images // block_images), os.SEEK_CUR)
             words, chunk_lengths = encode_blocks(model, ends, chunk, block_images)
             file.write(words.astype('<u4').tobytes())
             lengths.append(chunk_lengths)
@@ -288,18 +290,21 @@ def _block_images(n: int) -> int:
 
 
 def _whole_blocks(runs: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield (codes of about ENCODE_CODES, images of a block), always the same cuts; the last ones are fewer."""
-    waiting = []
+    """Yield (codes of about ENCODE_CODES, images of a block), always the same cuts; the last ones are fewer.
+
+    Callers cut a set into runs as it suits them; blocks must not depend on it, or equal sets would not be equal files.
+    """
+    pending = []
     for run in runs:
         block_images = _block_images(run.shape[1])
         size = max(1, ENCODE_CODES // (block_images * run.shape[1])) * block_images
-        waiting.append(run)
-        if sum(map(len, waiting)) >= size:
-            codes = np.concatenate(waiting)
+        pending.append(run)
+        if sum(map(len, pending)) >= size:
+            codes = np.concatenate(pending)
             whole = len(codes) // size * size
             for start in range(0, whole, size):
                 yield codes[start:start + size], block_images
-            waiting = [codes[whole:]]
-    codes = np.concatenate(waiting)
+            pending = [codes[whole:]]
+    codes = np.concatenate(pending)
     if len(codes):
         yield codes, block_images

@@ -1,12 +1,14 @@
 """The context model of compact token files: how likely each code is, given the codes to the left and above.
 
-Codes are put into groups by what follows them, once as left and once as upper neighbors, and with a table of quarter
-bits for each,
+Neighboring patches of an image look alike, so a code's neighbors say much about it. A table of all pairs of neighbors
+would be larger than the codes it saves. So codes are put into groups by what follows them, once as left and once as
+upper neighbors, and with a table of quarter bits for each,
 
     p(code | left, upper) ~ 2 ** -((b[code] + l[group of left][code] + u[group of upper][code]) / 4),
 
-a log-linear model of a few hundred small numbers a group. It is fitted with floats, once a set; what files are decoded
-with, `ContextModel.ends`, is made of the small numbers with integers alone, so it is the same on every machine.
+a log-linear model of a few hundred small numbers a group. It is fitted with floats, once a set (`fit`); what files are
+decoded with, `ContextModel.ends`, is made of the small numbers with integers alone, so it is the same on every machine.
+Begin reading at `ContextModel`; rans.py turns its probabilities into bytes.
 """
 import math
 import zlib
@@ -62,22 +64,25 @@ class ContextModel:
         for group, row in enumerate(left):
             cost = self.bias.astype(np.int64) + row + upper
             cost -= cost.min(1, keepdims=True)
+            # 2 ** (-cost / 4) by a table and a shift: no float, which another machine might round otherwise
             weight = QUARTERS[cost & 3] >> np.minimum(cost >> 2, 31)
+            # every code keeps an interval of 1 at least, or an unlikely one could not be encoded at all
             size = 1 + weight * (TOTAL - symbols) // weight.sum(1, keepdims=True)
             best = size.argmax(1)
-            size[np.arange(len(size)), best] += TOTAL - size.sum(1)  # what rounding left over
+            # what rounding left over goes to the likeliest code, which it changes least
+            size[np.arange(len(size)), best] += TOTAL - size.sum(1)
             ends[group, :, 0] = 0
             ends[group, :, 1:symbols] = size[:, :-1].cumsum(1)
         return ends
 
     def contexts(self, symbols: np.ndarray) -> np.ndarray:
-        """(N, g, g) int64: the place in the flat `ends` where the context of each of symbols (N, g, g) begins."""
+        """(N, g, g) int64: the offset in the flat `ends` at which the context of each of symbols (N, g, g) begins."""
         left, upper = neighbors(symbols, len(self.codes))
-        left_at, upper_at = self.places()
-        return left_at[left] + upper_at[upper]
+        left_offset, upper_offset = self.context_offsets()
+        return left_offset[left] + upper_offset[upper]
 
-    def places(self) -> tuple[np.ndarray, np.ndarray]:
-        """What a left and an upper symbol each add to the place of a context in the flat `ends`: (S + 1,) int64."""
+    def context_offsets(self) -> tuple[np.ndarray, np.ndarray]:
+        """What a left and an upper symbol each add to the offset of a context in the flat `ends`: (S + 1,) int64."""
         left, upper = (group.astype(np.int64) for group in self.groups)
         return left * (len(self.tables[1]) * self.stride), upper * self.stride
 
@@ -162,6 +167,8 @@ def fit(runs: Iterable[np.ndarray], images: int) -> ContextModel:
     symbols = symbol_of[sample].reshape(-1, grid, grid)
     scale = images / len(sample)
     counts = [_pairs(neighbor, symbols, len(codes)) for neighbor in neighbors(symbols, len(codes))]
+    # More groups make the stream smaller and the model larger. The sum of both has one minimum in practice, so the
+    # search doubles the groups until a set gets larger.
     best = None
     groups = 1
     while groups <= MAX_GROUPS and groups ** 2 << len(codes).bit_length() <= MAX_TABLE:
@@ -177,26 +184,27 @@ def fit(runs: Iterable[np.ndarray], images: int) -> ContextModel:
 def _sample(runs: Iterable[np.ndarray], images: int) -> tuple[np.ndarray, np.ndarray]:
     """(codes in use, rising; the codes of every k-th image)."""
     used = np.zeros(MAX_SYMBOLS, bool)
-    chosen = []
+    sampled = []
     first = 0
     for run in runs:
         used[run] = True
+        # every k-th image of the set, wherever the runs begin, so that the cut into runs changes nothing
         step = max(1, -(-images * run.shape[1] // SAMPLE_CODES))
-        chosen.append(run[-first % step::step].copy())
+        sampled.append(run[-first % step::step].copy())
         first += len(run)
-    return used.nonzero()[0].astype(np.uint16), np.concatenate(chosen)
+    return used.nonzero()[0].astype(np.uint16), np.concatenate(sampled)
 
 
 def _pairs(neighbor: np.ndarray, symbols: np.ndarray, count: int) -> np.ndarray:
     """(count + 1, columns) int64: how often a symbol follows a neighbor. Of many symbols, some share a column."""
     columns = max(1, min(count, (1 << 22) // count))
-    place = neighbor.ravel().astype(np.int64) * columns + symbols.ravel() % columns
-    return np.bincount(place, minlength=(count + 1) * columns).reshape(count + 1, columns)
+    cell = neighbor.ravel().astype(np.int64) * columns + symbols.ravel() % columns
+    return np.bincount(cell, minlength=(count + 1) * columns).reshape(count + 1, columns)
 
 
-def _fit_groups(codes: np.ndarray, symbols: np.ndarray, counts: Sequence[np.ndarray], wanted: int) -> ContextModel:
-    """The model of at most `wanted` groups a neighbor, fitted to symbols (N, g, g)."""
-    groups = tuple(cluster(count, wanted) for count in counts)
+def _fit_groups(codes: np.ndarray, symbols: np.ndarray, counts: Sequence[np.ndarray], max_groups: int) -> ContextModel:
+    """The model of at most `max_groups` groups a neighbor, fitted to symbols (N, g, g)."""
+    groups = tuple(cluster(count, max_groups) for count in counts)
     left, upper = (group[neighbor].ravel().astype(np.int64)
                    for group, neighbor in zip(groups, neighbors(symbols, len(codes))))
     flat = symbols.ravel()
@@ -204,7 +212,7 @@ def _fit_groups(codes: np.ndarray, symbols: np.ndarray, counts: Sequence[np.ndar
     observed = [np.bincount(group * len(codes) + flat, minlength=size * len(codes)).reshape(size, -1)
                 for group, size in zip((left, upper), shape)]
     contexts = np.bincount(left * shape[1] + upper, minlength=shape[0] * shape[1]).reshape(shape)
-    bias = np.bincount(flat, minlength=len(codes)) + 0.5
+    bias = np.bincount(flat, minlength=len(codes)) + 0.5  # half a use more, so that no logarithm is of 0
     bias = np.log(bias / bias.sum())
     tables = fit_proportions(bias, observed, contexts)
     quarters = [np.clip(np.rint(-4 / math.log(2) * table), -127, 127).astype(np.int8) for table in (bias, *tables)]
@@ -221,8 +229,9 @@ def cluster(counts: np.ndarray, groups: int, iterations: int = 15) -> np.ndarray
     centers = counts[start]
     assigned = None
     for _ in range(iterations):
-        share = (centers + 4 * everything) / (centers.sum(1, keepdims=True) + 4)
-        before, assigned = assigned, (counts @ np.rint(-4096 * np.log2(share)).astype(np.int64).T).argmin(1)
+        probability = (centers + 4 * everything) / (centers.sum(1, keepdims=True) + 4)
+        # relative entropy up to a constant of each row: counts times -log2 of a center, in units of 1/4096 bit
+        before, assigned = assigned, (counts @ np.rint(-4096 * np.log2(probability)).astype(np.int64).T).argmin(1)
         if before is not None and (before == assigned).all():
             break
         centers = np.zeros_like(centers)
@@ -233,6 +242,9 @@ def cluster(counts: np.ndarray, groups: int, iterations: int = 15) -> np.ndarray
 def fit_proportions(bias: np.ndarray, observed: Sequence[np.ndarray], contexts: np.ndarray,
                     iterations: int = 6) -> list[np.ndarray]:
     """Iterative proportional fitting: tables whose model has the margins that were observed.
+
+    In turn each table is scaled until its margin is right, which puts the other one's a little out (Deming and Stephan,
+    1940). A few rounds suffice: the tables are rounded to quarter bits anyway.
 
     Args:
         bias: (S,) natural logarithms, which both tables are added to.

@@ -2,6 +2,10 @@
 
 Images are cut into parts of a fixed number of fixed batches. Each finished part is one file in DIR/.NAME.parts, written
 whole or not at all. When all are there, the token sets are written and the folder of parts is removed.
+
+`remaining_parts` begins: it refuses to overwrite another run, and says which parts are missing. `PartsFolder` writes
+and reads them, `FinishedCodes` shows all as one array, and `write_sets` makes the final files, whose names are
+`OutputFiles`'. Batches are fixed, since a code may depend on the batch that its image was in (by rounding).
 """
 import glob
 import json
@@ -17,27 +21,27 @@ from typing import Any
 
 import numpy as np
 
-from fileio.files import (atomic_path, check_writable, hold_folder, is_noted, read_json, remove_leftovers, sha256,
+from fileio.files import (atomic_path, check_writable, hold_folder, is_same_run, read_json, remove_leftovers, sha256,
                           write_text)
 from token_files.token_file import paths_beside, stream_ending, write_model, write_set
 from utils import InputError
 
 # Batches lost if killed. Few enough that all ranks have parts, many enough that writing hides behind encoding.
 PART_BATCHES = 16
-RUN = 'run.json'  # in the folder of parts: all that the codes depend on
+RUN = 'run.json'  # in the folder of parts: everything that the codes depend on
 
 
 # ---------------------------------------------------------------- names
 
 @dataclass(frozen=True)
-class Output:
+class OutputFiles:
     """Where a run writes.
 
     Attributes:
         folder: of the token sets.
         name: first part of their file names.
-        shard_size: images to a numbered shard; 0 for one set.
-        format: of the sets, as --format names it.
+        shard_size: images in a numbered shard; 0 for one set without a number.
+        format: as --format names it.
     """
     folder: Path
     name: str
@@ -76,8 +80,8 @@ class Output:
         except OSError as error:
             raise InputError(f'{self.folder}: {error.strerror}') from None
 
-    def is_complete(self, run_id: dict[str, Any], images: int, own_codebook: bool) -> bool:
-        """Whether all files of the run `run_id`, of so many images, are there; for the last argument see `plan`.
+    def is_complete(self, run_id: dict[str, Any], images: int, codebook_of_tokenizer: bool) -> bool:
+        """Whether all files of the run `run_id`, of so many images, are there; for the flag see `remaining_parts`.
 
         Raises:
             InputError: for a manifest that cannot be read, and for a finished run that lacks files.
@@ -85,11 +89,11 @@ class Output:
         manifests = [read_json(path) for path in self.existing() if path.suffix == '.json']
         if not any(isinstance(manifest, dict) and manifest.get('run') == run_id for manifest in manifests):
             return False
-        whole = all(self._is_whole(manifest, run_id) for manifest in manifests)
-        if whole:
-            counted = sum(manifest['images'] for manifest in manifests) + manifests[0].get('skipped_in_run', 0)
-            whole = counted == images
-        if not whole or ((own_codebook or run_id['limit_codes']) and not self.codebook.exists()):
+        is_whole = all(self._is_whole(manifest, run_id) for manifest in manifests)
+        if is_whole:
+            image_count = sum(manifest['images'] for manifest in manifests) + manifests[0].get('skipped_in_run', 0)
+            is_whole = image_count == images
+        if not is_whole or ((codebook_of_tokenizer or run_id['limit_codes']) and not self.codebook.exists()):
             raise InputError(f'{self.folder}: a finished run of {self.name} is there, but files of it are missing or '
                              f'changed: fetch them again, or remove {self.name}-token* and {self.name}-label* there')
         return True
@@ -100,11 +104,11 @@ class Output:
         files = manifest.get('files')
         if not isinstance(files, dict) or type(manifest.get('images')) is not int:
             return False
-        return all(isinstance(stated, dict) and (self.folder / name).exists()
-                   and (self.folder / name).stat().st_size == stated.get('bytes') for name, stated in files.items())
+        return all(isinstance(entry, dict) and (self.folder / name).exists()
+                   and (self.folder / name).stat().st_size == entry.get('bytes') for name, entry in files.items())
 
-    def check_free(self, run_id: dict[str, Any], own_codebook: bool) -> None:
-        """InputError when a run that begins would overwrite files of another. For the arguments see `plan`."""
+    def check_free(self, run_id: dict[str, Any], codebook_of_tokenizer: bool) -> None:
+        """InputError when a run that begins would overwrite files of another. Arguments: see `remaining_parts`."""
         existing = self.existing()
         if existing:
             raise InputError(f'{existing[0]}: belongs to another run: choose another --name or --output-dir, or remove '
@@ -114,7 +118,7 @@ class Output:
         if run_id['limit_codes']:
             raise InputError(f'{self.codebook}: a codebook is there, which this run would overwrite: choose another '
                              '--output-dir, or drop --limit-codes to quantize against it')
-        if own_codebook and sha256(self.codebook) != run_id['codebook']['sha256']:
+        if codebook_of_tokenizer and sha256(self.codebook) != run_id['codebook']['sha256']:
             raise InputError(f'{self.codebook}: a codebook is there, which this run would overwrite: choose another '
                              '--output-dir')
 
@@ -136,6 +140,7 @@ class Output:
         """Remove what killed runs left; temporary files that a living process writes stay."""
         shutil.rmtree(_retired(self.parts_folder), ignore_errors=True)
         name = glob.escape(self.name)
+        # each pattern ends where the name does: 'my' must not take files of 'my-train'
         for pattern in (f'{name}-token.*', f'{name}-token-*', f'{name}-label.txt', f'{name}-label-*',
                         self.codebook.name):
             remove_leftovers(self.folder, f'.{pattern}.*.tmp')
@@ -143,19 +148,19 @@ class Output:
 
 
 def _retired(folder: Path) -> Path:
-    """The name a parts folder gets when its run is complete: renaming is one step, removing many."""
+    """The name that a folder of parts gets when its run is complete."""
     return folder.with_name(folder.name + '-done')
 
 
 # ---------------------------------------------------------------- parts
 
-class Parts:
+class PartsFolder:
     """The cut of a run's images into parts and batches, and the folder of the finished parts.
 
     Args:
         folder: of the parts.
-        images: how many there are.
-        batch_size: images a batch. Batches never mix parts.
+        images: of the run.
+        batch_size: in images. A batch lies within one part.
     """
 
     def __init__(self, folder: Path, images: int, batch_size: int):
@@ -184,8 +189,8 @@ class Parts:
 
     def is_begun(self, run_id: dict[str, Any]) -> bool:
         """Whether the folder holds parts of the run `run_id`. Raises InputError when it holds another run's."""
-        return is_noted(self.folder / RUN, run_id, 'give the same inputs and options to finish that run, or delete the '
-                        'folder to start from scratch')
+        return is_same_run(self.folder / RUN, run_id, 'give the same inputs and options to finish that run, or delete '
+                           'the folder to start from scratch')
 
     def begin(self, run_id: dict[str, Any]) -> None:
         """Hold the folder for this process, and note what the run is. Raises InputError."""
@@ -211,19 +216,22 @@ class Parts:
 
     def remove(self) -> None:
         """Remove the folder of a complete run."""
+        # A folder that is half removed would look like a run to resume. One rename takes it away whole; a kill during
+        # the removal leaves a folder that the next run clears.
         self.folder.rename(_retired(self.folder))
         self.lock.close()
         shutil.rmtree(_retired(self.folder), ignore_errors=True)
 
 
-def plan(output: Output, parts: Parts, run_id: dict[str, Any], own_codebook: bool) -> list[int] | None:
+def remaining_parts(output: OutputFiles, parts: PartsFolder, run_id: dict[str, Any],
+                    codebook_of_tokenizer: bool) -> list[int] | None:
     """What is left to do of a run, whose folder of parts is made, and locked for this process.
 
     Args:
         output: where the run writes.
         parts: of the run.
         run_id: all that the codes depend on; with 'codebook' and 'limit_codes'.
-        own_codebook: the codebook is the tokenizer's own, so that the run writes it.
+        codebook_of_tokenizer: whether the codebook comes from the tokenizer's file, so that the run writes it.
 
     Returns:
         The parts still to be made, or None when the run's files are all there.
@@ -231,18 +239,20 @@ def plan(output: Output, parts: Parts, run_id: dict[str, Any], own_codebook: boo
     Raises:
         InputError: the output folder holds files of another run, or cannot be written.
     """
+    # The order matters. A run that has parts is resumed even if some of its final files are there: it was killed while
+    # they were written. Only a run without parts may be complete, or meet files of another.
     output.remove_leftovers()
     begun = parts.is_begun(run_id)
-    if not begun and output.is_complete(run_id, parts.images, own_codebook):
+    if not begun and output.is_complete(run_id, parts.images, codebook_of_tokenizer):
         return None
     if not begun:
-        output.check_free(run_id, own_codebook)
-    output.check_writable(parts.images, codebook=run_id['limit_codes'] or own_codebook)
+        output.check_free(run_id, codebook_of_tokenizer)
+    output.check_writable(parts.images, codebook=run_id['limit_codes'] or codebook_of_tokenizer)
     parts.begin(run_id)
     return parts.unfinished()
 
 
-class FinishedParts:
+class FinishedCodes:
     """All finished parts as one array of codes, which is never in memory whole. Images that were skipped are left out.
 
     Args:
@@ -254,20 +264,20 @@ class FinishedParts:
         used: (codes,) int64, the codes in use, rising.
     """
 
-    def __init__(self, parts: Parts):
+    def __init__(self, parts: PartsFolder):
         self.parts = parts
         good = self._all('good')
         self.good = np.concatenate(good)
         self.sizes = np.concatenate(self._all('sizes'))
         self.used = np.unique(np.concatenate(self._all('used')))
         self.starts = np.cumsum([0] + [int(mask.sum()) for mask in good])  # of each part, among good images
-        self.latest = None  # (part, its codes): shards are smaller than parts, often
+        self.latest = None  # (part, its codes): several small shards come from one part, which is read once
 
     def _all(self, name: str) -> list[np.ndarray]:
         return [self.parts.read(part, name) for part in range(len(self.parts))]
 
     def agreement(self) -> float | None:
-        """Share of the first batch's codes that are the same in fp32; None where no image of it could be read."""
+        """The fraction of the first batch's codes that fp32 gives too; None where no image of it could be read."""
         agreement = float(self.parts.read(0, 'agreement'))
         return None if math.isnan(agreement) else agreement
 
@@ -293,7 +303,7 @@ class FinishedParts:
 
 # ---------------------------------------------------------------- token sets
 
-def write_sets(output: Output, finished: FinishedParts, labels: np.ndarray, new_codes: np.ndarray | None,
+def write_sets(output: OutputFiles, finished: FinishedCodes, labels: np.ndarray, new_codes: np.ndarray | None,
                manifest: dict[str, Any]) -> int:
     """Write the token sets of a run, each with its manifest. Raises InputError.
 

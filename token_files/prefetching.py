@@ -1,4 +1,4 @@
-"""Work in threads, ahead of the one who asks for it."""
+"""Work in threads, ahead of the caller: reading and decoding overlap with what is done with the result."""
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,6 +10,7 @@ def prefetch(function: Callable, items: Iterable, threads: int = 1) -> Iterator:
         waiting = deque()
         for item in items:
             waiting.append(pool.submit(function, item))
+            # at most one result more than threads is in memory; it comes out in the order of the items
             if len(waiting) > threads:
                 yield waiting.popleft().result()
         while waiting:

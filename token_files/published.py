@@ -9,6 +9,9 @@ There are two ways to store a code as bytes, which a manifest's "format" tells a
                     therefore 509.
     uint16-le       this project's, for larger codebooks: each code is two bytes, little-endian.
 
+`open_stream` reads the index, `Stream.decode` the codes, `write_stream` writes both. The stream is decoded in runs of
+images: all of ImageNet-1k unpacks to more than a gigabyte, which need not be in memory beside the codes made of it.
+
 This module and compact.py have the same names for what token_file.py uses of them: NAMES, ENDING, MAX_CODES, MAX_GRID,
 format_for, companion_path, open_stream, Stream, write_model and write_stream.
 """
@@ -60,7 +63,9 @@ def encode_escaped(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     index = np.concatenate([[0], np.cumsum(codes.shape[1] + escaped.sum(1))]).astype(np.int64)
     flat = codes.ravel()
     escaped = escaped.ravel()
-    position = np.arange(flat.size) + np.cumsum(escaped)  # of each code's own byte
+    # The byte of a code stands after the bytes of all codes before it, escapes included. The stream begins as nothing
+    # but escapes, of which all that are no escape are overwritten.
+    position = np.arange(flat.size) + np.cumsum(escaped)
     stream = np.full(index[-1], ESCAPE, np.uint8)
     stream[position] = flat - ESCAPE * escaped
     return stream, index
@@ -72,7 +77,7 @@ def decode_escaped(stream: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray,
     follows_escape = np.empty_like(is_escape)
     follows_escape[:1] = False
     follows_escape[1:] = is_escape[:-1]
-    dangling = is_escape & follows_escape
+    dangling = is_escape & follows_escape  # 255 255: code 510 would be this, but the format ends at 509
     dangling[offsets[1:] - 1] |= is_escape[offsets[1:] - 1]  # an escape as an image's last byte
     if dangling.any():
         image = int(np.searchsorted(offsets, np.argmax(dangling), side='right')) - 1
@@ -80,7 +85,7 @@ def decode_escaped(stream: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray,
     codes = stream.astype(np.uint16) + follows_escape * np.uint16(ESCAPE)
     is_code = ~is_escape
     lengths = np.add.reduceat(is_code, offsets[:-1], dtype=np.int64)
-    return codes[np.flatnonzero(is_code)], lengths  # places: four times as fast as a mask
+    return codes[np.flatnonzero(is_code)], lengths  # by positions: four times as fast as by a mask
 
 
 # ---------------------------------------------------------------- 16 bits
@@ -99,7 +104,7 @@ def decode_uint16(stream: np.ndarray, offsets: np.ndarray) -> tuple[np.ndarray, 
     return stream.view('<u2'), np.diff(offsets) // 2
 
 
-# ---------------------------------------------------------------- which there are
+# ---------------------------------------------------------------- the codecs
 
 CODECS = {codec.name: codec for codec in (
     Codec('escaped-bytes', 2 * ESCAPE - 1, encode_escaped, decode_escaped),
@@ -148,7 +153,7 @@ class Stream:
     Attributes:
         path: of NAME.data.bin.gz.
         index: (N + 1,) int64 offsets of the images in the decompressed stream, rising from 0.
-        codec: of the stream.
+        codec: how codes are stored in it.
     """
     path: Path
     index: np.ndarray
@@ -166,9 +171,8 @@ class Stream:
     def decode(self, device: torch.device = CPU) -> Iterator[tuple[int, np.ndarray]]:
         """Yield (first, codes (m, n) uint16) for one run of images after another, n the same square for all.
 
-        There is nothing in it for another device than the CPU.
-
-        Reads the gzip as a stream, so memory stays at a few times CHUNK_BYTES. Raises InputError.
+        A gzip is unpacked by the CPU, whatever the `device`; compact streams have one. Memory stays at a few times
+        CHUNK_BYTES. Raises InputError.
         """
         return _decode_bytes(self)
 
@@ -260,6 +264,7 @@ def _decode_bytes(stream: Stream) -> Iterator[tuple[int, np.ndarray]]:
     path, index = stream.path, stream.index
     codes_an_image = None
     with open_gzip(path) as file:
+        # before anything is unpacked: a damaged index must not have us take its sizes for memory
         if index[-1] > MAX_GZIP_RATIO * os.path.getsize(path) + SMALL:
             raise InputError(f'{path}: its index says {index[-1]:,} bytes, which no gzip of its size unpacks '
                              'to: one of the two is truncated or of another file')
@@ -268,13 +273,14 @@ def _decode_bytes(stream: Stream) -> Iterator[tuple[int, np.ndarray]]:
             first, last = chunk
             return first, last, np.frombuffer(file.read(int(index[last] - index[first])), np.uint8)
 
-        for first, last, data in prefetch(read, _image_chunks(index)):  # unpacks while the chunk before is decoded
+        for first, last, data in prefetch(read, _image_chunks(index)):  # a thread unpacks while this one decodes
             if len(data) < index[last] - index[first]:
                 raise InputError(f'{path}: the stream ends at byte {index[first] + len(data)}, but its index '
                                  f'says {index[-1]}: one of the two is truncated or of another file')
             codes = _decode_images(stream, data, first, last, codes_an_image)
             if codes_an_image is None:
                 codes_an_image = codes.shape[1]
+                # a code takes a byte at least; callers allocate (N, n) codes when they have seen the first run
                 if len(stream) * codes_an_image > index[-1]:
                     raise InputError(f'{path}: {len(stream)} images of {codes_an_image} codes, as the first has, are '
                                      f'more than the {index[-1]} bytes its index says')

@@ -10,8 +10,9 @@ The compact format has a model in place of the index, see compact.py. What this 
 beside the stream, NAME.json, as tokenize_images.py writes it: format, grid, class names, checksums. A set without one
 is a published one. A set may also come as shards, each a whole set.
 
-`open_token_file` and `decode` read a set, `write_set` writes one. They ask the manifest, or whoever writes, which
-format it is; no other module needs to know what formats there are.
+`open_token_file` reads what is small (manifest, index or model) and checks it, `decode` then yields the codes run after
+run, and `write_set` writes a set from such runs. They ask the manifest, or whoever writes, which format it is; no other
+module needs to know what formats there are.
 """
 import json
 import math
@@ -89,13 +90,13 @@ class TokenFile:
 
 def check_checksums(path: Path, manifest: dict[str, Any], manifest_path: Path) -> None:
     """InputError unless a file of a set has the size and SHA-256 that the manifest of the set states."""
-    stated = manifest.get('files', {}).get(path.name)
-    if stated is None:
+    recorded = manifest.get('files', {}).get(path.name)
+    if recorded is None:
         raise InputError(f'{manifest_path}: says nothing of {path.name}: it or the manifest is of another set')
     actual = {'sha256': sha256(path), 'bytes': os.path.getsize(path)}
-    if actual != stated:
+    if actual != recorded:
         raise InputError(f'{path}: {actual["bytes"]} bytes, SHA-256 {actual["sha256"][:12]}..., where its manifest '
-                         f'says {reprlib.repr(stated)}: changed or damaged, fetch or make it again')
+                         f'says {reprlib.repr(recorded)}: changed or damaged, fetch or make it again')
 
 
 # ---------------------------------------------------------------- formats
@@ -178,7 +179,7 @@ def read_manifest(token_file: str | Path) -> dict[str, Any]:
 
 def labels_of(file: TokenFile, path: Path) -> np.ndarray:
     """The labels of one token file, as many as it has images. Raises InputError."""
-    if path.name in file.manifest.get('files', {}):  # else they are labels of the user's own
+    if path.name in file.manifest.get('files', {}):  # else they are labels that the user made
         file.check_checksums(path)
     labels = read_labels(path)
     if len(labels) != len(file):
@@ -191,15 +192,13 @@ def labels_of(file: TokenFile, path: Path) -> np.ndarray:
 def decode(file: TokenFile, device: torch.device = CPU) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (first, codes) for one run of images after another: codes (m, n) uint16, n the same square for all.
 
-    Args:
-        file: that is decoded.
-        device: a GPU decodes compact files faster.
+    A GPU as `device` decodes compact files faster.
 
     Raises:
         InputError: for a damaged file, or one that is not as its manifest says.
     """
     for first, codes in file.content.decode(device):
-        if first == 0:
+        if first == 0:  # the grid is known from the first image on
             _check_manifest(file, codes.shape[1])
         yield first, codes
 
@@ -207,9 +206,9 @@ def decode(file: TokenFile, device: torch.device = CPU) -> Iterator[tuple[int, n
 def _check_manifest(file: TokenFile, n: int) -> None:
     """InputError where the manifest cannot be of a stream whose first image has n codes."""
     for key, value in (('images', len(file)), ('grid', math.isqrt(n))):
-        stated = file.manifest.get(key, value)
-        if stated != value:
-            raise InputError(f'{file.manifest_path}: says {key} {reprlib.repr(stated)}, but {file.stream} has '
+        recorded = file.manifest.get(key, value)
+        if recorded != value:
+            raise InputError(f'{file.manifest_path}: says {key} {reprlib.repr(recorded)}, but {file.stream} has '
                              f'{value}: the manifest is of another set, or the set is damaged')
 
 
@@ -225,7 +224,7 @@ def write_model(token_file: str | Path, format_name: str, codes: Iterable[np.nda
         images: more than 0.
 
     Returns:
-        What manifests say of it: {'model': its name}, or {}.
+        What the manifests of all shards say of it: {'model': its name}, or {}.
 
     Raises:
         InputError: for a file that cannot be written.
@@ -258,22 +257,23 @@ def write_set(token_file: str | Path, codes: Iterable[np.ndarray], images: int, 
     used = np.zeros(MAX_CODES, bool)
     grid = 0
 
-    def counted() -> Iterator[np.ndarray]:
+    def count_used() -> Iterator[np.ndarray]:
         nonlocal grid
         for run in codes:
             yield run  # the format refuses what it cannot hold, before that is counted
             used[run] = True
             grid = math.isqrt(run.shape[1])
 
-    companion = _module_of(format_of(manifest)).write_stream(path, counted(), images, manifest)
+    # The manifest is last: it has the checksums of the other files, and a set that was killed on the way has none.
+    companion = _module_of(format_of(manifest)).write_stream(path, count_used(), images, manifest)
     files = [path, companion]
     if labels is not None:
         write_labels(label_file, labels)
         files.append(Path(label_file))
     if manifest:
         manifest = {'images': images, 'grid': grid, 'codes_used': int(used.sum())} | manifest
-        of_files = manifest.get('files', {}) | files_of_manifest(files)
-        write_text(manifest_path(path), manifest_text(manifest | {'files': of_files}))
+        file_entries = manifest.get('files', {}) | files_of_manifest(files)
+        write_text(manifest_path(path), manifest_text(manifest | {'files': file_entries}))
     return path, companion
 
 
@@ -284,6 +284,7 @@ def files_of_manifest(paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
 
 def manifest_text(manifest: dict[str, Any]) -> str:
     """JSON with a key a line."""
+    # what people look for comes first, checksums and long lists last
     first = ['format', 'images', 'grid', 'codes', 'codes_used']
     keys = [key for key in first if key in manifest] + [key for key in manifest if key not in first]
     return '{\n' + ',\n'.join(f' {json.dumps(key)}: {json.dumps(manifest[key])}' for key in keys) + '\n}\n'
@@ -299,10 +300,10 @@ def count_codes(codes: np.ndarray, codebook_size: int) -> np.ndarray:
     return counts[:codebook_size]
 
 
-def stated_source_bytes(files: Sequence[TokenFile]) -> int | None:
+def source_bytes_of(files: Sequence[TokenFile]) -> int | None:
     """Bytes of the images that tokens were made from, where all manifests state them, else None."""
-    stated = [file.manifest.get('source_bytes') for file in files]
-    return sum(stated) if all(type(value) is int for value in stated) else None
+    recorded = [file.manifest.get('source_bytes') for file in files]
+    return sum(recorded) if all(type(value) is int for value in recorded) else None
 
 
 def bytes_per_image(files: Sequence[TokenFile], shape: tuple[int, int], counts: np.ndarray,
@@ -310,7 +311,7 @@ def bytes_per_image(files: Sequence[TokenFile], shape: tuple[int, int], counts: 
     """Bytes an image in several ways.
 
     Args:
-        files: the token files.
+        files: the shards of one set.
         shape: (N, n) of the codes.
         counts: (K,) uses of each code.
         source_bytes: of the source images; None for what the manifests say, if anything.
@@ -325,7 +326,7 @@ def bytes_per_image(files: Sequence[TokenFile], shape: tuple[int, int], counts: 
             'fixed': n * math.log2(len(counts)) / 8,
             'entropy': n * entropy_bits(counts) / 8}
     if source_bytes is None:
-        source_bytes = stated_source_bytes(files)
+        source_bytes = source_bytes_of(files)
     if source_bytes is not None:
         size['source'] = source_bytes / images
     return {name: round(value, 2) for name, value in size.items()}
@@ -333,5 +334,5 @@ def bytes_per_image(files: Sequence[TokenFile], shape: tuple[int, int], counts: 
 
 def entropy_bits(counts: np.ndarray) -> float:
     """Entropy in bits of one code drawn by counts (K,): from 0 (one code only) to log2(K) (all equally frequent)."""
-    shares = counts[counts > 0] / counts.sum()
-    return float(np.log2(1 / shares) @ shares)
+    frequencies = counts[counts > 0] / counts.sum()
+    return float(np.log2(1 / frequencies) @ frequencies)

@@ -263,21 +263,21 @@ def test_a_folder_has_one_holder_and_another_waits(tmp_path):
 def test_whether_it_is_the_same_run(tmp_path):
     path = tmp_path / 'out' / 'run.json'
     made_of = {'seed': 1, 'data': ['a', (2, 3)]}
-    assert not files.is_noted(path, made_of, 'x')
+    assert not files.is_same_run(path, made_of, 'x')
     files.check_same(path, made_of)
     before = path.read_bytes()
     files.check_same(path, made_of)
-    assert files.is_noted(path, made_of | {'seed': 2}, 'x', ignored=('seed',)) and path.read_bytes() == before
+    assert files.is_same_run(path, made_of | {'seed': 2}, 'x', ignored=('seed',)) and path.read_bytes() == before
     others = [({'seed': 2}, 'seed, data'), (made_of | {'size': 3}, 'size'), ({'data': made_of['data']}, 'seed')]
     for other, names in others:
         fails(lambda: files.check_same(path, other, '--folder'), f'out: holds results of another {names}; choose '
               'another --folder, or remove that folder$')
-        fails(lambda: files.is_noted(path, other, 'do this'), f'out: holds results of another {names}; do this$')
+        fails(lambda: files.is_same_run(path, other, 'do this'), f'out: holds results of another {names}; do this$')
     files.write_text(path, '{"run": {"seed": 1, "data": ["a", [2, 3]]}, "size": 9}')
-    assert files.is_noted(path, made_of, 'x', field='run')
-    fails(lambda: files.is_noted(path, made_of, 'x', field='of'), 'another seed, data; x')
+    assert files.is_same_run(path, made_of, 'x', field='run')
+    fails(lambda: files.is_same_run(path, made_of, 'x', field='of'), 'another seed, data; x')
     files.write_text(path, '[]')
-    fails(lambda: files.is_noted(path, made_of, 'x', field='run'), 'another seed, data; x')
+    fails(lambda: files.is_same_run(path, made_of, 'x', field='run'), 'another seed, data; x')
 
 
 # ---------------------------------------------------------------- the web

@@ -75,11 +75,11 @@ def test_no_image_is_both_trained_on_and_held_out(tmp_path, val_images, expected
     draws = []
     for seed in 0, 0, 1:
         images, held_out = hold_out(str(tmp_path / 'x'), '', val_images, seed, **READING)
-        assert len(held_out) == expected and sorted([*images.chosen, *held_out.chosen]) == list(range(24))
-        draws.append(held_out.chosen.tolist())
+        assert len(held_out) == expected and sorted([*images.numbers, *held_out.numbers]) == list(range(24))
+        draws.append(held_out.numbers.tolist())
     assert draws[0] == draws[1] != draws[2] and draws[0] == sorted(draws[0])
     images, held_out = hold_out(str(tmp_path / 'x'), str(tmp_path / 'x'), val_images, 0, **READING)
-    assert len(images) == 24 and held_out.chosen.tolist() == draws[0]
+    assert len(images) == 24 and held_out.numbers.tolist() == draws[0]
 
 
 def test_too_few_images_to_hold_some_out(tmp_path):

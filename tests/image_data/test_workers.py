@@ -72,7 +72,7 @@ def test_temporary_folders_of_every_length(length, tmp_path, fresh_process, many
 
 
 def test_where_no_folder_takes_sockets_there_are_no_processes(many_cores, monkeypatch, capsys):
-    monkeypatch.setattr(workers, '_binds', lambda folder: False)
+    monkeypatch.setattr(workers, '_can_bind', lambda folder: False)
     assert not choose_socket_folder()
     assert plan_workers(4, 100) == (0, 0)
     assert 'note: no temporary folder takes the sockets' in capsys.readouterr().out

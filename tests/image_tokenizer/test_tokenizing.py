@@ -176,7 +176,7 @@ def test_the_longest_name_that_is_accepted_can_be_written(data, tmp_path):
 
 def refused(data, folder, name):
     try:
-        parts.Output(folder, name).check_writable(9, codebook=False)
+        parts.OutputFiles(folder, name).check_writable(9, codebook=False)
     except InputError:
         return True
     return False
@@ -283,7 +283,7 @@ def test_leftovers_of_killed_runs_go_and_those_of_living_ones_stay(data, plain, 
         (tmp_path / name).write_text('x')
     with files.atomic_path(tmp_path / 'my-label.txt') as alive:  # as another process would write it
         tokenize(data, tmp_path / 'elsewhere')
-        parts.Output(tmp_path, 'my').remove_leftovers()
+        parts.OutputFiles(tmp_path, 'my').remove_leftovers()
         assert os.path.exists(alive)
     (tmp_path / 'my-label.txt').unlink()
     assert not any((tmp_path / name).exists() for name in left) and all((tmp_path / name).exists() for name in kept)
@@ -511,7 +511,7 @@ def test_leftovers_of_a_killed_compact_run_go(data, tmp_path):
     for name in left:
         (tmp_path / name).write_text('x')
     for size in (0, 5):
-        parts.Output(tmp_path, 'my', size, True).remove_leftovers()
+        parts.OutputFiles(tmp_path, 'my', size, True).remove_leftovers()
     assert not [*tmp_path.iterdir()]
 
 

@@ -6,7 +6,7 @@ from helpers import fails
 from image_data.quality import psnr
 from image_tokenizer.kmeans import kmeans, nearest_rows
 from image_tokenizer.tokenizers import unit_range
-from image_tokenizer.vq_start import RIDGE, cut, fit_start, least_squares
+from image_tokenizer.vq_start import RIDGE, cut_patches, fit_start, least_squares
 from small_tokenizer import new_training, smooth
 
 
@@ -18,8 +18,8 @@ def test_a_new_tokenizer_is_near_euclidean_kmeans_of_patches():
     with torch.no_grad():
         reconstruction, codes, _ = training.reconstruct(images)
     assert len(codes.unique()) > 0.9 * 64
-    rows = kmeans(cut(pixels[:150], 4), 64, 10, torch.Generator().manual_seed(0))
-    patches = cut(pixels[150:], 4)
+    rows = kmeans(cut_patches(pixels[:150], 4), 64, 10, torch.Generator().manual_seed(0))
+    patches = cut_patches(pixels[150:], 4)
     error = (patches - rows[nearest_rows(patches, rows)]).square().view(50, -1).mean(1)
     assert psnr(images, reconstruction).mean() > -10 * error.log10().mean() - 2
 
