@@ -146,9 +146,9 @@ def run_benchmark(name: str, measure: Callable, settings: dict[str, Any]) -> Non
         measure: (device, folder) -> numbers by name.
         settings: the flags by name, among them 'device' and 'threads', and what `parse_with_main` adds.
     """
-    if asked.get('output'):
-        check_writable(asked['output'])
-    device = set_up(asked['device'], asked['threads'])
+    if settings.get('output'):
+        check_writable(settings['output'])
+    device = set_up(settings['device'], settings['threads'])
     with tempfile.TemporaryDirectory(prefix='seit-benchmark-') as folder:
         result = measure(device, Path(folder))
     if 'main_flags' in settings:

@@ -20,7 +20,7 @@ from image_data.sources import Source, load_images, open_source
 from image_tokenizer.tokenizers import load_tokenizer
 from image_tokenizer.tokenizing import Encoder, encode_part
 from token_files.codebook import load_codebook
-from token_files.parts import Parts
+from token_files.parts import PartsFolder
 from utils import InputError, cores, keep_freed_memory, run
 
 
