@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import draw_rows
 import processes
+from docs import draw_rows
 from helpers import call, fails, make_images, read_log, save_image, smooth_images, tokenize
 from tables import choose_images, count_bytes, figures, make, presets, rows
 from tables.plan import Plan
