@@ -10,7 +10,6 @@ masked on the device at once, and noticed when the loss is read. What differs be
     evaluate_of(model, name)            {'loss', 'acc1', 'acc5', ...}; `name` is '' or 'EMA'
 """
 import contextlib
-import json
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -23,13 +22,12 @@ import torch.nn.functional as F
 from timm.utils import distribute_bn
 from torch import nn
 
-from fileio.files import check_writable, write_text
 from samplers import in_order
 from training.checkpoints import TrainState, load_weights
 from training.loss_meter import LossMeter, Progress, check_finite
 from training.preemption import AnyRank, StopSignal
-from training.run_folder import RunFolder, RunLog
-from utils import (InputError, autocast, barrier, device_of, is_main, keep_freed_memory, print0, rank, seed_step,
+from training.run_folder import RunFolder, RunLog, check_evaluation, write_evaluation
+from utils import (InputError, autocast, barrier, device_of, keep_freed_memory, print0, rank, seed_step,
                    world_size)
 
 LOG_EVERY = 50  # steps between readings of the loss; in between, the host never waits for the device
@@ -225,8 +223,7 @@ def evaluate_checkpoint(model: nn.Module, checkpoint: dict[str, Any], path: str,
 
     With `output`, the numbers are written to that JSON file, too: those of the averaged ones under 'ema'.
     """
-    if output and is_main():
-        check_writable(output)
+    check_evaluation(output)
     keep_freed_memory(device_of(model))
     results = {}
     for key, name in (('model', ''), ('model_ema', 'EMA')):
@@ -235,12 +232,6 @@ def evaluate_checkpoint(model: nn.Module, checkpoint: dict[str, Any], path: str,
             stats = evaluate_of(model, name)
             results |= {'ema': stats} if name else stats
     write_evaluation(output, results)
-
-
-def write_evaluation(path: str, results: dict[str, Any]) -> None:
-    """Write what an evaluation found to a JSON file, on rank 0; '' for nowhere. Raises InputError."""
-    if path and is_main():
-        write_text(path, json.dumps(results) + '\n')
 
 
 @torch.no_grad()

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # before installed packages of the same names
-from engine import evaluate, rank_indices, write_evaluation
+from engine import evaluate, rank_indices
 from fileio.files import check_writable, write_text
 from flags import SEED, KeyValues, Parser, add_max_pixels, integer, print_no_effect
 from image_data.class_subsets import OnlyClasses, match_classes
@@ -41,6 +41,7 @@ from recipe import default_amp
 from token_augment import EvalTransform
 from token_files.codebook import load_codebook
 from training.checkpoints import load_checkpoint, load_weights
+from training.run_folder import write_evaluation
 from utils import InputError, check_same_on_all_ranks, init_distributed, is_main, on_main, print0, run, world_size
 
 NO_EFFECT = {

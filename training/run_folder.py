@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fileio.files import MAX_JSON_BYTES, hold_folder, parse_json, read_bytes, remove_leftovers, save_torch, write_text
+from fileio.files import (MAX_JSON_BYTES, check_writable, hold_folder, parse_json, read_bytes, remove_leftovers,
+                          save_torch, write_text)
 from training.checkpoints import TrainState, load_checkpoint
 from utils import InputError, is_main, on_main, print0
 
@@ -353,3 +354,17 @@ def _open_tensorboard(folder: str) -> Any:
     except ImportError:
         raise InputError('--tensorboard needs the tensorboard package: pip install tensorboard') from None
     return SummaryWriter(folder)
+
+
+# ---------------------------------------------------------------- an evaluation as a file
+
+def check_evaluation(path: str) -> None:
+    """InputError, on rank 0, unless `write_evaluation` can write there: asked before the work. '' is nowhere."""
+    if path and is_main():
+        check_writable(path)
+
+
+def write_evaluation(path: str, results: dict[str, Any]) -> None:
+    """Write the numbers of an evaluation to a JSON file, on rank 0; '' for nowhere. Raises InputError."""
+    if path and is_main():
+        write_text(path, json.dumps(results) + '\n')
