@@ -23,14 +23,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import write_text
 from flags import SEED, Parser, byte_count, integer, number
 from image_data.sources import FolderImages, open_source
-from tables import class_incremental, pretraining
+from tables import class_incremental, cluster, pretraining, report
 from tables.figures import COMPACT
 from tables.plan import BYTES, SEARCH_SEED, Line, Plan, needed, percent
 from tables.presets import PAPER, PAPER_ROBUSTNESS, PAPER_SEITPP, PRESETS, PRETRAINING, PROTOCOLS, Preset, Tokenizer
 from tables.rows import Row, check_row, failures_of, is_done, run_rows, shell_line
-from token_files.context_model import cluster
 from training.preemption import REQUEUE, StopSignal
-from utils import InputError, cores, report, run
+from utils import InputError, cores, run
 
 ALL = 'all'
 TABLES_FILE = 'tables.md'  # of ALL

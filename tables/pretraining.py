@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from image_data.dataset import Images
-from tables.plan import BYTES, CHECKPOINT, PROBE, Line, Plan, Tokens
+from tables.plan import BYTES, CHECKPOINT, PROBE, Images, Line, Plan, Tokens
 from tables.presets import PRETRAINING_LINES, Pretraining
 from tables.rows import Command, Row
 

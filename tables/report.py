@@ -9,9 +9,8 @@ from typing import Any
 
 from continual.results import read_results
 from fileio.files import read_json, write_text
-from image_data.shrunk_sets import MANIFEST
 from tables.figures import COUNTS, FIGURES, storage_of
-from tables.plan import EVALUATION, PROBE, Line
+from tables.plan import EVALUATION, MANIFEST, PROBE, Line
 from tables.presets import PAPER_CORRUPTIONS
 from tables.rows import Row, failures_of, final_line, is_done
 from utils import InputError

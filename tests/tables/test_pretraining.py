@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from helpers import SMALL as SEIT_SMALL, call, make_data, mistake, read_log, run_here, smooth_images, states
-from tables import make, presets, pretraining, rows
-from utils import report
+from tables import make, presets, pretraining, report, rows
 from test_tables import TOY, Forked
 from token_files.token_file import write_set
 

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from helpers import call, fails, smooth_images
-from tables import choose_images, make, rows
+from tables import choose_images, cluster, make, rows
 from tables.rows import Row
-from token_files.context_model import cluster
 
 pytest.importorskip('submitit')
 WORDS = ['timeout_min=60', 'slurm_partition=gpu', 'gpus_per_node=8']

@@ -17,10 +17,9 @@ from PIL import Image
 import processes
 from docs import draw_rows
 from helpers import call, fails, make_images, read_log, save_image, smooth_images, tokenize
-from tables import choose_images, count_bytes, figures, make, presets, rows
+from tables import choose_images, count_bytes, figures, make, presets, report, rows
 from tables.plan import Plan
 from tables.rows import Row, run_rows
-from utils import report
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = [name for name in make.TABLES if name != 'continual']  # which test_continual_table.py is about
