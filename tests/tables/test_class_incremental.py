@@ -11,7 +11,7 @@ from tables.class_incremental import TasksPlan
 from tables.presets import PROTOCOLS
 from tables.report import DASH, measures_of
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def plan_of(preset):

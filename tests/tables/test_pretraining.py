@@ -9,7 +9,7 @@ import torch
 
 from helpers import SMALL as SEIT_SMALL, call, make_data, mistake, read_log, run_here, smooth_images, states
 from tables import make, presets, pretraining, report, rows
-from test_tables import TOY, Forked
+from small_tables import TOY, Forked
 from token_files.token_file import write_set
 
 SIZES = ('deit_tiny_patch16_224', '--model-kwargs', 'img_size=64', 'patch_size=16', 'global_pool=avg', 'depth=1',

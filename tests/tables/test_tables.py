@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +16,12 @@ from PIL import Image
 import processes
 from docs import draw_rows
 from helpers import call, fails, make_images, read_log, save_image, smooth_images, tokenize
+from small_tables import TOY, Forked
 from tables import choose_images, count_bytes, figures, make, presets, report, rows
 from tables.plan import Plan
 from tables.rows import Row, run_rows
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 TABLES = [name for name in make.TABLES if name != 'continual']  # which test_continual_table.py is about
 
 
@@ -329,37 +329,6 @@ def test_programs_are_started_by_torchrun_from_any_folder():
 
 # ---------------------------------------------------------------- one table from end to end
 
-class Forked:
-    """A program in a fork of a server that has imported the programs, in the place of a subprocess: starts at once."""
-
-    def __init__(self, command, log):
-        name, *words = command
-        modules = {'scripts/fit_patch_tokenizer.py': 'fit_patch_tokenizer',
-                   'scripts/build_synonyms.py': 'build_synonyms'}
-        module = modules.get(name, name.removesuffix('.py').replace('/', '.'))
-        self.process = processes.Job(module, words, output=log).ranks[0]
-
-    def poll(self):
-        return self.process.exitcode
-
-    def wait(self):
-        self.process.join()
-
-    def terminate(self):
-        self.process.terminate()
-
-    @property
-    def returncode(self):
-        return self.process.exitcode
-
-
-TOY = replace(presets.TINY, classes=2, images_per_class=6, epochs=4,
-              training=('--batch-size', '4', '--unscale-lr', '--warmup-lr', '1e-4', '--model-ema-decay', '0.9'),
-              token_model=('deit_tiny_token_32', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2'),
-              lrs=dict.fromkeys(presets.KINDS, 1e-3) | {'tokens': 3e-3}, search={'tokens': (1e-3, 3e-3)},
-              workers=0, quality_size=16,
-              tokenizers={'patch': presets.Tokenizer(32, 32, ('scripts/fit_patch_tokenizer.py', '--image-size', '32',
-                                                              '--codes', '24'), 'tokenizer.pt')})
 CHOSEN = ['tokens', 'patch stem']
 
 
