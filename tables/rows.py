@@ -243,7 +243,7 @@ def take(row: Row) -> IO | None:
     check_row(row)
     try:
         row.folder.mkdir(parents=True, exist_ok=True)
-        lock = lock_file(row.folder / LOCK) or open(os.devnull, 'rb')  # noqa: SIM115 - no locks there
+        lock = lock_file(row.folder / LOCK)
     except BlockingIOError:
         return None
     except OSError as error:

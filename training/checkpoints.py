@@ -102,7 +102,7 @@ def _without_wrappers(weights: dict[str, Any], path: str) -> dict[str, Any]:
 
 
 def flags_to_save(flags: dict[str, Any]) -> dict[str, Any]:
-    """Flags as checkpoints hold them: a very long list of shards is cut, as `safe_load` refuses long strings."""
+    """Flags as checkpoints hold them: a very long list of shards is cut, as `load_torch` refuses long strings."""
     return {name: f'{value[:1000]} and so on, {len(value)} characters' if len(str(value)) > MAX_STRING // 2 else value
             for name, value in flags.items()}
 
