@@ -334,7 +334,7 @@ def add_run_flags(parser: Parser) -> None:
     add('--start-epoch', type=integer(), default=0, help='the first epoch, from 0; --resume sets it')
     add('--eval', action='store_true', help='evaluate the checkpoint of --resume, and train nothing',
         of_a_start=True)
-    add('--output', default='', metavar='FILE.json', of_a_start=True,
+    add('--output', default='', metavar='FILE.json', of_a_rank=True, of_a_start=True,
         help='with --eval: also write the numbers to this file')
     add('--dist-eval', action='store_true',
         help='divide the validation images among the ranks; without it each evaluates all')

@@ -148,20 +148,22 @@ TOKENS = {'train_token_file', 'codebook_path', 'token_synonym_dict', 'token_cach
 LABELS = {'train_label_file', 'val_token_file', 'val_label_file'}
 PATHS = {'train_path', 'val_path'}
 TASKS = {*PATHS, *LABELS, 'train_token_file', 'codebook_path', 'tokenizer_path', 'tokens_dir'}
+EVALUATING = {'finetune', 'output'}
+EVAL = {'eval', 'output'}
 EXACT = {'batch_size', 'accum_iter', 'seed'}
 OF_TASKS = ['--base-classes', '2', '--output-dir', 'x']
 # program, least words; files that may lie elsewhere on each node, flags of a start, and those a resumed run must keep
 PROGRAMS = {
-    'seit': (main_seit, [], NODE | TOKENS | LABELS | {'finetune'}, START | {'eval'}, EXACT | {'repeated_aug'}),
-    'pixels': (main_pixels, ['--train-path', 'x', '--val-path', 'y'], NODE | PATHS | {'finetune'}, START | {'eval'},
+    'seit': (main_seit, [], NODE | TOKENS | LABELS | EVALUATING, START | EVAL, EXACT | {'repeated_aug'}),
+    'pixels': (main_pixels, ['--train-path', 'x', '--val-path', 'y'], NODE | PATHS | EVALUATING, START | EVAL,
                EXACT | {'repeated_aug'}),
     'mtm pretrain': (main_mtm_pretrain, [], NODE | TOKENS, START, EXACT),
-    'mtm finetune': (main_mtm_finetune, [], NODE | TOKENS | LABELS | {'finetune'}, START | {'eval'}, EXACT),
+    'mtm finetune': (main_mtm_finetune, [], NODE | TOKENS | LABELS | EVALUATING, START | EVAL, EXACT),
     'continual tokens': (main_continual, [*OF_TASKS, '--codebook-path', 'x'] + [
         word for name in ('train-token', 'train-label', 'val-token', 'val-label') for word in (f'--{name}-file', 'x')],
-        NODE | TOKENS | TASKS | {'finetune'}, START | {'eval'}, EXACT | {'repeated_aug'}),
+        NODE | TOKENS | TASKS | EVALUATING, START | EVAL, EXACT | {'repeated_aug'}),
     'continual pixels': (main_continual, [*OF_TASKS, '--new', 'pixels', '--train-path', 'x', '--val-path', 'y'],
-                         NODE | TASKS | {'finetune'}, START | {'eval'}, EXACT | {'repeated_aug'}),
+                         NODE | TASKS | EVALUATING, START | EVAL, EXACT | {'repeated_aug'}),
     'train tokenizer': (train_tokenizer, ['--data-path', 'x'], NODE | {'data_path', 'val_path', 'vgg_path'}, START,
                         EXACT | {'val_images', 'epoch_images', 'flip'}),
     'fit token adapt': (fit_token_adapt, ['--data-path', 'x', '--tokenizer-path', 'y'],
@@ -180,10 +182,10 @@ def test_the_rules_of_each_programs_flags(name):
     args = program.parse_args(words)
     reasons = main_seit.NO_EFFECT if name == 'continual tokens' else getattr(program, 'NO_EFFECT', {})
     no_effect = {flag[2:].replace('-', '_') for flag in reasons}
-    assert (args.of_a_rank, args.of_a_start, args.exact) == (of_a_rank | no_effect, of_a_start | no_effect, exact)
-    assert args.of_a_rank | args.of_a_start | args.exact <= vars(args).keys()
+    assert args.rules == (of_a_rank | no_effect, of_a_start | no_effect, exact)
+    assert set().union(*args.rules) <= vars(args).keys()
     alike = recipe.flags_alike(args)
-    elsewhere = recipe.flags_alike(args.replaced(**dict.fromkeys(args.of_a_rank, 'elsewhere')))
+    elsewhere = recipe.flags_alike(args.replaced(**dict.fromkeys(args.rules.of_a_rank, 'elsewhere')))
     assert alike == elsewhere and '--lr' in alike and '--token-cache none' in alike
 
 
@@ -200,7 +202,7 @@ def test_a_resumed_run_keeps_each_programs_exact_flags(name, capsys):
         assert not checkpoint  # its memory is given back
         return capsys.readouterr().out
     assert resume() == 'c.pth: resumed at epoch 1, step 3\n'
-    for flag in args.of_a_start - {'allow_inexact_resume'}:
+    for flag in args.rules.of_a_start - {'allow_inexact_resume'}:
         assert resume(**{flag: 'another'}) == 'c.pth: resumed at epoch 1, step 3\n'
     assert f'note: --lr is 0.5; the run that wrote c.pth had {args.lr}\n' in resume(lr=0.5)
     for flag in exact:
