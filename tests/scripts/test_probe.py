@@ -17,6 +17,7 @@ from scripts import probe
 from masked import DECODER, SIZES
 from scripts.probe import accuracies, fit_linear, linear_probe, neighbor_votes, scores_of, standardize
 from seitpp.models_mtm import create_model as create_masked
+from seitpp.models_mtm_finetune import create_model as create_classifier
 from token_augment import EvalTransform
 from token_dataset import TokenDataset
 from token_files.codebook import load_codebook
@@ -120,6 +121,17 @@ def test_masked_token_pre_training_without_labels(tokens, tmp_path, capsys):
     output = capsys.readouterr().out
     assert 'features: 40 for training and 11 for validation, 32 numbers each, 4 classes' in output
     assert output.count('\n* ') == 2
+
+
+def test_a_fine_tuned_classifier_without_its_head(tokens, tmp_path, capsys):
+    words, _ = tokens
+    kwargs = {'depth': 1, 'embed_dim': 32, 'num_heads': 2}
+    model = create_classifier('deit_tiny_token_32', kwargs, codebook_size=30, img_size=8, num_classes=7)
+    torch.save({'model': model.state_dict(), 'args': {'model': 'deit_tiny_token_32', 'model_kwargs': kwargs}},
+               tmp_path / 'tuned.pth')
+    probed(words, tmp_path / 'tuned.pth', '--probes', 'knn', '--output', tmp_path / 'p.json')
+    assert 'model: main_mtm_finetune.py deit_tiny_token_32, 0.02 M parameters, 0 classes' in capsys.readouterr().out
+    assert json.loads((tmp_path / 'p.json').read_text())['dim'] == 32
 
 
 def test_mistakes_are_one_line(tokens, images, tmp_path):
