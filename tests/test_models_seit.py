@@ -7,8 +7,8 @@ import torch
 from timm.models import create_feature_extractor
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 
-from helpers import fill_golden
-from models_seit import StemAdaptor, create_model
+from helpers import fails, fill_golden
+from models_seit import MODELS, StemAdaptor, create_model
 from utils import InputError
 
 NAMES = ['deit_small_token_32', 'deit_base_token_32', 'deit_small_token_4', 'deit_base_token_4']
@@ -277,3 +277,36 @@ def test_create_model_says_what_is_wrong(name, model_kwargs, options, message):
     with pytest.raises(InputError, match=message) as error:
         create_model(name, model_kwargs, **{'num_classes': 10, 'img_size': 28, 'in_chans': 32, **options})
     assert '\n' not in str(error.value)
+
+
+# ---------------------------------------------------------------- without the Stem-adaptor
+
+SMALL = {'depth': 2, 'embed_dim': 32, 'num_heads': 2}
+
+
+@pytest.mark.parametrize('size', ['tiny', 'small', 'base'])
+def test_only_the_stem_differs(size):
+    torch.manual_seed(0)
+    plain = create_model(f'deit_{size}_token_32_patch', {'depth': 1}, 10, 16, 32).eval()
+    published = create_model(f'deit_{size}_token_32', {'depth': 1}, 10, 16, 32).eval()
+    shapes = [{name: tuple(value.shape) for name, value in model.state_dict().items()} for model in (plain, published)]
+    differ = {name for name in shapes[1] if shapes[0][name] != shapes[1][name]}
+    assert shapes[0].keys() == shapes[1].keys() and differ == {'patch_embed.proj.weight'}
+    assert plain.patch_embed.proj.kernel_size == plain.patch_embed.proj.stride == (2, 2)
+    assert f'deit_{size}_token_32_patch' in MODELS and plain(torch.zeros(2, 32, 16, 16)).shape == (2, 10)
+
+
+def test_patches_do_not_overlap():
+    model = create_model('deit_tiny_token_32_patch', SMALL, 10, 8, 32).eval()
+    x = torch.randn(1, 32, 8, 8)
+    changed = x.clone()
+    changed[:, :, 2, 2] += 1
+    rows = (model.patch_embed(x) != model.patch_embed(changed)).any(-1)
+    assert rows.nonzero()[:, 1].tolist() == [5]
+
+
+def test_mistakes_are_one_line():
+    with pytest.raises(ValueError, match='no weights are hosted'):
+        timm.create_model('deit_tiny_token_32_patch', pretrained=True)
+    fails(lambda: create_model('deit_tiny_token_32', {'embed_layer': 'x'}, 10, 8), 'embed_layer')
+    fails(lambda: create_model('deit_tiny_token_32_patch', SMALL, 10, 7, 32), 'deit_tiny_token_32_patch')
