@@ -1,4 +1,4 @@
-"""Every program starts from any folder, beside installed packages of our names, with PYTHONSAFEPATH and under -OO."""
+"""Every program starts from any folder, beside installed packages of our names, and with PYTHONSAFEPATH."""
 import json
 import os
 import subprocess
@@ -19,12 +19,10 @@ SERVER = """
 import json, os, runpy, sys, tempfile
 import timm, torch, torchvision
 
-def child(program, safe, output):
+def child(program, output):
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.argv = [program, *([] if program.endswith('start_probe.py') else ['--help'])]
-    if not safe:
-        sys.path.insert(0, os.path.dirname(program))  # as Python does
     try:
         runpy.run_path(program, run_name='__main__')
         code = 0
@@ -36,13 +34,13 @@ def child(program, safe, output):
     sys.stdout.flush(), sys.stderr.flush()
     os._exit(code)
 
-root, safe, *programs = sys.argv[1:]
+root, *programs = sys.argv[1:]
 results = {}
 for name in programs:
     with tempfile.TemporaryFile('w+') as output:
         pid = os.fork()
         if not pid:
-            child(os.path.join(root, name), safe == 'safe', output.fileno())
+            child(os.path.join(root, name), output.fileno())
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
         output.seek(0)
         results[name] = code, output.read()
@@ -65,11 +63,10 @@ def hostile(tmp_path_factory):
     return packages_of_our_names(tmp_path_factory.mktemp('site'))
 
 
-@pytest.fixture(scope='module', params=['as it is', 'safe'])
-def started(request, hostile, tmp_path_factory):
-    """{program: (exit code, output)} of all programs with --help, from another folder; safe: and under -OO."""
-    optimize = ['-OO'] if request.param == 'safe' else []
-    command = [sys.executable, '-P', *optimize, '-c', SERVER, ROOT, request.param, *PROGRAMS]
+@pytest.fixture(scope='module')
+def started(hostile, tmp_path_factory):
+    """{program: (exit code, output)} of all programs with --help, from another folder, as with PYTHONSAFEPATH=1."""
+    command = [sys.executable, '-P', '-c', SERVER, ROOT, *PROGRAMS]
     done = subprocess.run(command, cwd=tmp_path_factory.mktemp('elsewhere'), capture_output=True, text=True,
                           env=clean_environment(PYTHONPATH=str(hostile)), timeout=600)
     assert done.returncode == 0, done.stderr
@@ -87,13 +84,14 @@ def test_every_program_starts(program, started):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('launch', [(), two_processes], ids=['python', 'torchrun'])
-@pytest.mark.parametrize('safe', ['', '1'])
-def test_a_training_starts_from_another_folder(launch, safe, hostile, tmp_path):
-    """As Python and torchrun really do it; a relative path too."""
+@pytest.mark.parametrize('launch, options, safe', [((), ['-OO'], '1'), (two_processes, [], '')],
+                         ids=['python', 'torchrun'])
+def test_a_training_starts_from_another_folder(launch, options, safe, hostile, tmp_path):
+    """As Python and torchrun really do it; a relative path too, and without docstrings."""
     launch = launch() if launch else ()
     program = os.path.relpath(ROOT / 'main_seit.py', tmp_path)
-    done = subprocess.run([sys.executable, *launch, program, '--help'], cwd=tmp_path, capture_output=True, text=True,
+    command = [sys.executable, *options, *launch, program, '--help']
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True,
                           env=clean_environment(PYTHONPATH=str(hostile), PYTHONSAFEPATH=safe), timeout=300)
     assert done.returncode == 0 and '--train-token-file' in done.stdout, done.stderr
 
