@@ -25,8 +25,8 @@ from training.checkpoints import TrainState, flags_to_save, resume
 from training.loss_meter import NotFinite
 from training.preemption import REQUEUE
 from training.run_folder import FILES, CheckpointFiles, RunFolder, RunLog, find_checkpoint
-from utils import (InputError, autocast, check_same_on_all_ranks, device_of, init_distributed, keep_freed_memory,
-                   print0, rank, world_size)
+from utils import (InputError, autocast, check_same_on_all_ranks, device_of, first_line, init_distributed,
+                   keep_freed_memory, print0, rank, world_size)
 
 # ---------------------------------------------------------------- flags that cannot work together
 
@@ -37,7 +37,6 @@ def check_flags(args: Flags) -> None:
         (args.bce_loss and (args.smoothing or not mixes(args)),
          '--bce-loss needs --smoothing 0 (any smoothing makes every target 1) and --cutmix or --mixup on'),
         (args.eval and not args.resume, '--eval needs --resume CHECKPOINT'),
-        (args.output and not args.eval, '--output belongs to --eval; training writes to --output-dir'),
         (args.eval and args.no_eval, '--eval and --no-eval exclude each other'),
         (args.output and not args.eval, '--output belongs to --eval; training writes to --output-dir'),
     ]
@@ -138,10 +137,14 @@ def make_optimizer(args: Flags, model: nn.Module) -> torch.optim.Optimizer:
     if args.opt in ('adamw', 'adam', 'sgd', 'nesterov', 'momentum'):
         options['fused'] = True  # one kernel for all parameters, and one that skips a bad step without asking the host
     try:
-        return create_optimizer_v2(model, args.opt, lr=scaled_lr(args), weight_decay=args.weight_decay,
-                                   momentum=args.momentum, **options)
-    except (ValueError, TypeError) as error:
-        raise InputError(f'--opt {args.opt}: {error}') from None
+        optimizer = create_optimizer_v2(model, args.opt, lr=scaled_lr(args), weight_decay=args.weight_decay,
+                                        momentum=args.momentum, **options)
+    # timm asserts that there is a GPU, or that a package is there, for the optimizers that need them
+    except (ValueError, TypeError, AssertionError, ImportError, RuntimeError) as error:
+        raise InputError(f'--opt {args.opt}: {first_line(error)}') from None
+    if getattr(optimizer, 'is_second_order', False):
+        raise InputError(f'--opt {args.opt}: needs second derivatives, which are not computed here; choose another')
+    return optimizer
 
 
 def make_scheduler(args: Flags, optimizer: torch.optim.Optimizer) -> Any:

@@ -16,7 +16,8 @@ from torch import nn
 from fileio.torch_files import MAX_STRING, check_fields, load_torch
 from utils import InputError, print0, world_size
 
-MOMENTS = {'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'momentum_buffer'}  # of their parameter's shape
+MOMENTS = {'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'momentum_buffer'}  # of fused optimizers: of a parameter's shape
+COUNTERS = ('step', 'lookahead_step')  # what optimizers count in a parameter group
 FIELDS = {  # what a field of a checkpoint may hold, where the checkpoint has it
     'model_ema': lambda value: isinstance(value, dict),
     'epoch': lambda value: type(value) is int and value >= -1,
@@ -214,19 +215,31 @@ def compare_flags(checkpoint: dict[str, Any], flags: dict[str, Any], path: str, 
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: str) -> None:
-    """Take the moments of a saved optimizer state; hyperparameters stay the optimizer's own. Raises InputError."""
+    """Take a saved optimizer's state; hyperparameters stay the optimizer's own. Raises InputError."""
     new = optimizer.state_dict()['param_groups']
     try:
         groups = saved['param_groups']
         if [len(group['params']) for group in groups] != [len(group['params']) for group in new]:
             raise ValueError('other parameter groups')
-        # hyperparameters of the command line, with the file's numbering of the parameters
-        merged = [{**new_group, 'params': saved_group['params']} for new_group, saved_group in zip(new, groups)]
-        optimizer.load_state_dict({'state': saved['state'], 'param_groups': merged})
-        check_moments(optimizer)
+        # hyperparameters of the command line, with the file's numbering of the parameters and what it has counted
+        merged = [{**new_group, **counted(saved_group, new_group), 'params': saved_group['params']}
+                  for new_group, saved_group in zip(new, groups)]
+        # what else is in the file is state too, such as the generator of timm's Kron
+        optimizer.load_state_dict({**saved, 'param_groups': merged})
+        if optimizer.defaults.get('fused'):
+            check_moments(optimizer)
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise InputError(f'{path}: its optimizer state does not fit ({error}); resume with the flags of the run that '
                          'wrote it') from None
+
+
+def counted(saved_group: dict[str, Any], new_group: dict[str, Any]) -> dict[str, Any]:
+    """What an optimizer's steps have left in a group: timm's LAMB and Adan count steps there, and Lookahead does.
+
+    A new group holds hyperparameters alone, so whatever else a saved one holds was left by steps.
+    """
+    left = {key: value for key, value in saved_group.items() if key not in new_group or key in COUNTERS}
+    return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in left.items()}
 
 
 def check_moments(optimizer: torch.optim.Optimizer) -> None:

@@ -4,15 +4,19 @@ import argparse
 import pytest
 import timm
 import torch
+from timm.optim import kron, list_optimizers
 
 import main_seit
 import recipe
-from helpers import SMALL, accuracy_lines, fails, make_data, mistake, run_here, states
+from engine import optimizer_step
+from helpers import SMALL, accuracy_lines, assert_same, fails, make_data, mistake, run_here, states
+from seitpp import models_mtm_finetune  # noqa: F401 - registers its models with timm
 from seitpp.models_mtm import MODELS
 from training import checkpoints
-from training.checkpoints import check_codes, check_origin, origin, origin_note, without_token_adapt
+from training.checkpoints import (check_codes, check_origin, load_checkpoint, origin, origin_note,
+                                  without_token_adapt)
 from training.pretrained import load_pretrained
-from utils import InputError
+from utils import InputError, seed_step
 
 
 @pytest.fixture(scope='module')
@@ -39,11 +43,11 @@ def resume(state, checkpoint, path, flags, steps):
     checkpoints.resume(state, checkpoint, path, flags, steps, RULES.exact, RULES.of_a_start)
 
 
-def state_of(*flags):
+def state_of(*flags, width=32, code_dim=32):
     args = main_seit.parse_args(['--amp', 'off', '--model-ema-decay', '0.9', *flags])
     torch.manual_seed(0)
-    return recipe.make_state(args, tiny(embed_dim=32, num_heads=2, num_classes=3, img_size=8), torch.device('cpu'),
-                             (32, 8, 8)), vars(args)
+    model = tiny(embed_dim=width, num_heads=2, num_classes=3, img_size=8, in_chans=code_dim)
+    return recipe.make_state(args, model, torch.device('cpu'), (code_dim, 8, 8)), vars(args)
 
 
 def saved(state, flags):
@@ -293,3 +297,60 @@ def test_token_adapt_is_left_out():
     value = torch.zeros(1)
     names = {'conversion_function.0.weight': value, 'reverse_transform.1.bias': value, 'norm.weight': value}
     assert list(without_token_adapt(names)) == ['norm.weight']
+
+
+# ---------------------------------------------------------------- every optimizer of timm
+
+OPTIMIZERS = [*list_optimizers(), 'lookahead_adamw', 'lookahead_lamb', 'lookahead_kron']
+NOT_HERE = {'adahessian': 'second derivatives',
+            **{name: 'CUDA' for name in list_optimizers('bnb*') + list_optimizers('fused*')}}
+
+
+def train_steps(state, first, count):
+    """So many steps of the optimizer; each draws from a seed of its own, as in the engine."""
+    for step in range(first, first + count):
+        seed_step(0, 0, step, 0, torch.Generator())
+        state.scheduler.step(step)  # another learning rate each time
+        x = torch.randn(2, state.model.patch_embed.proj.in_channels, 8, 8)
+        state.scaler.scale(state.train_model(x).square().sum()).backward()
+        optimizer_step(state, None)
+
+
+@pytest.mark.slow  # a hundred optimizers
+@pytest.mark.parametrize('name', [name for name in OPTIMIZERS if name not in NOT_HERE])
+def test_every_optimizer_resumes_exactly(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(kron, 'has_dynamo', False)  # it would compile for minutes
+    steps = 7 if name.startswith('lookahead') else 2  # Lookahead looks every sixth step
+    words = ['--opt', name, '--warmup-epochs', '0', '--unscale-lr', '--lr', '1e-2']
+    small = {'width': 16, 'code_dim': 4}  # for Kron, which multiplies all sides of a weight
+    whole, flags = state_of(*words, **small)
+    before = [value.clone() for value in whole.model.parameters()]
+    train_steps(whole, 0, steps)
+    torch.save(whole.state_dict() | {'args': flags, 'classes': None}, tmp_path / 'checkpoint.pth')
+    train_steps(whole, steps, 3)
+    assert any((a != b).any() for a, b in zip(before, whole.model.parameters()))
+
+    resumed, _ = state_of(*words, **small)
+    checkpoint = load_checkpoint(str(tmp_path / 'checkpoint.pth'))
+    resume(resumed, checkpoint, 'checkpoint.pth', flags, 10)
+    train_steps(resumed, steps, 3)
+    assert_same(resumed.state_dict(), whole.state_dict())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='some work there')
+@pytest.mark.parametrize('name', NOT_HERE)
+def test_an_optimizer_that_cannot_work_is_refused_before_training(name):
+    fails(lambda: state_of('--opt', name), f'--opt {name}: .*{NOT_HERE[name]}')
+
+
+def test_counters_in_groups_are_kept_and_hyperparameters_are_not():
+    state, flags = state_of('--opt', 'lookahead_lamb', '--lr', '1e-2')
+    train_steps(state, 0, 2)
+    file = state.state_dict() | {'args': flags, 'classes': None}
+    resumed, flags = state_of('--opt', 'lookahead_lamb', '--lr', '1e-2', '--weight-decay', '0.3')
+    resume(resumed, file, 'x', flags, 10)
+    for group in resumed.optimizer.param_groups:
+        assert group['step'] == 2 and group['lookahead_step'] == 2
+    assert {group['weight_decay'] for group in resumed.optimizer.param_groups} == {0., 0.3}
+    train_steps(resumed, 2, 1)
+    assert state.optimizer.param_groups[0]['step'] == 2  # a copy of its own
