@@ -20,7 +20,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +71,10 @@ class Source:
 
     def sizes(self) -> np.ndarray:
         """Bytes of each encoded image, (N,) int64. Raises InputError."""
+        raise NotImplementedError
+
+    def places(self) -> Iterator[tuple[Hashable, int]]:
+        """Of each image where it lies, the same by whatever path one comes, and its bytes; None where it is gone."""
         raise NotImplementedError
 
     def encoded_bytes(self) -> int:
@@ -137,6 +141,18 @@ class _ImageFiles(Source):
             return np.array([os.path.getsize(self.folder / name) for name in self.names], np.int64)
         except OSError as error:
             raise InputError(f'{error.filename}: {error.strerror}') from None
+
+    def places(self) -> Iterator[tuple[Hashable, int]]:
+        return (place_of(self.folder / name) for name in self.names)
+
+
+def place_of(path: Path) -> tuple[tuple[int, int] | None, int]:
+    """Device and inode of a file, which links and other spellings of its path have in common, and its bytes."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None, 0
+    return (stat.st_dev, stat.st_ino), stat.st_size
 
 
 class FolderImages(_ImageFiles):
@@ -212,6 +228,10 @@ class TarImages(Source):
     def sizes(self) -> np.ndarray:
         return self.locations[:, 2]
 
+    def places(self) -> Iterator[tuple[Hashable, int]]:
+        shards = [place_of(path)[0] for path in self.paths]
+        return (((shards[number], offset), size) for number, offset, size in self.locations.tolist())
+
 
 class ParquetImages(Source):
     """Parquet files with columns 'image' (struct{bytes, path}) and 'label' (integers)."""
@@ -256,6 +276,11 @@ class ParquetImages(Source):
 
     def sizes(self) -> np.ndarray:
         return np.array([len(self._cell(i) or b'') for i in range(len(self))], np.int64)
+
+    def places(self) -> Iterator[tuple[Hashable, int]]:
+        # with the bytes of the whole file: those of each image would take reading all
+        files = [place_of(path) for path in self.paths]
+        return (((files[number][0], group, row), files[number][1]) for number, group, row in self.locations.tolist())
 
 
 # ---------------------------------------------------------------- decoding in worker processes

@@ -28,9 +28,10 @@ from fileio.files import check_writable, write_text
 from fileio.labels import check_class_names, count_classes
 from flags import KeyValues, Parser, integer, number
 from image_data.dataset import ImageDataset, eval_transform
+from image_data.overlap import note_shared_images
 from inference.models import PIXELS, load_model, make_prepare, program_of
 from samplers import in_order
-from token_dataset import TokenDataset
+from token_dataset import TokenDataset, note_shared_files
 from token_files.codebook import load_codebook
 from training.checkpoints import FINETUNE, load_checkpoint
 from training.run_info import print_model
@@ -269,10 +270,12 @@ def main(args: argparse.Namespace) -> None:
         transform = eval_transform(trained.input_size, trained.crop_ratio)
         data = {split: ImageDataset(path, trained.input_size, transform, args.num_workers)
                 for split, path in paths.items()}
+        note_shared_images(data['train'].source, data['val'].source)
     else:
         paths = {'train': args.train_token_file, 'val': args.val_token_file}
         data = {split: TokenDataset(path, getattr(args, f'{split}_label_file'), len(codebook), args.token_cache, device)
                 for split, path in paths.items()}
+        note_shared_files(data['train'], data['val'])
     check_class_names(data['train'].classes, data['val'].classes, paths['train'], paths['val'])
     classes = count_classes({paths[split]: data[split].labels for split in data}, None, None)
     if 'knn' in args.probes and args.neighbors > len(data['train']):
