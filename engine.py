@@ -23,7 +23,7 @@ from timm.utils import distribute_bn
 from torch import nn
 
 from samplers import in_order
-from training.checkpoints import TrainState, load_weights
+from training.checkpoints import TrainState, load_weights, note_average
 from training.loss_meter import LossMeter, Progress, check_finite
 from training.preemption import AnyRank, StopSignal
 from training.run_folder import RunFolder, RunLog, check_evaluation, write_evaluation
@@ -225,6 +225,8 @@ def evaluate_checkpoint(model: nn.Module, checkpoint: dict[str, Any], path: str,
     """
     check_evaluation(output)
     keep_freed_memory(device_of(model))
+    if not ema:
+        note_average(checkpoint, path, '; --model-ema evaluates those, too')
     results = {}
     for key, name in (('model', ''), ('model_ema', 'EMA')):
         if name == '' or (ema and checkpoint.get(key)):

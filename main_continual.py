@@ -41,6 +41,7 @@ from fileio.files import check_same, sha256
 from fileio.labels import check_class_names, count_classes
 from flags import Parser
 from image_data.dataset import ImageDataset, Normalize, random_erasing
+from image_data.overlap import note_shared_images
 from image_data.sources import open_source
 from image_tokenizer.tokenizing import check_folder
 from token_augment import EvalTransform
@@ -155,6 +156,7 @@ def pixel_modality(args: argparse.Namespace, device: torch.device) -> tuple[Moda
     """Training on images, as in main_pixels.py."""
     train_data, val_data = (main_pixels.load_split(args, split) for split in ('train', 'val'))
     check_class_names(train_data.classes, val_data.classes, args.train_path, args.val_path)
+    note_shared_images(train_data.source, val_data.source)
     for path in (args.train_path, args.val_path):
         check_folder(path, args.output_dir, train_data.classes)
     tasks = make_tasks_of(args, {args.train_path: train_data.labels, args.val_path: val_data.labels})
@@ -208,6 +210,8 @@ def make_tokens(args: argparse.Namespace, device: torch.device) -> tuple[argpars
     tasks = make_tasks_of(args, {args.train_path: source.labels})
     if args.new == 'tokens' or args.eval_stored:
         splits['val'] = open_source(args.val_path)
+    if args.new == 'tokens':  # a training on pixels looks at its images itself
+        note_shared_images(source, splits['val'])
     with hold_tokens(folder):  # runs that differ in their memory may share the tokens; one makes them, others wait
         if args.tokenizer_from_task is not None:
             first = tasks.images(tasks.positions(source.labels), 0)

@@ -37,7 +37,8 @@ from seitpp.mtm_recipe import (NO_EFFECT_ON_MTM, add_augmentation_flags, add_per
 from token_augment import center_crop
 from token_dataset import TokenDataset, choose_data_device, open_splits
 from token_files.codebook import load_codebook
-from training.checkpoints import FINETUNE, check_codes, check_origin, head_size, progress_of, without_token_adapt
+from training.checkpoints import (FINETUNE, check_codes, check_origin, head_size, note_average, progress_of,
+                                  without_token_adapt)
 from training.run_folder import checkpoint_files
 from utils import check_same_on_all_ranks, rank, run, world_size
 
@@ -116,6 +117,7 @@ def evaluate_only(args: argparse.Namespace, checkpoint: dict[str, Any], path: st
     choose_data_device({'val': data}, args.data_device, device)
     model = make_model(args, len(codebook), size, classes).to(device)
     recipe.print_model(args, args.model, model, device)
+    note_average(checkpoint, path)
     weights = {'model': without_token_adapt(checkpoint['model'])}
     evaluate_checkpoint(model, weights, path, False, make_evaluate(args, data, codebook, size, device), args.output)
 

@@ -11,6 +11,7 @@ resuming, logs.
 and its masks stand in seitpp/models_mtm.py; seitpp/mtm_recipe.py has what fine-tuning shares with it.
 """
 import argparse
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,7 +56,7 @@ def get_args_parser() -> Parser:
     add = parser.add_group('masks')
     add('--mask-ratio-min', type=flags.FRACTION, default=0.4,
         help='smallest fraction of masked patches; this fraction is left out before the encoder')
-    add('--mask-ratio-max', type=flags.FRACTION, default=1., help='largest fraction of masked patches')
+    add('--mask-ratio-max', type=flags.FRACTION, default=1., help='largest fraction of masked patches, above 0')
     add('--mask-ratio-mu', type=number(), default=0.45,
         help='mean of the normal distribution that the fraction is drawn from')
     add('--mask-ratio-std', type=flags.POSITIVE, default=0.25, help='standard deviation of that distribution')
@@ -76,10 +77,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError, also for values that cannot work together."""
     args = get_args_parser().parse_args(argv)
     recipe.check_output_flags(args)
-    check_sizes(args)
+    patches = (check_sizes(args) // PATCH) ** 2
     if args.tokenadapt_path:
         check_halves(args.batch_size, mixed=False)
-    make_mask_ratio(args)  # raises for ratios that cannot be drawn
+    make_mask_ratio(args)  # raises for ratios that cannot be drawn, or mask nothing
+    if math.ceil(patches * args.mask_ratio_min) == patches:
+        raise InputError(f'--mask-ratio-min {args.mask_ratio_min:g} leaves the encoder none of the patches to see, '
+                         f'which are {patches} of 2x2 codes: give a smaller one, or a larger --input-size')
     if args.bce_loss and args.smoothing:
         raise InputError('--bce-loss needs --smoothing 0')
     checkpoint_files(args.save_periods, args.epochs, has_best=False)

@@ -31,6 +31,7 @@ from flags import Parser, add_max_pixels, integer, number
 from image_data.class_subsets import OnlyClasses, match_classes
 from image_data.corruptions import add_robustness_flags, make_corruption
 from image_data.dataset import ImageDataset, Normalize, eval_transform, random_erasing, train_transform
+from image_data.overlap import note_shared_images
 from inference.pixel_models import create_pixel_model
 from samplers import REPEATS, repeated_augmentation, shuffled
 from training.checkpoints import head_size, progress_of
@@ -188,6 +189,7 @@ def main(args: argparse.Namespace) -> int:
     if val_data:
         check_class_names(train_data.classes, val_data.classes, args.train_path, args.val_path)
         labels[args.val_path] = val_data.labels
+        note_shared_images(train_data.source, val_data.source)
     classes = count_classes(labels, args.nb_classes, None)
     if checkpoint:
         check_class_names(checkpoint.get('classes'), train_data.classes, path, args.train_path)

@@ -8,6 +8,7 @@ A program calls `open_splits`, which reads and checks the sets, then `choose_dat
 GPU where they fit, and then `TokenDataset.batches` in each epoch.
 """
 import math
+import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -166,4 +167,23 @@ def open_splits(files: dict[str, tuple[str, str]], codebook_size: int, cache: st
                f'image), {size}x{size} codes are read')
     if len(datasets) == 2:
         check_class_names(*(data.classes for data in datasets.values()), *(file for file, _ in files.values()))
+        note_shared_files(datasets['train'], datasets['val'])
     return datasets
+
+
+def note_shared_files(train: TokenDataset, val: TokenDataset) -> None:
+    """Say where token files of one set are files of another: the same ones, or equal ones by their manifests."""
+    of_training = {identity: file for file in train.files for identity in _identities(file)}
+    for file in val.files:
+        same = next((of_training[identity] for identity in _identities(file) if identity in of_training), None)
+        if same:
+            print0(f'note: {file.stream}: its images are those of {same.stream}, which is trained on: results on them '
+                   'say nothing of other images')
+
+
+def _identities(file: TokenFile) -> list[tuple]:
+    """What equal streams have in common: device and inode, and the checksum that a manifest states."""
+    stat = os.stat(file.stream)
+    recorded = file.manifest.get('files', {}).get(file.stream.name)
+    checksum = recorded.get('sha256') if isinstance(recorded, dict) else None
+    return [(stat.st_dev, stat.st_ino)] + ([(str(checksum),)] if checksum else [])

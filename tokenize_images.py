@@ -13,7 +13,7 @@ lines, tar shards (.cls, or .json's 'label', beside the image), parquet files (c
 Killed at any moment, the same command resumes where it stopped (token_files/parts.py). On one machine the files are the
 same, byte for byte, for any number of processes and interruptions (on CPUs: for the same OMP_NUM_THREADS, which
 torchrun sets to 1). An image that stopped the run may be mended or replaced under its name before the command is given
-again.
+again. For a finished set, names, labels, sizes and times of the images are compared with those that it was made of.
 """
 import argparse
 import sys

@@ -17,6 +17,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from fileio.figures import picture_format  # noqa: E402
 from fileio.files import atomic_path  # noqa: E402
 from flags import Parser  # noqa: E402
 from image_data.sources import open_source  # noqa: E402
@@ -217,9 +218,11 @@ def main(args: argparse.Namespace) -> None:
         import matplotlib  # noqa: F401
     except ImportError:
         raise InputError('figures need matplotlib: pip install -r requirements-plot.txt') from None
+    picture = picture_format(args.output)
     figure = draw(tokenize_picture(args.image))
     with atomic_path(args.output) as temporary:
-        figure.savefig(temporary, format='png', metadata={'Software': None})  # equal figures, equal files
+        metadata = {'Software': None} if picture == 'png' else None  # equal figures, equal files
+        figure.savefig(temporary, format=picture, metadata=metadata)
     print0(args.output)
 
 

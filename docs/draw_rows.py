@@ -16,6 +16,7 @@ from torchvision.transforms.functional import resize, to_pil_image
 from torchvision.utils import make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from fileio.figures import picture_format
 from fileio.files import atomic_path, check_writable, expand_files
 from flags import Parser, integer
 from image_data.sources import load_images, open_source
@@ -43,6 +44,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    picture = picture_format(args.output)
     check_writable(args.output, inputs=[*args.data_path, args.token_file, args.tokenizer_path, args.codebook_path])
     codes = open_codes([open_token_file(path) for path in expand_files(args.token_file)], cache='none')
     chosen = np.linspace(0, len(codes) - 1, min(args.images, len(codes))).astype(int)
@@ -61,7 +63,7 @@ def main(args: argparse.Namespace) -> None:
     grid = make_grid(torch.cat(lines), nrow=len(chosen), pad_value=1)
     sheet = to_pil_image(grid.repeat_interleave(ENLARGED, 1).repeat_interleave(ENLARGED, 2))
     with atomic_path(args.output) as temporary:
-        sheet.save(temporary, 'PNG')
+        sheet.save(temporary, picture, quality=95)
     print0(f'{len(lines)} lines of {len(chosen)} images: {args.output}')
 
 

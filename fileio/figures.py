@@ -1,9 +1,22 @@
-"""Figures by matplotlib, an optional package (requirements-plot.txt)."""
+"""Pictures by the ending of their names, and figures by matplotlib, an optional package (requirements-plot.txt)."""
 from pathlib import Path
 from typing import Any
 
 from fileio.files import atomic_path
 from utils import InputError
+
+# as PIL and matplotlib call them
+FORMATS = {'': 'png', '.png': 'png', '.jpg': 'jpeg', '.jpeg': 'jpeg', '.webp': 'webp'}
+DRAWINGS = {'.pdf': 'pdf', '.svg': 'svg'}  # of matplotlib alone
+
+
+def picture_format(path: str | Path, more: dict[str, str] | None = None) -> str:
+    """The format that the name of a picture asks for, of FORMATS and `more`. Raises InputError for another ending."""
+    formats = FORMATS | (more or {})
+    ending = Path(path).suffix.lower()
+    if ending not in formats:
+        raise InputError(f'{path}: pictures are written as {", ".join(filter(None, formats))}: choose such a name')
+    return formats[ending]
 
 
 def pyplot() -> Any:
@@ -18,7 +31,7 @@ def pyplot() -> Any:
 
 
 def save_figure(figure: Any, path: str | Path) -> None:
-    """Write a figure atomically as PNG, and close it. Raises InputError."""
+    """Write a figure atomically in the format of its name, and close it. Raises InputError."""
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format='png', dpi=120)
+        figure.savefig(temporary, format=picture_format(path, DRAWINGS), dpi=120)
     pyplot().close(figure)

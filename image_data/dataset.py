@@ -17,6 +17,7 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
 
+from image_data.overlap import note_shared_images
 from image_data.sources import Source, load_images, open_source
 from utils import InputError
 
@@ -204,6 +205,8 @@ def hold_out(data_path: str, val_path: str, val_images: int | None, seed: int, *
     """
     source = open_source(data_path)
     val_source = open_source(val_path) if val_path else source
+    if val_path:
+        note_shared_images(source, val_source)
     count = val_images or min(HELD_OUT, max(1, len(val_source) // 10))
     if count > len(val_source) or (not val_path and count == len(source)):
         raise InputError(f'{val_path or data_path}: of its {len(val_source)} images {count} cannot be held out and '

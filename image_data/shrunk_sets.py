@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from fileio.files import (check_writable, expand_files, hold_folder, is_same_run, read_json, remove_leftovers,
                           write_text)
+from fileio.stamps import Stamp, changed_since, check_stamp
 from image_data.decoding import is_hidden
 from image_data.shrinking import METHODS, Shrunk, ShrunkImages, sample_classes, shrink_images
 from image_data.sources import Source, TarImages
@@ -120,16 +121,22 @@ class SetFolder:
     Args:
         path: of the set.
         run_id: all that the set depends on, of `identify_run`.
+        stamp: of the files that hold the images.
     """
 
-    def __init__(self, path: str, run_id: dict[str, Any]):
+    def __init__(self, path: str, run_id: dict[str, Any], stamp: Stamp):
         self.path = Path(path)
         self.work = self.path / WORK
         self.run_id = run_id
+        self.stamp = stamp
         self.lock = None
 
     def is_complete(self) -> bool:
-        """Whether the set is there. Raises InputError for another set, and for one that lacks its images."""
+        """Whether the set is there, which is printed.
+
+        Raises:
+            InputError: for another set, for one of images that were replaced since, and for one that lacks its images.
+        """
         manifest = self.path / MANIFEST
         advice = f'{ADVICE}, or give the same flags and images again'
         if not is_same_run(manifest, self.run_id, advice, ignored=('versions',), field='run'):
@@ -137,6 +144,9 @@ class SetFolder:
         if not os.path.exists(self.path / IMAGES):
             raise InputError(f'{manifest}: the set is finished, but {IMAGES} is not there: fetch it again, or remove '
                              f'the rest of {self.path} to make it again')
+        compared = check_stamp(self.stamp, read_json(manifest).get('source_sizes'), [manifest], str(self.path),
+                               f'remove {IMAGES} and {MANIFEST} there, and give the same command again')
+        print0(f'{self.path}: finished already ({compared})')
         return True
 
     def begun(self) -> dict[str, Any] | None:
@@ -248,6 +258,9 @@ def write_set(folder: SetFolder, source: Source, noted: dict[str, Any], workers:
     missing = [(part, slice(start, start + PART)) for part, start in enumerate(starts) if not folder.is_written(part)]
     if len(missing) < len(starts):
         print0(f'{folder.path}: resumed with {len(starts) - len(missing):,} of {len(starts):,} parts')
+        if changed_since(folder.stamp, folder.work.glob('part-*.json')):
+            print0(f'note: {folder.path}: images are newer than parts that are done, which stay as they are: if images '
+                   f'of theirs were replaced, remove {folder.work} to start from scratch')
     to_make = [images[part_images] for _, part_images in missing]
     to_make = np.concatenate(to_make) if to_make else images[:0]
     smaller = shrink_images(ShrunkImages(source, to_make, method, noted['parameter'], max_pixels), workers)
@@ -257,11 +270,11 @@ def write_set(folder: SetFolder, source: Source, noted: dict[str, Any], workers:
             folder.write_part(part, names[part_images], smaller)
             bar.update(len(names[part_images]))
     records = [record for part in range(len(starts)) for record in folder.read_records(part)]
-    folder.write_manifest(make_manifest(folder.run_id, records, source, noted))
+    folder.write_manifest(make_manifest(folder.run_id, records, source, noted, folder.stamp.sizes))
 
 
 def make_manifest(run_id: dict[str, Any], records: list[Record], source: Source,
-                  noted: dict[str, Any]) -> dict[str, Any]:
+                  noted: dict[str, Any], source_sizes: str) -> dict[str, Any]:
     """The manifest of a set: what it was made of, and the bytes and PSNR of its images. Raises InputError."""
     bare = [record.bare for record in records]
     total = sum(record.size for record in records)
@@ -273,4 +286,4 @@ def make_manifest(run_id: dict[str, Any], records: list[Record], source: Source,
             'source': source.data_path, 'source_images': len(source),
             'source_bytes_per_image': source.encoded_bytes() / len(source), 'classes': source.classes,
             'seed': run_id['seed'], 'scores': run_id['scores'], 'versions': run_id['versions'], 'run': run_id,
-            'files': [IMAGES]}
+            'source_sizes': source_sizes, 'files': [IMAGES]}

@@ -20,7 +20,7 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 from fileio.files import expand_files
 from fileio.labels import MAX_CLASS, check_class_names
+from fileio.stamps import Stamp, stamp_of
 from image_data.decoding import BadImage, IgnoredFiles, decode_rgb, image_formats, is_hidden, resize_square
 from image_data.folders import holds_class_folders, read_folder, read_regular_file
 from image_data.parquet_files import (check_one_split, class_names, image_bytes, open_parquet, read_column,
@@ -71,6 +72,14 @@ class Source:
 
     def sizes(self) -> np.ndarray:
         """Bytes of each encoded image, (N,) int64. Raises InputError."""
+        raise NotImplementedError
+
+    def stamp(self) -> Stamp:
+        """Sizes and times of the files that hold the images, by which one sees that they were replaced."""
+        raise NotImplementedError
+
+    def places(self) -> Iterator[tuple[Hashable, int]]:
+        """Of each image where it lies, the same by whatever path one comes, and its bytes; None where it is gone."""
         raise NotImplementedError
 
     def encoded_bytes(self) -> int:
@@ -137,6 +146,21 @@ class _ImageFiles(Source):
             return np.array([os.path.getsize(self.folder / name) for name in self.names], np.int64)
         except OSError as error:
             raise InputError(f'{error.filename}: {error.strerror}') from None
+
+    def stamp(self) -> Stamp:
+        return stamp_of(self.folder / name for name in self.names)
+
+    def places(self) -> Iterator[tuple[Hashable, int]]:
+        return (place_of(self.folder / name) for name in self.names)
+
+
+def place_of(path: Path) -> tuple[tuple[int, int] | None, int]:
+    """Device and inode of a file, which links and other spellings of its path have in common, and its bytes."""
+    try:
+        stat = os.stat(path)
+    except OSError:
+        return None, 0
+    return (stat.st_dev, stat.st_ino), stat.st_size
 
 
 class FolderImages(_ImageFiles):
@@ -212,6 +236,13 @@ class TarImages(Source):
     def sizes(self) -> np.ndarray:
         return self.locations[:, 2]
 
+    def stamp(self) -> Stamp:
+        return stamp_of(self.paths, self.locations[:, 2].tolist())  # a tar is padded, and may keep its size
+
+    def places(self) -> Iterator[tuple[Hashable, int]]:
+        shards = [place_of(path)[0] for path in self.paths]
+        return (((shards[number], offset), size) for number, offset, size in self.locations.tolist())
+
 
 class ParquetImages(Source):
     """Parquet files with columns 'image' (struct{bytes, path}) and 'label' (integers)."""
@@ -256,6 +287,14 @@ class ParquetImages(Source):
 
     def sizes(self) -> np.ndarray:
         return np.array([len(self._cell(i) or b'') for i in range(len(self))], np.int64)
+
+    def stamp(self) -> Stamp:
+        return stamp_of(self.paths)
+
+    def places(self) -> Iterator[tuple[Hashable, int]]:
+        # with the bytes of the whole file: those of each image would take reading all
+        files = [place_of(path) for path in self.paths]
+        return (((files[number][0], group, row), files[number][1]) for number, group, row in self.locations.tolist())
 
 
 # ---------------------------------------------------------------- decoding in worker processes

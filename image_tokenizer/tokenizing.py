@@ -27,6 +27,7 @@ from torch import nn
 from tqdm import tqdm
 
 from fileio.files import atomic_path, download, is_address, sha256
+from fileio.stamps import Stamp
 from image_data.sources import ImageBatch, Source, load_images
 from image_tokenizer.tokenizers import check_codebook, encode_images, load_tokenizer
 from token_files.codebook import load_codebook
@@ -92,9 +93,9 @@ def tokenize(source: Source, output: OutputFiles, options: EncodingOptions, devi
     check_same_on_all_ranks(run_id)
 
     # what is to do
-    missing_parts = on_main(remaining_parts, output, parts, run_id, options.codebook_path is None)
+    stamp = source.stamp() if is_main() else None  # before any image is read
+    missing_parts = on_main(remaining_parts, output, parts, run_id, options.codebook_path is None, stamp)
     if missing_parts is None:
-        print0(f'{output.folder}: {output.name} is complete already, nothing to do')
         return
     print0(f'{len(source):,} images, labels from {source.labels_from}; '
            f'{len(parts) - len(missing_parts)} of {len(parts)} parts done')
@@ -118,7 +119,7 @@ def tokenize(source: Source, output: OutputFiles, options: EncodingOptions, devi
     if is_main():
         finished = FinishedCodes(parts)
         check_skipped(finished, source, skip_bad)
-        print0(finish(source, output, options, finished, codebook, run_id))
+        print0(finish(source, output, options, finished, codebook, run_id, stamp))
         parts.remove()
 
 
@@ -321,7 +322,7 @@ def write_codebook(codebook: torch.Tensor, path: Path) -> dict[str, str]:
 
 
 def finish(source: Source, output: OutputFiles, options: EncodingOptions, finished: FinishedCodes,
-           codebook: torch.Tensor, run_id: dict[str, Any]) -> str:
+           codebook: torch.Tensor, run_id: dict[str, Any], stamp: Stamp) -> str:
     """Write the final files from the parts; returns the line that says what was made. Raises InputError."""
     new_codes = None
     codebook_id = run_id['codebook']
@@ -335,7 +336,7 @@ def finish(source: Source, output: OutputFiles, options: EncodingOptions, finish
     manifest = {'format': name, 'grid': grid, 'codes': len(codebook), 'image_size': options.image_size,
                 'classes': source.classes, 'labels_from': source.labels_from, 'skipped_in_run': skipped,
                 'precision': run_id['precision'], 'tokenizer': run_id['tokenizer'], 'codebook': codebook_id,
-                'run': run_id}
+                'run': run_id, 'source_sizes': stamp.sizes}
     if options.limit_codes:
         manifest['kept_codes'] = finished.used.tolist()
     notes = f'{skipped} bad images skipped, ' if skipped else ''

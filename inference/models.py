@@ -19,8 +19,8 @@ from inference.pixel_models import create_pixel_model
 from seitpp.models_mtm_finetune import create_model as create_code_model, encoder_weights
 from seitpp.mtm_recipe import canonical_codes
 from token_augment import EvalTransform, center_crop, check_crop
-from training.checkpoints import (CODES, PRETRAIN, SEIT, check_codes, head_size, load_weights, origin, saved_flags,
-                                  without_token_adapt)
+from training.checkpoints import (CODES, PRETRAIN, SEIT, check_codes, head_size, load_weights, note_average, origin,
+                                  saved_flags, without_token_adapt)
 from training.pretrained import POSITIONS, prefix_tokens, prefixes
 from utils import InputError
 
@@ -130,6 +130,7 @@ def make_prepare(trained: TrainedModel, device: torch.device, codebook: torch.Te
 def weights_of(checkpoint: dict[str, Any], path: str, use_ema: bool) -> dict[str, Any]:
     """The weights of a checkpoint, or its averaged ones. Raises InputError where it has none of these."""
     if not use_ema:
+        note_average(checkpoint, path, '; --use-ema takes those')
         return checkpoint['model']
     if not isinstance(checkpoint.get('model_ema'), dict):
         raise InputError(f'{path}: holds no EMA weights; leave --use-ema out')

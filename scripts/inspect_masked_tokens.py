@@ -21,6 +21,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from fileio.figures import picture_format
 from fileio.files import atomic_path, check_writable, expand_files
 from flags import SEED, KeyValues, Parser, integer, number
 from image_data.sources import open_source, source_images
@@ -50,7 +51,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--codebook-path', required=True, metavar='FILE', help='the codebook of the tokens')
     add('--tokenizer-path', required=True, metavar='FILE', help='the tokenizer of the tokens; it must have a decoder')
     add('--data-path', metavar='PATH', help='the images that the tokens were made from')
-    add('--output', required=True, metavar='FILE.png', help='the picture to write')
+    add('--output', required=True, metavar='FILE.png', help='the picture to write: .png, .jpg or .webp')
     add('--images', type=integer(1), default=16, help='images to draw, from the first on')
     add('--mask-ratio', type=number(0.01, 1), default=0.6, help='part of the patches that are masked')
     add('--seed', type=SEED, default=0, help='seed of the masks')
@@ -108,6 +109,7 @@ def class_attention(model: MaskedTokenModel, codes: torch.Tensor) -> torch.Tenso
 
 
 def main(args: argparse.Namespace) -> None:
+    picture = picture_format(args.output)
     codebook = load_codebook(args.codebook_path)
     files = [open_token_file(path) for path in expand_files(args.token_file)]
     inputs = [args.checkpoint, args.codebook_path, args.tokenizer_path, args.data_path]
@@ -145,7 +147,7 @@ def main(args: argparse.Namespace) -> None:
     cells = torch.cat(parts, dim=3)  # (B, 3, side, side * parts)
     sheet = to_pil_image(make_grid(cells, nrow=math.ceil((len(cells) / len(parts)) ** 0.5), pad_value=1))
     with atomic_path(args.output) as temporary:
-        sheet.save(temporary, 'PNG')
+        sheet.save(temporary, picture, quality=95)
     right = (filled == codes)[masked].double().mean()
     print0(f'{len(codes)} images, {int(masked.sum()):,} of {masked.numel():,} codes masked: {right:.1%} predicted '
            f'right, cross-entropy {loss:.3f}; {args.output}')

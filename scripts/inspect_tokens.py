@@ -31,6 +31,7 @@ from torchvision.transforms.functional import to_pil_image
 from torchvision.utils import make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from fileio.figures import picture_format
 from fileio.files import atomic_path, check_writable, expand_files, write_text
 from fileio.labels import read_labels
 from flags import Parser, integer
@@ -59,8 +60,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--quality', action='store_true', help='adds PSNR and SSIM; needs --data-path and --tokenizer-path')
     add('--quality-size', type=integer(11), metavar='N',
         help='pixels on a side at which they are compared; default: those of the reconstruction')
-    add('--output', metavar='FILE', help='FILE.json: the JSON line; another name: a contact sheet as PNG, of source '
-        'images and reconstructions, whichever there are')
+    add('--output', metavar='FILE', help='FILE.json: the JSON line; FILE.png, .jpg or .webp: a contact sheet of '
+        'source images and reconstructions, whichever there are')
     add('--images', type=integer(1), default=16, help='on the contact sheet, from the first on')
     add('--max-image-pixels', type=integer(1), metavar='N', help="images with more are refused; default: PIL's limit")
     add('--num-workers', type=integer(), default=cores(), help='processes that decode images for --quality')
@@ -198,6 +199,8 @@ def main(args: argparse.Namespace) -> None:
     codebook = load_codebook(args.codebook_path)
     files = [open_token_file(path) for path in expand_files(args.token_file)]
     if args.output:
+        if not args.output.endswith('.json'):
+            picture_format(args.output)  # raises for another ending, before the work
         inputs = [args.codebook_path, args.label_file, args.tokenizer_path, args.data_path]
         check_writable(args.output, inputs=[*filter(None, inputs), *(file.stream for file in files)])
     source = open_source(args.data_path) if args.data_path else None
@@ -222,7 +225,7 @@ def main(args: argparse.Namespace) -> None:
     elif args.output:
         sheet = contact_sheet(args, codes, codebook, source)
         with atomic_path(args.output) as temporary:
-            sheet.save(temporary, 'PNG')
+            sheet.save(temporary, picture_format(args.output), quality=95)
         print0(f'contact sheet: {args.output}')
     print0(json.dumps(summary))
 

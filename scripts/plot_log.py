@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from fileio.figures import pyplot, save_figure
+from fileio.figures import DRAWINGS, picture_format, pyplot, save_figure
 from fileio.files import MAX_JSON_BYTES, check_writable, parse_json, read_bytes
 from flags import Parser
 from utils import InputError, print0, run
@@ -19,24 +19,40 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
     parser = Parser(__doc__)
     parser.add_argument('logs', nargs='+', metavar='LOG', help='log.txt of a run; several are drawn together')
-    parser.add_argument('--output', required=True, metavar='FILE.png', help='the picture to write')
+    parser.add_argument('--output', required=True, metavar='FILE.png',
+                        help='the picture to write: .png, .jpg, .webp, .pdf or .svg')
     return parser.parse_args(argv)
 
 
 def read_log(path: str) -> list[dict[str, Any]]:
-    """The lines of a log.txt as dicts. Raises InputError."""
-    try:
-        lines = [parse_json(line) for line in read_bytes(path, MAX_JSON_BYTES).splitlines()]
-    except ValueError as error:
-        raise InputError(f'{path}: not a log of JSON lines ({error})') from None
-    if not lines or not all(isinstance(line, dict) and 'epoch' in line for line in lines):
-        raise InputError(f'{path}: no epochs in it')
+    """The lines of a log.txt as dicts; others are left out, which is said. Raises InputError where none is left."""
+    lines = []
+    left_out = 0
+    for text in filter(bytes.strip, read_bytes(path, MAX_JSON_BYTES).split(b'\n')):
+        try:
+            line = parse_json(text)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and is_number(line.get('epoch')):
+            lines.append(line)
+        else:
+            left_out += 1
+    if not lines:
+        raise InputError(f'{path}: no epochs in it; give the log.txt of a run')
+    if left_out:
+        print0(f'note: {path}: {left_out} of {left_out + len(lines)} lines are left out: they are no whole lines of an '
+               'epoch, as a killed run leaves them')
     return lines
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def draw(panel: Any, lines: list[dict[str, Any]], key: str, label: str) -> None:
     """Draw one curve on a panel, where the log has that key."""
-    points = [(line['epoch'], line[key]) for line in lines if key in line]
+    points = [(line['epoch'], line[key]) for line in lines if is_number(line.get(key))]
     if points:
         panel.plot(*zip(*points), marker='.', label=label)
 
@@ -44,6 +60,7 @@ def draw(panel: Any, lines: list[dict[str, Any]], key: str, label: str) -> None:
 def main(args: argparse.Namespace) -> None:
     plt = pyplot()
     logs = {path: read_log(path) for path in args.logs}
+    picture_format(args.output, DRAWINGS)  # raises for another ending, before anything is drawn
     check_writable(args.output, inputs=args.logs)
     figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(13, 4), layout='constrained')
     for path, lines in logs.items():

@@ -28,9 +28,10 @@ from fileio.files import check_writable, write_text
 from fileio.labels import check_class_names, count_classes
 from flags import KeyValues, Parser, integer, number
 from image_data.dataset import ImageDataset, eval_transform
+from image_data.overlap import note_shared_images
 from inference.models import PIXELS, load_model, make_prepare, program_of
 from samplers import in_order
-from token_dataset import TokenDataset
+from token_dataset import TokenDataset, note_shared_files
 from token_files.codebook import load_codebook
 from training.checkpoints import FINETUNE, load_checkpoint
 from training.run_info import print_model
@@ -234,14 +235,19 @@ def judge(splits: dict[str, tuple[torch.Tensor, torch.Tensor]], classes: int, pr
     if 'knn' in probes:
         votes = neighbor_votes(*train, val[0], classes, neighbors, temperature)
         results['knn'] = accuracies(votes, val[1]) | {'neighbors': neighbors, 'temperature': temperature}
+        print_result('kNN', results['knn'])  # before the linear probe, which takes longer, and may be stopped
     if 'linear' in probes:
         scores, decay = linear_probe(*train, val[0], classes)
         results['linear'] = accuracies(scores, val[1]) | {'weight_decay': decay}
-    for name, result in results.items():
-        acc1, acc5, *_ = result.values()
-        facts = ', '.join(f'{key.replace("_", " ")} {value:g}' for key, value in list(result.items())[2:])
-        print0(f'* {name.replace("knn", "kNN")} Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} ({facts})')
+        print_result('linear', results['linear'])
     return results
+
+
+def print_result(name: str, result: dict[str, float]) -> None:
+    """Print the line of a probe."""
+    acc1, acc5, *_ = result.values()
+    facts = ', '.join(f'{key.replace("_", " ")} {value:g}' for key, value in list(result.items())[2:])
+    print0(f'* {name} Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} ({facts})')
 
 
 # ---------------------------------------------------------------- the program
@@ -269,14 +275,19 @@ def main(args: argparse.Namespace) -> None:
         transform = eval_transform(trained.input_size, trained.crop_ratio)
         data = {split: ImageDataset(path, trained.input_size, transform, args.num_workers)
                 for split, path in paths.items()}
+        note_shared_images(data['train'].source, data['val'].source)
     else:
         paths = {'train': args.train_token_file, 'val': args.val_token_file}
         data = {split: TokenDataset(path, getattr(args, f'{split}_label_file'), len(codebook), args.token_cache, device)
                 for split, path in paths.items()}
+        note_shared_files(data['train'], data['val'])
     check_class_names(data['train'].classes, data['val'].classes, paths['train'], paths['val'])
     classes = count_classes({paths[split]: data[split].labels for split in data}, None, None)
     if 'knn' in args.probes and args.neighbors > len(data['train']):
         raise InputError(f'--neighbors {args.neighbors}: {paths["train"]} has {len(data["train"])} images')
+    if 'linear' in args.probes and len(data['train']) < HELD_OUT:
+        raise InputError(f'--probes linear: holds one training image in {HELD_OUT} out, but {paths["train"]} has '
+                         f'{len(data["train"])}: give more, or --probes knn')
 
     print_model(f'{program} {trained.name}', model.to(device), device, 'off')
     splits = {split: features_of(model, data[split], prepare, args.batch_size, device) for split in data}

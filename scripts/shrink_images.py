@@ -102,10 +102,10 @@ def main(args: argparse.Namespace) -> None:
     class_folders(source)  # refuses, before any work, what folders cannot hold
     budget = {name: value for name in ('bytes_per_image', 'total_bytes')
               if (value := getattr(args, name)) is not None}
-    folder = SetFolder(args.output_dir, identify_run(source, args.method, args.parameter, budget, args.seed))
+    folder = SetFolder(args.output_dir, identify_run(source, args.method, args.parameter, budget, args.seed),
+                       source.stamp())
     if folder.is_complete():
         folder.remove_leftovers()
-        print0(f'{args.output_dir}: finished already')
         return
     # the search for a budget takes minutes; a resumed run has its result on disk
     noted = folder.begun() or choose_parameter(args, source)

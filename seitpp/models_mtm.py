@@ -49,7 +49,7 @@ class MaskRatio:
     length whatever ratio is drawn.
 
     Raises:
-        InputError: for ratios out of order, or that are hardly ever drawn.
+        InputError: for ratios out of order, that mask nothing, or that are hardly ever drawn.
     """
     low: float = 0.4
     high: float = 1.
@@ -57,13 +57,16 @@ class MaskRatio:
     std: float = 0.25
 
     def __post_init__(self) -> None:
+        if self.high == 0:  # any ratio above 0 masks a patch, as numbers of patches are rounded up
+            raise InputError('--mask-ratio-max 0 masks nothing, so that there is nothing to predict: give it above 0')
         if not 0 <= self.low <= self.high <= 1 or self.low == 1:
             raise InputError(f'mask ratios from {self.low:g} to {self.high:g}: give --mask-ratio-min and '
                              '--mask-ratio-max in rising order, from 0 to 1, the first below 1')
         first, last = self._ends()
         if self.low < self.high and last - first < 1e-6:
             raise InputError(f'--mask-ratio-mu {self.mean:g} with --mask-ratio-std {self.std:g} gives hardly any ratio '
-                             f'from {self.low:g} to {self.high:g}: choose a mean that is nearer')
+                             f'from {self.low:g} to {self.high:g}: choose a mean that is nearer, another '
+                             'deviation, or ratios further apart')
 
     def _ends(self) -> list[float]:
         """The probabilities, of the whole normal distribution, of a value below `low` and below `high`."""
@@ -260,7 +263,7 @@ def masked_token_loss(logits: torch.Tensor, codes: torch.Tensor, masked: torch.T
     else:
         losses = F.cross_entropy(logits.transpose(1, 2), codes.flatten(1), reduction='none', label_smoothing=smoothing)
     losses = rearrange(losses, 'b (h y w x) -> b (h w) (y x)', h=side // PATCH, y=PATCH, x=PATCH).mean(-1)
-    return (losses * masked).sum() / masked.sum().clamp(min=1)  # a ratio of 0 masks nothing
+    return (losses * masked).sum() / masked.sum().clamp(min=1)  # masks of the caller may be empty
 
 
 # ---------------------------------------------------------------- timm's names

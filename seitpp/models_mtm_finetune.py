@@ -16,7 +16,7 @@ import models_seit
 from models_seit import PatchStem, TokenVisionTransformer
 from seitpp.models_mtm import TokenEmbedding, make_model
 from training.checkpoints import (FINETUNE, PRETRAIN, check_codes, check_origin, load_checkpoint, load_weights,
-                                  without_token_adapt)
+                                  note_average, without_token_adapt)
 from training.pretrained import fit_positions
 from utils import InputError, print0
 
@@ -116,7 +116,8 @@ def load_encoder(model: CodeVisionTransformer, path: str) -> None:
     Raises:
         InputError: for another program's weights, other codes, or another size of model.
     """
-    weights = load_checkpoint(path)['model']
+    checkpoint = load_checkpoint(path)
+    weights = checkpoint['model']
     check_origin(weights, (PRETRAIN, FINETUNE), path)
     check_codes(weights, len(model.token_emb.word_embeddings.weight), path)
     weights = encoder_weights(weights)
@@ -125,4 +126,5 @@ def load_encoder(model: CodeVisionTransformer, path: str) -> None:
         weights['pos_embed'] = fit_positions(weights['pos_embed'], wanted['pos_embed'], path)
     trunc_normal_(model.head.weight, std=2e-5)  # as in MAE: the first steps shall not disturb the encoder
     load_weights(model, weights | {name: value for name, value in wanted.items() if name.startswith('head.')}, path)
+    note_average(checkpoint, path)
     print0(f'{path}: the encoder starts from it, the head from scratch')

@@ -162,6 +162,17 @@ def test_bad_images(images, checkpoint, tmp_path, capsys):
     assert len((tmp_path / 'p.csv').read_text().splitlines()) == 70
 
 
+def test_it_is_said_where_averaged_weights_are_not_taken(images, checkpoint, tmp_path, capsys):
+    note = 'its plain weights are taken, not the averaged ones (EMA) that it holds too; --use-ema takes those'
+    on_images(images, checkpoint)
+    assert f'note: {checkpoint}: {note}' in capsys.readouterr().out
+    on_images(images, checkpoint, '--use-ema')
+    weights = torch.load(checkpoint)
+    torch.save({'model': weights['model']}, tmp_path / 'plain.ckpt')
+    on_images(images, tmp_path / 'plain.ckpt')
+    assert 'averaged' not in capsys.readouterr().out
+
+
 def test_a_list_of_files_is_evaluated_like_their_folder(images, checkpoint, tmp_path, capsys):
     on_images(images, checkpoint)
     classes = sorted(path.name for path in images.iterdir())

@@ -69,6 +69,10 @@ def test_the_published_commands_parse():
     (['--input-size', '72'], '--input-size 72: give 2 x --token-patch-size 8'), (['--input-size', '60'], 'multiple'),
     (['--batch-size', '5'], '--batch-size 5: half of it goes through TokenAdapt'), (['--rrc', '--src'], 'exclude'),
     (['--mask-ratio-min', '0.7', '--mask-ratio-max', '0.6'], 'rising order'), (['--save-periods', 'best'], 'best'),
+    (['--mask-ratio-max', '0'], '--mask-ratio-max 0 masks nothing'),
+    (['--mask-ratio-min', '0', '--mask-ratio-max', '0.0'], '--mask-ratio-max 0 masks nothing'),
+    (['--mask-ratio-min', '0.9', '--input-size', '48'], '--mask-ratio-min 0.9 leaves the encoder none of .* 9 of 2x2'),
+    (['--input-size', '16'], '--mask-ratio-min 0.4 leaves the encoder none .* larger --input-size'),
     (['--mask_ratio_mu', '30'], 'hardly any ratio'), (['--bce-loss', '--smoothing', '0.1'], '--smoothing 0'),
     (['--token-noise-prob', '0.8', '--token-coloradapt-prob', '0.3'], 'add up to more than 1'),
     (['--eda-rc-prob', '0.8', '--eda-sc-prob', '0.3'], 'add up to more than 1'), (['--epoch', '3'], '--epoch')])

@@ -1,5 +1,7 @@
 """Batches of tokens and labels, shards as one set, and what does not fit together."""
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +10,7 @@ import torch
 
 from helpers import (codes_of_kind, fails, make_checked_set, make_compact_set, make_set, make_shards, make_wide_set,
                      npy, refused, write_manifest, write_raw_set)
-from token_dataset import TokenDataset
+from token_dataset import TokenDataset, note_shared_files, open_splits
 from token_files.codebook import load_codebook
 from token_files.published import companion_path
 from token_files.token_file import manifest_path
@@ -252,3 +254,32 @@ def test_the_demo_set_reads(golden):
     manifest = json.loads((demo / 'fashion-val-token.json').read_text())
     assert len(data) == manifest['images'] and data.grid_size == manifest['grid']
     assert data.classes == manifest['classes']
+
+
+# ---------------------------------------------------------------- validation sets that are trained on
+
+def test_token_files_that_are_trained_on_are_named(tmp_path, capsys):
+    """A file by another path, a link, and among shards; an equal one by its manifest; nothing of others."""
+    (first, second, third), *_ = make_shards(tmp_path)
+    open_splits({'train': first, 'val': first}, 391, 'none', 4, CPU)
+    note = f'note: {first[0]}: its images are those of {first[0]}, which is trained on: results on them say nothing'
+    assert capsys.readouterr().out.count(note) == 1
+    train = TokenDataset(f'{first[0]},{second[0]}', f'{first[1]},{second[1]}', 391, 'none')
+    (tmp_path / 'link').mkdir()
+    for path in (second[0], companion_path(second[0])):
+        os.link(path, tmp_path / 'link' / path.name)
+    linked = tmp_path / 'link' / second[0].name
+    val = TokenDataset(f'{third[0]},{linked}', f'{third[1]},{second[1]}', 391, 'none')
+    note_shared_files(train, val)
+    assert [line[:len(str(linked)) + 8] for line in capsys.readouterr().out.splitlines()] == [f'note: {linked}: ']
+    note_shared_files(train, TokenDataset(*third, 391, 'none'))
+    assert not capsys.readouterr().out
+
+
+def test_copies_of_token_files_are_known_by_their_manifests(tmp_path, capsys):
+    (tmp_path / 'a').mkdir()
+    path, labels = make_checked_set(tmp_path / 'a')
+    shutil.copytree(tmp_path / 'a', tmp_path / 'b')
+    train = TokenDataset(path, labels, 256, 'none')
+    note_shared_files(train, TokenDataset(tmp_path / 'b' / path.name, labels, 256, 'none'))
+    assert f'note: {tmp_path / "b" / path.name}: its images are those of {path}, ' in capsys.readouterr().out

@@ -23,8 +23,9 @@ import numpy as np
 
 from fileio.files import (atomic_path, check_writable, hold_folder, is_same_run, read_json, remove_leftovers, sha256,
                           write_text)
+from fileio.stamps import Stamp, changed_since, check_stamp
 from token_files.token_file import paths_beside, stream_ending, write_model, write_set
-from utils import InputError
+from utils import InputError, print0
 
 # Batches lost if killed. Few enough that all ranks have parts, many enough that writing hides behind encoding.
 PART_BATCHES = 16
@@ -80,13 +81,17 @@ class OutputFiles:
         except OSError as error:
             raise InputError(f'{self.folder}: {error.strerror}') from None
 
+    def manifests(self) -> list[Path]:
+        """The manifests among the files of `existing`."""
+        return [path for path in self.existing() if path.suffix == '.json']
+
     def is_complete(self, run_id: dict[str, Any], images: int, codebook_of_tokenizer: bool) -> bool:
         """Whether all files of the run `run_id`, of so many images, are there; for the flag see `remaining_parts`.
 
         Raises:
             InputError: for a manifest that cannot be read, and for a finished run that lacks files.
         """
-        manifests = [read_json(path) for path in self.existing() if path.suffix == '.json']
+        manifests = [read_json(path) for path in self.manifests()]
         if not any(isinstance(manifest, dict) and manifest.get('run') == run_id for manifest in manifests):
             return False
         is_whole = all(self._is_whole(manifest, run_id) for manifest in manifests)
@@ -183,6 +188,10 @@ class PartsFolder:
         return [range(start, min(start + self.batch_size, end))
                 for start in range(part * self.size, end, self.batch_size)]
 
+    def finished(self) -> list[Path]:
+        """The paths of the parts that are made."""
+        return [path for part in range(len(self)) if (path := self.path(part)).exists()]
+
     def unfinished(self) -> list[int]:
         """The parts still to be made."""
         return [part for part in range(len(self)) if not self.path(part).exists()]
@@ -223,8 +232,8 @@ class PartsFolder:
         shutil.rmtree(_retired(self.folder), ignore_errors=True)
 
 
-def remaining_parts(output: OutputFiles, parts: PartsFolder, run_id: dict[str, Any],
-                    codebook_of_tokenizer: bool) -> list[int] | None:
+def remaining_parts(output: OutputFiles, parts: PartsFolder, run_id: dict[str, Any], codebook_of_tokenizer: bool,
+                    stamp: Stamp) -> list[int] | None:
     """What is left to do of a run, whose folder of parts is made, and locked for this process.
 
     Args:
@@ -232,21 +241,32 @@ def remaining_parts(output: OutputFiles, parts: PartsFolder, run_id: dict[str, A
         parts: of the run.
         run_id: all that the codes depend on; with 'codebook' and 'limit_codes'.
         codebook_of_tokenizer: whether the codebook comes from the tokenizer's file, so that the run writes it.
+        stamp: of the files that hold the images.
 
     Returns:
-        The parts still to be made, or None when the run's files are all there.
+        The parts still to be made, or None when the run's files are all there, which is printed.
 
     Raises:
-        InputError: the output folder holds files of another run, or cannot be written.
+        InputError: the output folder holds files of another run, or of images that were replaced since, or cannot be
+            written.
     """
     # The order matters. A run that has parts is resumed even if some of its final files are there: it was killed while
     # they were written. Only a run without parts may be complete, or meet files of another.
     output.remove_leftovers()
     begun = parts.is_begun(run_id)
     if not begun and output.is_complete(run_id, parts.images, codebook_of_tokenizer):
+        manifests = output.manifests()
+        compared = check_stamp(stamp, read_json(manifests[0]).get('source_sizes'), manifests,
+                               f'{output.folder}: {output.name}', f'remove {output.name}-token* and {output.name}-'
+                               'label* there, and give the same command again')
+        print0(f'{output.folder}: {output.name} is complete already, nothing to do ({compared})')
         return None
     if not begun:
         output.check_free(run_id, codebook_of_tokenizer)
+    elif changed_since(stamp, parts.finished()):
+        # an image that stopped the run was mended, say; those of finished parts are not read again
+        print0(f'note: {parts.folder}: images are newer than parts that are done, which stay as they are: if images '
+               'of theirs were replaced, delete the folder to start from scratch')
     output.check_writable(parts.images, codebook=run_id['limit_codes'] or codebook_of_tokenizer)
     parts.begin(run_id)
     return parts.unfinished()

@@ -120,6 +120,12 @@ def progress_of(checkpoint: dict[str, Any] | None) -> dict[str, Any]:
     return {f'{key} of the checkpoint': checkpoint.get(key) for key in ('epoch', 'step')} if checkpoint else {}
 
 
+def note_average(checkpoint: dict[str, Any], path: str, advice: str = '') -> None:
+    """Where a checkpoint holds averaged weights, say that they are not taken, and what to do to take them."""
+    if checkpoint.get('model_ema'):
+        print0(f'note: {path}: its plain weights are taken, not the averaged ones (EMA) that it holds too{advice}')
+
+
 def load_weights(model: nn.Module, weights: dict[str, Any], path: str) -> None:
     """load_state_dict, with the keys that differ in a one-line InputError."""
     wanted = model.state_dict()

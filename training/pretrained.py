@@ -11,7 +11,7 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from fileio.labels import same_class_names
-from training.checkpoints import load_checkpoint, load_weights
+from training.checkpoints import load_checkpoint, load_weights, note_average
 from utils import InputError, print0
 
 POSITIONS = 'pos_embed'
@@ -39,6 +39,7 @@ def load_pretrained(model: nn.Module, path: str, classes: list[str] | None = Non
         InputError: for another architecture.
     """
     checkpoint = load_checkpoint(path)
+    note_average(checkpoint, path)
     wanted = model.state_dict()
     weights, renamed = with_norm_of(dict(checkpoint['model']), wanted)
     left_out = [key for key in weights if str(key).startswith(OPTIONAL) and key not in wanted]

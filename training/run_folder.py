@@ -321,7 +321,7 @@ class RunLog:
                 and line.get('epoch', -1) < start_epoch] if start_epoch else []
         write_text(self.path, ''.join(json.dumps(line) + '\n' for line in kept))
         if tensorboard:
-            self.board = _open_tensorboard(str(self.path.parent))
+            self.board = _open_tensorboard(str(self.path.parent), start_epoch)
 
     def _lines(self) -> Any:
         if not self.path.exists():
@@ -348,12 +348,13 @@ class RunLog:
             self.board.flush()
 
 
-def _open_tensorboard(folder: str) -> Any:
+def _open_tensorboard(folder: str, start_epoch: int) -> Any:
+    """A writer of events; those of epochs that are to run (again) are shown no more. Raises InputError."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise InputError('--tensorboard needs the tensorboard package: pip install tensorboard') from None
-    return SummaryWriter(folder)
+    return SummaryWriter(folder, purge_step=start_epoch)
 
 
 # ---------------------------------------------------------------- an evaluation as a file

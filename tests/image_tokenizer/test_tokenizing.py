@@ -1,6 +1,7 @@
 """Tokenizing images: kinds of input, resuming, shards, codebooks, formats, and what is refused."""
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from fileio import files
 from fileio.files import sha256
 from fileio.labels import read_labels
 from helpers import (DIM, PATCH, SIZE, as_list, as_parquet, as_tars, contents, fails, make_images, published_transform,
-                     samples, tokenize, with_bad_images)
+                     samples, save_image, tokenize, with_bad_images)
 from image_tokenizer import tokenizing
 from image_tokenizer.tokenizers import load_tokenizer
 from image_tokenizer.vitvqgan import Size, ViTVQGAN
@@ -252,6 +253,86 @@ def test_an_output_folder_among_the_class_folders_is_refused(data, tmp_path, cap
         capsys.readouterr()
         tokenize(data, output, data_path=images)
         assert 'complete already' in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- images that were replaced
+
+FORMS = [lambda images, _: images, as_list, as_tars, as_parquet]
+
+
+def whole(images, folder, form):
+    """A finished set of copied images in some form; returns its folder and the path of the images."""
+    (folder / 'in').mkdir(exist_ok=True)
+    path = form(images, folder / 'in')
+    return tokenize(images.parent, folder / 'out', data_path=path), path
+
+
+def own_images(data, folder):
+    """Copies of the training images that a test may change."""
+    for name in ('tok.pt', 'codebook.ckpt'):
+        (folder / name).write_bytes((data / name).read_bytes())
+    return copied(data, folder / 'images')
+
+
+@pytest.mark.parametrize('form', FORMS, ids=['folder', 'list', 'tars', 'parquet'])
+def test_a_set_of_images_that_were_replaced_is_not_complete(data, form, tmp_path, capsys):
+    images = own_images(data, tmp_path)
+    out, path = whole(images, tmp_path, form)
+    capsys.readouterr()
+    tokenize(tmp_path, out, data_path=path)
+    assert 'complete already, nothing to do (its images have the same names, labels and sizes, and are older)' in (
+        capsys.readouterr().out)
+    before = contents(out)
+    save_image(images / 'class-1' / '05.png', 77, (30, 31))
+    form(images, tmp_path / 'in')
+    fails(lambda: tokenize(tmp_path, out, data_path=path), f'{out}: my was made of images that have changed since',
+          re.escape('remove my-token* and my-label* there'))
+    assert contents(out) == before
+    for made in out.glob('my-*'):
+        made.unlink()
+    tokenize(tmp_path, out, data_path=path)
+    assert contents(out) != before
+
+
+def test_images_of_the_same_sizes_that_are_newer_are_noted(data, tmp_path, capsys):
+    images = own_images(data, tmp_path)
+    out, _ = whole(images, tmp_path, FORMS[0])
+    first = images / 'class-1' / '05.png'
+    first.write_bytes(first.read_bytes()[:-1] + b'x')
+    capsys.readouterr()
+    tokenize(tmp_path, out, data_path=images)
+    said = capsys.readouterr().out
+    assert f'note: {out}: my is older than its images: if they were replaced, and not only copied, remove my-' in said
+    assert 'complete already, nothing to do (its images have the same names, labels and sizes)' in said
+
+
+def test_a_set_of_before_is_recognized(data, tmp_path, capsys):
+    """Its manifests state no sizes."""
+    images = own_images(data, tmp_path)
+    out, _ = whole(images, tmp_path, FORMS[0])
+    said = manifest(out)
+    del said['source_sizes']
+    (out / 'my-token.json').write_text(json.dumps(said))
+    capsys.readouterr()
+    tokenize(tmp_path, out, data_path=images)
+    assert 'nothing to do (its images have the same names and labels, and are older)' in capsys.readouterr().out
+    save_image(images / 'class-1' / '05.png', 77)
+    tokenize(tmp_path, out, data_path=images)
+    assert 'note: ' in capsys.readouterr().out
+
+
+def test_a_resumed_run_notes_images_that_are_newer_than_its_parts(data, tmp_path, capsys, monkeypatch):
+    images = own_images(data, tmp_path)
+    interrupted(tmp_path, tmp_path / 'out', monkeypatch, data_path=images)
+    save_image(images / 'class-1' / '05.png', 77)
+    capsys.readouterr()
+    interrupted(tmp_path, tmp_path / 'out', monkeypatch, data_path=images)
+    assert f'note: {tmp_path / "out" / ".my.parts"}: images are newer than parts that are done' in (
+        capsys.readouterr().out)
+    for part in (tmp_path / 'out' / '.my.parts').glob('*.npz'):
+        part.unlink()  # an image that stopped the run before any part was done may be mended without a word
+    tokenize(tmp_path, tmp_path / 'out', data_path=images)
+    assert 'note: ' not in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- processes and interruptions

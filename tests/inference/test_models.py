@@ -61,12 +61,15 @@ def test_a_checkpoint_says_what_it_is(runs, program, name, size, crop_ratio, cla
 
 
 @pytest.mark.parametrize('program', ['main_seit.py', 'main_mtm_finetune.py', 'main_pixels.py'])
-def test_the_weights_are_those_of_the_file_or_its_averages(runs, program, tmp_path):
+def test_the_weights_are_those_of_the_file_or_its_averages(runs, program, tmp_path, capsys):
     checkpoint = states(runs[program])
     same_weights(loaded(runs[program]).model, checkpoint['model'])
+    said = capsys.readouterr().out
+    assert ('note: ' in said and '; --use-ema takes those' in said) == bool(checkpoint['model_ema'])
     checkpoint['model_ema'] = {name: value + 1 for name, value in checkpoint['model'].items()}
     torch.save(checkpoint, tmp_path / 'averaged.pth')
     same_weights(loaded(str(tmp_path / 'averaged.pth'), use_ema=True).model, checkpoint['model_ema'])
+    assert not capsys.readouterr().out
 
 
 def test_of_pre_training_the_encoder_is_taken(runs):

@@ -173,6 +173,13 @@ def test_sheet_of_one_kind_only(fitted, tmp_path, capsys):
     assert Image.open(tmp_path / 'source.png').size == (64, 64)  # 8 pixels a code without a tokenizer
     inspect(fitted, capsys, '--tokenizer-path', fitted / 'tokenizer.pt', '--output', tmp_path / 'decoded.png')
     assert Image.open(tmp_path / 'decoded.png').size == (4 * 34 + 2, 4 * 34 + 2)  # 16 of 24 images
+    for name, kind in (('sheet.jpg', 'JPEG'), ('sheet.WEBP', 'WEBP'), ('sheet', 'PNG')):  # as the name says
+        inspect(fitted, capsys, '--data-path', fitted / 'images', '--output', tmp_path / name, '--images', 1)
+        assert Image.open(tmp_path / name).format == kind
+    for name in ('sheet.pdf', 'sheet.JSON', 'sheet.png.old'):
+        fails(lambda: inspect(fitted, capsys, '--data-path', fitted / 'images', '--output', tmp_path / name),
+              f'{name}: pictures are written as .png, .jpg, .jpeg, .webp: choose such a name')
+        assert not (tmp_path / name).exists()
 
 
 @pytest.mark.parametrize('decodes', [True, False])

@@ -47,15 +47,48 @@ def test_the_log_of_a_tokenizer_is_drawn(tmp_path):
     assert drawn.startswith(b'\x89PNG') and drawn != plot(tmp_path, other).read_bytes()
 
 
+@pytest.mark.parametrize('killed, lines', [
+    ('{whole}{{"epoch": 3, "train_lo', 1), ('{whole}{{', 1), ('{{"epo\n{whole}', 1), ('{whole}\n\r\n', 0),
+    ('{whole}{{"epoch": 3, "tr{{"epoch": 3}}\n', 1), ('{whole}\x00\x00\x00\n[1]\n"x"\n', 3)])
+def test_half_lines_are_left_out_and_counted(killed, lines, tmp_path, capsys):
+    pytest.importorskip('matplotlib')
+    log = write_log(tmp_path / 'log.txt')
+    expected = plot(tmp_path, log).read_bytes()
+    log.write_text(killed.format(whole=log.read_text()))
+    capsys.readouterr()
+    assert plot(tmp_path, log).read_bytes() == expected
+    note = f'note: {log}: {lines} of {lines + 3} lines are left out: they are no whole lines of an epoch'
+    assert capsys.readouterr().out.startswith(note if lines else str(tmp_path))
+
+
+def test_a_value_that_is_no_number_is_no_point(tmp_path):
+    pytest.importorskip('matplotlib')
+    log = write_log(tmp_path / 'log.txt')
+    expected = plot(tmp_path, log).read_bytes()
+    log.write_text(log.read_text() + '{"epoch": 3, "train_loss": "x", "train_lr": null, "test_loss": [1]}\n')
+    assert plot(tmp_path, log).read_bytes() == expected
+
+
+@pytest.mark.parametrize('name, begins', [
+    ('plot.jpg', b'\xff\xd8\xff'), ('plot.JPEG', b'\xff\xd8\xff'), ('plot.PNG', b'\x89PNG'), ('plot', b'\x89PNG'),
+    ('plot.webp', b'RIFF'), ('plot.pdf', b'%PDF'), ('plot.svg', b'<?xml')])
+def test_a_picture_is_of_the_format_of_its_name(name, begins, tmp_path):
+    pytest.importorskip('matplotlib')
+    log = write_log(tmp_path / 'log.txt')
+    assert plot(tmp_path, log, output=name).read_bytes().startswith(begins)
+
+
 def test_mistakes_get_one_line(tmp_path):
     pytest.importorskip('matplotlib')
     log = write_log(tmp_path / 'log.txt')
     fails(lambda: plot(tmp_path, tmp_path / 'none.txt'), 'none.txt: No such file')
     for text, said in (('', 'no epochs in it'), ('{}', 'no epochs in it'), ('[1]', 'no epochs in it'),
-                       ('{"epoch": 0}\n{', 'not a log of JSON lines')):
+                       ('{"ep', 'no epochs in it'), ('{"epoch": "a"}\n{"epoch": true}', 'no epochs in it')):
         (tmp_path / 'bad.txt').write_text(text)
         fails(lambda: plot(tmp_path, tmp_path / 'bad.txt'), f'bad.txt: {said}')
     (tmp_path / 'bad.txt').unlink()
     fails(lambda: plot(tmp_path, log, output='log.txt/plot.png'), 'cannot be written')
+    for name in ('plot.gif', 'plot.png.gz', 'plot.txt'):
+        fails(lambda: plot(tmp_path, log, output=name), f'{name}: pictures are written as .png, .*: choose such a name')
     fails(lambda: call(plot_log, log), '--output')
     assert contents(tmp_path).keys() == {'log.txt'}

@@ -134,6 +134,32 @@ def test_a_fine_tuned_classifier_without_its_head(tokens, tmp_path, capsys):
     assert json.loads((tmp_path / 'p.json').read_text())['dim'] == 32
 
 
+@pytest.mark.parametrize('number', [3, 9])
+def test_few_training_images_are_refused_before_the_work_and_have_neighbors(number, images, tmp_path, monkeypatch):
+    """The linear probe needs ten; nothing is computed that would be lost then."""
+    words, checkpoint = images
+    paths = sorted(words[1].rglob('*.png'))
+    chosen = [path for i in range(3) for path in paths[8 * i:8 * i + number // 3]]
+    (tmp_path / 'few.txt').write_text(''.join(f'{path}\t{i // (number // 3)}\n' for i, path in enumerate(chosen)))
+    few = ['--train-path', tmp_path / 'few.txt', *words[2:], '--neighbors', 3, '--output', tmp_path / 'p.json']
+    with monkeypatch.context() as patch:
+        patch.setattr(probe, 'features_of', None)
+        for probes in ([], ['--probes', 'linear']):
+            fails(lambda: probed(few, checkpoint, *probes),
+                  f'--probes linear: .*few.txt has {number}: give more, or --probes knn')
+    assert not (tmp_path / 'p.json').exists()
+    probed(few, checkpoint, '--probes', 'knn')
+    assert json.loads((tmp_path / 'p.json').read_text()).keys() >= {'knn', 'train'}
+
+
+def test_neighbors_are_printed_before_the_linear_probe(images, monkeypatch, capsys):
+    words, checkpoint = images
+    monkeypatch.setattr(probe, 'linear_probe', lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        probed(words, checkpoint)
+    assert '* kNN Acc@1 ' in capsys.readouterr().out
+
+
 def test_mistakes_are_one_line(tokens, images, tmp_path):
     words, checkpoint = tokens
     paths, pixels = images

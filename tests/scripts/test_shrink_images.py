@@ -106,6 +106,27 @@ def test_unusual_images_become_rgb(tmp_path):
         assert made[f'{name}/{stem}'] == expected(Image.open(io.BytesIO(data)), 'jpeg', 20)
 
 
+@pytest.mark.parametrize('form', ['folder', 'tar'])
+def test_a_set_of_images_that_were_replaced_is_not_finished(form, tmp_path, capsys):
+    for seed in range(6):
+        save_image(tmp_path / 'in' / f'class{seed % 2}' / f'{seed}.png', seed)
+    path = tmp_path / 'in' if form == 'folder' else write_tar(tmp_path / 'in.tar', tar_samples(6))
+    make(path, tmp_path / 'out')
+    capsys.readouterr()
+    make(path, tmp_path / 'out')
+    assert 'finished already (its images have the same names, labels and sizes, and are older)' in (
+        capsys.readouterr().out)
+    save_image(tmp_path / 'in' / 'class1' / '3.png', 9, (20, 25))
+    if form == 'tar':
+        write_tar(path, tar_samples(6, kind='PNG'))
+    fails(lambda: make(path, tmp_path / 'out'), 'out was made of images that have changed since', 'remove images and m')
+    manifest = json.loads((tmp_path / 'out' / 'manifest.json').read_text())
+    del manifest['source_sizes']  # as sets of before have none
+    (tmp_path / 'out' / 'manifest.json').write_text(json.dumps(manifest))
+    make(path, tmp_path / 'out')
+    assert 'finished already (its images have the same names and labels' in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- sampling
 
 def test_a_share_of_each_class_is_kept_unchanged(images, tmp_path):

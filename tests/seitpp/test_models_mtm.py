@@ -138,9 +138,19 @@ def test_masks_of_a_generator():
 
 @pytest.mark.parametrize('ratio, words', [
     ((0.6, 0.5), 'mask ratios from 0.6 to 0.5: .*rising order'), ((-0.1, 0.5), 'from 0 to 1'),
-    ((0.4, 1.2), 'from 0 to 1'), ((1., 1.), 'below 1'), ((0.4, 1., 9., 0.1), 'hardly any ratio from 0.4 to 1')])
+    ((0.4, 1.2), 'from 0 to 1'), ((1., 1.), 'below 1'), ((0.4, 1., 9., 0.1), 'hardly any ratio from 0.4 to 1'),
+    ((0., 0.), '--mask-ratio-max 0 masks nothing'), ((0.4, 0.), '--mask-ratio-max 0 masks nothing'),
+    ((0.4, 1., 0.45, 1e9), 'hardly any ratio .* another deviation'),
+    ((0., 1e-300), 'ratios further apart')])
 def test_ratios_out_of_order_are_refused(ratio, words):
     fails(lambda: MaskRatio(*ratio), words)
+
+
+@pytest.mark.parametrize('ratio', [(0., 1e-4), (1e-300, 1e-300), (0., 1., 0., 1e-12)])
+def test_the_smallest_ratio_masks_a_patch(ratio):
+    for seed in range(5):
+        _, masked = draw_masks(2, 4, MaskRatio(*ratio), torch.Generator().manual_seed(seed))
+        assert (masked.sum(1) == 1).all()
 
 
 def test_one_ratio_and_no_mask_are_possible():

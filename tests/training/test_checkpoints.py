@@ -83,6 +83,25 @@ def test_names_of_ddp_and_compile_are_taken_off(trained, data, prefix, tmp_path,
     load_pretrained(model, str(tmp_path / 'wrapped.pth'))
 
 
+def test_it_is_said_where_averaged_weights_are_not_taken(trained, data, tmp_path, capsys):
+    """Whatever the file is called; not where they are evaluated too, nor where the file has none."""
+    note = 'its plain weights are taken, not the averaged ones (EMA) that it holds too'
+    (tmp_path / 'renamed.pth').write_bytes((trained / 'best_ema_checkpoint.pth').read_bytes())
+    for path in (trained / 'best_ema_checkpoint.pth', tmp_path / 'renamed.pth'):
+        run_here(*SMALL, *data, '--eval', '--no-model-ema', '--resume', path)
+        assert f'note: {path}: {note}; --model-ema evaluates those, too\n' in capsys.readouterr().out
+        run_here(*SMALL, *data, '--eval', '--resume', path)
+        output = capsys.readouterr().out
+        assert 'note:' not in output and len(accuracy_lines(output)) == 2
+    model = tiny(embed_dim=32, num_heads=2, num_classes=4, img_size=8)
+    load_pretrained(model, str(tmp_path / 'renamed.pth'))
+    assert f'note: {tmp_path / "renamed.pth"}: {note}\n' in capsys.readouterr().out
+    torch.save(states(tmp_path / 'renamed.pth') | {'model_ema': None}, tmp_path / 'renamed.pth')
+    run_here(*SMALL, *data, '--eval', '--no-model-ema', '--resume', tmp_path / 'renamed.pth')
+    load_pretrained(model, str(tmp_path / 'renamed.pth'))
+    assert 'note:' not in capsys.readouterr().out
+
+
 def test_weights_of_other_names_are_an_error_about_names(data, tmp_path):
     torch.save({'model': {'net.' + k: v for k, v in tiny().state_dict().items()}}, tmp_path / 'c.pth')
     line = mistake(*SMALL, *data, '--eval', '--resume', tmp_path / 'c.pth')

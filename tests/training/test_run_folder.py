@@ -276,6 +276,33 @@ def test_a_checkpoint_that_cannot_be_read_now_is_not_set_aside(folder, monkeypat
     assert 'taking the one before it' in capsys.readouterr().out
 
 
+def board_of(folder):
+    """What TensorBoard shows of a folder: (epoch, value) of its train_loss."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(folder), {'scalars': 0})
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars('train_loss')]
+
+
+@pytest.mark.parametrize('start', [0, 1, 2, 3])
+def test_tensorboard_drops_epochs_that_run_again(start, tmp_path):
+    """From the start, from an earlier checkpoint, from the newest, and after an epoch that was saved."""
+    pytest.importorskip('tensorboard')
+    def logged(number, start_epoch, losses):
+        log = RunLog(str(tmp_path), start_epoch, True)
+        for epoch, loss in enumerate(losses, start_epoch):
+            log.write(epoch=epoch, train_loss=loss)
+        log.board.close()
+        path, = tmp_path.glob('events.*')
+        path.rename(tmp_path / f'{number}-events.out.tfevents.x')  # as if started seconds later, which names begin with
+
+    logged(0, 0, [0., 1., 2.])
+    for number, again in ((1, 10.), (2, 20.)):  # resumed twice
+        logged(number, start, [again])
+        assert board_of(tmp_path) == [*((epoch, epoch) for epoch in range(start)), (start, again)]
+        assert [line['epoch'] for line in read_log(tmp_path)] == list(range(start + 1))
+
+
 def test_tensorboard_that_is_missing_is_an_error_on_every_rank(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
     with pytest.raises(InputError, match='pip install tensorboard'):
