@@ -20,6 +20,9 @@ from timm.data.random_erasing import RandomErasing
 from image_data.sources import Source, load_images, open_source
 from utils import InputError
 
+# Before an image is resized for evaluation, its long side is cut to so many short ones: the ends would be cropped off
+# anyway, and take gigabytes until then.
+LONGEST_RATIO = 32
 HELD_OUT = 1000  # images that are held out unless the user says how many, where a tenth of all would be more
 
 
@@ -125,7 +128,18 @@ def train_transform(size: int, min_area: float, hflip: float, color_jitter: floa
 
 def eval_transform(size: int, crop_ratio: float) -> Callable:
     """timm's transform, RGB image -> (3, size, size) uint8: short side to size / crop_ratio, bicubic; center crop."""
-    return create_transform(size, is_training=False, use_prefetcher=True, crop_pct=crop_ratio, interpolation='bicubic')
+    transform = create_transform(size, is_training=False, use_prefetcher=True, crop_pct=crop_ratio,
+                                 interpolation='bicubic')
+    transform.transforms.insert(0, middle)
+    return transform
+
+
+def middle(image: Image.Image) -> Image.Image:
+    """The middle of an image whose long side has more than LONGEST_RATIO short sides; others as they are."""
+    longest = LONGEST_RATIO * min(image.size)
+    # half of what is cut goes from each end, so an odd pixel stays
+    left, top = (max(0, side - longest) // 2 for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
 
 
 class Normalize:

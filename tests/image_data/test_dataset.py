@@ -5,9 +5,9 @@ import torch
 from PIL import Image
 from timm.data import auto_augment
 
-from helpers import fails, smooth_images
-from image_data.dataset import (ImageDataset, Normalize, eval_transform, hold_out, posterize, random_erasing,
-                                train_transform)
+from helpers import fails, limits, smooth_images
+from image_data.dataset import (LONGEST_RATIO, ImageDataset, Normalize, eval_transform, hold_out, middle, posterize,
+                                random_erasing, train_transform)
 from image_data.decoding import decode_image
 
 CPU = torch.device('cpu')
@@ -39,6 +39,38 @@ def test_evaluation_resizes_and_crops_the_middle(tmp_path):
     assert result.shape == (3, 32, 32) and int(result[:, :, 2:-2].min()) == 255
     result = torch.as_tensor(eval_transform(32, 0.5)(Image.fromarray(pixels)))
     assert int(result.min()) == 255
+
+
+@pytest.mark.parametrize('size', [(2, 40_000), (70_000, 1), (1, 89_000_000), (20_000_000, 3)])
+def test_extreme_sides_take_no_more_memory_than_others(size):
+    """Resized to 256 on the short side, the last but one would have 17 TB."""
+    image = Image.new('RGB', size, (9, 8, 7))
+    with limits():
+        for transform in eval_transform(224, 0.875), train_transform(224, 0.08, 0.5, 0., 'rand-m9-mstd0.5-inc1'):
+            assert torch.as_tensor(transform(image)).shape == (3, 224, 224)
+        assert torch.as_tensor(eval_transform(224, 0.875)(image))[:, 0, 0].tolist() == [9, 8, 7]
+
+
+@pytest.mark.parametrize('long', [33, 200, 201])
+@pytest.mark.parametrize('upright', [False, True])
+def test_what_is_cut_from_long_sides_is_not_seen(long, upright):
+    rng = np.random.default_rng(0)
+    wave = np.sin(np.arange(8 * long) / 3 + rng.uniform(0, 6)) * 120 + 127
+    pixels = np.broadcast_to(wave[None, :, None], (8, 8 * long, 3)).astype(np.uint8)
+    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 0, 2) if upright else pixels))
+    transform = eval_transform(32, 0.875)
+    cut = torch.as_tensor(transform(image)).int()
+    del transform.transforms[0]
+    whole = torch.as_tensor(transform(image)).int()
+    # both sides of the middle are cut alike, to whole pixels of the source
+    assert (cut - whole).abs().max() <= 24 and (cut - whole).abs().float().mean() < 8
+
+
+def test_usual_images_are_not_cut():
+    for size in (LONGEST_RATIO * 5, 5), (5, LONGEST_RATIO * 5 + 1), (40, 40):
+        image = Image.new('RGB', size)
+        assert middle(image) is image
+    assert middle(Image.new('RGB', (5, LONGEST_RATIO * 5 + 3))).size == (5, LONGEST_RATIO * 5 + 1)
 
 
 def test_pixels_are_normalized_by_the_constants_of_imagenet():
