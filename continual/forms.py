@@ -22,7 +22,7 @@ from torch import nn
 
 from continual.memory import Sample
 from image_data.dataset import ImageDataset
-from image_data.decoding import BadImage, decode_rgb
+from image_data.decoding import BadImage, decode_rgb, fit_sides
 from image_data.shrinking import shrink
 from image_data.sources import Source
 from image_tokenizer.tokenizers import decode_codes
@@ -33,6 +33,7 @@ from utils import InputError
 RAW = ('pixels', 'resize')
 FORMS = (*RAW, 'jpeg', 'tokens')
 DECODED_BATCH = 256  # images that the tokenizer decodes at a time, which bounds memory
+LONGEST_SIDE = 0xffff  # of raw pixels, whose height and width share a sample's index
 RESTORED = 2048  # images that are restored at a time: 400 MB of 256 x 256 pixels
 
 
@@ -50,6 +51,8 @@ def _raw_length(index: int) -> int:
 def store_image(label: int, image: Image.Image, form: str, quality: int, side: int) -> Sample:
     """The sample of an RGB image. Raises BadImage where the form cannot hold it.
 
+    A side that is longer than the form holds, as of a strip of 1 x 70,000 pixels, is brought down to what it holds.
+
     Args:
         image: at its original size.
         form: 'pixels', 'resize' or 'jpeg'.
@@ -63,8 +66,7 @@ def store_image(label: int, image: Image.Image, form: str, quality: int, side: i
     if form == 'resize' and short > side:
         image = image.resize([max(1, round(length * side / short)) for length in image.size],
                              Image.Resampling.BICUBIC)
-    if max(image.size) > 0xffff:
-        raise BadImage(f'{image.width} x {image.height} pixels are more than a memory of pixels holds')
+    image = fit_sides(image, LONGEST_SIDE)
     return Sample(label, image.height << 16 | image.width, image.tobytes())
 
 

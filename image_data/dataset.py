@@ -18,9 +18,12 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment,
 from timm.data.random_erasing import RandomErasing
 
 from image_data.overlap import note_shared_images
-from image_data.sources import Source, load_images, open_source
-from utils import InputError
+from image_data.sources import ImageBatch, Source, load_images, open_source
+from utils import InputError, print0
 
+# Before an image is resized for evaluation, its long side is cut to so many short ones: the ends would be cropped off
+# anyway, and take gigabytes until then.
+LONGEST_RATIO = 32
 HELD_OUT = 1000  # images that are held out unless the user says how many, where a tenth of all would be more
 
 
@@ -126,7 +129,18 @@ def train_transform(size: int, min_area: float, hflip: float, color_jitter: floa
 
 def eval_transform(size: int, crop_ratio: float) -> Callable:
     """timm's transform, RGB image -> (3, size, size) uint8: short side to size / crop_ratio, bicubic; center crop."""
-    return create_transform(size, is_training=False, use_prefetcher=True, crop_pct=crop_ratio, interpolation='bicubic')
+    transform = create_transform(size, is_training=False, use_prefetcher=True, crop_pct=crop_ratio,
+                                 interpolation='bicubic')
+    transform.transforms.insert(0, middle)
+    return transform
+
+
+def middle(image: Image.Image) -> Image.Image:
+    """The middle of an image whose long side has more than LONGEST_RATIO short sides; others as they are."""
+    longest = LONGEST_RATIO * min(image.size)
+    # half of what is cut goes from each end, so an odd pixel stays
+    left, top = (max(0, side - longest) // 2 for side in image.size)
+    return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
 
 
 class Normalize:
@@ -154,7 +168,7 @@ class Images:
 
     Attributes:
         source: of the images.
-        numbers: (N,) int64, which images of the source.
+        numbers: (N,) int64, which images of the source, rising.
         size: S, side of the pixels that are yielded; both sides of an image are resized to it.
         batch_size: the last batch may be smaller.
         device: of the batches.
@@ -174,20 +188,37 @@ class Images:
     def __len__(self) -> int:
         return len(self.numbers)
 
-    def batches(self, numbers: np.ndarray) -> Iterator[torch.Tensor]:
+    def batches(self, numbers: np.ndarray, fill: bool = False) -> Iterator[torch.Tensor]:
         """Yield pixels (B, 3, S, S) uint8 on the device, of the images of these numbers (M,) in the source.
 
+        Args:
+            numbers: of the images.
+            fill: yield as many batches as the numbers make, as a training needs them, whose ranks make their steps
+                together. Without it a batch is left out when none of its images can be read.
+
         Raises:
-            InputError: for an image, or with `skip_bad` all images of a batch, that cannot be read.
+            InputError: for an image that cannot be read; with `skip_bad` only where a batch is to be filled and no
+                image can be read.
         """
         batches = [numbers[first:first + self.batch_size] for first in range(0, len(numbers), self.batch_size)]
         pin_memory = self.device.type == 'cuda'
         for batch in load_images(self.source, batches, self.size, workers=self.workers, skip_bad=self.skip_bad,
                                  pin_memory=pin_memory, max_pixels=self.max_pixels):
-            if not len(batch.indices):
-                raise InputError(f'{self.source.data_path}: none of the {len(batch.skipped)} images of a batch can be '
-                                 'read')
-            yield batch.pixels.to(self.device, non_blocking=pin_memory)
+            if len(batch.indices):
+                yield batch.pixels.to(self.device, non_blocking=pin_memory)
+            elif fill:
+                other = self.next_readable(batch.skipped[-1][0])  # the same one in a resumed run
+                print0(f'note: {self.source.data_path}: none of the {len(batch.skipped)} images of a batch can be '
+                       f'read; {self.source.names[other.indices[0]]} takes their place')
+                yield other.pixels.to(self.device)
+
+    def next_readable(self, number: int) -> ImageBatch:
+        """The first image behind `number` that can be read. Raises InputError where none can."""
+        order = np.roll(self.numbers, -np.searchsorted(self.numbers, number, 'right'))
+        for batch in load_images(self.source, order[:, None], self.size, skip_bad=True, max_pixels=self.max_pixels):
+            if len(batch.indices):
+                return batch
+        raise InputError(f'{self.source.data_path}: none of its {len(self)} images can be read')
 
 
 def hold_out(data_path: str, val_path: str, val_images: int | None, seed: int, **reading: Any) -> tuple[Images, Images]:
@@ -216,4 +247,7 @@ def hold_out(data_path: str, val_path: str, val_images: int | None, seed: int, *
     # In order, because a parquet file is read by row groups of thousands of images: in any other order, each image
     # would read its group again.
     held_out = np.sort(order[:count])
-    return Images(source, training_numbers, **reading), Images(val_source, held_out, **reading)
+    images, held_out_images = Images(source, training_numbers, **reading), Images(val_source, held_out, **reading)
+    if held_out_images.skip_bad:
+        held_out_images.next_readable(-1)  # now, and not when an epoch has been trained and there is none to evaluate
+    return images, held_out_images

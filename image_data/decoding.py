@@ -19,6 +19,9 @@ NOT_READ = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'WMF'}
 # Folders that file managers, archivers and file systems add; some hold thumbnails.
 SYSTEM_FOLDERS = {'__MACOSX', '@eaDir', '$RECYCLE.BIN', 'System Volume Information', 'lost+found'}
 
+# Longer sides are averaged over some of their pixels before they are resized, which bounds memory.
+LONG_SIDE = 1 << 16
+
 
 class BadImage(Exception):
     """An image that cannot be read; the message says why, on one line."""
@@ -118,9 +121,18 @@ def pixels_of(image: Image.Image) -> torch.Tensor:
 def resize_square(image: Image.Image, size: int) -> torch.Tensor:
     """An RGB image as (3, size, size) uint8, both sides resized bicubically.
 
-    Divided by 255, these are the pixels of torchvision's Resize and ToTensor: the published preparation.
+    Divided by 255, these are the pixels of torchvision's Resize and ToTensor: the published preparation. Only sides of
+    twice LONG_SIDE and more come out otherwise.
     """
-    return pixels_of(image.resize((size, size), Image.Resampling.BICUBIC))
+    return pixels_of(image.resize((size, size), Image.Resampling.BICUBIC, reducing_gap=max(1, LONG_SIDE / size)))
+
+
+def fit_sides(image: Image.Image, longest: int) -> Image.Image:
+    """An image made smaller where its long side has more than `longest` pixels; others as they are."""
+    if max(image.size) <= longest:
+        return image
+    size = [max(1, round(side * longest / max(image.size))) for side in image.size]
+    return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2)  # else a kernel may take gigabytes
 
 
 def decode_image(data: bytes, size: int, max_pixels: int | None = None) -> torch.Tensor:

@@ -7,7 +7,8 @@
 
 Encoders are PIL's: a JPEG has one scan, its chroma at half the resolution, and Huffman tables made for the image, by
 which small ones take a third less for the same pixels. All images become RGB, and what they hold beside pixels (EXIF,
-color profiles) is dropped, but by `sample`.
+color profiles) is dropped, but by `sample`. A side that is longer than the format holds is brought down to LONGEST, and
+the other with it; `write_set` says so.
 
 Each method has one parameter. For a budget of bytes the largest parameter within it is found by bisection, on all
 images or on some of them; worker processes make them, in chunks, and give them back in order.
@@ -26,7 +27,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from image_data.decoding import BadImage, bare_bytes, decode_rgb, image_extensions, image_formats, is_image, pixels_of
+from image_data.decoding import (BadImage, bare_bytes, decode_rgb, fit_sides, image_extensions, image_formats, is_image,
+                                 pixels_of)
 from image_data.quality import psnr
 from image_data.sources import Source, next_batch
 from image_data.workers import plan_workers
@@ -36,6 +38,7 @@ RESIZED_QUALITY = 95  # of the JPEGs that resized images become
 STEPS = 1000  # in which fractions and factors are searched
 SEARCHED = 2000  # images on which a budget's parameter is searched, at most
 EQUAL_PSNR = 100.  # what psnr gives for equal images
+LONGEST = {'resize': 65500, 'jpeg': 65500, 'webp': 16383}  # pixels on a side that libjpeg and libwebp write
 CHUNK = 32  # images that a process makes at a time
 
 
@@ -89,24 +92,34 @@ class Shrunk(NamedTuple):
         size: bytes of the file.
         bare: bytes without headers (decoding.bare_bytes), or None.
         psnr: against the source at the source's size, in dB; NaN where it was not asked for.
+        fitted: whether a side was longer than LONGEST.
     """
     data: bytes
     ending: str
     size: int
     bare: int | None
     psnr: float
+    fitted: bool = False
+
+
+def sides_of(image: Image.Image, method: str, parameter: float) -> list[int]:
+    """Width and height that a method asks for, whether or not its format holds them."""
+    return [max(1, math.floor(side * parameter + 0.5)) if method == 'resize' else side for side in image.size]
 
 
 def shrink(image: Image.Image, method: str, parameter: float) -> bytes:
-    """The file that an RGB image becomes by 'resize', 'jpeg' or 'webp'. Raises BadImage where it cannot hold it."""
+    """The file that an RGB image becomes by 'resize', 'jpeg' or 'webp'. Raises BadImage where it cannot be written."""
     file = io.BytesIO()
+    quality = RESIZED_QUALITY if method == 'resize' else parameter
     try:
         if method == 'resize':
-            size = [max(1, math.floor(side * parameter + 0.5)) for side in image.size]
-            image.resize(size, Image.Resampling.BICUBIC).save(file, 'JPEG', quality=RESIZED_QUALITY, optimize=True)
+            image = image.resize(sides_of(image, method, parameter), Image.Resampling.BICUBIC)
+        image = fit_sides(image, LONGEST[method])
+        if method == 'webp':
+            image.save(file, 'WEBP', quality=quality)
         else:
-            image.save(file, method.upper(), quality=parameter, **({'optimize': True} if method == 'jpeg' else {}))
-    except (OSError, ValueError) as error:  # more pixels on a side than the format has, say
+            image.save(file, 'JPEG', quality=quality, optimize=True)
+    except (OSError, ValueError) as error:
         raise BadImage(f'{image.width} x {image.height} pixels cannot be written as {method}: {error}') from None
     return file.getvalue()
 
@@ -277,7 +290,8 @@ class ShrunkImages(Dataset):
         ending = '.webp' if self.method == 'webp' else '.jpg'
         if self.only_sizes:
             return Shrunk(b'', ending, len(data), None, math.nan)
-        return Shrunk(data, ending, len(data), bare_bytes(data), psnr_of(image, data))
+        fitted = max(sides_of(image, self.method, self.parameter)) > LONGEST[self.method]
+        return Shrunk(data, ending, len(data), bare_bytes(data), psnr_of(image, data), fitted)
 
 
 def shrink_images(smaller: ShrunkImages, workers: int) -> Iterator[Shrunk]:

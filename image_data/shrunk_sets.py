@@ -196,6 +196,8 @@ class SetFolder:
         records = []
         for name in names:
             image = next(images)
+            if image.fitted:
+                print0(f'note: {name}{image.ending}: longer than its format holds, and made as small as it does')
             path = self.work / IMAGES / (name + image.ending)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,7 @@ class Source:
 
     Attributes:
         data_path: what was asked for.
-        names: of the images, the same wherever the set lies.
+        names: of the images, the same wherever the set lies; unique but for a list that names a file twice.
         labels: (N,) int64.
         classes: names in the order of the labels, or None.
         labels_from: where the labels come from, for messages.
@@ -203,6 +203,32 @@ class ListedImages(_ImageFiles):
         self.labels = np.array(labels, np.int64)
 
 
+def shard_names(paths: Sequence[Path]) -> list[str]:
+    """What the files of a set are called: their own names, or where two have the same one, paths from a common folder.
+
+    Both are the same wherever the set lies.
+    """
+    names = [path.name for path in paths]
+    if len(set(names)) == len(names):
+        return names
+    absolute = [os.path.abspath(path) for path in paths]
+    folder = os.path.commonpath([os.path.dirname(path) for path in absolute])
+    return [os.path.relpath(path, folder) for path in absolute]
+
+
+def number_repeated(names: list[str]) -> list[str]:
+    """Names that are unique: the second image of a name ends in #2, as of a file that is given twice."""
+    unique = {}  # a dict keeps its order
+    for name in names:
+        other = name
+        repeat = 1
+        while other in unique:
+            repeat += 1
+            other = f'{name}#{repeat}'
+        unique[other] = None
+    return list(unique)
+
+
 class TarImages(Source):
     """Tar shards in webdataset's layout, read by offset."""
     labels_from = "the members .cls, or .json's 'label', of the tar shards"
@@ -212,15 +238,16 @@ class TarImages(Source):
         self.names = []
         labels = []
         locations = []
-        for number, path in enumerate(paths):
+        for number, (path, shard) in enumerate(zip(paths, shard_names(paths))):
             before = len(labels)
-            for image in read_tar(path, ignored):
-                self.names.append(f'{path.name}/{image.name}')
+            for image in read_tar(path, ignored, shard):
+                self.names.append(f'{shard}/{image.name}')
                 labels.append(image.label)
                 locations.append((number, image.offset, image.size))
             if len(labels) == before:
                 first = ignored.first.get(IgnoredFiles.NO_IMAGE)
                 raise InputError(f'{path}: no images in it' + (f' (first member: {first})' if first else ''))
+        self.names = number_repeated(self.names)  # a member may be in an archive twice
         self.labels = np.array(labels, np.int64)
         self.locations = np.array(locations, np.int64)
 
@@ -254,7 +281,7 @@ class ParquetImages(Source):
         labels = []
         locations = []
         named_path = None  # the first file with class names
-        for number, path in enumerate(paths):
+        for number, (path, shard) in enumerate(zip(paths, shard_names(paths))):
             file = open_parquet(path)
             classes = class_names(file)
             check_class_names(self.classes, classes, named_path, path)
@@ -263,11 +290,12 @@ class ParquetImages(Source):
                 named_path = path
             labels_here = read_labels_of(path, file, classes)
             labels += labels_here
-            self.names += [f'{path.name}/{row}' for row in range(len(labels_here))]
+            self.names += [f'{shard}/{row}' for row in range(len(labels_here))]
             locations += [(number, group, row) for group in range(file.num_row_groups)
                        for row in range(file.metadata.row_group(group).num_rows)]
         if not labels:
             raise InputError(f'{paths[0]}: no images in it')
+        self.names = number_repeated(self.names)  # a file may be given twice
         self.labels = np.array(labels, np.int64)
         self.locations = np.array(locations, np.int64)
         self.group = None  # (file, row group, its images): the group read last, since images are asked for in order

@@ -29,20 +29,27 @@ class TarImage(NamedTuple):
     label: int
 
 
-def read_tar(path: Path, ignored: IgnoredFiles) -> Iterator[TarImage]:
-    """Yield the images of a tar shard in its order; what is not one is added to `ignored`. Raises InputError."""
+def read_tar(path: Path, ignored: IgnoredFiles, shard: str = '') -> Iterator[TarImage]:
+    """Yield the images of a tar shard in its order; what is not one is added to `ignored`. Raises InputError.
+
+    Args:
+        path: of the shard.
+        ignored: is added to.
+        shard: what the shard is called there; '' for the name of its file.
+    """
+    shard = shard or path.name
     # webdataset's rule: a sample is a run of members that share the path up to the first dot of the file name
     key = None
     members = []
-    for member in _members(path, ignored):
+    for member in _members(path, ignored, shard):
         folder, _, name = member.info.name.rpartition('/')
         stem = name.partition('.')[0]
         if (folder, stem) != key:
-            yield from _sample(path, members, ignored)
+            yield from _sample(path, members, ignored, shard)
             key = folder, stem
             members = []
         members.append(member)
-    yield from _sample(path, members, ignored)
+    yield from _sample(path, members, ignored, shard)
 
 
 class _Member(NamedTuple):
@@ -52,7 +59,7 @@ class _Member(NamedTuple):
     label: int | None
 
 
-def _sample(path: Path, members: list[_Member], ignored: IgnoredFiles) -> Iterator[TarImage]:
+def _sample(path: Path, members: list[_Member], ignored: IgnoredFiles, shard: str) -> Iterator[TarImage]:
     """The image of a sample, if it has one. Raises InputError when it lacks the label, or has several images."""
     images = [member for member in members if '.' + member.extension in image_extensions()]
     usual = [member for member in images if member.extension in USUAL_IMAGES]
@@ -63,11 +70,11 @@ def _sample(path: Path, members: list[_Member], ignored: IgnoredFiles) -> Iterat
     if not candidates:
         if members:
             others = [member for member in members if member.extension not in ('cls', 'json')]
-            ignored.add(IgnoredFiles.NO_IMAGE, f'{path.name}/{(others or members)[0].info.name}')
+            ignored.add(IgnoredFiles.NO_IMAGE, f'{shard}/{(others or members)[0].info.name}')
         return
     for member in images:
         if member is not candidates[0]:
-            ignored.add(IgnoredFiles.OTHER, f'{path.name}/{member.info.name}')
+            ignored.add(IgnoredFiles.OTHER, f'{shard}/{member.info.name}')
     labels = {member.extension: member.label for member in members if member.label is not None}
     image = candidates[0].info
     if not labels:
@@ -77,7 +84,7 @@ def _sample(path: Path, members: list[_Member], ignored: IgnoredFiles) -> Iterat
     yield TarImage(image.name, image.offset_data, image.size, labels.get('cls', labels.get('json')))
 
 
-def _members(path: Path, ignored: IgnoredFiles) -> Iterator[_Member]:
+def _members(path: Path, ignored: IgnoredFiles, shard: str) -> Iterator[_Member]:
     """Yield the regular files in a tar, hidden ones left out. Raises InputError."""
     offset = 0
     try:
@@ -88,7 +95,7 @@ def _members(path: Path, ignored: IgnoredFiles) -> Iterator[_Member]:
                     raise InputError(f'{path}: {info.name} claims a negative size: damaged; fetch it again')
                 offset = tar.offset
                 if is_hidden(info.name):
-                    ignored.add(IgnoredFiles.HIDDEN, f'{path.name}/{info.name}')
+                    ignored.add(IgnoredFiles.HIDDEN, f'{shard}/{info.name}')
                 elif not info.isdir():
                     yield _member(path, tar, info)
             offset = tar.offset

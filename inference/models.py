@@ -21,7 +21,7 @@ from seitpp.mtm_recipe import canonical_codes
 from token_augment import EvalTransform, center_crop, check_crop
 from training.checkpoints import (CODES, PRETRAIN, SEIT, check_codes, head_size, load_weights, note_average, origin,
                                   saved_flags, without_token_adapt)
-from training.pretrained import POSITIONS, prefix_tokens, prefixes
+from training.pretrained import POSITIONS, prefix_positions, prefixes
 from utils import InputError
 
 PIXELS = 'main_pixels.py'
@@ -87,12 +87,12 @@ def load_model(checkpoint: dict[str, Any], path: str, codebook: torch.Tensor | N
         classes = pixel_classes(weights, path, name, kwargs, size)
         model = create_pixel_model(name, kwargs, classes, size)
     elif program == SEIT:
-        size, crop_ratio = grid_size_of(weights, path), None
+        size, crop_ratio = grid_size_of(weights, path, kwargs), None
         classes = head_size(weights, 'head', path)
         code_dim = None if codebook is None else codebook.shape[1]
         model = models_seit.create_model(name, kwargs, classes, size, code_dim)
     else:
-        size, crop_ratio = grid_size_of(weights, path), None
+        size, crop_ratio = grid_size_of(weights, path, kwargs), None
         codes = count_codes(weights, path, codebook)
         weights = encoder_weights(weights) if program == PRETRAIN else without_token_adapt(weights)
         classes = 0 if program == PRETRAIN else head_size(weights, 'head', path)
@@ -137,13 +137,12 @@ def weights_of(checkpoint: dict[str, Any], path: str, use_ema: bool) -> dict[str
     return checkpoint['model_ema']
 
 
-def grid_size_of(weights: dict[str, Any], path: str) -> int:
+def grid_size_of(weights: dict[str, Any], path: str, model_kwargs: dict[str, Any]) -> int:
     """Codes on a side that a model of tokens reads: its patches are of 2x2. Raises InputError."""
-    positions = weights.get(POSITIONS)
-    prefix = prefix_tokens(positions.shape[1]) if isinstance(positions, torch.Tensor) and positions.ndim == 3 else None
+    prefix = prefix_positions(weights, bool(model_kwargs.get('no_embed_class')))
     if prefix is None:
         raise InputError(f'{path}: has no position embeddings of a square grid: give another checkpoint')
-    return 2 * math.isqrt(positions.shape[1] - prefix)
+    return 2 * math.isqrt(weights[POSITIONS].shape[1] - prefix)
 
 
 def size_and_crop(flags: dict[str, Any], path: str, input_size: int | None,

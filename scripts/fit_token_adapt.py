@@ -117,7 +117,7 @@ def main(args: argparse.Namespace) -> int:
         return images.numbers[order[:args.epoch_images // world_size()] if args.epoch_images else order]
 
     def batches_of(indices: np.ndarray, epoch: int, start: int) -> Iterator[torch.Tensor]:
-        return images.batches(indices)
+        return images.batches(indices, fill=True)
 
     def evaluate_of(model: nn.Module, name: str) -> dict[str, float]:
         batches = held_out.batches(held_out.numbers[rank_indices(len(held_out), True)])

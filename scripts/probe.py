@@ -44,6 +44,7 @@ TEMPERATURE = 0.07
 DECAYS = (1., 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # tried by the linear probe, the strongest first
 MAX_ITERATIONS = 200  # of L-BFGS
 CHUNK_ELEMENTS = 1 << 26  # of similarities or logits in memory at a time
+ROUNDING = 2. ** -18  # 32 times that of one operation in float32
 HELD_OUT = 10  # one training feature in so many
 
 
@@ -114,10 +115,10 @@ def neighbor_votes(train: torch.Tensor, labels: torch.Tensor, queries: torch.Ten
         queries: (M, D) float32 features.
         classes: how many there are.
         k: neighbors, N at most.
-        temperature: a neighbor of similarity s votes with exp((s - s_max) / temperature), so that none overflows.
+        temperature: a neighbor of similarity s votes with exp((s - s_max) / temperature).
 
     Returns:
-        (M, classes) float32.
+        (M, classes) float32, logarithms of votes; -inf for a class without one.
 
     Raises:
         InputError: for more neighbors than training features.
@@ -128,18 +129,28 @@ def neighbor_votes(train: torch.Tensor, labels: torch.Tensor, queries: torch.Ten
     votes = []
     for part in F.normalize(queries, dim=1).split(max(1, CHUNK_ELEMENTS // len(train))):
         similarity, nearest = (part @ keys).topk(k, dim=1)
-        weights = ((similarity - similarity[:, :1]) / temperature).exp()
-        votes.append(weights.new_zeros(len(part), classes).scatter_add_(1, labels[nearest], weights))
+        logs = (similarity - similarity[:, :1]) / temperature
+        voted = labels[nearest]
+        # relative to the largest of each class: at a low temperature all others would be 0, as if they had not voted
+        largest = logs.new_full((len(part), classes), -torch.inf).scatter_reduce_(1, voted, logs, 'amax')
+        sums = torch.zeros_like(largest).scatter_add_(1, voted, (logs - largest.gather(1, voted)).exp())
+        votes.append(largest + sums.log())
     return torch.cat(votes)
 
 
 # ---------------------------------------------------------------- linear probe
 
 def standardize(train: torch.Tensor, other: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two sets of features, (N, D) and (M, D), minus the mean of the first, divided by its deviation."""
+    """Two sets of features, (N, D) and (M, D), minus the mean of the first, divided by its deviation.
+
+    Features that never change in the first, but for rounding, become 0: divided by its deviation, rounding would be as
+    large as what the model says.
+    """
     std, mean = torch.std_mean(train, dim=0, correction=0)
-    std = torch.where(std > 0, std, 1.)  # a feature that never changes becomes 0, not NaN
-    return (train - mean) / std, (other - mean) / std
+    size = torch.maximum(mean.abs(), train.square().mean().sqrt())  # of what was summed to make the feature
+    changes = std > ROUNDING * size
+    std = torch.where(changes, std, 1.)
+    return tuple(torch.where(changes, (features - mean) / std, 0.) for features in (train, other))
 
 
 def scores_of(weights: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -222,8 +233,9 @@ def linear_probe(train: torch.Tensor, labels: torch.Tensor, queries: torch.Tenso
 # ---------------------------------------------------------------- results
 
 def accuracies(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
-    """Top-1 and top-5 (%) of scores (N, classes) for labels (N,): {'acc1', 'acc5'}."""
-    top = scores.topk(min(5, scores.shape[1]), dim=1).indices == labels[:, None]
+    """Top-1 and top-5 (%) of scores (N, classes) for labels (N,): {'acc1', 'acc5'}. Classes of -inf do not count."""
+    best = scores.topk(min(5, scores.shape[1]), dim=1)
+    top = (best.indices == labels[:, None]) & (best.values > -torch.inf)
     return {'acc1': 100 * top[:, 0].double().mean().item(), 'acc5': 100 * top.any(1).double().mean().item()}
 
 

@@ -7,7 +7,8 @@
 
 Methods and their parameters: sample, the part of the images that is kept, the same of each class, one at least, drawn
 by --seed; resize, the factor of both sides, of each image's own size (then a JPEG of quality 95); jpeg, PIL's quality
-1 to 95; webp, PIL's quality 0 to 100 (image_data/shrinking.py).
+1 to 95; webp, PIL's quality 0 to 100 (image_data/shrinking.py). An image with a longer side than the format holds
+(65,500 pixels as a JPEG, 16,383 as a WebP) is made as small as it does, which a line says.
 
 Instead of --parameter a budget: --total-bytes of all files together, or --bytes-per-image, which is the total divided
 by the images of the *source*, so that a budget is the same storage for every method. The largest parameter within it is

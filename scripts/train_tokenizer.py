@@ -115,7 +115,7 @@ def fitted_start(args: argparse.Namespace, training: TokenizerTraining, images: 
     n = (args.image_size // args.patch_size) ** 2
     # the order of one process, whatever the number of ranks: the start does not depend on it
     order = shuffled(len(images), 1, 0, args.seed, 0)[:math.ceil(PATCHES_A_CODE * args.codes / n)]
-    batches = list(images.batches(images.numbers[order]))
+    batches = list(images.batches(images.numbers[order], fill=True))
     generator = torch.Generator(batches[0].device).manual_seed(args.seed)
     fit_start(training.eval().model, training.quantizer, batches, generator)
     return {name: value.cpu() for name, value in training.state_dict().items()}
@@ -163,7 +163,7 @@ def main(args: argparse.Namespace) -> int:
         return images.numbers[order[:args.epoch_images // world_size()] if args.epoch_images else order]
 
     def batches_of(indices: np.ndarray, epoch: int, start: int) -> Iterator[torch.Tensor]:
-        return images.batches(indices)
+        return images.batches(indices, fill=True)
 
     def loss_of(model: nn.Module, pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         x = unit_range(pixels)
@@ -180,7 +180,7 @@ def main(args: argparse.Namespace) -> int:
         stats = evaluate_tokenizer(model, batches, amp, name)
         # with --model-ema both sets of weights are evaluated, and the averaged ones are written
         if args.output_dir and bool(name) == args.model_ema:
-            on_main(lambda: write_outputs(model, torch.cat(list(held_out.batches(shown))), folder.path))
+            on_main(lambda: write_outputs(model, torch.cat(list(held_out.batches(shown, fill=True))), folder.path))
         return stats
 
     # ------------------------------------------------------------ train

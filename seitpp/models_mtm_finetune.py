@@ -17,7 +17,7 @@ from models_seit import PatchStem, TokenVisionTransformer
 from seitpp.models_mtm import TokenEmbedding, make_model
 from training.checkpoints import (FINETUNE, PRETRAIN, check_codes, check_origin, load_checkpoint, load_weights,
                                   note_average, without_token_adapt)
-from training.pretrained import fit_positions
+from training.pretrained import POSITIONS, TOKENS, fit_parts, fit_positions, summary, without_positions
 from utils import InputError, print0
 
 PREFIX = 'mtm_'  # of timm's names
@@ -111,7 +111,8 @@ def encoder_weights(weights: dict[str, Any]) -> dict[str, Any]:
 def load_encoder(model: CodeVisionTransformer, path: str) -> None:
     """--finetune: start from the encoder of a checkpoint of masked-token pre-training, or of fine-tuning.
 
-    Position embeddings are resampled bicubically; the head starts from scratch, near zero, as published.
+    Position embeddings are resampled bicubically; the head starts from scratch, near zero, as published. Prefix tokens
+    are kept as `load_pretrained` keeps them: pre-training has no registers.
 
     Raises:
         InputError: for another program's weights, other codes, or another size of model.
@@ -122,9 +123,11 @@ def load_encoder(model: CodeVisionTransformer, path: str) -> None:
     check_codes(weights, len(model.token_emb.word_embeddings.weight), path)
     weights = encoder_weights(weights)
     wanted = model.state_dict()
-    if isinstance(weights.get('pos_embed'), torch.Tensor):
-        weights['pos_embed'] = fit_positions(weights['pos_embed'], wanted['pos_embed'], path)
+    resampled = ''
+    if isinstance(weights.get(POSITIONS), torch.Tensor) and POSITIONS in wanted:
+        weights[POSITIONS], resampled = fit_positions(weights, model, path, without_positions(checkpoint))
+    weights, scratch, left_out = fit_parts(weights, wanted, TOKENS)
     trunc_normal_(model.head.weight, std=2e-5)  # as in MAE: the first steps shall not disturb the encoder
     load_weights(model, weights | {name: value for name, value in wanted.items() if name.startswith('head.')}, path)
     note_average(checkpoint, path)
-    print0(f'{path}: the encoder starts from it, the head from scratch')
+    print0(summary(path, 'the encoder starts from it, the head from scratch', resampled, scratch, left_out))

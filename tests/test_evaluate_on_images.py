@@ -152,11 +152,13 @@ def test_a_bad_image_that_only_the_second_rank_meets_is_named(images, checkpoint
     assert f'error: {tmp_path}: {victim.relative_to(tmp_path)} is no readable' in output
 
 
-def test_bad_images(images, checkpoint, tmp_path, capsys):
+@pytest.mark.parametrize('batch_size', [64, 1])  # a batch with others, and alone
+def test_bad_images(batch_size, images, checkpoint, tmp_path, capsys):
     victim = with_a_bad_image(images, tmp_path, 20)
     with pytest.raises(InputError, match=f'{victim.name}.*--skip-bad-images'):
         on_images(tmp_path, checkpoint)
-    on_images(tmp_path, checkpoint, '--skip-bad-images', '--save-predictions', tmp_path / 'p.csv')
+    on_images(tmp_path, checkpoint, '--skip-bad-images', '--save-predictions', tmp_path / 'p.csv', '--batch-size',
+              batch_size)
     said = capsys.readouterr()
     assert '1 unreadable images were left out' in said.out and f'skipped {victim.relative_to(tmp_path)}: ' in said.err
     assert len((tmp_path / 'p.csv').read_text().splitlines()) == 70

@@ -4,6 +4,7 @@ A model of tokens may start from weights of pixels, and the other way round. `lo
 docs/pretraining.md has too, what becomes of each tensor, and prints it.
 """
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,11 +12,12 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from fileio.labels import same_class_names
-from training.checkpoints import load_checkpoint, load_weights, note_average
+from training.checkpoints import load_checkpoint, load_weights, note_average, saved_flags
 from utils import InputError, print0
 
 POSITIONS = 'pos_embed'
-OPTIONAL = ('cls_token', 'dist_token', 'head_dist.')  # parts without which a model's blocks are the same
+TOKENS = ('cls_token', 'dist_token', 'reg_token')  # before the patches, in timm's order: class, distillation, registers
+OPTIONAL = (*TOKENS, 'head_dist.')  # parts without which a model's blocks are the same
 OTHER_CLASSES = 'other classes'
 
 
@@ -24,8 +26,9 @@ def load_pretrained(model: nn.Module, path: str, classes: list[str] | None = Non
 
     * Stem and head: kept as a whole where all shapes are the model's, otherwise from scratch. A head of as many classes
       but other names starts from scratch too.
-    * Position embeddings: resampled bicubically where the grid is another, those of class and distillation token kept.
-    * Class token, distillation token and its head: kept where both have them, otherwise from scratch or left out.
+    * Position embeddings: resampled bicubically where the grid is another, those of prefix tokens kept.
+    * Prefix tokens (class, distillation, registers) and the distillation's head: kept where both have them and as many,
+      otherwise from scratch or left out.
     * Final norm: kept, be it called `norm`, as in models of tokens, or `fc_norm`, as timm calls it after mean pooling.
     * All other tensors: kept.
 
@@ -42,30 +45,43 @@ def load_pretrained(model: nn.Module, path: str, classes: list[str] | None = Non
     note_average(checkpoint, path)
     wanted = model.state_dict()
     weights, renamed = with_norm_of(dict(checkpoint['model']), wanted)
-    left_out = [key for key in weights if str(key).startswith(OPTIONAL) and key not in wanted]
-    weights = {key: value for key, value in weights.items() if key not in left_out}
+    resampled = ''
+    if isinstance(weights.get(POSITIONS), torch.Tensor) and POSITIONS in wanted:
+        weights[POSITIONS], resampled = fit_positions(weights, model, path, without_positions(checkpoint))
     heads = prefixes(model, 'classifier')
     # a head for classes of other names fits by its shape, but its scores would mean other things
     renew_head = new_head or not same_class_names(checkpoint.get('classes'), classes)
-    scratch = {}
-    # A part is taken as a whole or not at all: a new weight with an old bias would start from neither.
-    for prefix in dict.fromkeys((*prefixes(model, 'first_conv'), *heads, *OPTIONAL)):
-        part = {key: value for key, value in wanted.items() if key.startswith(prefix)}
-        reason = why_from_scratch(weights, part)
-        if renew_head and prefix in heads and not reason:
-            reason = OTHER_CLASSES
-        if reason:
-            weights |= part  # the model's initial values
-            scratch[prefix] = reason
-    resampled = ''
-    if isinstance(weights.get(POSITIONS), torch.Tensor) and POSITIONS in wanted:
-        positions = weights[POSITIONS]
-        weights[POSITIONS] = fit_positions(positions, wanted[POSITIONS], path)
-        if positions.shape != wanted[POSITIONS].shape:
-            resampled = positions_note(positions.shape[1], wanted[POSITIONS].shape[1])
+    weights, scratch, left_out = fit_parts(weights, wanted, (*prefixes(model, 'first_conv'), *heads, *OPTIONAL),
+                                           heads if renew_head else ())
     load_weights(model, weights, path)
     kept = sum(not key.startswith(tuple(scratch)) for key in wanted) - bool(resampled)
     print0(summary(path, f'{kept} tensors kept{renamed}', resampled, scratch, left_out))
+
+
+def fit_parts(weights: dict[str, Any], wanted: dict[str, torch.Tensor], parts: Sequence[str],
+              renewed: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+    """Weights with the parts that a model has, and without optional ones that it has not.
+
+    Args:
+        weights: of a file.
+        wanted: initial values of the model.
+        parts: how names of weights begin that may start from scratch.
+        renewed: those of them that do so in any case.
+
+    Returns:
+        The weights; why parts start from scratch, by the beginning of their names; names of weights that are left out.
+    """
+    left_out = [key for key in weights if str(key).startswith(OPTIONAL) and key not in wanted]
+    weights = {key: value for key, value in weights.items() if key not in left_out}
+    scratch = {}
+    # A part is taken as a whole or not at all: a new weight with an old bias would start from neither.
+    for prefix in dict.fromkeys(parts):
+        part = {key: value for key, value in wanted.items() if key.startswith(prefix)}
+        reason = why_from_scratch(weights, part) or (OTHER_CLASSES if part and prefix in renewed else '')
+        if reason:
+            weights |= part  # the model's initial values
+            scratch[prefix] = reason
+    return weights, scratch, left_out
 
 
 def summary(path: str, kept: str, resampled: str, scratch: dict[str, str], left_out: list[str]) -> str:
@@ -74,7 +90,7 @@ def summary(path: str, kept: str, resampled: str, scratch: dict[str, str], left_
     Args:
         path: of the file.
         kept: how many tensors were kept, as a text.
-        resampled: text of `positions_note`.
+        resampled: what `fit_positions` did.
         scratch: prefix of a part's names -> why it starts from scratch.
         left_out: names of the file's tensors that the model has no use for.
     """
@@ -113,43 +129,104 @@ def why_from_scratch(weights: dict[str, Any], part: dict[str, torch.Tensor]) -> 
 
 # ---------------------------------------------------------------- position embeddings
 
-def prefix_tokens(number: int) -> int | None:
-    """How many of a ViT's tokens, 1, 2 or 0, are no patches of a square grid; None where there is no such number."""
-    return next((p for p in (1, 2, 0) if number > p and math.isqrt(number - p) ** 2 == number - p), None)
+def count_tokens(weights: dict[str, Any]) -> dict[str, int]:
+    """How many prefix tokens of each kind the weights of a ViT have, by name, in the order of their positions."""
+    return {name: weights[name].shape[1] for name in TOKENS
+            if isinstance(weights.get(name), torch.Tensor) and weights[name].ndim == 3}
 
 
-def positions_note(before: int, now: int) -> str:
-    """What `fit_positions` does with so many positions to make another number of them."""
-    old_prefix, new_prefix = prefix_tokens(before), prefix_tokens(now)
-    old, new = math.isqrt(before - old_prefix), math.isqrt(now - new_prefix)
-    notes = [f'resampled from {old}x{old} to {new}x{new}'] if old != new else []
-    if old_prefix > new_prefix:
-        notes.append(f'cut to {new_prefix} of its {old_prefix} prefix tokens')
-    if old_prefix < new_prefix:
-        notes.append(f'from scratch for {new_prefix - old_prefix} of {new_prefix} prefix tokens')
-    return ' and '.join(notes)
+def prefix_positions(weights: dict[str, Any], without: bool = False) -> int | None:
+    """How many of a ViT's positions are no patches of a square grid: one for each prefix token, or none.
+
+    Args:
+        weights: of the ViT.
+        without: where both can be, prefix tokens have no positions (timm's no_embed_class).
+
+    Returns:
+        None where no square grid is left.
+    """
+    positions = weights.get(POSITIONS)
+    if not isinstance(positions, torch.Tensor) or positions.ndim != 3:
+        return None
+    tokens = sum(count_tokens(weights).values())
+    # 1 and 2: files that lack the tokens themselves
+    for prefix in (0, tokens, 1, 2) if without else (tokens, 0, 1, 2):
+        patches = positions.shape[1] - prefix
+        if patches > 0 and math.isqrt(patches) ** 2 == patches:
+            return prefix
+    return None
 
 
-def fit_positions(positions: torch.Tensor, wanted: torch.Tensor, path: str) -> torch.Tensor:
-    """Position embeddings (1, p + n, d) of p = 0, 1 or 2 prefix tokens, as those wanted, (1, q + m, d).
+def without_positions(checkpoint: dict[str, Any]) -> bool | None:
+    """Whether a checkpoint's flags say that its prefix tokens have no positions; None where they do not say."""
+    kwargs = saved_flags(checkpoint).get('model_kwargs')
+    return kwargs.get('no_embed_class') if isinstance(kwargs, dict) else None
 
-    Prefix tokens too many are cut, missing ones are the model's own, and the grid is resampled.
+
+def fit_positions(weights: dict[str, Any], model: nn.Module, path: str,
+                  without: bool | None = None) -> tuple[torch.Tensor, str]:
+    """Position embeddings of weights as a model has them, and what was done to them, '' for nothing.
+
+    The grid is resampled. Prefix tokens of a kind that both have, and as many of it, keep their positions; others that
+    the file has are cut, and those that only the model has are its own.
+
+    Args:
+        weights: with POSITIONS.
+        model: whose positions are wanted.
+        path: of the weights, for errors.
+        without: whether the weights' prefix tokens have no positions, where that is known.
 
     Raises:
         InputError: when the patches make no square grid.
     """
-    if positions.shape == wanted.shape:
-        return positions
-    old_prefix = prefix_tokens(positions.shape[1]) if positions.ndim == 3 else None
-    new_prefix = prefix_tokens(wanted.shape[1])
-    if old_prefix is None or new_prefix is None or positions.shape[2] != wanted.shape[2]:
+    positions = weights[POSITIONS]
+    own = model.state_dict()
+    wanted = own[POSITIONS]
+    new_prefix = prefix_positions(own)
+    patches = getattr(getattr(model, 'patch_embed', None), 'num_patches', None)
+    if new_prefix is not None and patches:
+        new_prefix = wanted.shape[1] - patches  # 9 positions may be 3x3 patches, or 2x2 and 5 prefix tokens
+    if without is None:
+        without = new_prefix == 0
+    old_prefix = prefix_positions(weights, without)
+    if None in (old_prefix, new_prefix) or positions.shape[2] != wanted.shape[2]:
+        if positions.shape == wanted.shape:
+            return positions, ''
         raise InputError(f'{path}: position embeddings of shape {tuple(positions.shape)} do not fit '
-                         f'{tuple(wanted.shape)}: the weights are of another model')
-    # prefix tokens that both have, those that only the model has, and the file's grid
-    grid = torch.cat([positions[:, :min(old_prefix, new_prefix)], wanted[:, min(old_prefix, new_prefix):new_prefix],
-                      positions[:, old_prefix:]], 1)
-    side = math.isqrt(wanted.shape[1] - new_prefix)
-    return resample_abs_pos_embed(grid.float(), [side, side], num_prefix_tokens=new_prefix, antialias=False)
+                         f'{tuple(wanted.shape)}, and only square grids of one width are resampled: take an input size '
+                         'as they were trained with, or other weights')
+    old_tokens, new_tokens = (_tokens_with_positions(*values) for values in ((weights, old_prefix), (own, new_prefix)))
+    prefix = wanted[:, :new_prefix].clone()
+    kept = 0
+    for name, place in new_tokens.items():
+        if len(old_tokens.get(name, ())) == len(place):
+            prefix[:, place] = positions[:, old_tokens[name]].to(prefix)
+            kept += len(place)
+    old, new = (math.isqrt(number) for number in (positions.shape[1] - old_prefix, wanted.shape[1] - new_prefix))
+    notes = [f'resampled from {old}x{old} to {new}x{new}'] if old != new else []
+    if kept < old_prefix:
+        notes.append(f'cut to {kept} of its {old_prefix} prefix tokens')
+    if kept < new_prefix:
+        notes.append(f'from scratch for {new_prefix - kept} of {new_prefix} prefix tokens')
+    if not notes:
+        return positions, ''
+    fitted = torch.cat([prefix, positions[:, old_prefix:].to(prefix)], 1)
+    if old != new:
+        fitted = resample_abs_pos_embed(fitted.float(), [new, new], [old, old], new_prefix, antialias=False)
+    return fitted, ' and '.join(notes)
+
+
+def _tokens_with_positions(weights: dict[str, Any], prefix: int) -> dict[str, list[int]]:
+    """Which positions belong to the prefix tokens of each kind, where the first `prefix` positions are theirs."""
+    counts = count_tokens(weights)
+    if sum(counts.values()) != prefix:  # files that lack the tokens themselves, and tokens without positions
+        counts = dict.fromkeys(TOKENS[:prefix], 1)
+    places = {}
+    start = 0
+    for name, count in counts.items():
+        places[name] = list(range(start, start + count))
+        start += count
+    return places
 
 
 def freeze_all_but_attention(model: nn.Module) -> None:

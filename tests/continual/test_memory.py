@@ -259,14 +259,13 @@ def test_a_task_reads_its_images_and_then_the_memory():
     fails(lambda: store_from(Source(), 0, None), 'x: a cannot be read or stored')
 
 
-def test_an_image_that_no_index_can_describe_is_one_line():
-    class Source:
-        data_path, names = 'x', ['wide']
-
-        def read(self, i):
-            return b'P6 65536 1 255\n' + bytes(3 * 65536)
-    fails(lambda: store_from(Source(), 0, lambda image: store_image(0, image, 'pixels', None, None)),
-          'x: wide cannot be read or stored .65536 x 1 pixels are more')
+@pytest.mark.parametrize('form, longest', [('pixels', 65535), ('resize', 65535), ('jpeg', 65500)])
+@pytest.mark.parametrize('size', [(70000, 1), (1, 70000), (131072, 4)])
+def test_a_side_that_no_form_holds_is_brought_down_to_one_that_it_does(form, longest, size):
+    image = decode_rgb(b'P6 %d %d 255\n' % size + bytes(3 * size[0] * size[1]))
+    restored = decode_rgb(image_file(store_image(0, image, form, 50, 8), form))
+    assert max(restored.size) == longest and min(restored.size) == max(1, min(size) // 2)
+    assert (restored.width > restored.height) == (size[0] > size[1])
 
 
 def test_a_store_gives_samples_the_labels_of_now(tmp_path):

@@ -1,14 +1,17 @@
 """Images a batch at a time, and their transforms."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from timm.data import auto_augment
 
-from helpers import fails, smooth_images
-from image_data.dataset import (ImageDataset, Normalize, eval_transform, hold_out, posterize, random_erasing,
-                                train_transform)
+from helpers import fails, limits, smooth_images
+from image_data.dataset import (LONGEST_RATIO, ImageDataset, Images, Normalize, eval_transform, hold_out, middle,
+                                posterize, random_erasing, train_transform)
 from image_data.decoding import decode_image
+from image_data.sources import open_source
 
 CPU = torch.device('cpu')
 
@@ -39,6 +42,38 @@ def test_evaluation_resizes_and_crops_the_middle(tmp_path):
     assert result.shape == (3, 32, 32) and int(result[:, :, 2:-2].min()) == 255
     result = torch.as_tensor(eval_transform(32, 0.5)(Image.fromarray(pixels)))
     assert int(result.min()) == 255
+
+
+@pytest.mark.parametrize('size', [(2, 40_000), (70_000, 1), (1, 89_000_000), (20_000_000, 3)])
+def test_extreme_sides_take_no_more_memory_than_others(size):
+    """Resized to 256 on the short side, the last but one would have 17 TB."""
+    image = Image.new('RGB', size, (9, 8, 7))
+    with limits():
+        for transform in eval_transform(224, 0.875), train_transform(224, 0.08, 0.5, 0., 'rand-m9-mstd0.5-inc1'):
+            assert torch.as_tensor(transform(image)).shape == (3, 224, 224)
+        assert torch.as_tensor(eval_transform(224, 0.875)(image))[:, 0, 0].tolist() == [9, 8, 7]
+
+
+@pytest.mark.parametrize('long', [33, 200, 201])
+@pytest.mark.parametrize('upright', [False, True])
+def test_what_is_cut_from_long_sides_is_not_seen(long, upright):
+    rng = np.random.default_rng(0)
+    wave = np.sin(np.arange(8 * long) / 3 + rng.uniform(0, 6)) * 120 + 127
+    pixels = np.broadcast_to(wave[None, :, None], (8, 8 * long, 3)).astype(np.uint8)
+    image = Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 0, 2) if upright else pixels))
+    transform = eval_transform(32, 0.875)
+    cut = torch.as_tensor(transform(image)).int()
+    del transform.transforms[0]
+    whole = torch.as_tensor(transform(image)).int()
+    # both sides of the middle are cut alike, to whole pixels of the source
+    assert (cut - whole).abs().max() <= 24 and (cut - whole).abs().float().mean() < 8
+
+
+def test_usual_images_are_not_cut():
+    for size in (LONGEST_RATIO * 5, 5), (5, LONGEST_RATIO * 5 + 1), (40, 40):
+        image = Image.new('RGB', size)
+        assert middle(image) is image
+    assert middle(Image.new('RGB', (5, LONGEST_RATIO * 5 + 3))).size == (5, LONGEST_RATIO * 5 + 1)
 
 
 def test_pixels_are_normalized_by_the_constants_of_imagenet():
@@ -102,4 +137,38 @@ def test_images_come_in_the_order_that_is_asked_for(tmp_path):
     skipping, _ = hold_out(str(tmp_path / 'x'), str(tmp_path / 'x'), 1, 0, skip_bad=True, **READING)
     bad = [skipping.source.names.index(path.relative_to(tmp_path / 'x').as_posix()) for path in paths[:2]]
     assert len(next(skipping.batches(np.array([*bad, 5])))) == 1
-    fails(lambda: list(skipping.batches(np.array(bad))), 'none of the 2 images of a batch can be read')
+    assert not list(skipping.batches(np.array(bad)))
+
+
+def test_a_batch_that_cannot_be_read_is_left_out_or_filled(tmp_path, capsys):
+    paths = smooth_images(tmp_path / 'x')
+    for path in (*paths[2:5], paths[-1]):
+        path.write_bytes(b'no image')
+    images = Images(open_source(tmp_path / 'x'), np.arange(24), 8, 2, CPU, skip_bad=True)
+    numbers = np.array([0, 1, 2, 3, 5, 4, 23])
+    whole = [images.source.read(i) for i in range(24)]
+
+    def expected(*indices):
+        return torch.stack([decode_image(whole[i], 8) for i in indices])
+    for fill, wanted in ((False, [(0, 1), (5,)]), (True, [(0, 1), (5,), (5,), (0,)])):
+        batches = list(images.batches(numbers, fill))
+        assert len(batches) == len(wanted)
+        assert all(torch.equal(batch, expected(*indices)) for batch, indices in zip(batches, wanted))
+    notes = capsys.readouterr().out.splitlines()
+    assert [note.partition('none of the ')[2] for note in notes] == [
+        '2 images of a batch can be read; ant/5.png takes their place',
+        '1 images of a batch can be read; ant/0.png takes their place']
+    some = replace(images, numbers=np.array([3, 4, 7, 23]))  # others are not looked for
+    assert torch.equal(next(some.batches(np.array([23]), True)), expected(7))
+    none = replace(images, numbers=np.array([3, 23]))
+    fails(lambda: list(none.batches(none.numbers, True)), 'x: none of its 2 images can be read')
+    strict = replace(images, skip_bad=False)
+    fails(lambda: list(strict.batches(numbers, True)), 'ant/2.png is no readable image.*add --skip-bad-images')
+
+
+def test_held_out_images_that_cannot_be_read_are_found_before_the_training(tmp_path):
+    smooth_images(tmp_path / 'x')
+    for path in smooth_images(tmp_path / 'val'):
+        path.write_bytes(b'')
+    fails(lambda: hold_out(str(tmp_path / 'x'), str(tmp_path / 'val'), 3, 0, skip_bad=True, **READING),
+          'val: none of its 3 images can be read')

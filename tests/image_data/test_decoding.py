@@ -6,9 +6,9 @@ import torch
 from PIL import Image
 from torchvision.datasets.folder import default_loader
 
-from helpers import encoded, noise, odd_images, published_transform
-from image_data.decoding import (BadImage, IgnoredFiles, bare_bytes, decode_image, image_extensions, is_hidden,
-                                 is_image, scan_bytes, webp_bytes)
+from helpers import encoded, limits, noise, odd_images, published_transform
+from image_data.decoding import (LONG_SIDE, BadImage, IgnoredFiles, bare_bytes, decode_image, image_extensions,
+                                 is_hidden, is_image, pixels_of, resize_square, scan_bytes, webp_bytes)
 
 SIZE = 16
 
@@ -73,6 +73,20 @@ def test_bad_images_get_one_line_without_the_name_of_an_object(data, why):
     with pytest.raises(BadImage, match=why) as caught:
         decode_image(data, SIZE)
     assert '\n' not in str(caught.value) and 'BytesIO' not in str(caught.value)
+
+
+@pytest.mark.parametrize('size', [(1, 70_000), (131_071, 2), (1, 89_000_000), (30_000_000, 2)])
+def test_extreme_sides_become_squares_in_little_memory(size):
+    image = Image.new('RGB', size, (9, 8, 7))
+    wide = size[0] > size[1]
+    image.paste((200, 8, 7), (0, 0, size[0] // 2 if wide else size[0], size[1] if wide else size[1] // 2))
+    with limits():
+        pixels = resize_square(image, 256)
+    assert pixels.shape == (3, 256, 256) and pixels[1:].flatten(1).unique(dim=1).tolist() == [[8], [7]]
+    assert pixels[0, 0, 0] == 200 and pixels[0, -1, -1] == 9
+    if max(size) < 2 * LONG_SIDE:  # as published
+        expected = image.resize((256, 256), Image.Resampling.BICUBIC)
+        assert torch.equal(pixels, pixels_of(expected))
 
 
 def test_an_error_of_pil_that_names_the_buffer(monkeypatch):

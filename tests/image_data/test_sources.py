@@ -230,3 +230,63 @@ def test_shared_memory_that_runs_out_is_one_line(data, monkeypatch):
 def test_a_nul_byte_in_a_list_is_one_line(tmp_path):
     (tmp_path / 'list.txt').write_text('a.png 0\nb\0.png 1\n')
     fails(lambda: open_source(tmp_path / 'list.txt'), "list.txt: line 2 is not 'path label'")
+
+
+# ---------------------------------------------------------------- names of images
+
+def shards(folder, kind, paths, bad=None):
+    """Write shards of two images each; returns what --data-path takes."""
+    for number, path in enumerate(paths):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        images = [b'' if number == bad else encoded(noise(2 * number + i)) for i in range(2)]
+        if kind == 'tar':
+            write_tar(folder / path, [member for i, image in enumerate(images)
+                                      for member in ((f'{i}.png', image), (f'{i}.cls', b'%d' % i))])
+        else:
+            write_parquet(folder / path, [(image, i) for i, image in enumerate(images)])
+    return ','.join(str(folder / path) for path in paths)
+
+
+@pytest.mark.parametrize('kind', ['tar', 'parquet'])
+@pytest.mark.parametrize('paths, names', [
+    (('p/0', 'q/0'), ['p/0', 'q/0']), (('train/0', 'train2/0', 'train/1'), ['train/0', 'train2/0', 'train/1']),
+    (('a/x/0', 'b/x/0', '0'), ['a/x/0', 'b/x/0', '0']), (('p/0', 'q/1'), ['0', '1'])])
+def test_images_of_files_of_one_base_name_are_told_apart(kind, paths, names, tmp_path, monkeypatch):
+    paths = [f'{path}.{kind}' for path in paths]
+    source = open_source(shards(tmp_path / 'here', kind, paths))
+    ending = '.png' if kind == 'tar' else ''
+    assert source.names == [f'{name}.{kind}/{i}{ending}' for name in names for i in range(2)]
+    # the same at another place, by relative names and a glob; another order of the files is another set
+    (tmp_path / 'here').rename(tmp_path / 'there')
+    monkeypatch.chdir(tmp_path / 'there')
+    moved = open_source(','.join(paths))
+    assert moved.names == source.names and moved.digest() == source.digest()
+    assert open_source(','.join(reversed(paths))).digest() != source.digest()
+    for i in range(len(source)):
+        assert moved.read(i) == encoded(noise(i))
+
+
+@pytest.mark.parametrize('kind', ['tar', 'parquet'])
+def test_messages_name_the_folder_of_a_file_of_the_same_name(kind, tmp_path, capsys):
+    spec = shards(tmp_path, kind, [f'p/0.{kind}', f'q/0.{kind}'], bad=1)
+    source = open_source(spec)
+    fails(lambda: list(load_images(source, [range(4)], 8)), rf': q/0.{kind}/0\S* is no readable image')
+    list(load_images(source, [range(4)], 8, skip_bad=True))
+    assert f'skipped q/0.{kind}/1' in capsys.readouterr().err
+    if kind == 'tar':
+        write_tar(tmp_path / 'q/0.tar', [('.x.png', b''), *tar_samples(1), ('y.txt', b'')])
+        open_source(spec)
+        output = capsys.readouterr().out
+        assert '(first: q/0.tar/.x.png)' in output and '(first: q/0.tar/y.txt)' in output
+
+
+def test_what_is_there_twice_is_numbered(tmp_path):
+    image = encoded(noise(0)), b'0'
+    members = [(f'{name}.{kind}', data) for name in ('a', 'b', 'a', 'b', 'a')
+               for kind, data in zip(('png', 'cls'), image)]
+    write_tar(tmp_path / 'x.tar', members)
+    assert open_source(tmp_path / 'x.tar').names == ['x.tar/a.png', 'x.tar/b.png', 'x.tar/a.png#2', 'x.tar/b.png#2',
+                                                    'x.tar/a.png#3']
+    spec = shards(tmp_path, 'parquet', ['p/0.parquet', 'q/0.parquet'])
+    assert open_source(f'{spec},{tmp_path}/p/0.parquet').names[2:] == ['q/0.parquet/0', 'q/0.parquet/1',
+                                                                      'p/0.parquet/0#2', 'p/0.parquet/1#2']

@@ -10,7 +10,7 @@ from PIL import Image
 
 from token_files.codebook import load_codebook, quantize
 from conftest import ROOT
-from helpers import GOLDEN_SIZE, Bomb, encoded, noise, published_transform, same_weights
+from helpers import GOLDEN_SIZE, Bomb, encoded, noise, published_transform, run_python, same_weights
 from image_data.decoding import decode_image
 from image_tokenizer.pickled import ModuleTokenizer
 from image_tokenizer.tokenizers import (PatchTokenizer, decode_codes, encode_images, lift_rows, load_tokenizer,
@@ -251,6 +251,87 @@ def test_pickled_module_of_another_make_is_used_as_found(tmp_path, foreign):
     path = make(lambda code: code.Classifier(256, 5), tmp_path / 'wrong.ckpt')
     with pytest.raises(InputError, match=r'wrong.ckpt: the module gives shape \(1, 3, 256, 5\)'):
         load_tokenizer(path, folder)
+
+
+VQ = """
+import torch
+{imports}
+class VQ(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 32, 8, 8)
+    def forward(self, x):
+        {late}
+        return scale(self.conv(x)).flatten(2).transpose(1, 2)
+"""
+SCALE = 'def scale(x):\n    return 3 * x\n'
+# folders of code whose modules have names of ours: {file: text}; the class is in the first
+FOREIGN_CODE = {
+    'module': {'vq.py': VQ.format(imports='from utils import scale', late=''), 'utils.py': SCALE},
+    'module that this process has not imported': {
+        'vq.py': VQ.format(imports='import tokenize_images\nscale = tokenize_images.scale', late=''),
+        'tokenize_images.py': SCALE},
+    'its own class': {'flags.py': VQ.format(imports=SCALE, late='')},
+    'folder without __init__': {'vq.py': VQ.format(imports='from training.layers import scale', late=''),
+                                'training/layers.py': SCALE},
+    'package': {'image_tokenizer/vq.py': VQ.format(imports='from .pickled import scale', late=''),
+                'image_tokenizer/__init__.py': 'from engine import scale', 'image_tokenizer/pickled.py':
+                'from . import scale', 'engine.py': SCALE},
+    'at each call': {'vq.py': VQ.format(imports='', late='from utils import scale'), 'utils.py': SCALE},
+    'folder that the code adds': {'vq.py': VQ.format(
+        imports='import os, sys\nsys.path.append(os.path.join(os.path.dirname(__file__), "lib"))',
+        late='from utils.ops import scale'), 'lib/utils/ops.py': SCALE},
+}
+SAVE = """
+import os, sys, torch
+sys.path.remove(os.environ['PYTHONPATH'])
+first = set(sys.modules)
+for folder, module in zip(sys.argv[1::2], sys.argv[2::2]):
+    sys.path.insert(0, folder)
+    __import__(module)
+    torch.save(sys.modules[module].VQ(), folder + '/vq.pt')
+    sys.path.remove(folder)
+    for name in set(sys.modules) - first:
+        del sys.modules[name]
+"""
+
+
+@pytest.fixture(scope='module')
+def foreign_code(tmp_path_factory):
+    """A folder of code and vq.pt for each of FOREIGN_CODE."""
+    folders = {}
+    words = []
+    for kind, files in FOREIGN_CODE.items():
+        folders[kind] = tmp_path_factory.mktemp('code')
+        for name, text in files.items():
+            (folders[kind] / name).parent.mkdir(parents=True, exist_ok=True)
+            (folders[kind] / name).write_text(text)
+        words += [folders[kind], next(iter(files)).removesuffix('.py').replace('/', '.')]
+    done = run_python(SAVE, *words, cwd=folders['module'].parent)
+    assert done.returncode == 0, done.stderr
+    return folders
+
+
+def modules_of_ours():
+    ours = 'utils', 'flags', 'training', 'engine', 'image_tokenizer', 'tokenize_images'
+    return {name: module for name, module in sys.modules.items() if name.partition('.')[0] in ours}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', FOREIGN_CODE)
+def test_code_gets_its_own_modules_of_our_names(foreign_code, kind):
+    before = list(sys.path), list(sys.meta_path), modules_of_ours()
+    folder = foreign_code[kind]
+    tokenizer = load_tokenizer(folder / 'vq.pt', folder)
+    assert isinstance(tokenizer, ModuleTokenizer) and tokenizer.embed_dim == 32
+    for module in tokenizer, torch.compile(tokenizer, backend='eager'):
+        images = torch.rand(2, 3, 16, 16)
+        expected = 3 * tokenizer.module.conv(images).flatten(2).transpose(1, 2)
+        assert torch.equal(module(images), expected)
+    # nothing of it is left to us but modules of names that we do not have
+    sys.modules.pop('vq', None)
+    assert (sys.path, sys.meta_path, modules_of_ours()) == before
+    assert all(module.__spec__.origin == module.__file__ for module in before[2].values())
 
 
 def test_the_flag_runs_no_code_for_a_plain_file(state, tmp_path, monkeypatch):

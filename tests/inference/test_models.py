@@ -10,6 +10,7 @@ from helpers import call, fails, make_data, run_here, same_weights, smooth_image
 from inference.models import load_model, make_prepare, program_of, weights_of
 from masked import SIZES, split_flags
 from masked import SMALL as MASKED_FLAGS
+from models_seit import create_model
 from seitpp.models_mtm_finetune import CodeVisionTransformer
 from seitpp.mtm_recipe import canonical_codes
 from token_augment import EvalTransform
@@ -101,6 +102,20 @@ def test_it_reads_what_its_program_reads(runs, program):
         fails(lambda: prepare(codes[:, :6, :6]), '8x8')
     with torch.no_grad():
         assert trained.model(inputs).shape == (2, trained.classes or 32)
+
+
+@pytest.mark.parametrize('kwargs', [{'reg_tokens': 4}, {'reg_tokens': 5, 'class_token': False}, {'reg_tokens': 8},
+                                    {'reg_tokens': 4, 'no_embed_class': True}])
+@pytest.mark.parametrize('size', [4, 6])
+def test_the_size_of_a_model_with_registers(kwargs, size, tmp_path):
+    """2x2 patches and 5 tokens are as many positions as 3x3 patches alone."""
+    kwargs = SMALL | kwargs
+    model = create_model('deit_tiny_token_32', kwargs, 3, size)
+    flags = {'model': 'deit_tiny_token_32', 'model_kwargs': kwargs}
+    torch.save({'model': model.state_dict(), 'args': flags}, tmp_path / 'x.pth')
+    trained = loaded(str(tmp_path / 'x.pth'))
+    assert trained.input_size == size
+    same_weights(trained.model, model.state_dict())
 
 
 def test_codes_of_one_direction_are_one_code_to_masked_models(runs):

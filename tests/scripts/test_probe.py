@@ -208,7 +208,7 @@ def test_neighbors_are_those_of_scikit_learn(k, temperature, monkeypatch):
     theirs.fit(train.numpy(), labels.numpy())
     monkeypatch.setattr(probe, 'CHUNK_ELEMENTS', 17 * 150)
     votes = neighbor_votes(train, labels, queries, 5, k, temperature)
-    shares = votes / votes.sum(1, keepdim=True)
+    shares = votes.softmax(1)
     np.testing.assert_allclose(shares, theirs.predict_proba(queries.numpy()), atol=1e-4)
     assert (votes.argmax(1).numpy() == theirs.predict(queries.numpy())).all()
 
@@ -216,7 +216,25 @@ def test_neighbors_are_those_of_scikit_learn(k, temperature, monkeypatch):
 def test_a_low_temperature_does_not_overflow():
     train, labels = clouds(40, noise=0.1)
     votes = neighbor_votes(train, labels, train, 5, 10, 1e-4)
-    assert votes.isfinite().all() and (votes.argmax(1) == labels).all()
+    assert not votes.isnan().any() and (votes.argmax(1) == labels).all()
+
+
+@pytest.mark.parametrize('temperature', [0.07, 1e-6])
+def test_a_class_without_a_vote_is_no_prediction(temperature):
+    """And one whose vote is too small for a number is one, in the order of the similarities."""
+    train = torch.eye(8)
+    labels = torch.arange(8)
+    queries = torch.tensor([[4., 3, 2, 0, 0, 0, 0, 0]])
+    for k, voted in ((1, [0]), (2, [0, 1]), (3, [0, 1, 2])):
+        votes = neighbor_votes(train, labels, queries, 8, k, temperature)
+        assert votes.isfinite().nonzero()[:, 1].tolist() == voted
+        assert votes.argsort(descending=True)[0, :k].tolist() == voted
+        for label in range(8):
+            found = accuracies(votes, torch.tensor([label]))
+            assert found == {'acc1': 100. * (label == 0), 'acc5': 100. * (label in voted)}
+    # several neighbors of few classes have together as many votes as classes
+    votes = neighbor_votes(train, labels % 2, queries, 8, 6, temperature)
+    assert accuracies(votes, torch.tensor([7]))['acc5'] == 0 and accuracies(votes, torch.tensor([1]))['acc5'] == 100
 
 
 def test_more_neighbors_than_images_are_one_line():
@@ -244,9 +262,21 @@ def test_standardizing_uses_the_first_set_and_leaves_constants_finite():
     ours, other = standardize(5 + 2 * train, train)
     torch.testing.assert_close(ours.mean(0), torch.zeros(12), atol=1e-5, rtol=0)
     torch.testing.assert_close(ours.std(0, correction=0)[4:], torch.ones(8))
-    assert (ours[:, 3] == 0).all() and other.isfinite().all()
+    assert (ours[:, 3] == 0).all() and (other[:, 3] == 0).all()
     torch.testing.assert_close(other[:, 0], (train[:, 0] - (5 + 2 * train[:, 0]).mean()) / (2 * train[:, 0]).std(
         correction=0))
+
+
+@pytest.mark.parametrize('value, noise', [(0.1, 0.), (1e4 / 3, 0.), (0.3, 3e-8), (0., 1e-7)])
+def test_features_are_not_divided_by_rounding(value, noise):
+    """The mean of equal numbers is rounded; and 0 may be a sum of numbers that are not."""
+    train, _ = clouds(1001)
+    train[:, 3] = value + noise * torch.randn(1001, generator=torch.Generator().manual_seed(0))
+    ours, other = standardize(train, train + 1)
+    assert (ours[:, 3] == 0).all() and (other[:, 3] == 0).all() and (ours[:, :3].std(0) > 0.9).all()
+    train[:, 3] = value + 1e-3 * max(1, value) * train[:, 4]  # which is none
+    ours, _ = standardize(train, train)
+    torch.testing.assert_close(ours[:, 3], ours[:, 4], atol=1e-2, rtol=0)
 
 
 def test_the_weight_decay_is_chosen_on_held_out_features():

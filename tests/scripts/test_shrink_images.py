@@ -127,6 +127,21 @@ def test_a_set_of_images_that_were_replaced_is_not_finished(form, tmp_path, caps
     assert 'finished already (its images have the same names and labels' in capsys.readouterr().out
 
 
+@pytest.mark.parametrize('method, parameter, sizes', [('webp', 50, (16383, 16000)), ('jpeg', 50, (65500, 16000)),
+                                                      ('resize', 0.99, (65500, 15840)), ('resize', 0.5, (35000, 8000))])
+def test_a_side_that_no_format_holds_is_brought_down_and_said(tmp_path, capsys, method, parameter, sizes):
+    for number, size in enumerate([(1, 70000), (16000, 2)]):
+        (tmp_path / 'in' / 'a').mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', size, (9, 9, 9)).save(tmp_path / 'in' / 'a' / f'{number}.png')
+    manifest = make(tmp_path / 'in', tmp_path / 'out', method=method, parameter=parameter)
+    made = made_images(tmp_path / 'out')
+    assert [max(Image.open(io.BytesIO(made[f'a/{number}'])).size) for number in range(2)] == list(sizes)
+    assert manifest['psnr'] > 30  # against the source at its size
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith('note: ')]
+    assert len(notes) == (sizes[0] != 35000) and all('a/0.' in note and 'longer than its format' in note
+                                                     for note in notes)
+
+
 # ---------------------------------------------------------------- sampling
 
 def test_a_share_of_each_class_is_kept_unchanged(images, tmp_path):

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 
 import numpy as np
@@ -104,6 +105,36 @@ def test_two_processes_keep_equal_codebooks_and_resume_exactly(images, tmp_path)
     assert first.wait(60) in ([REQUEUE] * 2, [0, 0])
     assert Job('scripts.train_tokenizer', run, 2, os.devnull).wait() == [0, 0]
     assert not differs(tmp_path / 'a', tmp_path / 'b')
+
+
+@pytest.mark.parametrize('batch_size', [1, 4])
+def test_batches_of_bad_images_alone_are_left_out(batch_size, images, tmp_path, monkeypatch, capfd):
+    """In training and evaluation; killed and resumed, such a run ends as the undisturbed one."""
+    for name in ('data', 'val'):
+        shutil.copytree(images, tmp_path / name)
+        for number, path in enumerate(sorted((tmp_path / name).rglob('*.png'))):
+            if number % 3 == 0 or name == 'val' and number < 36:
+                path.write_bytes(b'')
+    more = ['--val-path', tmp_path / 'val', '--val-images', 48, '--batch-size', batch_size, '--skip-bad-images',
+            '--epoch-images', 24]
+    assert train(tmp_path / 'data', tmp_path / 'a', *more) == 0
+    if batch_size == 1:
+        assert 'takes their place' in capfd.readouterr().out
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        before_step(patch, 1, 5, kill)
+        train(tmp_path / 'data', tmp_path / 'b', *more)
+    assert train(tmp_path / 'data', tmp_path / 'b', *more) == 0
+    assert not differs(tmp_path / 'a', tmp_path / 'b')
+
+
+@pytest.mark.slow
+def test_ranks_whose_batches_are_bad_keep_step(images, tmp_path):
+    shutil.copytree(images, tmp_path / 'data')
+    for number, path in enumerate(sorted((tmp_path / 'data').rglob('*.png'))):
+        if number % 2:
+            path.write_bytes(b'')
+    run = words(tmp_path / 'data', tmp_path / 'out', '--batch-size', 1, '--skip-bad-images', '--epoch-images', 16)
+    assert Job('scripts.train_tokenizer', run, 2, tmp_path / 'log').wait(200) == [0, 0], (tmp_path / 'log').read_text()
 
 
 # ---------------------------------------------------------------- the other programs

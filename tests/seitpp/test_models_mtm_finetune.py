@@ -173,6 +173,22 @@ def test_position_embeddings_fit_another_grid(tmp_path):
     assert min(corners) > 0.9
 
 
+def test_registers_start_from_scratch_and_then_are_kept(tmp_path, capsys):
+    """Pre-training has none; 4 of them and the class token before 2x2 patches are as many positions as 3x3 patches."""
+    path, weights = pretrained(tmp_path)
+    model = tiny(reg_tokens=4)
+    own = model.reg_token.clone()
+    load_encoder(model, str(path))
+    assert torch.equal(model.reg_token, own) and torch.equal(model.pos_embed[:, 0], weights['pos_embed'][:, 0])
+    assert torch.equal(model.pos_embed[:, 5:], weights['pos_embed'][:, 1:])
+    assert 'from scratch for 4 of 5 prefix tokens, started from scratch: reg_token' in capsys.readouterr().out
+    torch.save({'model': model.state_dict()}, tmp_path / 'finetuned.pth')
+    other = tiny(size=4, reg_tokens=4)
+    load_encoder(other, str(tmp_path / 'finetuned.pth'))
+    assert torch.equal(other.reg_token, own) and torch.equal(other.pos_embed[:, :5], model.pos_embed[:, :5])
+    assert 'pos_embed resampled from 4x4 to 2x2' in capsys.readouterr().out
+
+
 def test_dropout_and_drop_path_are_where_the_published_model_has_them():
     model = create_model('deit_tiny_token_32', {**TINY, 'depth': 2}, img_size=8, drop_path_rate=0.1)
     rates = {name: module.p for name, module in model.named_modules() if isinstance(module, torch.nn.Dropout) and (

@@ -322,7 +322,7 @@ def test_token_adapt_is_left_out():
 
 OPTIMIZERS = [*list_optimizers(), 'lookahead_adamw', 'lookahead_lamb', 'lookahead_kron']
 NOT_HERE = {'adahessian': 'second derivatives',
-            **{name: 'CUDA' for name in list_optimizers('bnb*') + list_optimizers('fused*')}}
+            **dict.fromkeys(list_optimizers('bnb*') + list_optimizers('fused*'), 'CUDA')}
 
 
 def train_steps(state, first, count):

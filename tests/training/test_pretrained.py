@@ -120,6 +120,77 @@ def test_a_model_without_a_class_token(tmp_path, capsys):
     assert 'pos_embed from scratch for 1 of 1 prefix tokens' in output and 'cls_token (not in the file)' in output
 
 
+def with_tokens(kind, side, **kwargs):
+    """A small model of tokens or of pixels with some prefix tokens, and `side` patches on a side."""
+    if kind == 'tokens':
+        return timm.create_model('deit_tiny_token_32', img_size=2 * side, num_classes=3, **SMALL, **kwargs)
+    return timm.create_model('vit_tiny_patch16_224', img_size=8 * side, patch_size=8, num_classes=3, global_pool='avg',
+                             **SMALL, **kwargs)
+
+
+# arguments of timm's ViT, and the tokens whose positions come first
+PREFIXES = [({'reg_tokens': 4}, 5), ({'reg_tokens': 5, 'class_token': False}, 5), ({'reg_tokens': 8}, 9),
+            ({'reg_tokens': 4, 'no_embed_class': True}, 0), ({'no_embed_class': True}, 0)]
+
+
+@pytest.mark.parametrize('kwargs, prefix', PREFIXES)
+@pytest.mark.parametrize('old, new', [(4, 2), (2, 4), (3, 2), (3, 3)])
+@pytest.mark.parametrize('before, now', [('tokens', 'tokens'), ('tokens', 'pixels'), ('pixels', 'tokens')])
+def test_any_number_of_prefix_tokens(kwargs, prefix, old, new, before, now, tmp_path, capsys):
+    """2x2 patches and 5 tokens are as many positions as 3x3 patches alone."""
+    source = randomize(with_tokens(before, old, **kwargs), 1)
+    model = randomize(with_tokens(now, new, **kwargs), 2)
+    load_pretrained(model, save(source, tmp_path / 'w.pth'))
+    assert torch.equal(model.pos_embed[:, :prefix], source.pos_embed[:, :prefix])
+    padded = torch.cat([source.pos_embed[:, :1], source.pos_embed[:, prefix:]], 1)  # bicubic has one token in front
+    expected = bicubic(padded, new)[:, 1:] if old != new else source.pos_embed[:, prefix:]
+    torch.testing.assert_close(model.pos_embed[:, prefix:], expected)
+    for name in ('cls_token', 'reg_token'):
+        if getattr(model, name) is not None:
+            assert torch.equal(getattr(model, name), getattr(source, name))
+    output = capsys.readouterr().out
+    assert (f'pos_embed resampled from {old}x{old} to {new}x{new}' in output) == (old != new)
+    assert 'prefix tokens' not in output and 'left out' not in output and '_token (' not in output
+
+
+@pytest.mark.parametrize('before, now, kept, said', [
+    # file, model -> which of the file's positions the model's prefix tokens get (None: their own), and what is printed
+    ({'reg_tokens': 4}, {}, [0], ['cut to 1 of its 5 prefix tokens', 'left out: reg_token']),
+    ({}, {'reg_tokens': 2}, [0, None, None], ['from scratch for 2 of 3 prefix', 'reg_token (not in the file)']),
+    ({'reg_tokens': 4}, {'reg_tokens': 1}, [0, None],
+     ['cut to 1 of its 5', 'from scratch for 1 of 2 prefix tokens', 'reg_token (another shape)']),
+    ({'reg_tokens': 4, 'class_token': False}, {'reg_tokens': 4}, [None, 0, 1, 2, 3],
+     ['from scratch for 1 of 5 prefix tokens', 'cls_token (not in the file)']),
+    ({'reg_tokens': 1, 'class_token': False}, {}, [None],
+     ['cut to 0 of its 1 prefix tokens and from scratch for 1 of 1', 'left out: reg_token']),
+    ({'reg_tokens': 4}, {'reg_tokens': 4, 'no_embed_class': True}, [], ['cut to 0 of its 5 prefix tokens'])])
+def test_other_prefix_tokens(before, now, kept, said, tmp_path, capsys):
+    source = randomize(with_tokens('tokens', 4, **before), 1)
+    model = randomize(with_tokens('pixels', 4, **now), 2)
+    own = model.pos_embed.clone()
+    load_pretrained(model, save(source, tmp_path / 'w.pth', args={'model_kwargs': before}))
+    for place, row in enumerate(kept):
+        expected = own[:, place] if row is None else source.pos_embed[:, row]
+        assert torch.equal(model.pos_embed[:, place], expected)
+    assert model.pos_embed.shape[1] == len(kept) + 16
+    assert torch.equal(model.pos_embed[:, len(kept):], source.pos_embed[:, -16:])
+    output = capsys.readouterr().out
+    assert all(text in output for text in said), output
+
+
+def test_as_many_prefix_tokens_of_another_kind(tmp_path, capsys):
+    """A distillation token is no register, though the positions are as many."""
+    source = randomize(timm.create_model('deit_tiny_distilled_patch16_224', img_size=32, patch_size=8, num_classes=3,
+                                         **SMALL), 1)
+    model = randomize(with_tokens('tokens', 4, reg_tokens=1), 2)
+    own = model.pos_embed.clone()
+    load_pretrained(model, save(source, tmp_path / 'w.pth'))
+    assert torch.equal(model.pos_embed[:, [0, *range(2, 18)]], source.pos_embed[:, [0, *range(2, 18)]])
+    assert torch.equal(model.pos_embed[:, 1], own[:, 1])
+    output = capsys.readouterr().out
+    assert 'cut to 1 of its 2 prefix tokens and from scratch for 1 of 2' in output and 'left out: dist_token' in output
+
+
 def test_finetune_from_an_address(tmp_path):
     """A local server stands for the web."""
     model = tiny()
