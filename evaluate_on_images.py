@@ -30,6 +30,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # before installed packages of the same names
 from engine import evaluate, rank_indices
 from fileio.files import check_writable, write_text
+from fileio.torch_files import digest_of
 from flags import SEED, KeyValues, Parser, add_max_pixels, integer, print_no_effect
 from image_data.class_subsets import OnlyClasses, match_classes
 from image_data.corruptions import add_robustness_flags, make_corruption
@@ -40,7 +41,8 @@ from models_seit import MODELS, create_model
 from recipe import default_amp
 from token_augment import EvalTransform
 from token_files.codebook import load_codebook
-from training.checkpoints import load_checkpoint, load_weights
+from token_files.made_with import digest_of_entry, identity_of_tokenizer
+from training.checkpoints import check_tokens_of, compare_model_flags, load_checkpoint, load_weights
 from training.run_folder import write_evaluation
 from utils import InputError, check_same_on_all_ranks, init_distributed, is_main, on_main, print0, run, world_size
 
@@ -105,19 +107,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 # ---------------------------------------------------------------- the model
 
-def load_model(path: str, use_ema: bool, name: str, model_kwargs: dict[str, Any], num_classes: int | None,
-               input_size: int, code_dim: int) -> tuple[nn.Module, list[str] | None]:
+def load_model(checkpoint: dict[str, Any], path: str, use_ema: bool, name: str, model_kwargs: dict[str, Any],
+               num_classes: int | None, input_size: int, code_dim: int) -> tuple[nn.Module, list[str] | None]:
     """The ViT with a checkpoint's weights, and its class names where the checkpoint has them. Raises InputError.
 
     Unlike inference/models.py, which reads sizes off the checkpoint, this takes them as the flags say, as published.
 
     Args:
+        checkpoint, path: of `load_checkpoint`, and its file.
         use_ema: take the averaged weights.
         num_classes: None for as many as the checkpoint has.
         input_size: codes on a side that the model reads.
         code_dim: elements of a codebook row, which the model must read.
     """
-    checkpoint = load_checkpoint(path)
     weights = weights_of(checkpoint, path, use_ema)
     bias = weights.get('head.bias')
     num_classes = num_classes or (bias.numel() if isinstance(bias, torch.Tensor) else 0)
@@ -208,15 +210,23 @@ def main(args: argparse.Namespace) -> None:
 
     # model, tokenizer and images, which must belong together: a wrong codebook has the right shape, and gives chance
     codebook = load_codebook(args.codebook_path)
-    model, names = load_model(args.model_path, args.use_ema, args.model, args.model_kwargs, args.nb_classes,
-                              args.vit_input_size, codebook.shape[1])
+    checkpoint = load_checkpoint(args.model_path)
+    facts = {'codebook': digest_of(codebook), 'size of tokenized images': args.tokenizer_input_size,
+             'tokenizer': digest_of_entry(identity_of_tokenizer(args.tokenizer_path))}
+    check_tokens_of(checkpoint, args.model_path, facts,
+                    {'codebook': args.codebook_path, 'tokenizer': args.tokenizer_path})
+    compare_model_flags(checkpoint, {name: vars(args)[name] for name in ('model', 'model_kwargs', 'vit_input_size')},
+                        args.model_path)
+    model, names = load_model(checkpoint, args.model_path, args.use_ema, args.model, args.model_kwargs,
+                              args.nb_classes, args.vit_input_size, codebook.shape[1])
     tokenizer = load_tokenizer(args.tokenizer_path, args.tokenizer_code_path)
     if tokenizer.embed_dim != codebook.shape[1]:
         raise InputError(f'{args.codebook_path}: rows of {codebook.shape[1]} elements, but the tokenizer gives '
                          f'{tokenizer.embed_dim}: they belong to different tokenizers')
     source = open_source(args.data_path)
     source.change = change  # images are corrupted where they are decoded, by the workers
-    check_same_on_all_ranks({'the list of images': source.digest()})
+    check_same_on_all_ranks({'the list of images': source.digest(), **facts} | (
+        {'weights of the model': digest_of(model.state_dict())} if world_size() > 1 else {}))
     labels, classes, subset = match_classes(source, names, model.num_classes, args.model_path, args.classes)
     print0(f'{len(source):,} images in {classes} classes; {world_size()} x {device}, amp {amp}'
            + (f'; corrupted by {source.change}' if source.change else ''))

@@ -20,6 +20,7 @@ class Rules(NamedTuple):
     of_a_rank: set[str]
     of_a_start: set[str]
     exact: set[str]
+    of_the_model: set[str]
 
 
 class Flags(argparse.Namespace):
@@ -50,23 +51,24 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str | None = None, **kwargs: Any):
         kwargs.setdefault('formatter_class', argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(description=(description or '').partition('\n')[0], allow_abbrev=False, **kwargs)
-        self.rules = Rules(set(), set(), set())
+        self.rules = Rules(set(), set(), set(), set())
 
     def add_group(self, title: str) -> Callable:
-        """Begin a group of flags. Returns its add_argument, which takes three more options:
+        """Begin a group of flags. Returns its add_argument, which takes four more options:
 
             of_a_rank=True     ranks may have different values, as for paths of a node; without it all must agree
             of_a_start=True    belongs to one start of a run and not to the run: a resumed run changes it in silence;
                                without it a printed line names the change
             exact=True         another value would give a resumed run other batches or augmentation: it is refused
+            of_the_model=True  another value makes another model of the same weights: an evaluation prints a line
         """
         group = self.add_argument_group(title)
 
         def add(*names: str, of_a_rank: bool = False, of_a_start: bool = False, exact: bool = False,
-                **options: Any) -> None:
+                of_the_model: bool = False, **options: Any) -> None:
             flag = group.add_argument(*names, **options).dest
             for rule, on in ((self.rules.of_a_rank, of_a_rank), (self.rules.of_a_start, of_a_start),
-                             (self.rules.exact, exact)):
+                             (self.rules.exact, exact), (self.rules.of_the_model, of_the_model)):
                 if on:
                     rule.add(flag)
         return add
@@ -193,9 +195,10 @@ def add_token_flags(parser: Parser) -> Callable:
         'if they take at most a quarter of its free memory')
     add('--pin-mem', action=ON_OFF, default=True,
         help='copy batches to the GPU from page-locked memory, which is faster')
-    add('--input-size', type=integer(2), default=224,
+    add('--input-size', type=integer(2), default=224, of_the_model=True,
         help='side of what the model reads, in pixels of the image; with 8 pixels a code, 224 are 28 codes')
-    add('--token-patch-size', type=integer(1), default=8, help='side of the square of pixels that one code stands for')
+    add('--token-patch-size', type=integer(1), default=8, of_the_model=True,
+        help='side of the square of pixels that one code stands for')
     return add
 
 
@@ -240,8 +243,8 @@ def add_token_augmentation_flags(parser: Parser) -> Callable:
 def add_model_flags(parser: Parser, default: str, names: str) -> None:
     """The model, its regularization and its EMA. `names` is the help text of --model: which models there are."""
     add = parser.add_group('model')
-    add('--model', default=default, help=names)
-    add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
+    add('--model', default=default, help=names, of_the_model=True)
+    add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', of_the_model=True,
         help='arguments that timm passes to the model, as in depth=4 embed_dim=128 num_heads=4')
     add('--drop', type=FRACTION, default=0., help='dropout rate')
     add('--drop-path', type=FRACTION, default=0.1,

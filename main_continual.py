@@ -45,7 +45,7 @@ from image_data.overlap import note_shared_images
 from image_data.sources import open_source
 from image_tokenizer.tokenizing import check_folder
 from token_augment import EvalTransform
-from token_dataset import TokenDataset, choose_data_device, open_splits
+from token_dataset import TokenDataset, choose_data_device, facts_of, open_splits
 from token_files.codebook import load_codebook
 from token_files.published import codec_for
 from training.checkpoints import compare_flags, load_checkpoint, load_weights
@@ -119,7 +119,7 @@ def token_modality(args: argparse.Namespace, device: torch.device) -> tuple[Moda
     """Training on tokens, as in main_seit.py."""
     codebook = load_codebook(args.codebook_path)
     size = args.input_size // args.token_patch_size
-    datasets = open_splits(recipe.split_files(args), len(codebook), args.token_cache, size, device)
+    datasets = open_splits(recipe.split_files(args), codebook, args.codebook_path, args.token_cache, size, device)
     train_data, val_data = datasets['train'], datasets['val']
     tasks = make_tasks_of(args, {args.train_label_file: train_data.labels, args.val_label_file: val_data.labels})
     for data in datasets.values():
@@ -353,6 +353,14 @@ def identity_of(args: argparse.Namespace, modality: Modality, tasks: Tasks, toke
             **sets, 'tokenizer': tokenizer, 'codebook': sha256(args.codebook_path) if args.codebook_path else None}
 
 
+def facts_of_data(args: argparse.Namespace, modality: Modality) -> dict[str, Any]:
+    """What ranks, and a resumed run, must have the same beside that: sizes of images, synonyms, TokenAdapt."""
+    datasets = {'train': modality.train, 'val': modality.val}
+    facts = (main_pixels.facts_of(datasets) if args.new == 'pixels' else
+             facts_of(datasets, load_codebook(args.codebook_path)))
+    return recipe.check_data(args, facts, None)
+
+
 def main(args: argparse.Namespace) -> int:
     """Train and evaluate all tasks. Returns the exit code."""
     device = init_distributed(args.device, args.dist_url, args.dist_timeout)
@@ -366,7 +374,11 @@ def main(args: argparse.Namespace) -> int:
     check_tasks(args, modality, tasks, device)  # run.json is written only once the last task is known to be possible
     print0(f'tokenizer: {tokenizer}')
     folder = RunFolder(args.output_dir)  # no other run writes there while this one lasts
-    on_main(lambda: check_same(folder.path / RUN, identity_of(args, modality, tasks, tokenizer)))
+    facts = facts_of_data(args, modality)
+    identity = identity_of(args, modality, tasks, tokenizer)
+    check_same_on_all_ranks({**identity, **facts})
+    # runs of before have no facts in their file
+    on_main(lambda: check_same(folder.path / RUN, identity | {'data': facts}, added=['data']))
 
     lines = on_main(read_results, args.output_dir)
     with StopSignal() as stop:  # between trainings, which have their own

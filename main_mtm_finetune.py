@@ -35,12 +35,12 @@ from seitpp.mtm_recipe import (NO_EFFECT_ON_MTM, add_augmentation_flags, add_per
                                add_token_flags, canonical_codes, check_sizes, make_input, make_state, open_token_adapt,
                                resume_run)
 from token_augment import center_crop
-from token_dataset import TokenDataset, choose_data_device, open_splits
+from token_dataset import TokenDataset, choose_data_device, facts_of, open_splits
 from token_files.codebook import load_codebook
-from training.checkpoints import (FINETUNE, check_codes, check_origin, head_size, note_average, progress_of,
+from training.checkpoints import (FINETUNE, check_codes, check_origin, head_size, note_average,
                                   without_token_adapt)
 from training.run_folder import checkpoint_files
-from utils import check_same_on_all_ranks, rank, run, world_size
+from utils import rank, run, world_size
 
 NO_EFFECT = {
     '--global-pool': 'the head always reads the mean of the patches',
@@ -110,7 +110,9 @@ def evaluate_only(args: argparse.Namespace, checkpoint: dict[str, Any], path: st
     codebook = load_codebook(args.codebook_path)
     size = check_sizes(args)
     check_checkpoint(checkpoint, path, codebook)
-    data = open_splits(recipe.split_files(args), len(codebook), args.token_cache, size, device)['val']
+    datasets = open_splits(recipe.split_files(args), codebook, args.codebook_path, args.token_cache, size, device)
+    data = datasets['val']
+    recipe.check_evaluated(args, checkpoint, path, recipe.check_data(args, facts_of(datasets, codebook), checkpoint))
     classes = count_classes({args.val_label_file: data.labels}, args.nb_classes,
                             head_size(checkpoint['model'], 'head', path))
     check_class_names(checkpoint.get('classes'), data.classes, path, args.val_token_file)
@@ -156,21 +158,20 @@ def main(args: argparse.Namespace) -> int:
     codebook = load_codebook(args.codebook_path)
     size = check_sizes(args)
     files = recipe.split_files(args)
-    datasets = open_splits(files, len(codebook), args.token_cache, size, device)
+    datasets = open_splits(files, codebook, args.codebook_path, args.token_cache, size, device)
     train_data = datasets['train']
     classes = count_classes({files[split][1]: data.labels for split, data in datasets.items()}, args.nb_classes, None)
     if checkpoint:
         check_checkpoint(checkpoint, path, codebook)
         check_class_names(checkpoint.get('classes'), train_data.classes, path, args.train_token_file)
-    check_same_on_all_ranks({'training images': len(train_data), 'validation images': len(datasets.get('val', ())),
-                             'codebook': tuple(codebook.shape), **progress_of(checkpoint)})
+    token_adapt = open_token_adapt(args.tokenadapt_path, codebook, device)
+    facts = recipe.check_data(args, facts_of(datasets, codebook), checkpoint)
     choose_data_device(datasets, args.data_device, device)
 
     # model
-    token_adapt = open_token_adapt(args.tokenadapt_path, codebook, device)
     model = make_model(args, len(codebook), size, classes)
     if args.finetune:
-        load_encoder(model, args.finetune)
+        load_encoder(model, args.finetune, facts, args.codebook_path)
     model.to(device)
     amp = recipe.print_model(args, args.model, model, device)
 
@@ -192,7 +193,7 @@ def main(args: argparse.Namespace) -> int:
     # train
     # an example of a batch, with which DDP makes its buckets
     inputs = torch.zeros(args.batch_size, size, size, dtype=torch.int64, device=device)
-    state = make_state(args, model, make_optimizer(args, model), amp, len(order_of(0)), (inputs,))
+    state = make_state(args, model, make_optimizer(args, model), amp, len(order_of(0)), (inputs,), facts)
     keep_token_adapt(model, token_adapt)  # only now, as frozen weights have no part in DDP
     resume_run(args, state, checkpoint, path)
     return recipe.fit(args, state, folder, state.scheduler.steps, order_of, batches_of, loss_of, evaluate_of,

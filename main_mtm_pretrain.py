@@ -31,11 +31,12 @@ from seitpp.models_mtm import MODELS, PATCH, MaskRatio, create_model, draw_masks
 from seitpp.mtm_recipe import (NO_EFFECT_ON_MTM, add_augmentation_flags, add_periods_flag, add_step_flags,
                                add_token_flags, check_sizes, make_input, make_state, open_token_adapt, resume_run)
 from token_augment import check_crop
-from token_dataset import TokenDataset, choose_data_device
+from token_dataset import TokenDataset, choose_data_device, facts_of
 from token_files.codebook import load_codebook
-from training.checkpoints import PRETRAIN, check_codes, check_origin, progress_of
+from token_files.made_with import check_made_with
+from training.checkpoints import PRETRAIN, check_codes, check_origin
 from training.run_folder import checkpoint_files
-from utils import InputError, check_same_on_all_ranks, print0, rank, run, world_size
+from utils import InputError, print0, rank, run, world_size
 
 # Accepted because published commands may hold them: flag -> why it changes nothing.
 NO_EFFECT = {
@@ -112,8 +113,8 @@ def main(args: argparse.Namespace) -> int:
     data = TokenDataset(args.train_token_file, None, len(codebook), args.token_cache, device)
     check_crop(size, data.grid_size)
     print0(f'train: {len(data):,} images of {data.grid_size}x{data.grid_size} codes, {size}x{size} codes are read')
-    check_same_on_all_ranks({'training images': len(data), 'codebook': tuple(codebook.shape),
-                             **progress_of(checkpoint)})
+    check_made_with(data.files, codebook, args.codebook_path)
+    facts = recipe.check_data(args, facts_of({'train': data}, codebook), checkpoint)
     choose_data_device({'train': data}, args.data_device, device)
 
     # model
@@ -141,7 +142,7 @@ def main(args: argparse.Namespace) -> int:
     # an example of a batch, with which DDP makes its buckets
     codes = torch.zeros(args.batch_size, size, size, dtype=torch.int64, device=device)
     masks = draw_masks(len(codes), (size // PATCH) ** 2, mask_ratio, torch.Generator(device))
-    state = make_state(args, model, optimizer, amp, len(order_of(0)), (codes, *masks))
+    state = make_state(args, model, optimizer, amp, len(order_of(0)), (codes, *masks), facts)
     keep_token_adapt(model, token_adapt)  # only now, as frozen weights have no part in DDP
     resume_run(args, state, checkpoint, path)
     return recipe.fit(args, state, folder, state.scheduler.steps, order_of, batches_of, loss_of)

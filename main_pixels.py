@@ -34,9 +34,9 @@ from image_data.dataset import ImageDataset, Normalize, eval_transform, random_e
 from image_data.overlap import note_shared_images
 from inference.pixel_models import create_pixel_model
 from samplers import REPEATS, repeated_augmentation, shuffled
-from training.checkpoints import head_size, progress_of
+from training.checkpoints import head_size
 from training.pretrained import freeze_all_but_attention, load_pretrained
-from utils import InputError, check_same_on_all_ranks, print0, rank, run, world_size
+from utils import InputError, print0, rank, run, world_size
 
 # Each --aug sets defaults of the augmentation flags, so that a flag of the command line still counts.
 AUGMENTATIONS = {
@@ -55,8 +55,9 @@ def get_args_parser() -> Parser:
     add('--val-path', default='', metavar='PATH', of_a_rank=True, help='validation images of the same classes')
     add('--nb-classes', type=integer(1),
         help='number of classes (default: the largest label + 1; with --eval as many as the checkpoint has)')
-    add('--input-size', type=integer(1), default=224, help='pixels on a side of what the model reads')
-    add('--eval-crop-ratio', type=number(0.01, 1), default=0.875,
+    add('--input-size', type=integer(1), default=224, of_the_model=True,
+        help='pixels on a side of what the model reads')
+    add('--eval-crop-ratio', type=number(0.01, 1), default=0.875, of_the_model=True,
         help='validation images are resized to --input-size divided by this, and their middle is cropped')
     add('--num-workers', type=integer(), default=10,
         help='processes that decode images, at most as many as there are cores')
@@ -121,9 +122,13 @@ def load_split(args: argparse.Namespace, split: str) -> ImageDataset:
         transform = eval_transform(args.input_size, args.eval_crop_ratio)
     data = ImageDataset(getattr(args, f'{split}_path'), args.input_size, transform, args.num_workers,
                         args.max_image_pixels)
-    check_same_on_all_ranks({f'images of {split}': data.source.digest()})
     print0(f'{split}: {len(data):,} images, {args.input_size}x{args.input_size} pixels are read')
     return data
+
+
+def facts_of(datasets: dict[str, ImageDataset]) -> dict[str, str]:
+    """What ranks, and a resumed run, must have the same: SHA-256 of names, labels and sizes of images, by set."""
+    return {f'images of {split}': data.source.content_digest() for split, data in datasets.items()}
 
 
 def draws_of(seed: int, epoch: int, indices: np.ndarray, first: int, repeats: int) -> np.ndarray:
@@ -159,6 +164,8 @@ def make_evaluate(args: argparse.Namespace, data: ImageDataset, device: torch.de
 def evaluate_only(args: argparse.Namespace, checkpoint: dict[str, Any], path: str, device: torch.device) -> None:
     """--eval: evaluate a checkpoint, on corrupted images or some of its classes where asked for. Raises InputError."""
     data = load_split(args, 'val')
+    recipe.check_data(args, facts_of({'val': data}), checkpoint)
+    recipe.check_evaluated(args, checkpoint, path)
     data.source.change = make_corruption(args.corruption, args.severity, args.seed)
     if data.source.change:
         print0(f'corrupted by {data.source.change}')
@@ -193,7 +200,8 @@ def main(args: argparse.Namespace) -> int:
     classes = count_classes(labels, args.nb_classes, None)
     if checkpoint:
         check_class_names(checkpoint.get('classes'), train_data.classes, path, args.train_path)
-    check_same_on_all_ranks(progress_of(checkpoint))
+    datasets = {'train': train_data} | ({'val': val_data} if val_data else {})
+    facts = recipe.check_data(args, facts_of(datasets), checkpoint)
 
     # model
     model = create_model(args, classes)
@@ -227,7 +235,7 @@ def main(args: argparse.Namespace) -> int:
 
     # train
     steps = recipe.count_steps(args, len(order_of(0)), args.train_path)
-    state = recipe.make_state(args, model, device, (3, args.input_size, args.input_size))
+    state = recipe.make_state(args, model, device, (3, args.input_size, args.input_size), facts)
     recipe.resume_run(args, state, checkpoint, path, steps)
     return recipe.fit(args, state, folder, steps, order_of, batches_of, loss_of, evaluate_of, train_data.classes)
 

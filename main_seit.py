@@ -32,11 +32,11 @@ from seitpp.color_adapt import color_recipe
 from seitpp.halves import open_halves
 from token_augment import (EraseRectangle, EvalTransform, RandomCrop, RandomResizedCrop, ReplaceSynonyms, SwapPatches,
                            TokenEDA)
-from token_dataset import choose_data_device, open_splits
+from token_dataset import choose_data_device, facts_of, open_splits
 from token_files.codebook import load_codebook, load_synonyms, look_up
-from training.checkpoints import head_size, progress_of
+from training.checkpoints import head_size
 from training.pretrained import freeze_all_but_attention, load_pretrained
-from utils import InputError, check_same_on_all_ranks, rank, run, world_size
+from utils import InputError, rank, run, world_size
 
 # Accepted because published commands may hold them: flag -> why it changes nothing.
 NO_EFFECT = {
@@ -138,7 +138,7 @@ def main(args: argparse.Namespace) -> int:
     codebook = load_codebook(args.codebook_path)
     size = args.input_size // args.token_patch_size
     files = recipe.split_files(args)
-    datasets = open_splits(files, len(codebook), args.token_cache, size, device)
+    datasets = open_splits(files, codebook, args.codebook_path, args.token_cache, size, device)
     train_data, val_data = datasets.get('train'), datasets.get('val')
     # the labels of a validation set need not reach the last class, so under --eval the checkpoint's head counts
     trained = head_size(checkpoint['model'], 'head', path) if args.eval and not args.nb_classes else None
@@ -147,16 +147,14 @@ def main(args: argparse.Namespace) -> int:
     names = (train_data or val_data).classes
     if checkpoint:
         check_class_names(checkpoint.get('classes'), names, path, next(iter(files.values()))[0])
-    # ranks that read different data would wait for each other forever, or train on silently
-    check_same_on_all_ranks({'training images': len(train_data or ()), 'validation images': len(val_data or ()),
-                             'codebook': tuple(codebook.shape), **progress_of(checkpoint)})
+    facts = recipe.check_data(args, facts_of(datasets, codebook), checkpoint)
     choose_data_device(datasets, args.data_device, device)
 
     # ------------------------------------------------------------ model
     model = create_model(args.model, args.model_kwargs, classes, size, codebook.shape[1],
                          drop_path_rate=args.drop_path, pos_drop_rate=args.drop, proj_drop_rate=args.drop)
     if args.finetune:
-        load_pretrained(model, args.finetune, names)
+        load_pretrained(model, args.finetune, names, codebook=facts['codebook'])
     if args.attn_only:
         freeze_all_but_attention(model)
     model.to(device)
@@ -172,6 +170,7 @@ def main(args: argparse.Namespace) -> int:
         return evaluate(model, batches, transform, amp=amp, distributed=args.dist_eval, name=name)
 
     if args.eval:
+        recipe.check_evaluated(args, checkpoint, path, facts)
         evaluate_checkpoint(model, checkpoint, path, args.model_ema, evaluate_of, args.output)
         return 0
 
@@ -193,7 +192,7 @@ def main(args: argparse.Namespace) -> int:
     # ------------------------------------------------------------ train
     steps = recipe.count_steps(args, len(order_of(0)), args.train_token_file)  # all epochs are equally long
     # a checkpoint is loaded last, into a state that is complete: DDP has run once by then
-    state = recipe.make_state(args, model, device, (codebook.shape[1], size, size))
+    state = recipe.make_state(args, model, device, (codebook.shape[1], size, size), facts)
     recipe.resume_run(args, state, checkpoint, path, steps)
     recipe.print_recipe_batch(args)
     return recipe.fit(args, state, folder, steps, order_of, batches_of, loss_of, None if args.no_eval else evaluate_of,

@@ -19,9 +19,11 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine import StepOptions, train
+from fileio.files import identity
 from flags import Flags, print_no_effect
 from training import run_info
-from training.checkpoints import TrainState, flags_to_save, resume
+from training.checkpoints import (TrainState, check_tokens_of, compare_model_flags, flags_to_save, progress_of,
+                                  resume)
 from training.loss_meter import NotFinite
 from training.preemption import REQUEUE
 from training.run_folder import FILES, CheckpointFiles, RunFolder, RunLog, find_checkpoint
@@ -93,6 +95,40 @@ def flags_alike(args: Flags) -> dict[str, Any]:
              if name not in args.rules.of_a_rank}
     # Each node may have its own cache folder. But with 'none' no rank waits for another's cache, and then none may.
     return alike | {'--token-cache none': vars(args).get('token_cache') == 'none'}
+
+
+def check_data(args: Flags, facts: dict[str, Any], checkpoint: dict[str, Any] | None) -> dict[str, Any]:
+    """InputError on every rank unless all ranks read the same data and checkpoint. Collective.
+
+    Args:
+        args: the command line.
+        facts: of the data, see `token_dataset.facts_of`.
+        checkpoint: that the run begins from, or None.
+
+    Returns:
+        The facts, with those of further files that the flags name: they are what a resumed run compares.
+    """
+    values = vars(args)
+    used = {'synonyms': values.get('eda_rc_prob') and values['token_synonym_dict'],
+            'TokenAdapt': values.get('tokenadapt_path')}
+    if not values.get('eval'):
+        facts = facts | {name: identity(path)['sha256'] for name, path in used.items() if path}
+    # ranks that read different data would wait for each other forever, or train on silently
+    check_same_on_all_ranks({**facts, **progress_of(checkpoint)})
+    return facts
+
+
+def check_evaluated(args: Flags, checkpoint: dict[str, Any], path: str, facts: dict[str, Any] | None = None) -> None:
+    """Say where an evaluation is of another model than was trained; InputError for another codebook or tokenizer.
+
+    Args:
+        args: the command line, whose codebook and validation tokens are used.
+        checkpoint, path: of the model.
+        facts: of the data, for a model of tokens.
+    """
+    compare_model_flags(checkpoint, {name: vars(args)[name] for name in args.rules.of_the_model}, path)
+    if facts:
+        check_tokens_of(checkpoint, path, facts, {'codebook': args.codebook_path, 'tokenizer': args.val_token_file})
 
 
 def split_files(args: Flags) -> dict[str, tuple[str, str]]:
@@ -213,8 +249,8 @@ def parallel(model: nn.Module, compiled: bool, device: torch.device, amp: str, *
 
 
 def make_state(args: Flags, model: nn.Module, device: torch.device,
-               input_shape: tuple[int, ...]) -> TrainState:
-    """The state of a new run, from a model on `device` that reads inputs (B, *input_shape)."""
+               input_shape: tuple[int, ...], data: dict[str, Any] | None = None) -> TrainState:
+    """The state of a new run, from a model on `device` that reads inputs (B, *input_shape); for `data` see there."""
     amp = args.amp or default_amp(device)
     try:
         model.set_grad_checkpointing(args.grad_checkpointing)
@@ -225,7 +261,7 @@ def make_state(args: Flags, model: nn.Module, device: torch.device,
     optimizer = make_optimizer(args, model)
     x = torch.zeros(args.batch_size, *input_shape, device=device).to(memory_format=torch.channels_last)
     return TrainState(model, parallel(model, args.compile, device, amp, x), optimizer, make_scheduler(args, optimizer),
-                      make_scaler(device, amp), ema, amp, epoch=args.start_epoch)
+                      make_scaler(device, amp), ema, amp, epoch=args.start_epoch, data=data or {})
 
 
 def count_steps(args: Flags, images: int, source: str) -> int:

@@ -10,17 +10,22 @@ GPU where they fit, and then `TokenDataset.batches` in each epoch.
 import math
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from fileio.files import expand_files
 from fileio.labels import check_class_names
+from fileio.torch_files import digest_of
 from token_augment import check_crop
-from token_files.cache import open_codes
+from token_files.cache import digest_of_codes, open_codes
+from token_files.made_with import check_made_with, digest_of_entry, tokenizer_of
 from token_files.prefetching import prefetch
 from token_files.token_file import TokenFile, bytes_on_disk, labels_of, open_token_file
 from utils import CPU, InputError, print0
+
+SPLIT_NAMES = {'train': 'training', 'val': 'validation'}
 
 
 class TokenDataset:
@@ -51,6 +56,7 @@ class TokenDataset:
         self.labels = np.concatenate([np.zeros(len(file), np.int64) if path is None else labels_of(file, path)
                                       for file, path in zip(self.files, label_files)])
         self.classes = _classes_of(self.files)
+        self.cache = cache
         self.codes = open_codes(self.files, cache, device)
         self.grid_size = math.isqrt(self.codes.shape[1])
         self.resident = None
@@ -146,13 +152,15 @@ def choose_data_device(datasets: dict[str, TokenDataset], data_device: str, devi
             data.keep_on(device)
 
 
-def open_splits(files: dict[str, tuple[str, str]], codebook_size: int, cache: str, size: int,
+def open_splits(files: dict[str, tuple[str, str]], codebook: torch.Tensor, codebook_path: str, cache: str, size: int,
                 device: torch.device) -> dict[str, TokenDataset]:
-    """Data sets whose class names agree. Prints what they are.
+    """Data sets whose class names and tokenizers agree. Prints what they are.
 
     Args:
         files: token file and label file, by 'train' and 'val'.
-        codebook_size, cache, device: see TokenDataset.
+        codebook: (K, d), which must be the one that the tokens were made with.
+        codebook_path: its file.
+        cache, device: see TokenDataset.
         size: codes on a side that the model reads.
 
     Raises:
@@ -160,11 +168,12 @@ def open_splits(files: dict[str, tuple[str, str]], codebook_size: int, cache: st
     """
     datasets = {}
     for split, (token_file, label_file) in files.items():
-        data = datasets[split] = TokenDataset(token_file, label_file, codebook_size, cache, device)
+        data = datasets[split] = TokenDataset(token_file, label_file, len(codebook), cache, device)
         check_crop(size, data.grid_size)
         print0(f'{split}: {len(data):,} images of {data.grid_size}x{data.grid_size} codes, '
                f'{data.bytes_on_disk() / 1e6:,.2f} MB on disk ({data.bytes_on_disk() / len(data):,.0f} bytes an '
                f'image), {size}x{size} codes are read')
+    check_made_with([file for data in datasets.values() for file in data.files], codebook, codebook_path)
     if len(datasets) == 2:
         check_class_names(*(data.classes for data in datasets.values()), *(file for file, _ in files.values()))
         note_shared_files(datasets['train'], datasets['val'])
@@ -187,3 +196,26 @@ def _identities(file: TokenFile) -> list[tuple]:
     recorded = file.manifest.get('files', {}).get(file.stream.name)
     checksum = recorded.get('sha256') if isinstance(recorded, dict) else None
     return [(stat.st_dev, stat.st_ino)] + ([(str(checksum),)] if checksum else [])
+
+
+def facts_of(datasets: dict[str, TokenDataset], codebook: torch.Tensor) -> dict[str, Any]:
+    """What ranks, and a resumed run, must have the same: SHA-256 of codes, labels and codebook, by name. Collective.
+
+    With the tokenizer and the size of its images, where a manifest states them.
+
+    Args:
+        datasets: by 'train' and 'val'.
+        codebook: (K, d) float32.
+    """
+    facts = {f'{SPLIT_NAMES[split]} images': len(data) for split, data in datasets.items()}  # first: easy to understand
+    facts['codebook'] = digest_of(codebook)
+    for split, data in datasets.items():
+        name = SPLIT_NAMES[split]
+        facts |= {f'{name} tokens': digest_of_codes(data.files, data.codes, data.cache),
+                  f'{name} labels': digest_of(data.labels)}
+    files = [file for data in datasets.values() for file in data.files]
+    tokenizer = tokenizer_of(files)
+    if tokenizer:
+        facts['tokenizer'] = digest_of_entry(tokenizer)
+    sizes = [file.manifest['image_size'] for file in files if type(file.manifest.get('image_size')) is int]
+    return facts | ({'size of tokenized images': sizes[0]} if sizes else {})

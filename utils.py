@@ -286,6 +286,11 @@ def on_main(function: Callable, *args: Any) -> Any:
     return answer[0]
 
 
+def shown(value: Any) -> str:
+    """A value for messages: a SHA-256 is cut."""
+    return f'{value[:12]}...' if isinstance(value, str) and re.fullmatch('[0-9a-f]{64}', value) else str(value)
+
+
 def check_same_on_all_ranks(facts: dict[str, Any]) -> None:
     """InputError on every rank unless all ranks have the same facts (plain values by name). Collective."""
     if world_size() == 1:
@@ -296,8 +301,8 @@ def check_same_on_all_ranks(facts: dict[str, Any]) -> None:
         for name in facts_of[0] | other_facts:
             first, value = facts_of[0].get(name), other_facts.get(name)
             if first != value:
-                raise InputError(f'the ranks are not of one run: {name} is {first} on rank 0 and {value} on '
-                                 f'rank {other}: start all with the same flags, on folders that all nodes share')
+                raise InputError(f'the ranks are not of one run: {name} is {shown(first)} on rank 0 and {shown(value)} '
+                                 f'on rank {other}: start all with the same flags, on folders that all nodes share')
 
 
 # ---------------------------------------------------------------- memory

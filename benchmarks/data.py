@@ -66,7 +66,8 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     main_args = main_seit.parse_args(main_flags)
     recipe.set_up_torch(main_args)
     codebook = load_codebook(main_args.codebook_path)
-    datasets = open_splits(recipe.split_files(main_args), len(codebook), main_args.token_cache, size, device)
+    datasets = open_splits(recipe.split_files(main_args), codebook, main_args.codebook_path,
+                           main_args.token_cache, size, device)
     choose_data_device(datasets, main_args.data_device, device)
     keep_freed_memory(device)
     data = datasets['train']

@@ -47,7 +47,8 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     amp = main_args.amp or recipe.default_amp(device)
     codebook = load_codebook(main_args.codebook_path)
     size = main_args.input_size // main_args.token_patch_size
-    data = open_splits(recipe.split_files(main_args), len(codebook), main_args.token_cache, size, device)['val']
+    data = open_splits(recipe.split_files(main_args), codebook, main_args.codebook_path,
+                       main_args.token_cache, size, device)['val']
     choose_data_device({'val': data}, main_args.data_device, device)
     keep_freed_memory(device)
     model = create_model(main_args.model, main_args.model_kwargs, main_args.nb_classes, size,

@@ -57,7 +57,8 @@ def main(args: argparse.Namespace) -> None:
     device = init_distributed('cpu')
     codebook = load_codebook(main_args.codebook_path)
     size = main_args.input_size // main_args.token_patch_size
-    data = open_splits(recipe.split_files(main_args), len(codebook), main_args.token_cache, size, device)['train']
+    data = open_splits(recipe.split_files(main_args), codebook, main_args.codebook_path,
+                       main_args.token_cache, size, device)['train']
     opened = time.time()
     next(data.batches(shuffled(len(data), world_size(), rank(), main_args.seed, 0), main_args.batch_size, device))
     cost = {'seconds': time.time() - args.launched, 'import_seconds': IMPORTED - args.launched,

@@ -72,7 +72,8 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     codebook = load_codebook(main_args.codebook_path)
     size = main_args.input_size // main_args.token_patch_size
     input_shape = codebook.shape[1], size, size
-    datasets = open_splits(recipe.split_files(main_args), len(codebook), main_args.token_cache, size, device)
+    datasets = open_splits(recipe.split_files(main_args), codebook, main_args.codebook_path,
+                           main_args.token_cache, size, device)
     choose_data_device(datasets, main_args.data_device, device)
     keep_freed_memory(device)
     data = datasets['train']

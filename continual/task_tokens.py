@@ -24,6 +24,7 @@ from image_tokenizer.tokenizers import check_codebook, load_tokenizer
 from image_tokenizer.tokenizing import EncodingOptions, tokenize
 from token_dataset import TokenDataset
 from token_files.codebook import SYNONYMS, build_synonyms, load_codebook
+from token_files.made_with import check_made_with
 from token_files.parts import OutputFiles
 from utils import InputError, on_main
 
@@ -140,33 +141,16 @@ def open_token_store(images: dict[str, ImageDataset], files: dict[str, tuple[str
     tokenizer = load_tokenizer(tokenizer_path)
     codebook = load_codebook(codebook_path)
     check_codebook(tokenizer, codebook, codebook_path)
-    paths = {'tokenizer': tokenizer_path, 'codebook': codebook_path}
-    made_by = {name: (path, sha256(path)) for name, path in paths.items()}
     codes = {}
     for split, (token_file, label_file) in files.items():
         tokens = TokenDataset(token_file, label_file, len(codebook), device=device)
         check_same_images(tokens, images[split], token_file, images[split].source.data_path)
-        check_made_by(tokens, token_file, made_by)
+        check_made_with(tokens.files, codebook, codebook_path, tokenizer_path)
         codes[split] = tokens.codes
         if tokens.codes.shape[1] != codes['train'].shape[1]:
             raise InputError(f'{token_file}: grids of {tokens.codes.shape[1]} codes, but {files["train"][0]} has '
                              f'{codes["train"].shape[1]}: give tokens of one tokenizer and image size')
     return TokenStore(images, codes, tokenizer.to(device), codebook.to(device), tokenizer_path)
-
-
-def check_made_by(tokens: TokenDataset, token_file: str, made_by: dict[str, tuple[str, str]]) -> None:
-    """InputError where a manifest of a token set names another 'tokenizer' or 'codebook'.
-
-    Args:
-        tokens, token_file: the set.
-        made_by: path and SHA-256 of each.
-    """
-    for name, (path, digest) in made_by.items():
-        for file in tokens.files:
-            recorded = file.manifest.get(name)
-            if isinstance(recorded, dict) and recorded.get('sha256') not in (None, '', digest):
-                raise InputError(f'{token_file}: was made with another {name} than {path}: give that one to '
-                                 f'--{name}-path')
 
 
 def check_same_images(tokens: TokenDataset, images: ImageDataset, token_file: str, path: str) -> None:

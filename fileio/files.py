@@ -129,6 +129,14 @@ def sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
+def identity(path: str | Path) -> dict[str, str]:
+    """Name and checksum of a file, or of what an address gives. Raises InputError."""
+    if is_address(path):
+        with tempfile.TemporaryDirectory() as folder:
+            return identity(download(path, folder))
+    return {'file': Path(path).name, 'sha256': sha256(path)}
+
+
 # ---------------------------------------------------------------- writing
 
 @contextlib.contextmanager
@@ -234,17 +242,18 @@ def save_torch(value: Any, path: str | Path) -> None:
             raise InputError(f'{path}: cannot be written ({first_line(error)})') from None
 
 
-def check_same(path: Path, definition: dict[str, Any], flag: str = '--output-dir') -> None:
+def check_same(path: Path, definition: dict[str, Any], flag: str = '--output-dir',
+               added: Sequence[str] = ()) -> None:
     """Note in a JSON file what the results in its folder are made of, as plain values by name.
 
     Raises InputError as `is_same_run` does, whose advice names the `flag` of the folder.
     """
-    if not is_same_run(path, definition, f'choose another {flag}, or remove that folder'):
+    if not is_same_run(path, definition, f'choose another {flag}, or remove that folder', added=added):
         write_text(path, json.dumps(definition, indent=1) + '\n')
 
 
 def is_same_run(path: Path, definition: dict[str, Any], advice: str, ignored: Sequence[str] = (),
-             field: str | None = None) -> bool:
+             field: str | None = None, added: Sequence[str] = ()) -> bool:
     """Whether a JSON file says that results are made of `definition`: a run that begins asks if it is the same run.
 
     Args:
@@ -252,6 +261,7 @@ def is_same_run(path: Path, definition: dict[str, Any], advice: str, ignored: Se
         definition: plain values by name.
         advice: what the user can do when it is another run.
         ignored: names that may differ.
+        added: names that files of before lack.
         field: the one of the file's fields that holds the definition; None where the file holds nothing else.
 
     Returns:
@@ -268,7 +278,8 @@ def is_same_run(path: Path, definition: dict[str, Any], advice: str, ignored: Se
         before = before.get(field)
     before = before if isinstance(before, dict) else {}
     differ = [name for name in {**definition, **before}
-              if name not in ignored and before.get(name) != definition.get(name)]
+              if name not in ignored and (name in before or name not in added)
+              and before.get(name) != definition.get(name)]
     if differ:
         raise InputError(f'{path.parent}: holds results of another {", ".join(differ)}; {advice}')
     return True

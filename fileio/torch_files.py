@@ -5,6 +5,7 @@ all memory. So a file is looked at before torch opens it (`check_torch`), and it
 (`check_tensors`).
 """
 import argparse
+import hashlib
 import os
 import pickle
 import pickletools
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import torch
 
 from fileio.files import MAX_TENSOR_RATIO, SMALL, download, is_address
@@ -22,6 +24,7 @@ from utils import InputError, first_line
 
 MAX_NAME = 1000  # characters of a class name in a torch file
 MAX_STRING = 1 << 14  # characters of a string
+ROWS_AT_ONCE = 4096  # of an array, when it is digested
 # What people put into checkpoints without harm, by torch's names for it.
 HARMLESS = (r'numpy\.(_?core\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer)|dtype|ndarray|dtypes\.\w+)|'
             r'(pathlib|datetime|decimal|fractions|uuid|collections)\.[\w.]+')
@@ -149,3 +152,33 @@ def _refusal(complaint: str) -> str:
         return (f'it carries a value of {name}; only tensors and plain Python values are read: convert it before '
                 'saving')
     return f'it carries {name}, which would run code when loaded'
+
+
+# ---------------------------------------------------------------- what values are the same
+
+def digest_of(value: Any) -> str:
+    """SHA-256 of the values in nested containers of tensors, arrays and plain values, however they are stored."""
+    digest = hashlib.sha256()
+    _update(digest, value)
+    return digest.hexdigest()
+
+
+def _update(digest: Any, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        # as bytes, since numpy has no bfloat16
+        array = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(f'{value.dtype} {tuple(value.shape)}\n'.encode())
+        digest.update(array)
+    elif isinstance(value, np.ndarray):
+        digest.update(f'{value.dtype} {value.shape}\n'.encode())
+        for start in range(0, len(value), ROWS_AT_ONCE):  # a memory map need not be in memory as a whole
+            digest.update(np.ascontiguousarray(value[start:start + ROWS_AT_ONCE]))
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            digest.update(f'{key!r}: '.encode())
+            _update(digest, item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _update(digest, item)
+    else:
+        digest.update(f'{value!r}\n'.encode())

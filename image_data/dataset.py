@@ -17,6 +17,7 @@ from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
 
+from fileio.torch_files import digest_of
 from image_data.overlap import note_shared_images
 from image_data.sources import ImageBatch, Source, load_images, open_source
 from utils import InputError, print0
@@ -219,6 +220,12 @@ class Images:
             if len(batch.indices):
                 return batch
         raise InputError(f'{self.source.data_path}: none of its {len(self)} images can be read')
+
+
+def facts_of(images: Images, held_out: Images) -> dict[str, str]:
+    """What ranks, and a resumed run, must have the same: SHA-256 of which images are trained on and which held out."""
+    return {f'{name} images': digest_of([part.source.content_digest(), part.numbers])
+            for name, part in (('training', images), ('held-out', held_out))}
 
 
 def hold_out(data_path: str, val_path: str, val_images: int | None, seed: int, **reading: Any) -> tuple[Images, Images]:

@@ -74,6 +74,10 @@ class Source:
         """Bytes of each encoded image, (N,) int64. Raises InputError."""
         raise NotImplementedError
 
+    def content_digest(self) -> str:
+        """SHA-256 of names, labels and sizes: changes when images are added, or replaced by others of another size."""
+        return hashlib.sha256(f'{self.digest()} {self.stamp().sizes}'.encode()).hexdigest()
+
     def stamp(self) -> Stamp:
         """Sizes and times of the files that hold the images, by which one sees that they were replaced."""
         raise NotImplementedError

@@ -14,7 +14,6 @@ import io
 import math
 import os
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,11 +25,13 @@ import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
-from fileio.files import atomic_path, download, is_address, sha256
+from fileio.files import atomic_path, identity
 from fileio.stamps import Stamp
+from fileio.torch_files import digest_of
 from image_data.sources import ImageBatch, Source, load_images
 from image_tokenizer.tokenizers import check_codebook, encode_images, load_tokenizer
 from token_files.codebook import load_codebook
+from token_files.made_with import identity_of_tokenizer
 from token_files.parts import FinishedCodes, OutputFiles, PartsFolder, remaining_parts, write_sets
 from token_files.token_file import MAX_CODES, format_for, largest_grid
 from utils import InputError, check_same_on_all_ranks, cores, is_main, on_main, print0, rank, world_size
@@ -167,14 +168,6 @@ def check_folder(data_path: str, output_dir: str | Path, classes: list[str] | No
 
 # ---------------------------------------------------------------- what tells one run from another
 
-def identity(path: str | Path) -> dict[str, str]:
-    """Name and checksum of a file, or of what an address gives. Raises InputError."""
-    if is_address(path):
-        with tempfile.TemporaryDirectory() as folder:
-            return identity(download(path, folder))
-    return {'file': Path(path).name, 'sha256': sha256(path)}
-
-
 def torch_bytes(tensor: torch.Tensor) -> bytes:
     """What torch.save writes for a tensor; the same as files.save_torch makes."""
     buffer = io.BytesIO()
@@ -192,8 +185,8 @@ def identify_run(source: Source, output: OutputFiles, options: EncodingOptions, 
     precision = 'fp32' if options.amp == 'off' else options.amp
     if options.compiled:
         precision += ' compiled'
-    run_id = {'source': source.digest(), 'tokenizer': identity(options.tokenizer_path), 'codebook': codebook_id,
-              'image_size': options.image_size, 'batch_size': options.batch_size,
+    run_id = {'source': source.digest(), 'tokenizer': identity_of_tokenizer(options.tokenizer_path),
+              'codebook': codebook_id, 'image_size': options.image_size, 'batch_size': options.batch_size,
               'part_batches': parts.size // parts.batch_size, 'precision': precision, 'device': device.type,
               'limit_codes': options.limit_codes, 'shard_size': output.shard_size}
     if output.format != 'published':  # manifests from before there was another format say nothing of it
@@ -335,7 +328,8 @@ def finish(source: Source, output: OutputFiles, options: EncodingOptions, finish
     skipped = int((~finished.good).sum())
     manifest = {'format': name, 'grid': grid, 'codes': len(codebook), 'image_size': options.image_size,
                 'classes': source.classes, 'labels_from': source.labels_from, 'skipped_in_run': skipped,
-                'precision': run_id['precision'], 'tokenizer': run_id['tokenizer'], 'codebook': codebook_id,
+                'precision': run_id['precision'], 'tokenizer': run_id['tokenizer'],
+                'codebook': codebook_id | {'values_sha256': digest_of(codebook.float())},
                 'run': run_id, 'source_sizes': stamp.sizes}
     if options.limit_codes:
         manifest['kept_codes'] = finished.used.tolist()

@@ -19,8 +19,8 @@ from inference.pixel_models import create_pixel_model
 from seitpp.models_mtm_finetune import create_model as create_code_model, encoder_weights
 from seitpp.mtm_recipe import canonical_codes
 from token_augment import EvalTransform, center_crop, check_crop
-from training.checkpoints import (CODES, PRETRAIN, SEIT, check_codes, head_size, load_weights, note_average, origin,
-                                  saved_flags, without_token_adapt)
+from training.checkpoints import (CODES, PRETRAIN, SEIT, check_codes, compare_model_flags, head_size, load_weights,
+                                  note_average, origin, saved_flags, without_token_adapt)
 from training.pretrained import POSITIONS, prefix_positions, prefixes
 from utils import InputError
 
@@ -75,6 +75,8 @@ def load_model(checkpoint: dict[str, Any], path: str, codebook: torch.Tensor | N
     weights = weights_of(checkpoint, path, use_ema)
     flags = saved_flags(checkpoint)
     program = program_of(checkpoint)
+    given = {'model': name, 'model_kwargs': model_kwargs, 'input_size': input_size, 'eval_crop_ratio': crop_ratio}
+    compare_model_flags(checkpoint, {flag: value for flag, value in given.items() if value}, path)
     # arguments of the checkpoint belong to its model, not to another one that the caller names
     kwargs = model_kwargs or (flags.get('model_kwargs') if not name else None) or {}
     encoder_alone = program == PRETRAIN and not name

@@ -20,11 +20,12 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from fileio.files import atomic_path, check_writable, save_torch
+from fileio.files import atomic_path, check_writable, identity, save_torch
 from flags import Parser
 from image_tokenizer.pickled import features_of, load_running_code, same_features
 from image_tokenizer.tokenizers import CodeNeeded, read_file
 from image_tokenizer.vitvqgan import ViTVQGAN
+from token_files.made_with import CONVERTED
 from utils import InputError, print0, run
 
 
@@ -207,7 +208,7 @@ def main(args: argparse.Namespace) -> None:
     state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in model.state_dict().items()}
     if args.output.lower().endswith('.safetensors'):
         with atomic_path(args.output) as temporary:
-            safetensors.torch.save_file(state, temporary)
+            safetensors.torch.save_file(state, temporary, {CONVERTED: identity(args.input)['sha256']})
     else:
         save_torch(state, args.output)
     count = sum(tensor.numel() for tensor in state.values()) / 1e6

@@ -24,16 +24,16 @@ import flags
 import recipe
 from engine import rank_indices
 from flags import Parser, add_image_flags, integer
-from image_data.dataset import hold_out
+from image_data.dataset import facts_of, hold_out
 from image_tokenizer.tokenizing import load_models
 from image_tokenizer.vitvqgan import HEAD_DIM
 from samplers import shuffled
 from seitpp.halves import ADAPTED_MIXUP
-from seitpp.token_adapt import FINER, SIZE, RandomGeometry, TokenAdapt, size_of_width
+from seitpp.token_adapt import FINER, SIZE, RandomGeometry, TokenAdapt, manifest_of, size_of_width
 from seitpp.token_adapt_training import Change, CodePairs, evaluate_token_adapt, save_token_adapt
 from token_augment import RandomResizedCrop
-from training.checkpoints import progress_of
-from utils import InputError, check_same_on_all_ranks, on_main, print0, rank, run, world_size
+from token_files.made_with import digest_of_entry, entry_of_codebook, identity_of_tokenizer
+from utils import InputError, on_main, print0, rank, run, world_size
 
 FILE = 'tokenadapt.ckpt'
 
@@ -86,7 +86,7 @@ def crop_side(args: argparse.Namespace, patch_size: int) -> int:
 
 def main(args: argparse.Namespace) -> int:
     """Train. Returns the exit code."""
-    device, folder, checkpoint, path = recipe.start(args, outputs=(FILE,))
+    device, folder, checkpoint, path = recipe.start(args, outputs=(FILE, manifest_of(FILE).name))
 
     # ------------------------------------------------------------ data and model
     tokenizer, codebook = load_models(args.tokenizer_path, None, args.codebook_path, args.image_size, False)
@@ -95,8 +95,11 @@ def main(args: argparse.Namespace) -> int:
     images, held_out = hold_out(args.data_path, args.val_path, args.val_images, args.seed, size=args.image_size,
                                 batch_size=args.batch_size, device=device, workers=args.num_workers,
                                 skip_bad=args.skip_bad_images, max_pixels=args.max_image_pixels)
-    check_same_on_all_ranks({'the list of images': images.source.digest(), 'held-out images': len(held_out),
-                             'codebook': tuple(codebook.shape), **progress_of(checkpoint)})
+    made_with = {'tokenizer': identity_of_tokenizer(args.tokenizer_path), 'codebook': entry_of_codebook(
+        codebook, args.codebook_path or args.tokenizer_path)}
+    facts = facts_of(images, held_out) | {'tokenizer': digest_of_entry(made_with['tokenizer']),
+                                          'codebook': made_with['codebook']['values_sha256']}
+    facts = recipe.check_data(args, facts, checkpoint)
     pairs = CodePairs(tokenizer.requires_grad_(False).eval().to(device), codebook.to(device), grid_size, size)
     width = size_of_width(args.width, args.depth)
     model = TokenAdapt(*codebook.shape, grid_size, size, width).to(device)
@@ -124,12 +127,12 @@ def main(args: argparse.Namespace) -> int:
         stats = evaluate_token_adapt(model, pairs, batches, geometry, amp, name)
         # with --model-ema both sets of weights are evaluated, and the averaged ones are written
         if args.output_dir and bool(name) == args.model_ema:
-            on_main(save_token_adapt, model, folder.path / FILE)
+            on_main(save_token_adapt, model, folder.path / FILE, made_with)
         return stats
 
     # ------------------------------------------------------------ train
     steps = recipe.count_steps(args, len(order_of(0)), args.data_path)
-    state = recipe.make_state(args, model, device, (codebook.shape[1], grid_size, grid_size))
+    state = recipe.make_state(args, model, device, (codebook.shape[1], grid_size, grid_size), facts)
     recipe.resume_run(args, state, checkpoint, path, steps)
     return recipe.fit(args, state, folder, steps, order_of, batches_of, loss_of, evaluate_of)
 

@@ -31,6 +31,7 @@ from seitpp.models_mtm import MODELS, PATCH, MaskedTokenModel, create_model, mas
 from token_augment import center_crop, check_crop
 from token_files.cache import open_codes
 from token_files.codebook import load_codebook
+from token_files.made_with import check_made_with
 from token_files.token_file import open_token_file
 from training.checkpoints import (PRETRAIN, check_codes, check_origin, load_checkpoint, load_weights, saved_flags,
                                   without_token_adapt)
@@ -112,6 +113,7 @@ def main(args: argparse.Namespace) -> None:
     picture = picture_format(args.output)
     codebook = load_codebook(args.codebook_path)
     files = [open_token_file(path) for path in expand_files(args.token_file)]
+    check_made_with(files, codebook, args.codebook_path, args.tokenizer_path)
     inputs = [args.checkpoint, args.codebook_path, args.tokenizer_path, args.data_path]
     check_writable(args.output, inputs=[*filter(None, inputs), *(file.stream for file in files)])
     model, size = load_model(args.checkpoint, args.model_kwargs, len(codebook))

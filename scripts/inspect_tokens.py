@@ -40,6 +40,7 @@ from image_data.sources import Source, load_images, open_source, source_images
 from image_tokenizer.tokenizers import decode_codes, load_tokenizer, unit_range
 from token_files.cache import open_codes
 from token_files.codebook import load_codebook
+from token_files.made_with import check_made_with
 from token_files.token_file import TokenFile, bytes_per_image, count_codes, entropy_bits, open_token_file
 from utils import InputError, cores, device_of_rank, print0, run
 
@@ -198,6 +199,7 @@ def contact_sheet(args: argparse.Namespace, codes: np.ndarray, codebook: torch.T
 def main(args: argparse.Namespace) -> None:
     codebook = load_codebook(args.codebook_path)
     files = [open_token_file(path) for path in expand_files(args.token_file)]
+    check_made_with(files, codebook, args.codebook_path, args.tokenizer_path or '')
     if args.output:
         if not args.output.endswith('.json'):
             picture_format(args.output)  # raises for another ending, before the work

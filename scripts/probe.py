@@ -31,9 +31,10 @@ from image_data.dataset import ImageDataset, eval_transform
 from image_data.overlap import note_shared_images
 from inference.models import PIXELS, load_model, make_prepare, program_of
 from samplers import in_order
-from token_dataset import TokenDataset, note_shared_files
+from token_dataset import TokenDataset, facts_of, note_shared_files
 from token_files.codebook import load_codebook
-from training.checkpoints import FINETUNE, load_checkpoint
+from token_files.made_with import check_made_with
+from training.checkpoints import FINETUNE, check_tokens_of, load_checkpoint
 from training.run_info import print_model
 from utils import InputError, init_distributed, print0, run
 
@@ -292,6 +293,8 @@ def main(args: argparse.Namespace) -> None:
         paths = {'train': args.train_token_file, 'val': args.val_token_file}
         data = {split: TokenDataset(path, getattr(args, f'{split}_label_file'), len(codebook), args.token_cache, device)
                 for split, path in paths.items()}
+        check_made_with([file for split in data.values() for file in split.files], codebook, args.codebook_path)
+        check_tokens_of(checkpoint, args.checkpoint, facts_of({}, codebook), {'codebook': args.codebook_path})
         note_shared_files(data['train'], data['val'])
     check_class_names(data['train'].classes, data['val'].classes, paths['train'], paths['val'])
     classes = count_classes({paths[split]: data[split].labels for split in data}, None, None)

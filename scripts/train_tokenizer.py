@@ -25,9 +25,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import flags
 import recipe
 from engine import rank_indices
-from fileio.files import atomic_path, save_torch
+from fileio.files import atomic_path, identity, save_torch
 from flags import Parser, add_image_flags, integer, number
-from image_data.dataset import Images, hold_out
+from image_data.dataset import Images, facts_of, hold_out
 from image_tokenizer.perceptual_loss import PerceptualLoss
 from image_tokenizer.tokenizers import check_sizes, unit_range
 from image_tokenizer.vector_quantizer import ESTIMATORS, VectorQuantizer
@@ -35,8 +35,7 @@ from image_tokenizer.vitvqgan import HEAD_DIM, SIZES, Size, ViTVQGAN
 from image_tokenizer.vq_start import fit_start
 from image_tokenizer.vq_training import LossWeights, TokenizerTraining, evaluate_tokenizer, save_tokenizer
 from samplers import shuffled
-from training.checkpoints import progress_of
-from utils import InputError, check_same_on_all_ranks, on_main, print0, rank, run, world_size
+from utils import InputError, on_main, print0, rank, run, world_size
 
 TOKENIZER = 'tokenizer.safetensors'
 CODEBOOK = 'codebook.ckpt'
@@ -150,8 +149,8 @@ def main(args: argparse.Namespace) -> int:
     images, held_out = hold_out(args.data_path, args.val_path, args.val_images, args.seed, size=args.image_size,
                                 batch_size=args.batch_size, device=device, workers=args.num_workers,
                                 skip_bad=args.skip_bad_images, max_pixels=args.max_image_pixels)
-    check_same_on_all_ranks({'the list of images': images.source.digest(), 'held-out images': len(held_out),
-                             **progress_of(checkpoint)})
+    facts = facts_of(images, held_out) | ({'VGG16': identity(args.vgg_path)['sha256']} if args.vgg_path else {})
+    facts = recipe.check_data(args, facts, checkpoint)
     training = make_training(args, device)
     print0(f'{len(images):,} images to train on, {len(held_out):,} held out; {args.image_size // args.patch_size} x '
            f'{args.image_size // args.patch_size} of {args.codes} codes')
@@ -188,7 +187,7 @@ def main(args: argparse.Namespace) -> int:
     # rank 0 fits, and all ranks load what it fitted: they must begin with the same weights
     if not checkpoint:
         training.load_state_dict(on_main(fitted_start, args, training, images))
-    state = recipe.make_state(args, training, device, (3, args.image_size, args.image_size))
+    state = recipe.make_state(args, training, device, (3, args.image_size, args.image_size), facts)
     recipe.resume_run(args, state, checkpoint, path, steps)
     return recipe.fit(args, state, folder, steps, order_of, batches_of, loss_of, evaluate_of)
 

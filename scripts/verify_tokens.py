@@ -19,10 +19,11 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from fileio.files import expand_files, sha256
+from fileio.files import expand_files
 from fileio.labels import check_class_names, read_labels
 from flags import Parser
 from token_files.codebook import load_codebook, load_synonyms
+from token_files.made_with import entry_of, is_codebook_of
 from token_files.token_file import (MAX_CODES, TokenFile, check_checksums, decode, manifest_path, open_token_file,
                                     read_manifest)
 from utils import InputError, print0, run
@@ -95,8 +96,8 @@ def check_manifest(file: TokenFile, summary: StreamSummary, labels: np.ndarray |
     if recorded != summary.codes_used:
         problems.append(f'{path}: says codes_used {reprlib.repr(recorded)}, but {summary.codes_used} are')
     if codebook and 'codebook' in file.manifest:
-        recorded = file.manifest['codebook']
-        if not isinstance(recorded, dict) or recorded.get('sha256') != sha256(codebook.path):
+        entry = entry_of(file.manifest, 'codebook')
+        if not entry or not is_codebook_of(entry, codebook.rows, codebook.path):
             problems.append(f'{codebook.path}: is not the codebook that {path} names by its SHA-256')
     if file.classes and labels is not None and labels.max() >= len(file.classes):
         problems.append(f'{file.stream}: its labels hold class {labels.max()}, but {path} names {len(file.classes)} '

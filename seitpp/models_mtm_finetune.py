@@ -15,8 +15,8 @@ from torch import nn
 import models_seit
 from models_seit import PatchStem, TokenVisionTransformer
 from seitpp.models_mtm import TokenEmbedding, make_model
-from training.checkpoints import (FINETUNE, PRETRAIN, check_codes, check_origin, load_checkpoint, load_weights,
-                                  note_average, without_token_adapt)
+from training.checkpoints import (FINETUNE, PRETRAIN, check_codes, check_origin, check_start, check_tokens_of,
+                                  load_checkpoint, load_weights, note_average, without_token_adapt)
 from training.pretrained import POSITIONS, TOKENS, fit_parts, fit_positions, summary, without_positions
 from utils import InputError, print0
 
@@ -108,19 +108,27 @@ def encoder_weights(weights: dict[str, Any]) -> dict[str, Any]:
             if not str(name).startswith((*UNUSED, 'head.'))}
 
 
-def load_encoder(model: CodeVisionTransformer, path: str) -> None:
+def load_encoder(model: CodeVisionTransformer, path: str, facts: dict[str, Any] | None = None,
+                 codebook_path: str = '') -> None:
     """--finetune: start from the encoder of a checkpoint of masked-token pre-training, or of fine-tuning.
 
     Position embeddings are resampled bicubically; the head starts from scratch, near zero, as published. Prefix tokens
     are kept as `load_pretrained` keeps them: pre-training has no registers.
 
+    Args:
+        model: changed in place.
+        path: of the checkpoint.
+        facts: of the data, see `token_dataset.facts_of`, which must be of the checkpoint's codebook and tokenizer.
+        codebook_path: the file of the codebook.
+
     Raises:
-        InputError: for another program's weights, other codes, or another size of model.
+        InputError: for another program's weights, other codes, or another size of model; where ranks read others.
     """
     checkpoint = load_checkpoint(path)
     weights = checkpoint['model']
     check_origin(weights, (PRETRAIN, FINETUNE), path)
     check_codes(weights, len(model.token_emb.word_embeddings.weight), path)
+    check_tokens_of(checkpoint, path, facts or {}, {'codebook': codebook_path, 'tokenizer': '--train-token-file'})
     weights = encoder_weights(weights)
     wanted = model.state_dict()
     resampled = ''
@@ -129,5 +137,6 @@ def load_encoder(model: CodeVisionTransformer, path: str) -> None:
     weights, scratch, left_out = fit_parts(weights, wanted, TOKENS)
     trunc_normal_(model.head.weight, std=2e-5)  # as in MAE: the first steps shall not disturb the encoder
     load_weights(model, weights | {name: value for name, value in wanted.items() if name.startswith('head.')}, path)
+    check_start(model)
     note_average(checkpoint, path)
     print0(summary(path, 'the encoder starts from it, the head from scratch', resampled, scratch, left_out))

@@ -42,7 +42,6 @@ def add_token_flags(parser: Parser) -> Callable:
     """Tokens and TokenAdapt. Returns the group's add."""
     add = flags.add_token_flags(parser)
     add('--tokenadapt-path', default='weights/tokenadapt.ckpt', metavar='FILE', of_a_rank=True,
-
         help="a trained TokenAdapt, by which half of each batch is augmented (scripts/fit_token_adapt.py makes one); "
              "'' for none")
     return add
@@ -54,8 +53,8 @@ def add_step_flags(parser: Parser, models: list[str]) -> Callable:
     Texts of flags that main_seit.py has too are the same there: docs/flags.md lists only what differs.
     """
     add = parser.add_group('optimization')
-    add('--model', help='one of ' + ', '.join(models))
-    add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
+    add('--model', help='one of ' + ', '.join(models), of_the_model=True)
+    add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', of_the_model=True,
         help='arguments of the model, as in depth=4 embed_dim=128 num_heads=4')
     add('--batch-size', type=integer(1), default=128, exact=True, help='images of a batch of one process')
     add('--accum-iter', type=integer(1), default=1, metavar='N', exact=True,
@@ -171,7 +170,7 @@ def make_input(args: Flags, codebook: torch.Tensor, grid_size: int, size: int,
 
 
 def make_state(args: Flags, model: nn.Module, optimizer: torch.optim.Optimizer, amp: str, images: int,
-               inputs: tuple[torch.Tensor, ...]) -> TrainState:
+               inputs: tuple[torch.Tensor, ...], data: dict[str, Any]) -> TrainState:
     """The state of a new run.
 
     Args:
@@ -181,12 +180,13 @@ def make_state(args: Flags, model: nn.Module, optimizer: torch.optim.Optimizer, 
         amp: 'bf16', 'fp16' or 'off'.
         images: of an epoch, on this rank.
         inputs: those of an example batch, with which DDP makes its buckets.
+        data: see TrainState.
     """
     device = inputs[0].device
     schedule = StepCosine(optimizer, args.epochs, args.warmup_epochs, args.min_lr, images // args.batch_size,
                           recipe.count_steps(args, images, args.train_token_file))
     return TrainState(model, parallel(model, args.compile, device, amp, *inputs), optimizer, schedule,
-                      recipe.make_scaler(device, amp), amp=amp, epoch=args.start_epoch)
+                      recipe.make_scaler(device, amp), amp=amp, epoch=args.start_epoch, data=data)
 
 
 def resume_run(args: Flags, state: TrainState, checkpoint: dict[str, Any] | None, path: str) -> None:

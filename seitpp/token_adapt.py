@@ -11,6 +11,7 @@ Shapes: embeddings (B, d, g, g); converted (B, d, 2g, 2g); cropped (B, d, 2s, 2s
 g = 32, s = 28.
 """
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,9 +22,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
+from fileio.files import is_address, read_json
 from fileio.torch_files import load_torch
 from image_tokenizer.vitvqgan import HEAD_DIM, Decoder, Encoder, Size, read_size, shape_of
 from token_augment import resized_crop
+from token_files.made_with import check_codebook_of, entry_of
 from utils import InputError
 
 SIZE = Size(384, 1, 6, 1536)  # published
@@ -117,8 +120,18 @@ def load_token_adapt(path: str | Path, codebook: torch.Tensor) -> TokenAdapt:
         raise InputError(f'{path}: is for a codebook of {config["codes"]} x {config["code_dim"]}, not of '
                          f'{len(codebook)} x {codebook.shape[1]}: give the codebook it was made for, or make one for '
                          'this codebook with scripts/fit_token_adapt.py')
+    if not is_address(path) and os.path.exists(manifest_of(path)):
+        manifest = read_json(manifest_of(path))
+        entry = entry_of(manifest, 'codebook') if isinstance(manifest, dict) else None
+        if entry and 'values_sha256' in entry:
+            check_codebook_of(entry, str(path), codebook, 'the one given')
     model.load_state_dict({name: state[name].detach().float() for name in state}, assign=True)
     return model.requires_grad_(False).eval()
+
+
+def manifest_of(path: str | Path) -> Path:
+    """Where scripts/fit_token_adapt.py states with which tokenizer and codebook a TokenAdapt was trained."""
+    return Path(path).with_suffix('.json')
 
 
 def read_config(state: dict[str, Any]) -> dict[str, Any]:

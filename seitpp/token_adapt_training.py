@@ -7,9 +7,10 @@ converted, and learns by cross-entropy to give the second. What maps leave empty
 A `Change` is what is done to a batch; `CodePairs` makes the codes on both sides and the loss; `evaluate_token_adapt`
 counts the codes that come out right, beside what merely moving the codes would give.
 """
+import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -17,9 +18,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from fileio.files import save_torch
+from fileio.files import save_torch, write_text
 from image_tokenizer.tokenizers import unit_range
-from seitpp.token_adapt import ANGLE, FINER, SHEAR, SHIFT, Geometry, RandomGeometry, TokenAdapt, apply_geometry
+from seitpp.token_adapt import (ANGLE, FINER, SHEAR, SHIFT, Geometry, RandomGeometry, TokenAdapt, apply_geometry,
+                                manifest_of)
 from token_files.codebook import look_up, quantize
 from utils import InputError, autocast, print0, rank, seed_step
 
@@ -177,6 +179,10 @@ def evaluate_token_adapt(model: TokenAdapt, pairs: CodePairs, batches: Iterable[
 
 # ---------------------------------------------------------------- the file
 
-def save_token_adapt(model: TokenAdapt, path: str | Path) -> None:
-    """Write a file that token_adapt.load_token_adapt reads, and with published sizes the published program."""
+def save_token_adapt(model: TokenAdapt, path: str | Path, made_with: dict[str, Any]) -> None:
+    """Write a file that token_adapt.load_token_adapt reads, and with published sizes the published program.
+
+    `made_with` is what a manifest beside it states: 'tokenizer' and 'codebook', as those of token sets.
+    """
+    write_text(manifest_of(path), json.dumps(made_with) + '\n')
     save_torch({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, path)

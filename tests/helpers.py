@@ -44,7 +44,7 @@ SMALL = ['--device', 'cpu', '--model', 'deit_tiny_token_32', '--model-kwargs', '
 
 # ---------------------------------------------------------------- training
 
-def make_data(folder, n=24, grid=10, codes=30, classes=4, width=32, seed=0):
+def make_data(folder, n=24, grid=10, codes=30, classes=4, width=32, seed=0, shift=1):
     """Token sets in which the class shows: images of class c hold mostly codes c, c + classes, ...
 
     Returns main_seit.py's flags that name the files.
@@ -56,7 +56,8 @@ def make_data(folder, n=24, grid=10, codes=30, classes=4, width=32, seed=0):
         x = y[:, None] + classes * rng.integers(0, codes // classes, (count, grid * grid))
         write_set(folder / f'{split}-token.data.bin.gz', [x], count, folder / f'{split}-label.txt', y)
     torch.save(torch.from_numpy(rng.standard_normal((codes, width)).astype(np.float32)), folder / 'codebook.ckpt')
-    (folder / 'synonyms.json').write_text(json.dumps({c: [(c + i) % codes for i in range(1, 6)] for c in range(codes)}))
+    synonyms = {c: [(c + i) % codes for i in range(shift, shift + 5)] for c in range(codes)}
+    (folder / 'synonyms.json').write_text(json.dumps(synonyms))
     return ['--codebook-path', folder / 'codebook.ckpt', '--token-synonym-dict', folder / 'synonyms.json',
             '--train-token-file', folder / 'train-token.data.bin.gz', '--train-label-file', folder / 'train-label.txt',
             '--val-token-file', folder / 'val-token.data.bin.gz', '--val-label-file', folder / 'val-label.txt']

@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+import timm
 import torch
 
 import main_seit
@@ -188,11 +189,33 @@ def two_ranks(words, output, second=()):
 
 
 @pytest.mark.slow
-def test_ranks_with_other_data_end_with_one_line(data, tmp_path):
-    output = tmp_path / 'out'
-    assert two_ranks(data, output, make_data(tmp_path, n=32)) == [2, 2]
-    line, = output.read_text().splitlines()[-1:]
-    assert line.startswith('error: ') and 'training images is 24 on rank 0 and 32 on rank 1' in line
+@pytest.mark.parametrize('flags, what', [
+    (['--train-token-file', '--train-label-file'], 'training images is 32 on rank 0 and 24 on rank 1'),
+    (['--train-token-file'], 'training tokens is '), (['--train-label-file'], 'training labels is '),
+    (['--codebook-path'], 'codebook is '), (['--token-synonym-dict'], 'synonyms is '),
+    (['--finetune'], 'content of --finetune is ')])
+def test_ranks_with_other_data_end_with_one_line(flags, what, data, tmp_path):
+    """Of the second rank some files are others, of the same sizes: a stale copy on its node."""
+    other = flag_values(make_data(tmp_path / 'other', n=32 if len(flags) == 2 else 24, seed=1, shift=2))
+    own = flag_values(data)
+    if flags == ['--finetune']:
+        for name, values in (('own', own), ('other', other)):
+            model = timm.create_model('deit_tiny_token_32', depth=1, embed_dim=32, num_heads=2, num_classes=4,
+                                      img_size=8)
+            torch.save({'model': model.state_dict()}, tmp_path / f'{name}.pth')
+            values['--finetune'] = tmp_path / f'{name}.pth'
+    second = own | {flag: other[flag] for flag in flags}
+    assert two_ranks(words_of(second), tmp_path / 'out', words_of(own)) == [2, 2]
+    line, = [line for line in (tmp_path / 'out').read_text().splitlines() if line.startswith('error: ')]
+    assert what in line and len(line) < 300
+
+
+def flag_values(words):
+    return dict(zip(words[::2], words[1::2]))
+
+
+def words_of(values):
+    return [word for pair in values.items() for word in pair]
 
 
 @pytest.mark.slow

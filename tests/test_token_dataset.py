@@ -261,7 +261,7 @@ def test_the_demo_set_reads(golden):
 def test_token_files_that_are_trained_on_are_named(tmp_path, capsys):
     """A file by another path, a link, and among shards; an equal one by its manifest; nothing of others."""
     (first, second, third), *_ = make_shards(tmp_path)
-    open_splits({'train': first, 'val': first}, 391, 'none', 4, CPU)
+    open_splits({'train': first, 'val': first}, torch.zeros(391, 32), '', 'none', 4, CPU)
     note = f'note: {first[0]}: its images are those of {first[0]}, which is trained on: results on them say nothing'
     assert capsys.readouterr().out.count(note) == 1
     train = TokenDataset(f'{first[0]},{second[0]}', f'{first[1]},{second[1]}', 391, 'none')

@@ -2,7 +2,8 @@
 
 `open_codes` is the door. The first rank of a node decodes the files into a .npy, then all ranks map it: the codes of
 ImageNet-1k (2.6 GB) are in the memory of a node once, and a second run starts at once. A cache is named by a
-fingerprint of the files, so that one of changed files is never read.
+fingerprint of the files, so that one of changed files is never read. Beside it lies the SHA-256 of the codes, by which
+ranks, and a resumed run, tell that they read the same ones (`digest_of_codes`) without reading them all.
 """
 import contextlib
 import errno
@@ -10,13 +11,15 @@ import functools
 import glob
 import hashlib
 import os
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from fileio.files import atomic_path, remove_leftovers
+from fileio.files import atomic_path, remove_leftovers, write_text
+from fileio.torch_files import digest_of
 from token_files.token_file import TokenFile, decode
 from utils import CPU, InputError, local_rank, one_first, print0
 
@@ -89,16 +92,44 @@ def build_cache(files: Sequence[TokenFile], path: Path, device: torch.device = C
     with atomic_path(path, 'choose another folder with --token-cache') as temporary:
         codes = decode_into(files, functools.partial(_allocate, temporary), device)
         codes.flush()
+        digest = digest_of(codes)  # now, while they are in memory
+    write_text(digest_path(path), digest + '\n')
     # Only after the new cache is there: a run that is killed on the way leaves a cache that works.
     for old in path.parent.glob(_versions(path)):
         if old != path:
             with contextlib.suppress(OSError):
                 old.unlink()
+                digest_path(old).unlink(missing_ok=True)
 
 
-def _versions(path: Path) -> str:
+def digest_path(path: Path) -> Path:
+    """Where the SHA-256 of the codes in a cache is kept."""
+    return path.with_suffix('.sha256')
+
+
+def digest_of_codes(files: Sequence[TokenFile], codes: np.ndarray, cache: str = '') -> str:
+    """SHA-256 of codes (N, n) as `open_codes` returned them for these files and this `cache`. Collective.
+
+    It does not depend on the format of the files. From beside the cache, where it is; else the codes are read.
+    """
+    if cache == 'none':
+        return digest_of(codes)
+    path = digest_path(cache_path(files, cache))
+    with one_first(local_rank() == 0):
+        with contextlib.suppress(OSError, ValueError):
+            text = path.read_text(encoding='ascii').strip()
+            if re.fullmatch('[0-9a-f]{64}', text):
+                return text
+        digest = digest_of(codes)
+        if local_rank() == 0:
+            with contextlib.suppress(InputError):  # a cache that this user may only read: the next start digests again
+                write_text(path, digest + '\n')
+        return digest
+
+
+def _versions(path: Path, ending: str = '.npy') -> str:
     """A glob for the names of a cache: those made from earlier versions of its files too."""
-    return glob.escape(path.name.rpartition('.codes-')[0]) + '.codes-*.npy'
+    return f'{glob.escape(path.name.rpartition(".codes-")[0])}.codes-*{ending}'
 
 
 def open_codes(files: Sequence[TokenFile], cache: str = '', device: torch.device = CPU) -> np.ndarray:
@@ -119,7 +150,8 @@ def open_codes(files: Sequence[TokenFile], cache: str = '', device: torch.device
         return decode_into(files, in_memory, device)
     path = cache_path(files, cache)
     with one_first(local_rank() == 0):
-        remove_leftovers(path.parent, f'.{_versions(path)}.*.tmp')
+        for ending in ('.npy', '.sha256'):
+            remove_leftovers(path.parent, f'.{_versions(path, ending)}.*.tmp')
         if not os.path.exists(path):
             build_cache(files, path, device)
     return map_cache(path)

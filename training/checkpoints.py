@@ -13,8 +13,8 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from fileio.torch_files import MAX_STRING, check_fields, load_torch
-from utils import InputError, print0, world_size
+from fileio.torch_files import MAX_STRING, check_fields, digest_of, load_torch
+from utils import InputError, check_same_on_all_ranks, print0, shown, world_size
 
 MOMENTS = {'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'momentum_buffer'}  # of fused optimizers: of a parameter's shape
 COUNTERS = ('step', 'lookahead_step')  # what optimizers count in a parameter group
@@ -23,6 +23,7 @@ FIELDS = {  # what a field of a checkpoint may hold, where the checkpoint has it
     'epoch': lambda value: type(value) is int and value >= -1,
     'step': lambda value: type(value) is int and value >= 0,
     'world_size': lambda value: type(value) is int and value > 0,
+    'data': lambda value: isinstance(value, dict) and all(isinstance(key, str) for key in value),
     'best_acc1': lambda value: isinstance(value, int | float),
     'best_ema_acc1': lambda value: isinstance(value, int | float),
     'meter': lambda value: isinstance(value, torch.Tensor) and value.ndim == 2 and value.shape[1] == 2,
@@ -50,6 +51,7 @@ class TrainState:
         step: batches done in it, per rank.
         losses: (ranks, 2) sum and number of the losses so far in it (loss_meter.LossMeter), None at its start.
         best: top-1 (%) of the model and of the EMA.
+        data: what the run reads, by name: SHA-256 or another plain value. A resumed run must have the same.
     """
     model: nn.Module
     train_model: nn.Module
@@ -62,6 +64,7 @@ class TrainState:
     step: int = 0
     losses: torch.Tensor | None = None
     best: dict[str, float] = field(default_factory=lambda: {'model': 0., 'ema': 0.})
+    data: dict[str, Any] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """The checkpoint, in plain types: the published keys ('epoch' is the last one finished), and a few more."""
@@ -70,7 +73,7 @@ class TrainState:
             'optimizer': self.optimizer.state_dict(), 'lr_scheduler': self.scheduler.state_dict(),
             'scaler': self.scaler.state_dict() if self.amp == 'fp16' else {},  # otherwise its scale is a constant
             'epoch': self.epoch - 1, 'step': self.step, 'meter': self.losses, 'best_acc1': self.best['model'],
-            'best_ema_acc1': self.best['ema'], 'world_size': world_size(),
+            'best_ema_acc1': self.best['ema'], 'world_size': world_size(), 'data': self.data,
         }
 
 
@@ -117,13 +120,23 @@ def saved_flags(checkpoint: dict[str, Any]) -> dict[str, Any]:
 
 def progress_of(checkpoint: dict[str, Any] | None) -> dict[str, Any]:
     """Where the run that wrote a checkpoint was: what must be the same on all ranks."""
-    return {f'{key} of the checkpoint': checkpoint.get(key) for key in ('epoch', 'step')} if checkpoint else {}
+    if not checkpoint:
+        return {}
+    progress = {f'{key} of the checkpoint': checkpoint.get(key) for key in ('epoch', 'step')}
+    # a stale copy on one node may be of the same epoch; with one rank there is nothing to compare
+    return progress | ({'content of the checkpoint': digest_of(checkpoint)} if world_size() > 1 else {})
 
 
 def note_average(checkpoint: dict[str, Any], path: str, advice: str = '') -> None:
     """Where a checkpoint holds averaged weights, say that they are not taken, and what to do to take them."""
     if checkpoint.get('model_ema'):
         print0(f'note: {path}: its plain weights are taken, not the averaged ones (EMA) that it holds too{advice}')
+
+
+def check_start(model: nn.Module) -> None:
+    """InputError on every rank unless a model has the same weights on all ranks. Collective."""
+    if world_size() > 1:  # DDP would take those of rank 0 for all, in silence
+        check_same_on_all_ranks({'content of --finetune': digest_of(model.state_dict())})
 
 
 def load_weights(model: nn.Module, weights: dict[str, Any], path: str) -> None:
@@ -165,7 +178,7 @@ def resume(state: TrainState, checkpoint: dict[str, Any], path: str, flags: dict
     if not isinstance(checkpoint.get('optimizer'), dict) or type(checkpoint.get('epoch')) is not int:
         raise InputError(f'{path}: holds weights only; use --finetune to start from them, or --eval')
     load_weights(state.model, checkpoint['model'], path)
-    compare_flags(checkpoint, flags, path, exact, of_a_start)
+    compare_flags(checkpoint, flags, path, exact, of_a_start, state.data)
     load_optimizer(state.optimizer, checkpoint['optimizer'], path)
     if state.ema and checkpoint.get('model_ema'):
         load_weights(state.ema.module, checkpoint['model_ema'], path)
@@ -190,8 +203,8 @@ def resume(state: TrainState, checkpoint: dict[str, Any], path: str, flags: dict
 
 
 def compare_flags(checkpoint: dict[str, Any], flags: dict[str, Any], path: str, exact: Collection[str],
-                  of_a_start: Collection[str]) -> None:
-    """Print the flags that differ from those of the run that wrote a checkpoint; InputError for some.
+                  of_a_start: Collection[str], data: dict[str, Any] | None = None) -> None:
+    """Print the flags that differ from those of the run that wrote a checkpoint; InputError for some, and other data.
 
     Args:
         checkpoint, path: of that run.
@@ -199,6 +212,7 @@ def compare_flags(checkpoint: dict[str, Any], flags: dict[str, Any], path: str, 
         exact: names of flags with whose other values batches or augmentation would differ. The number of processes
             counts as one of them.
         of_a_start: names of flags that are no part of a run, which no line is printed for.
+        data: of the run now, see TrainState. What only one of the runs has is not compared, such as a validation set.
     """
     before = saved_flags(checkpoint) | {'world_size': checkpoint.get('world_size') or world_size()}
     if 'classes' not in checkpoint:  # written before there was one: it holds what was made of these two
@@ -212,12 +226,51 @@ def compare_flags(checkpoint: dict[str, Any], flags: dict[str, Any], path: str, 
                          'start from the weights with --finetune')
     inexact = [f'{key} {before[key]} -> {now[key]}' for key in ('world_size', *sorted(exact))
                if key in before and key in now and before[key] != now[key]]
+    data_before = checkpoint.get('data') or {}
+    inexact += [f'{name} {shown(data_before[name])} -> {shown(value)}' for name, value in (data or {}).items()
+                if name in data_before and data_before[name] != value]
     if inexact and not now['allow_inexact_resume']:
         raise InputError(f'{path}: the run that wrote it differs in {", ".join(inexact)}; resume it as it was, or add '
                          '--allow-inexact-resume')
     if inexact:
         print0(f'warning: {path} is resumed with {", ".join(inexact)}: batches, augmentation, the scaled learning rate '
                'and the mean loss of the epoch are no longer those of the uninterrupted run')
+
+
+def compare_model_flags(checkpoint: dict[str, Any], flags: dict[str, Any], path: str) -> None:
+    """Print the flags of a model that differ from those of the run that trained it, as weights often fit all the same.
+
+    Args:
+        checkpoint, path: of that run.
+        flags: those that decide what the model computes, by name.
+    """
+    before = saved_flags(checkpoint)
+    sizes = before.get('input_size'), before.get('token_patch_size')
+    if all(type(size) is int and size for size in sizes):
+        before = {**before, 'vit_input_size': sizes[0] // sizes[1]}  # as evaluate_on_images.py has it
+    for name, value in flags.items():
+        if name in before and before[name] != value:
+            print0(f'note: --{name.replace("_", "-")} is {value}; the run that wrote {path} had {before[name]}')
+
+
+def check_tokens_of(checkpoint: dict[str, Any], path: str, facts: dict[str, Any], files: dict[str, str]) -> None:
+    """InputError where a model is used with another codebook or tokenizer than it was trained with.
+
+    A line is printed where images are tokenized at another size. A checkpoint that does not say is not compared.
+
+    Args:
+        checkpoint, path: of the model.
+        facts: 'codebook', 'tokenizer' and 'size of tokenized images', as in TrainState.data; or some of them.
+        files: what a codebook and a tokenizer are called in messages: the path of each.
+    """
+    before = checkpoint.get('data') or {}
+    for name in ('codebook', 'tokenizer'):
+        if name in before and name in facts and before[name] != facts[name]:
+            raise InputError(f'{path}: was trained with another {name} than that of {files[name]} (SHA-256 '
+                             f'{shown(before[name])}, not {shown(facts[name])}): give the {name} of its tokens')
+    name = 'size of tokenized images'
+    if name in before and name in facts and before[name] != facts[name]:
+        print0(f'note: {name} is {facts[name]} pixels; the run that wrote {path} had {before[name]}')
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: str) -> None:

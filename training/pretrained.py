@@ -12,8 +12,8 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from fileio.labels import same_class_names
-from training.checkpoints import load_checkpoint, load_weights, note_average, saved_flags
-from utils import InputError, print0
+from training.checkpoints import check_start, load_checkpoint, load_weights, note_average, saved_flags
+from utils import InputError, print0, shown
 
 POSITIONS = 'pos_embed'
 TOKENS = ('cls_token', 'dist_token', 'reg_token')  # before the patches, in timm's order: class, distillation, registers
@@ -21,7 +21,8 @@ OPTIONAL = (*TOKENS, 'head_dist.')  # parts without which a model's blocks are t
 OTHER_CLASSES = 'other classes'
 
 
-def load_pretrained(model: nn.Module, path: str, classes: list[str] | None = None, new_head: bool = False) -> None:
+def load_pretrained(model: nn.Module, path: str, classes: list[str] | None = None, new_head: bool = False,
+                    codebook: str = '') -> None:
     """--finetune: start from other weights, of tokens or of pixels, and print what became of them.
 
     * Stem and head: kept as a whole where all shapes are the model's, otherwise from scratch. A head of as many classes
@@ -37,9 +38,11 @@ def load_pretrained(model: nn.Module, path: str, classes: list[str] | None = Non
         path: of a checkpoint; its 'model' is taken, not its average.
         classes: names of the model's classes, where they are known.
         new_head: start the head from scratch, whatever the classes are.
+        codebook: SHA-256 of the values of the codebook that a model of tokens reads; a line says where the weights were
+            trained on another one.
 
     Raises:
-        InputError: for another architecture.
+        InputError: for another architecture, and where ranks read other weights.
     """
     checkpoint = load_checkpoint(path)
     note_average(checkpoint, path)
@@ -54,6 +57,11 @@ def load_pretrained(model: nn.Module, path: str, classes: list[str] | None = Non
     weights, scratch, left_out = fit_parts(weights, wanted, (*prefixes(model, 'first_conv'), *heads, *OPTIONAL),
                                            heads if renew_head else ())
     load_weights(model, weights, path)
+    check_start(model)
+    before = (checkpoint.get('data') or {}).get('codebook')
+    if codebook and before and codebook != before:
+        print0(f'warning: {path}: was trained with another codebook (SHA-256 {shown(before)}, not {shown(codebook)}): '
+               'its stem knows nothing of these codes')
     kept = sum(not key.startswith(tuple(scratch)) for key in wanted) - bool(resampled)
     print0(summary(path, f'{kept} tensors kept{renamed}', resampled, scratch, left_out))
 

@@ -79,7 +79,8 @@ def test_the_one_hot_implementation_has_the_same_statistics(tmp_path):
     """Mean square of the model input over a batch, noise and all, of either implementation."""
     args = main_seit.parse_args(benchmarks.common.make_tokens(tmp_path, 64, 16, 10))
     codebook = load_codebook(args.codebook_path)
-    data = open_splits(recipe.split_files(args), len(codebook), args.token_cache, 14, torch.device('cpu'))['train']
+    data = open_splits(recipe.split_files(args), codebook, args.codebook_path, args.token_cache, 14,
+                       torch.device('cpu'))['train']
     augment = main_seit.make_augment(args, codebook, 16, 14, torch.device('cpu'), mixup=None)
     one_hot = OneHot(codebook, 14, load_synonyms(args.token_synonym_dict, len(codebook), args.token_synonym_thres))
     codes, labels = data.batch(range(64))

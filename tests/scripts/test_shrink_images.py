@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fileio.stamps import stamp_of
 from helpers import (call, contents, encoded, fails, forked, limits, no_space, noise, odd_images, save_image,
                      smooth_images, tar_samples, write_parquet, write_tar)
 from image_data import shrinking, shrunk_sets
@@ -356,7 +357,7 @@ def test_an_unfinished_set_takes_only_its_own_flags(images, tmp_path, monkeypatc
 @pytest.mark.slow
 def test_one_writer_at_a_time(images, tmp_path):
     def hold(ready):
-        folder = shrunk_sets.SetFolder(str(tmp_path / 'out'), {})
+        folder = shrunk_sets.SetFolder(str(tmp_path / 'out'), {}, stamp_of([]))
         folder.begin({'parameter': 1})
         ready()
         time.sleep(60)

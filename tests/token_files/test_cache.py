@@ -20,7 +20,7 @@ from token_files.token_file import open_token_file, write_set
 
 def cached(folder):
     """The one file in a cache folder."""
-    file, = folder.iterdir()
+    file, = folder.glob('*.npy')
     return file
 
 
@@ -33,7 +33,7 @@ def test_cache_is_reused_and_a_changed_source_never_served_stale(tmp_path):
     first = cached(cache)
     stat = first.stat()
     open_codes(files[0], cache)
-    assert [*cache.iterdir()] == [first] and first.stat() == stat
+    assert [*cache.glob('*.npy')] == [first] and first.stat() == stat
     times = files[0].stat()
     _, x2, _ = make_set(tmp_path, seed=1)  # another content under the same name ...
     os.utime(files[0], ns=(times.st_atime_ns, times.st_mtime_ns))  # ... and the same time
@@ -49,7 +49,7 @@ def test_two_files_of_one_name_share_a_cache_folder(tmp_path):
     for _ in range(2):
         assert np.array_equal(open_codes(a, tmp_path / 'c'), xa)
         assert np.array_equal(open_codes(b, tmp_path / 'c'), xb)
-    assert len([*(tmp_path / 'c').iterdir()]) == 2
+    assert len([*(tmp_path / 'c').glob('*.npy')]) == len([*(tmp_path / 'c').glob('*.sha256')]) == 2
 
 
 def test_the_name_is_what_it_always_was(tmp_path, monkeypatch):
@@ -70,10 +70,10 @@ def test_an_older_cache_of_the_same_files_is_removed_and_no_other(tmp_path):
     (b, _), *_ = make_set(tmp_path, name='a1', seed=0)
     open_codes(a, cache)
     open_codes(b, cache)
-    assert len([*cache.iterdir()]) == 2
+    assert len([*cache.glob('*.npy')]) == len([*cache.glob('*.sha256')]) == 2
     make_set(tmp_path, name='a[1]', seed=1)
     open_codes(a, cache)
-    assert sorted(path.name.split('.')[0] for path in cache.iterdir()) == ['a1-token', 'a[1]-token']
+    assert sorted(path.name.split('.')[0] for path in cache.glob('*.sha256')) == ['a1-token', 'a[1]-token']
 
 
 def test_a_warm_opening_reads_manifest_and_index_once(tmp_path, monkeypatch):
@@ -205,7 +205,7 @@ def test_what_a_killed_decoding_left_is_removed_by_the_next(tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(token_cache, 'decode_into', killed_decoding)
         assert in_child(lambda: open_codes(tokens, cache)) == (-signal.SIGKILL, '')
-    left = cached(cache)
+    left, = cache.iterdir()
     assert left.name.endswith('.tmp') and left.stat().st_size > 12000 * 64 * 2
     other = cache / f'.other{left.name}'  # of another set
     other.write_bytes(b'')

@@ -1,0 +1,105 @@
+"""What token sets were made with, as their manifests state it, against the files that a program is given.
+
+Codes mean something only in their own codebook, and a wrong one of the same size goes unnoticed: a model trains on it,
+badly. A manifest states the SHA-256 of the tokenizer's file, and of the codebook's file and values. A set without a
+manifest states nothing, and is compared with nothing.
+"""
+from collections.abc import Sequence
+from typing import Any
+
+import safetensors
+import torch
+
+from fileio.files import identity, is_address
+from fileio.torch_files import digest_of
+from token_files.token_file import TokenFile
+from utils import InputError
+
+CONVERTED = 'converted_from'  # in the metadata of a .safetensors and in manifests: SHA-256 of the pickled tokenizer
+SHOWN = 12  # hexadecimal digits of a SHA-256 in messages
+
+
+def identity_of_tokenizer(path: str) -> dict[str, str]:
+    """Name and SHA-256 of a tokenizer's file, and of the one that it was converted from. Raises InputError."""
+    entry = identity(path)
+    if str(path).lower().endswith('.safetensors') and not is_address(path):
+        try:
+            with safetensors.safe_open(path, 'pt') as file:
+                converted = (file.metadata() or {}).get(CONVERTED)
+        except (OSError, safetensors.SafetensorError):
+            converted = None  # it is said where the tokenizer is read
+        if converted:
+            entry[CONVERTED] = converted
+    return entry
+
+
+def entry_of(manifest: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """What a manifest states of its 'tokenizer' or 'codebook', or None."""
+    entry = manifest.get(name)
+    return entry if isinstance(entry, dict) and isinstance(entry.get('sha256'), str) and entry['sha256'] else None
+
+
+def digest_of_entry(entry: dict[str, Any]) -> str:
+    """The SHA-256 that stands for a tokenizer, whether it was converted or not."""
+    return entry.get(CONVERTED) or entry['sha256']
+
+
+def named(entry: dict[str, Any]) -> str:
+    """A file of a manifest, for messages."""
+    return f'{str(entry.get("file"))[:80]} (SHA-256 {entry["sha256"][:SHOWN]}...)'
+
+
+def entry_of_codebook(codebook: torch.Tensor, path: str) -> dict[str, str]:
+    """What a manifest is to state of a codebook (K, d) float32 in the file `path`."""
+    return identity(path) | {'values_sha256': digest_of(codebook)}
+
+
+def tokenizer_of(files: Sequence[TokenFile]) -> dict[str, Any] | None:
+    """The tokenizer that shards or sets have in common, None where no manifest states one.
+
+    Raises:
+        InputError: where two state different ones.
+    """
+    first = None
+    for file in files:
+        entry = entry_of(file.manifest, 'tokenizer')
+        if first and entry and digest_of_entry(entry) != digest_of_entry(first[1]):
+            raise InputError(f'{file.stream}: was made with the tokenizer {named(entry)}, but {first[0].stream} with '
+                             f'{named(first[1])}: their codes mean different things; give sets of one tokenizer')
+        if entry and not first:
+            first = file, entry
+    return first[1] if first else None
+
+
+def is_codebook_of(entry: dict[str, Any], codebook: torch.Tensor, path: str) -> bool:
+    """Whether an entry of a manifest is of the codebook (K, d) float32 of the file `path`."""
+    if isinstance(entry.get('values_sha256'), str):
+        return entry['values_sha256'] == digest_of(codebook)
+    return entry['sha256'] == identity(path)['sha256']  # manifests of before state the file alone
+
+
+def check_codebook_of(entry: dict[str, Any] | None, owner: str, codebook: torch.Tensor, path: str) -> None:
+    """InputError where an entry of a manifest is of another codebook than (K, d) of the file `path`.
+
+    Equal values are enough, where the manifest states those: a codebook may be saved again.
+    """
+    if entry and not is_codebook_of(entry, codebook, path):
+        raise InputError(f'{owner}: was made with the codebook {named(entry)}, and {path} is another: give that one to '
+                         '--codebook-path')
+
+
+def check_made_with(files: Sequence[TokenFile], codebook: torch.Tensor, codebook_path: str,
+                    tokenizer_path: str = '') -> None:
+    """InputError unless token sets were made with one tokenizer, and with what is given, where their manifests say it.
+
+    Args:
+        files: of all sets that are used together.
+        codebook, codebook_path: (K, d) float32, and its file.
+        tokenizer_path: a tokenizer that is used beside them, or ''.
+    """
+    for file in files:
+        check_codebook_of(entry_of(file.manifest, 'codebook'), str(file.stream), codebook, codebook_path)
+    entry = tokenizer_of(files)
+    if entry and tokenizer_path and digest_of_entry(identity_of_tokenizer(tokenizer_path)) != digest_of_entry(entry):
+        raise InputError(f'{files[0].stream}: was made with the tokenizer {named(entry)}, and {tokenizer_path} is '
+                         'another: give that one to --tokenizer-path')
