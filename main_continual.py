@@ -55,6 +55,9 @@ from training.run_folder import FILES, RunFolder, find_checkpoint
 from utils import InputError, check_same_on_all_ranks, init_distributed, on_main, print0, rank, run, world_size
 
 
+NAMED = 5  # classes of a task that an error names
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError, also for values that cannot work together."""
     parser = Parser('Class-incremental training with a replay memory. Further flags: main_seit.py --help for --new '
@@ -246,19 +249,30 @@ def steps_of(args: argparse.Namespace, modality: Modality, tasks: Tasks, task: i
     The memory and --joint do not count, so that every way of remembering is trained for the same number of steps.
     """
     images = tasks.images(modality.train.labels, task)
-    return recipe.count_steps(args, -(-len(images) // world_size()), modality.path)
+    names = class_names(modality, tasks)
+    first = [names[position] for position in tasks.classes(task)[:NAMED]]
+    more = f' and {len(tasks.classes(task)) - NAMED} more' if len(tasks.classes(task)) > NAMED else ''
+    source = f'{modality.path}: task {task + 1} of {len(tasks)}, of class {", ".join(first)}{more}'
+    return recipe.count_steps(args, -(-len(images) // world_size()), source)
+
+
+def class_names(modality: Modality, tasks: Tasks) -> list[str]:
+    """The classes in their order, for errors: their names, or labels where they have none."""
+    names = modality.train.classes
+    return [repr(names[label]) if names else str(label) for label in tasks.order.tolist()]
 
 
 def check_tasks(args: argparse.Namespace, modality: Modality, tasks: Tasks, device: torch.device) -> None:
     """InputError for what would end the run later: in its last task, or in the first one after its folder is made."""
-    for task in range(len(tasks)):
-        steps_of(args, modality, tasks, task)
+    smallest = min(range(len(tasks)), key=lambda task: len(tasks.images(modality.train.labels, task)))
+    steps_of(args, modality, tasks, smallest)
     begun = Path(args.output_dir, RUN).exists()
     model = (modality.make_model() if begun else start_model(args, modality, 0)).to(device)
     recipe.print_model(args, args.model, model, device)
     recipe.make_optimizer(args, model)
     if args.memory != 'none':
-        check_room(args.memory_bytes, modality.train.labels, modality.store, args.memory)
+        check_room(args.memory_bytes, modality.train.labels, modality.store, args.memory,
+                   class_names(modality, tasks))
 
 
 def train_task(args: argparse.Namespace, modality: Modality, tasks: Tasks, task: int,

@@ -111,7 +111,7 @@ def main(args: argparse.Namespace) -> int:
         check_codes(checkpoint['model'], len(codebook), path)
     token_adapt = open_token_adapt(args.tokenadapt_path, codebook, device)
     data = TokenDataset(args.train_token_file, None, len(codebook), args.token_cache, device)
-    check_crop(size, data.grid_size)
+    check_crop(size, data.grid_size, args.train_token_file)
     print0(f'train: {len(data):,} images of {data.grid_size}x{data.grid_size} codes, {size}x{size} codes are read')
     check_made_with(data.files, codebook, args.codebook_path)
     facts = recipe.check_data(args, facts_of({'train': data}, codebook), checkpoint)

@@ -268,8 +268,13 @@ def count_steps(args: Flags, images: int, source: str) -> int:
     """Batches an epoch for a rank that gets `images` of `source`, a multiple of --accum-iter. Raises InputError."""
     steps = images // (args.batch_size * args.accum_iter) * args.accum_iter
     if not steps:
+        sizes = {'--batch-size': args.batch_size, '--accum-iter': args.accum_iter,
+                 'the number of processes': world_size()}
+        advice = f'lower {" or ".join(name for name, size in sizes.items() if size > 1)}'
+        if vars(args).get('epoch_images'):  # of the programs that have it
+            advice += ', or raise --epoch-images'
         raise InputError(f'{source}: the {images} images of a process make no step of --batch-size {args.batch_size} x '
-                         f'--accum-iter {args.accum_iter} ({world_size()} processes): lower them')
+                         f'--accum-iter {args.accum_iter} ({world_size()} processes): {advice}')
     return steps
 
 

@@ -20,6 +20,8 @@ from einops import rearrange
 
 from utils import InputError
 
+LEAST_GRID = 2  # codes on a side of a patch, of all models here
+
 
 def uniform(shape: tuple[int, ...], generator: torch.Generator, low: float = 0., high: float = 1.) -> torch.Tensor:
     """Uniform float32 numbers in [low, high) on the generator's device."""
@@ -258,11 +260,16 @@ def center_crop(codes: torch.Tensor, size: int) -> torch.Tensor:
     return codes[..., top:top + size, left:left + size]
 
 
-def check_crop(size: int, grid_size: int) -> None:
-    """InputError unless a crop of size x size codes fits the grid."""
+def check_crop(size: int, grid_size: int, path: str = '') -> None:
+    """InputError unless a crop of size x size codes fits the grid, which is of the token file `path`."""
+    start = f'{path}: ' if path else ''
+    if grid_size < LEAST_GRID:
+        raise InputError(f'{start}a token grid of {grid_size}x{grid_size} codes is too small for any model, as '
+                         f'their patches are of {LEAST_GRID}x{LEAST_GRID}: tokenize the images at a larger size')
     if size > grid_size:
-        raise InputError(f'a crop of {size}x{size} codes is larger than the {grid_size}x{grid_size} token grid: lower '
-                         'the input size')
+        raise InputError(f'{start}a crop of {size}x{size} codes is larger than the {grid_size}x{grid_size} token grid: '
+                         f'take a model of a smaller input size, {grid_size // LEAST_GRID * LEAST_GRID} codes at most, '
+                         'or tokenize the images at a larger size')
 
 
 class RandomResizedCrop:

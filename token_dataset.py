@@ -169,7 +169,7 @@ def open_splits(files: dict[str, tuple[str, str]], codebook: torch.Tensor, codeb
     datasets = {}
     for split, (token_file, label_file) in files.items():
         data = datasets[split] = TokenDataset(token_file, label_file, len(codebook), cache, device)
-        check_crop(size, data.grid_size)
+        check_crop(size, data.grid_size, token_file)
         print0(f'{split}: {len(data):,} images of {data.grid_size}x{data.grid_size} codes, '
                f'{data.bytes_on_disk() / 1e6:,.2f} MB on disk ({data.bytes_on_disk() / len(data):,.0f} bytes an '
                f'image), {size}x{size} codes are read')

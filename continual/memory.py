@@ -218,13 +218,14 @@ def small_samples(images: Iterable[int], encode: Encode, class_bytes: int, large
             large.append(sample.size)
 
 
-def check_room(limit: int, labels: np.ndarray, encode: Encode, form: str) -> None:
+def check_room(limit: int, labels: np.ndarray, encode: Encode, form: str, names: Sequence[str] = ()) -> None:
     """InputError unless an equal share of `limit` bytes holds an image of each class.
 
     Args:
         limit: bytes of the memory.
         labels: (N,) of all images.
         form: how images are stored, for the error.
+        names: of the classes, for the error.
     """
     # the first image of a class that is small enough will do, so mostly one image of each class is encoded
     classes = np.unique(labels)
@@ -232,8 +233,9 @@ def check_room(limit: int, labels: np.ndarray, encode: Encode, form: str) -> Non
     for label in classes.tolist():
         large = []
         if next(small_samples(np.flatnonzero(labels == label).tolist(), encode, class_bytes, large), None) is None:
+            name = f'class {names[label]}' if names else 'a class'
             raise InputError(f'--memory-bytes {limit}: less than an image of each of the {len(classes)} classes takes '
-                             f'as {form} (a class has none below {min(large)} bytes): give {len(classes) * min(large)} '
+                             f'as {form} ({name} has none below {min(large)} bytes): give {len(classes) * min(large)} '
                              'or more')
 
 

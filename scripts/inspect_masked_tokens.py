@@ -132,7 +132,7 @@ def main(args: argparse.Namespace) -> None:
         raise InputError(f'{args.token_file}: holds code {codes.max()}, but the codebook has {len(codebook)} rows; '
                          'give the codebook the tokens were made with')
     grid_size = math.isqrt(codes.shape[1])
-    check_crop(size, grid_size)
+    check_crop(size, grid_size, args.token_file)
     codes = center_crop(codes.view(-1, grid_size, grid_size), size)
     filled, masked, loss = predict(model, codes, args.mask_ratio, torch.Generator().manual_seed(args.seed))
     tokens, predicted = (decode_codes(tokenizer, codebook, each.flatten(1)) for each in (codes, filled))

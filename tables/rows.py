@@ -34,6 +34,7 @@ RESULTS = {'tables/choose_images.py': 'chosen.json', 'scripts/shrink_images.py':
            'scripts/fit_patch_tokenizer.py': 'codebook.ckpt', 'tokenize_images.py': '{name}-token.json',
            'scripts/convert_tokens.py': '{stem}.json'}
 
+PATH_FLAGS = {'--data-path', '--train-path', '--val-path', '--output-dir', '--output'}  # of images and of results
 ELSEWHERE = {'--output-dir', '--resume', '--device', '--num-workers'}  # flags that the results do not depend on
 
 Command = tuple[str, ...]  # a program's path from the root, and its words
@@ -102,9 +103,17 @@ def flags_of(command: Command) -> dict[str, list[str]]:
 
 # ---------------------------------------------------------------- is it the same row
 
-def plain(word: str, home: str) -> str:
-    """A word of a command in one spelling: paths below the output folder `home` begin with HOME, others at the root."""
-    if os.sep not in word or word.startswith(HOME):
+def is_path(word: str, flag: str) -> bool:
+    """Whether the word after a flag is a path; one without a slash may be, as `train` is where the data are in `.`."""
+    return os.sep in word or flag in PATH_FLAGS
+
+
+def plain(word: str, home: str, flag: str = '') -> str:
+    """A word of a command in one spelling: paths below the output folder `home` begin with HOME, others at the root.
+
+    `flag` is the word before it.
+    """
+    if word.startswith(HOME) or not is_path(word, flag):
         return word
     path = os.path.realpath(word)
     return HOME + path[len(home):] if path.startswith(home + os.sep) else path
@@ -120,7 +129,8 @@ def plain_commands(commands: Iterable[Sequence[str]], home: str) -> dict[str, li
     plain_words = {}
     for number, command in enumerate(commands, 1):
         at = program_at(command) + 1
-        plain_words[f'command {number}'] = [*command[:at], *(plain(word, home) for word in command[at:])]
+        plain_words[f'command {number}'] = [*command[:at], *(plain(word, home, flag) for flag, word in
+                                                             zip(command[at - 1:], command[at:]))]
     return plain_words
 
 
@@ -164,8 +174,13 @@ def flags_that_differ(folder: Path, flags: dict[str, list[str]]) -> list[str]:
         value = made.get(flag[2:].replace('-', '_'))
         if len(words) != 1 or not isinstance(value, str | int | float) or isinstance(value, bool):
             continue
-        same = os.path.realpath(value) == os.path.realpath(words[0]) if isinstance(value, str) else (
-            value == float(words[0]))
+        if not isinstance(value, str):
+            same = value == float(words[0])
+        elif is_path(value, flag):  # from where that run was started, which runs of before do not say
+            there = os.path.join(str(made.get('started_in') or ''), value)
+            same = os.path.realpath(there) == os.path.realpath(words[0])
+        else:
+            same = value == words[0]
         if not same and flag not in ELSEWHERE:
             texts.append(f'{flag} {value} there, {flag} {words[0]} here')
     return texts

@@ -250,8 +250,19 @@ def test_a_mistake_begins_no_run(sets, tmp_path, words, pattern):
 
 def test_a_later_task_too_small_is_found_at_once(sets, tmp_path):
     flags = [*TOKENS, *sets, '--base-classes', 5, '--inc-classes', 1, '--batch-size', 40, '--output-dir', tmp_path]
-    fails(lambda: call(main_continual, *flags), 'make no step of --batch-size 40')
+    fails(lambda: call(main_continual, *flags), 'train-token.data.bin.gz: task 2 of 2, of class 1: the 12 images of a '
+          'process make no step of --batch-size 40 .*: lower --batch-size$')
     assert not list(tmp_path.rglob('*.pth'))
+
+
+def test_the_task_and_the_class_that_are_too_small_are_named(paths, images, tmp_path):
+    flags = [*PIXELS, *paths, '--output-dir', tmp_path, '--memory', 'jpeg', '--memory-quality', 20]
+    fails(lambda: call(main_continual, *flags, '--memory-bytes', '1e5', '--batch-size', 18),
+          "train: task 1 of 3, of class 'class-\\d', 'class-\\d': the 16 images .*: lower --batch-size$")
+    fails(lambda: call(main_continual, *flags, '--memory-bytes', '1e5', '--batch-size', 50, '--base-classes', 6),
+          "task 1 of 1, of class ('class-\\d', ){4}'class-\\d' and 1 more: the 48 images")
+    fails(lambda: call(main_continual, *flags, '--memory-bytes', 60), r"\(class 'class-\d' has none below \d+ bytes\)")
+    assert not (tmp_path / 'run.json').exists()
 
 
 def test_a_signal_between_trainings(sets, tmp_path, monkeypatch):
@@ -307,7 +318,7 @@ MISTAKES = {
     'divide': ([*TOKENS, *MEMORY, '--inc-classes', 3], 'sets', '--inc-classes 3 at a time do not divide the 6 classes'),
     'more': ([*TOKENS, *MEMORY, '--base-classes', 7], 'sets', '--base-classes 7 are more than the 6 classes'),
     'small': ([*TOKENS, '--memory', 'tokens', '--memory-bytes', 500], 'sets',
-              'less than an image of each of the 6 classes takes as tokens .a class has none below 106 bytes.: give '
+              'less than an image of each of the 6 classes takes as tokens .class 0 has none below 106 bytes.: give '
               '636 or more'),
     'bytes': ([*TOKENS, '--memory', 'tokens', '--memory-bytes', '1.5'], 'sets', '1.5: give a whole number of bytes'),
     'no bytes': ([*TOKENS, '--memory', 'tokens'], 'sets', '--memory and --memory-bytes belong together'),

@@ -159,6 +159,13 @@ def test_mistakes_by_flag(data, flags, words):
     assert words in mistake(*SMALL, *data, '--epochs', 1, *flags)
 
 
+@pytest.mark.parametrize('size', ['16', '224'])
+def test_a_grid_of_one_code_is_told_no_smaller_input(size, tmp_path):
+    words = make_data(tmp_path, grid=1)
+    message = mistake(*SMALL, *words, '--epochs', 1, '--input-size', size)
+    assert message.startswith(f'{tmp_path / "train-token.data.bin.gz"}: a token grid of 1x1 codes is too small')
+
+
 @pytest.mark.parametrize('flags, words', [
     (['--tokenadapt-path', 'gone.ckpt'], 'gone.ckpt: cannot read TokenAdapt weights'),
     (['--batch-size', '6'], '--batch-size 6: each half is mixed with its mirror image: give a multiple of 4'),

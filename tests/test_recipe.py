@@ -116,8 +116,18 @@ def test_save_interval(text, value):
 
 @pytest.mark.parametrize('flags', [['--batch-size', '8', '--accum-iter', '4'], ['--batch-size', '32']])
 def test_an_epoch_without_a_step_is_refused(flags):
-    with pytest.raises(InputError, match='the 31 images of a process make no step'):
+    with pytest.raises(InputError, match='^tokens: the 31 images of a process make no step') as error:
         recipe.count_steps(main_seit.parse_args(flags), 31, 'tokens')
+    assert str(error.value).endswith(f': lower {" or ".join(flags[::2])}')
+
+
+def test_advice_for_an_epoch_without_a_step_is_of_what_can_change(monkeypatch):
+    args = main_seit.parse_args(['--batch-size', '1', '--accum-iter', '40', '--cutmix', '0'])
+    fails(lambda: recipe.count_steps(args, 31, 'tokens'), r'\(1 processes\): lower --accum-iter$')
+    monkeypatch.setattr(recipe, 'world_size', lambda: 2)
+    fails(lambda: recipe.count_steps(args, 31, 'x'), r'\(2 processes\): lower --accum-iter or the number of processes$')
+    args = args.replaced(epoch_images=62)
+    fails(lambda: recipe.count_steps(args, 31, 'x'), 'lower --accum-iter or .*, or raise --epoch-images$')
 
 
 def test_steps_are_whole_accumulations():

@@ -203,6 +203,16 @@ def test_crop_larger_than_the_grid_is_refused():
         ta.EvalTransform(torch.randn(5, 4), 10, CPU)(torch.zeros(1, 8, 8, dtype=torch.uint16))
 
 
+@pytest.mark.parametrize('size, grid_size, message', [
+    (2, 1, 'x.bin: a token grid of 1x1 codes is too small for any model, .* 2x2: tokenize the images at a larger size'),
+    (28, 1, 'x.bin: a token grid of 1x1 codes is too small for any model'),
+    (28, 2, 'larger than the 2x2 token grid: take a model of a smaller input size, 2 codes at most, or tokenize'),
+    (28, 27, 'larger than the 27x27 token grid: take a model of a smaller input size, 26 codes at most')])
+def test_advice_for_small_grids_is_of_sizes_that_work(size, grid_size, message):
+    with pytest.raises(InputError, match=message):
+        ta.check_crop(size, grid_size, 'x.bin')
+
+
 # ---------------------------------------------------------------- noise and the whole
 
 def test_embedding_noise_hits_half_the_batch_with_the_right_deviations():

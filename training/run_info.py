@@ -1,4 +1,5 @@
 """Derived numbers, printed once, and what a run is recorded with: versions, device."""
+import os
 import platform
 from typing import Any
 
@@ -45,5 +46,14 @@ def print_recipe_batch(batch: int, unscaled: bool) -> None:
 
 
 def run_record(flags: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """What args.json holds: the flags as given, versions, device, processes."""
-    return {**flags, 'versions': VERSIONS, 'device_name': device_name(device), 'world': world_size()}
+    """What args.json holds: the flags as given, versions, device, processes, and the folder that paths start from."""
+    return {**flags, 'versions': VERSIONS, 'device_name': device_name(device), 'world': world_size(),
+            'started_in': working_folder()}
+
+
+def working_folder() -> str | None:
+    """The folder that relative paths start from; None where it was removed."""
+    try:
+        return os.getcwd()
+    except OSError:
+        return None

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import processes
@@ -20,6 +21,7 @@ from small_tables import TOY, Forked
 from tables import choose_images, count_bytes, figures, make, presets, report, rows
 from tables.plan import Plan
 from tables.rows import Row, run_rows
+from training.run_info import run_record
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 TABLES = [name for name in make.TABLES if name != 'continual']  # which test_continual_table.py is about
@@ -269,6 +271,47 @@ def test_a_folder_under_another_spelling_is_the_same(tmp_path, monkeypatch):
     (old.folder / rows.ROW).write_text(json.dumps({'command 1': old.commands[0]}))
     (old.folder / rows.DONE).write_text('1\n')
     assert rows.is_done(row_in(tmp_path / 'moved'))
+
+
+@pytest.mark.parametrize('begun', [0, 3, 4])
+def test_every_spelling_of_both_folders_is_the_same(begun, tmp_path, monkeypatch):
+    """From the folder of the data or of the output itself too, where paths have no slash."""
+    (tmp_path / 'work' / 'data' / 'train').mkdir(parents=True)
+    (tmp_path / 'work' / 'out').mkdir()
+    (tmp_path / 'link').symlink_to('work')
+    spellings = [('.', 'work/data', 'work/out'), ('work', './data/', 'out/.'), ('work', 'data/../data', 'out/../out'),
+                 ('work/data', '.', '../out'), ('work/out', '../data', '.'), ('.', 'link/data', 'link/../work/out'),
+                 ('work', tmp_path / 'link' / 'data', f'{tmp_path}/link/out/')]
+
+    def all_rows(start, data, output):
+        monkeypatch.chdir(tmp_path / start)
+        return [row for table in make.TABLES for row in make.rows_of(table, make.parse_args(
+            [table, '--preset', 'tiny', '--data-path', str(data), '--output-dir', str(output)]))]
+
+    for row in all_rows(*spellings[begun]):
+        rows.take(row).close()
+    for spelling in spellings:
+        for row in all_rows(*spelling):
+            rows.check_row(row)
+    (tmp_path / 'work' / 'more' / 'train').mkdir(parents=True)
+    fails(lambda: [rows.check_row(row) for row in all_rows('work/more', '.', '../out')], 'holds the run of another com')
+
+
+def test_a_run_by_hand_from_another_folder_is_the_same(tmp_path, monkeypatch):
+    """args.json says where its paths start."""
+    folder = tmp_path / 'out' / 'train' / 'x'
+    folder.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / 'out')
+    made = run_record({'train_path': '../data/train', 'opt': 'lamb'}, torch.device('cpu'))
+    (folder / 'args.json').write_text(json.dumps(made))
+    for start, path in ((tmp_path, 'data/train'), (tmp_path / 'out' / 'train', '../../data/train/')):
+        monkeypatch.chdir(start)
+        words = ('main_pixels.py', '--train-path', path, '--opt', 'lamb', '--output-dir', str(folder))
+        rows.check_row(Row('train/x', folder, (words,)))
+    words = ('main_pixels.py', '--train-path', '../data/train', '--opt', 'lamb', '--output-dir', str(folder))
+    fails(lambda: rows.check_row(Row('train/x', folder, (words,))), '--train-path .* there, --train-path .* here')
+    monkeypatch.setattr(os, 'getcwd', lambda: (_ for _ in ()).throw(FileNotFoundError))
+    assert run_record({}, torch.device('cpu'))['started_in'] is None
 
 
 def test_what_was_run_by_hand_is_done(tmp_path, monkeypatch):
