@@ -33,7 +33,7 @@ from continual.forms import PixelStore, StoredImages, TaskImages, join_images, j
 from continual.memory import MAX_CLASSES, ReplayMemory, Sample, check_room, fill, save_memory
 from continual.results import (MEMORY, RUN, add_result, check_new, digest_of, evaluate_seen, open_memory, read_results,
                                task_folder, write_results)
-from continual.task_flags import add_task_flags, check_program_flags, check_task_flags
+from continual.task_flags import add_task_flags, check_not_here, check_program_flags, check_task_flags
 from continual.task_tokens import TokenFiles, fit_tokenizer, hold_tokens, open_token_store, tokenize_splits
 from continual.tasks import Tasks, make_tasks, step_batches, step_draws, task_seed
 from engine import evaluate_models, rank_indices
@@ -66,6 +66,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     # flags of tasks are read here; what remains belongs to the program whose training this is
     task_args, rest = parser.parse_known_args(argv)
     check_task_flags(vars(task_args))
+    # first, or the program would ask for what belongs to a flag that is none of this one
+    program = main_pixels if task_args.new == 'pixels' else main_seit
+    check_not_here(vars(program.get_args_parser().parse_known_args(rest)[0]))
     if task_args.new == 'pixels':
         args = main_pixels.parse_args([*rest, '--train-path', task_args.train_path, '--val-path', task_args.val_path])
     else:
@@ -107,7 +110,7 @@ class Modality(NamedTuple):
 
 def make_tasks_of(args: argparse.Namespace, labels: dict[str, np.ndarray]) -> Tasks:
     """The tasks of the flags for the classes of data sets, by path; the training set first. Raises InputError."""
-    classes = count_classes(labels, None, None)
+    classes = count_classes(labels, None, None, 'fix the labels')
     for path, values in labels.items():
         missing = np.setdiff1d(np.arange(classes), values)
         if len(missing):
@@ -209,7 +212,7 @@ def make_tokens(args: argparse.Namespace, device: torch.device) -> tuple[argpars
     folder = Path(args.tokens_dir or Path(args.output_dir, 'tokens'))
     splits = {'train': open_source(args.train_path)}
     source = splits['train']
-    check_folder(args.train_path, str(folder), source.classes)
+    check_folder(args.train_path, str(folder), source.classes, '--tokens-dir' if args.tokens_dir else '--output-dir')
     tasks = make_tasks_of(args, {args.train_path: source.labels})
     if args.new == 'tokens' or args.eval_stored:
         splits['val'] = open_source(args.val_path)

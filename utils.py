@@ -169,7 +169,7 @@ def init_distributed(device: str, dist_url: str = 'env://', minutes: float = 10)
             store, joined_rank, size = next(rendezvous(dist_url, int(os.environ['RANK']), int(os.environ['WORLD_SIZE']),
                                                     timeout=wait))
         except (RuntimeError, ValueError) as error:
-            raise InputError(f'the processes did not find each other at --dist-url {dist_url} in {minutes:g} minutes '
+            raise InputError(f'the processes did not find each other at {dist_url} in {minutes:g} minutes '
                              f'({first_line(error)})') from None
         if os.environ.get('GROUP_WORLD_SIZE') == '1':
             # torchrun on one node keeps its store when it restarts the ranks, with the addresses of dead ranks in it

@@ -12,6 +12,10 @@ from utils import InputError
 NOT_HERE = {
     'eval': 'each task is evaluated when it ends',
     'no_eval': 'each task is evaluated when it ends',
+    'output': 'results.jsonl has the numbers of each task',
+    'corruption': 'each task is evaluated on images as they are',
+    'severity': 'each task is evaluated on images as they are',
+    'classes': 'each task is evaluated on all classes seen',
     'start_epoch': 'tasks begin where they were left',
     'nb_classes': 'the tasks must divide the classes of the labels',
     'repeated_aug': 'steps draw from two sources, each without repeats; beside --aug deit give --no-repeated-aug',
@@ -115,11 +119,16 @@ def check_task_flags(flags: dict[str, Any]) -> None:
             raise InputError(message)
 
 
+def check_not_here(flags: dict[str, Any]) -> None:
+    """InputError for flags of main_seit.py or main_pixels.py, by name, that a run of tasks does not take."""
+    for name, why in NOT_HERE.items():
+        if flags.get(name):
+            raise InputError(f'--{name.replace("_", "-")} is no flag of main_continual.py: {why}')
+
+
 def check_program_flags(flags: dict[str, Any]) -> None:
     """InputError for flags of main_seit.py or main_pixels.py, by name, with which a run of tasks cannot be."""
-    for name, why in NOT_HERE.items():
-        if flags[name]:
-            raise InputError(f'--{name.replace("_", "-")} is no flag of main_continual.py: {why}')
+    check_not_here(flags)
     if (flags['new'] == 'tokens' and not flags['train_token_file'] and
             flags['token_synonym_dict'] != SYNONYMS):
         raise InputError('--token-synonym-dict: synonyms are made with the tokens; give it beside --train-token-file')

@@ -111,7 +111,8 @@ def tokenize_splits(files: TokenFiles, folder: Path, splits: dict[str, Source], 
     for name, source in splits.items():
         made_of = {f'images of {name}': source.digest(), 'tokenizer': tokenizer, 'image size': image_size}
         on_main(check_same, folder / f'{name}-images.json', made_of, '--tokens-dir')
-        tokenize(source, OutputFiles(folder, name), options, device, max_pixels=max_pixels)
+        output = OutputFiles(folder, name, name_flag='', folder_flag='--tokens-dir')
+        tokenize(source, output, options, device, max_pixels=max_pixels)
         files = files._replace(**{name: str(folder / f'{name}-token.data.bin.gz'),
                                   f'{name}_labels': str(folder / f'{name}-label.txt')})
     files = files._replace(codebook=files.codebook or str(folder / 'codebook.ckpt'),

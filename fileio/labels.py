@@ -43,13 +43,15 @@ def _repeat_labels(names: list[str], others: list[str]) -> bool:
         number in (None, label) for label, number in enumerate(other_numbers))
 
 
-def count_classes(labels: dict[str, np.ndarray], requested: int | None, trained: int | None) -> int:
+def count_classes(labels: dict[str, np.ndarray], requested: int | None, trained: int | None,
+                  advice: str = 'fix the labels or give --nb-classes') -> int:
     """Classes of a model's head: `requested`, or what it was trained for, or the largest label of the first file + 1.
 
     Args:
         labels: of each file, by its path.
         requested: --nb-classes, or None.
         trained: outputs of a checkpoint's head, or None.
+        advice: what the user can do about a label beyond them.
 
     Raises:
         InputError: naming a file with a label beyond them.
@@ -58,7 +60,7 @@ def count_classes(labels: dict[str, np.ndarray], requested: int | None, trained:
     for path, values in labels.items():
         if int(values.max()) >= classes:
             raise InputError(f'{path}: holds class {int(values.max())}, but there are {classes} classes (0 to '
-                             f'{classes - 1}): fix the labels or give --nb-classes')
+                             f'{classes - 1}): {advice}')
     return classes
 
 

@@ -39,7 +39,7 @@ from image_data.parquet_files import (check_one_split, class_names, image_bytes,
                                       read_labels_of)
 from image_data.tar_shards import read_tar
 from image_data.workers import plan_workers
-from utils import InputError, print0
+from utils import InputError, cores, print0
 
 
 # ---------------------------------------------------------------- sources
@@ -346,7 +346,7 @@ class ImageBatch(NamedTuple):
     skipped: list[tuple[int, str]]
 
 
-def load_images(source: Source, batches: Sequence[Sequence[int]], size: int, *, workers: int = 0,
+def load_images(source: Source, batches: Sequence[Sequence[int]], size: int, *, workers: int | None = 0,
                 skip_bad: bool | None = None, pin_memory: bool = False, max_pixels: int | None = None,
                 prepare: Callable[[Image.Image, int, int], torch.Tensor] | None = None) -> Iterator[ImageBatch]:
     """Read and decode images, batch after batch.
@@ -355,7 +355,8 @@ def load_images(source: Source, batches: Sequence[Sequence[int]], size: int, *, 
         source: of the images.
         batches: indices into the source.
         size: images become squares of it.
-        workers: processes that decode, fewer where cores, batches or shared memory allow no more.
+        workers: processes that decode, fewer where cores, batches or shared memory allow no more; None for as many as
+            there are cores, where the program has no flag for it.
         skip_bad: leave images that cannot be read out, with a line on standard error for each; None where the program
             has no such flag.
         pin_memory: put pixels into page-locked memory, for a GPU.
@@ -369,14 +370,15 @@ def load_images(source: Source, batches: Sequence[Sequence[int]], size: int, *, 
         InputError: naming an image that cannot be read, unless `skip_bad`.
     """
     image_formats()  # PIL's list is made once, before the processes fork
-    processes, ahead = plan_workers(min(workers, len(batches)), max(map(len, batches), default=0) * 3 * size * size)
+    processes, ahead = plan_workers(min(cores() if workers is None else workers, len(batches)),
+                                    max(map(len, batches), default=0) * 3 * size * size)
     loader = iter(DataLoader(
         _DecodedBatches(source, batches, size, max_pixels, prepare), batch_size=None, num_workers=processes,
         collate_fn=_unchanged, pin_memory=pin_memory, prefetch_factor=ahead if processes else None,
         multiprocessing_context='fork' if processes else None,
         generator=torch.Generator()))  # else it would draw from torch's global one, and shift what a training draws
     for _ in range(len(batches)):
-        batch = next_batch(loader, source)
+        batch = next_batch(loader, source, workers is not None)
         for i, why in batch.skipped:
             if not skip_bad:
                 advice = 'replace or remove it' + (', or add --skip-bad-images' if skip_bad is False else '')
@@ -385,14 +387,19 @@ def load_images(source: Source, batches: Sequence[Sequence[int]], size: int, *, 
         yield batch
 
 
-def next_batch(loader: Iterator[Any], source: Source) -> Any:
-    """A DataLoader's next batch. Raises InputError where a process that decodes has died, or found no shared memory."""
+def next_batch(loader: Iterator[Any], source: Source, has_flag: bool = True) -> Any:
+    """A DataLoader's next batch; `has_flag`: the program's --num-workers says how many processes decode.
+
+    Raises:
+        InputError: where a process that decodes has died, or found no shared memory.
+    """
     try:
         return next(loader)
     except RuntimeError as error:
         if re.search('DataLoader worker .* (killed|exited)|shared memory', str(error)):
+            advice = 'give a smaller --num-workers, or 0' if has_flag else 'let nothing else run beside it'
             raise InputError(f'{source.data_path}: a process that decodes images failed, perhaps for lack of memory '
-                             f'({str(error).splitlines()[-1][:200]}); give a smaller --num-workers, or 0') from None
+                             f'({str(error).splitlines()[-1][:200]}); {advice}') from None
         raise
 
 

@@ -38,7 +38,7 @@ def plan_workers(workers: int, batch_bytes: int) -> tuple[int, int]:
     batches_that_fit = shared_memory() // max(1, batch_bytes) - 2
     if batches_that_fit < workers:
         print0(f'note: {SHARED_MEMORY} has little room: {max(0, batches_that_fit)} instead of {workers} worker '
-               'processes decode images; make it larger (docker run --shm-size), or choose a smaller --batch-size')
+               'processes decode images; make it larger (docker run --shm-size)')
         workers = max(0, batches_that_fit)
     return (workers, min(PREFETCH, batches_that_fit // workers)) if workers else (0, 0)
 

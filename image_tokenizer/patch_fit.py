@@ -22,7 +22,7 @@ from fileio.files import check_writable, save_torch
 from image_data.sources import Source, load_images
 from image_tokenizer.kmeans import kmeans, nearest_rows
 from image_tokenizer.tokenizers import PatchTokenizer, check_sizes, lift_rows, unit_range
-from utils import InputError, cores, print0
+from utils import InputError, print0
 
 BATCH_SIZE = 64  # images decoded at a time
 ROWS_AT_ONCE = 1 << 16  # patches in one product: bounds memory
@@ -67,8 +67,8 @@ def fit_to_folder(source: Source, folder: str | Path, options: FitOptions, worke
     codebook_path = Path(folder) / 'codebook.ckpt'
     for path in (tokenizer_path, codebook_path):
         if os.path.isfile(path):
-            raise InputError(f'{path}: is there, and tokens may have been made with it: choose another --output-dir, '
-                             'or remove it')
+            raise InputError(f'{path}: is there, and tokens may have been made with it: choose another folder, or '
+                             'remove it')
         check_writable(path)
     tokenizer, summary = fit(source, options, workers, skip_bad, max_pixels)
     save_torch(dict(tokenizer.state_dict()), tokenizer_path)
@@ -159,8 +159,8 @@ def sample_patches(source: Source, options: FitOptions, generator: torch.Generat
     numbers = sorted(position)  # a parquet file is read by row groups: in this order each of them once
     batches = [numbers[first:first + BATCH_SIZE] for first in range(0, len(numbers), BATCH_SIZE)]
     images_read = 0
-    for batch in load_images(source, batches, options.image_size, skip_bad=skip_bad,
-                             workers=cores() if workers is None else workers, max_pixels=max_pixels):
+    for batch in load_images(source, batches, options.image_size, skip_bad=skip_bad, workers=workers,
+                             max_pixels=max_pixels):
         images_read += len(batch.indices)
         for index, pixels in zip(batch.indices.tolist(), batch.pixels):
             i = position[index]
@@ -178,10 +178,10 @@ def check_enough(data_path: str, options: FitOptions, patches: int) -> None:
     width = 3 * options.patch_size ** 2
     if patches < options.codes:
         raise InputError(f'{data_path}: {patches} patches are too few for {options.codes} codes: give more images, '
-                         'or lower --codes')
+                         'a larger --image-size, or fewer codes')
     if width < options.dim - 1:
-        raise InputError(f'--dim {options.dim}: a patch of --patch-size {options.patch_size} has {width} values; '
-                         f'choose {width + 1} or less')
+        raise InputError(f'rows of {options.dim} elements: a patch of {options.patch_size} x {options.patch_size} '
+                         f'pixels has {width} values; choose {width + 1} or less')
 
 
 # ---------------------------------------------------------------- components

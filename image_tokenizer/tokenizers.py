@@ -42,9 +42,10 @@ VERSION = 1  # of that format
 # ---------------------------------------------------------------- images to codes and back
 
 def check_sizes(image_size: int, patch_size: int) -> None:
-    """InputError unless patches divide the images, as --image-size and --patch-size state them."""
+    """InputError unless patches divide images of --image-size."""
     if patch_size > image_size:
-        raise InputError(f'--patch-size {patch_size}: larger than images of --image-size {image_size}')
+        raise InputError(f'--image-size {image_size}: smaller than patches of {patch_size} pixels; choose a multiple '
+                         f'of {patch_size}')
     if image_size % patch_size:
         multiple = image_size // patch_size * patch_size
         raise InputError(f'--image-size {image_size}: images of it do not divide into patches of {patch_size}: choose '
@@ -191,7 +192,7 @@ class CodeNeeded(InputError):
         why = 'carries a numpy value' if name.startswith('numpy.') else 'runs code when loaded'
         super().__init__(f'{path}: {why} (it holds {name}). Convert it once to a plain file with '
                          'scripts/convert_tokenizer.py, which runs none of it; or, if you trust it, give the folder '
-                         'of its code to --tokenizer-code-path')
+                         'of its code to --tokenizer-code-path of tokenize_images.py or evaluate_on_images.py')
         self.name = name
 
 

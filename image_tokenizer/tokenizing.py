@@ -34,7 +34,7 @@ from token_files.codebook import load_codebook
 from token_files.made_with import identity_of_tokenizer
 from token_files.parts import FinishedCodes, OutputFiles, PartsFolder, remaining_parts, write_sets
 from token_files.token_file import MAX_CODES, format_for, largest_grid
-from utils import InputError, check_same_on_all_ranks, cores, is_main, on_main, print0, rank, world_size
+from utils import InputError, check_same_on_all_ranks, is_main, on_main, print0, rank, world_size
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def tokenize(source: Source, output: OutputFiles, options: EncodingOptions, devi
     torch.backends.cudnn.allow_tf32 = False
 
     # what goes in
-    check_folder(source.data_path, output.folder, source.classes)
+    check_folder(source.data_path, output.folder, source.classes, output.folder_flag)
     tokenizer, codebook = load_models(options.tokenizer_path, options.code_path, options.codebook_path,
                                       options.image_size, options.limit_codes)
     check_grid(output.format, options.image_size // tokenizer.patch_size)
@@ -108,7 +108,7 @@ def tokenize(source: Source, output: OutputFiles, options: EncodingOptions, devi
     encoder = Encoder(tokenizer, codebook.to(device), options.amp, options.tokenizer_path)
     rank_parts = missing_parts[rank()::world_size()]  # every n-th one, so that ranks end at about the same time
     batches = [batch for part in rank_parts for batch in parts.batches(part)]
-    images = load_images(source, batches, options.image_size, workers=cores() if workers is None else workers,
+    images = load_images(source, batches, options.image_size, workers=workers,
                          skip_bad=skip_bad, pin_memory=device.type == 'cuda', max_pixels=max_pixels)
     total = sum(len(batch) for part in missing_parts for batch in parts.batches(part))
     with progress_bar(total, sum(map(len, batches))) as advance:
@@ -136,8 +136,8 @@ def load_models(tokenizer_path: str | Path, code_path: str | Path | None, codebo
         raise InputError(f'{tokenizer_path}: has no codebook of its own: give one to --codebook-path')
     check_codebook(tokenizer, codebook, source)
     if len(codebook) > MAX_CODES and not limit_codes:
-        raise InputError(f'{source}: {len(codebook)} codes, but token files hold {MAX_CODES}: add --limit-codes, which '
-                         'keeps those in use')
+        raise InputError(f'{source}: {len(codebook)} codes, but token files hold {MAX_CODES}: tokenize_images.py '
+                         '--limit-codes keeps those in use')
     patch = tokenizer.patch_size
     if image_size % patch:
         multiple = max(patch, image_size // patch * patch)
@@ -150,19 +150,20 @@ def check_grid(format_name: str, grid_size: int) -> None:
     """InputError for a token grid that the format does not hold."""
     largest = largest_grid(format_name)
     if grid_size > largest:
-        raise InputError(f'--format {format_name} holds grids of up to {largest} codes on a side, not {grid_size}: '
-                         'choose a smaller --image-size, or another --format')
+        raise InputError(f'the format {format_name} holds grids of up to {largest} codes on a side, not {grid_size}: '
+                         'choose a smaller --image-size, or another format')
 
 
-def check_folder(data_path: str, output_dir: str | Path, classes: list[str] | None) -> None:
-    """InputError when the output folder would be taken for a class of the images by the next run."""
+def check_folder(data_path: str, output_dir: str | Path, classes: list[str] | None,
+                 flag: str = '--output-dir') -> None:
+    """InputError when the output folder, of a flag, would be taken for a class of the images by the next run."""
     images = os.path.realpath(data_path)
     output = os.path.realpath(output_dir)
     if not classes or not os.path.isdir(images) or not output.startswith(os.path.join(images, '')):
         return
     first = Path(output).relative_to(images).parts[0]
     if first not in classes and not first.startswith('.') and not list(Path(images).glob('*.parquet')):
-        raise InputError(f'--output-dir {output_dir}: lies among the class folders of {data_path}, and would be taken '
+        raise InputError(f'{flag} {output_dir}: lies among the class folders of {data_path}, and would be taken '
                          f'for a class; choose a folder outside, or {data_path} itself')
 
 
@@ -254,8 +255,9 @@ def encode_part(parts: PartsFolder, part: int, images: Iterator[ImageBatch], enc
         advance(len(batch))
     codes = torch.cat(codes).cpu().numpy() if codes else np.zeros((0, 0), np.int32)
     if (codes < 0).any():
+        advice = '' if encoder.amp == 'off' else ', or try --amp off'
         raise InputError(f'{encoder.path}: gives features that are not finite for images {batches[0].start} to '
-                         f'{batches[-1].stop - 1}: a damaged tokenizer, or try --amp off')
+                         f'{batches[-1].stop - 1}: a damaged tokenizer{advice}')
     used = np.zeros(len(encoder.codebook), bool)
     used[codes] = True
     parts.write(part, codes=codes.astype(np.uint16 if len(encoder.codebook) <= MAX_CODES else np.int32),
@@ -286,13 +288,13 @@ def wait_for_all() -> None:
 
 # ---------------------------------------------------------------- codes to files
 
-def check_skipped(finished: FinishedCodes, source: Source, skip_bad: bool) -> None:
+def check_skipped(finished: FinishedCodes, source: Source, skip_bad: bool | None) -> None:
     """InputError when no image is left, or images were skipped that now are not to be."""
     bad = np.flatnonzero(~finished.good)
     if len(bad) and not skip_bad:
+        advice = 'add --skip-bad-images again, or ' if skip_bad is False else ''
         raise InputError(f'{finished.parts.folder}: {len(bad)} images were skipped before (first: '
-                         f'{source.names[bad[0]]}): add --skip-bad-images again, or delete that folder to start from '
-                         'scratch')
+                         f'{source.names[bad[0]]}): {advice}delete that folder to start from scratch')
     if len(bad) == len(finished.good):
         raise InputError(f'{source.data_path}: none of the {len(bad)} images can be read')
 

@@ -24,8 +24,8 @@ def create_pixel_model(name: str, model_kwargs: dict[str, Any], classes: int, in
                          + (f'; near it are {", ".join(similar)}' if similar else ', and none of a name like it'))
     if name in MODELS:
         raise InputError(f'--model {name} reads tokens; train it with main_seit.py')
-    flags = f'--model {name} with --model-kwargs {model_kwargs}, --drop {drop:g}'
-    flags += f', --drop-path {drop_path:g}, --input-size {input_size}'
+    values = {'--model-kwargs': model_kwargs, '--drop': drop, '--drop-path': drop_path, '--input-size': input_size}
+    flags = f'--model {name} with ' + ', '.join(f'{flag} {value}' for flag, value in values.items() if value)
     try:
         cfg = timm.get_pretrained_cfg(name)
         size = {'img_size': input_size} if cfg and cfg.fixed_input_size else {}  # others take no size

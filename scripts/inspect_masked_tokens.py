@@ -66,7 +66,7 @@ def load_model(path: str, model_kwargs: dict, codebook_size: int) -> tuple[Maske
     weights = without_token_adapt(checkpoint['model'])
     check_origin(weights, (PRETRAIN,), path)
     check_codes(weights, codebook_size, path)
-    size = grid_size_of(weights, path)
+    size = grid_size_of(weights, path, {})
     flags = saved_flags(checkpoint)
     name = flags.get('model') if flags.get('model') in MODELS else MODELS[0]
     model = create_model(name, model_kwargs or flags.get('model_kwargs') or {}, codebook_size, size)

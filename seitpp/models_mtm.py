@@ -299,5 +299,5 @@ def make_model(name: str, registered: str, model_kwargs: dict[str, Any], **optio
         return timm.create_model(registered, **options, **model_kwargs)
     except (ArithmeticError, AssertionError, AttributeError, InputError, LookupError, RuntimeError, TypeError,
             ValueError) as error:
-        flags = f'--model {name} with --model-kwargs {model_kwargs}' if model_kwargs else f'--model {name}'
-        raise InputError(f'{flags}: {str(error) or repr(error)}') from None
+        arguments = f' with --model-kwargs {model_kwargs}' if model_kwargs else ''
+        raise InputError(f'the model {name}{arguments}: {str(error) or repr(error)}') from None

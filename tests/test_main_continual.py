@@ -333,6 +333,14 @@ MISTAKES = {
     'codebook': ([*TOKENS, '--tokenizer-from-task', 0, '--codebook-path', 'x'], 'paths', 'takes no --codebook-path'),
     'synonyms': ([*TOKENS, '--tokenizer-from-task', 0, '--token-synonym-dict', 'x'], 'paths', 'synonyms are made with'),
     'eval': ([*TOKENS, '--eval', '--resume', 'auto'], 'sets', '--eval is no flag of main_continual.py'),
+    'eval alone': ([*TOKENS, '--eval'], 'sets', '--eval is no flag of main_continual.py'),
+    'output': ([*TOKENS, '--output', 'x.json'], 'sets', '--output is no flag of main_continual.py: results.jsonl has'),
+    'corruption': ([*PIXELS, *JPEG, '--corruption', 'contrast'], 'paths', '--corruption is no flag of main_continual'),
+    'severity': ([*PIXELS, *JPEG, '--severity', 1], 'paths', '--severity is no flag of main_continual.py'),
+    'small images': ([*TOKENS, '--tokenizer-from-task', 0, '--image-size', 4], 'paths',
+                     '^--image-size 4: smaller than patches of 8 pixels; choose a multiple of 8$'),
+    'few patches': ([*TOKENS, '--tokenizer-from-task', 0, '--image-size', 8], 'paths',
+                    'patches are too few for 391 codes: give more images, a larger --image-size, or fewer codes$'),
     'file': ([*TOKENS, '--resume', 'x.pth'], 'sets', 'resumes by --resume auto'),
     'paths': ([*PIXELS, *JPEG], 'none', '--train-path and --val-path: name the images'),
     'stored': ([*TOKENS, *MEMORY, '--eval-stored'], 'sets', '--eval-stored is for --new pixels with --memory jpeg, re'),
@@ -375,6 +383,27 @@ def test_runs_that_share_tokens_wait(paths, tmp_path, monkeypatch):
         path.unlink()
     assert call(main_continual, *flags) == 0
     assert (folder / 'tokenizer.pt').exists()
+
+
+def test_what_is_in_the_way_of_tokens_names_their_flag(images, paths, made, tmp_path):
+    """Names of token sets are not chosen by a flag here, and their folder by another one than --output-dir."""
+    tokens = tmp_path / 'tokens'
+    tokens.mkdir()
+    (tokens / 'train-label.txt').write_text('')
+    given = [*paths, '--tokenizer-path', made[-1] / 'tokenizer.pt', '--codebook-path', made[-1] / 'codebook.ckpt',
+             '--image-size', 64, '--output-dir', tmp_path / 'out', '--tokens-dir']
+    fails(lambda: call(main_continual, *TOKENS, *given, tokens),
+          'train-label.txt: belongs to another run: choose another --tokens-dir, or remove')
+    shutil.copytree(images, tmp_path / 'images')
+    inside = ['--train-path', tmp_path / 'images' / 'train', '--val-path', tmp_path / 'images' / 'val', *given[4:]]
+    fails(lambda: call(main_continual, *TOKENS, *inside, tmp_path / 'images' / 'train' / 'tokens'),
+          '^--tokens-dir .*: lies among the class folders')
+
+
+def test_a_pickled_tokenizer_names_the_programs_that_take_one(paths, tmp_path):
+    torch.save(torch.nn.Conv2d(3, 32, 8, 8), tmp_path / 'x.pt')
+    fails(lambda: call(main_continual, *TOKENS, *paths, '--tokenizer-path', tmp_path / 'x.pt', '--output-dir',
+                       tmp_path / 'out'), 'scripts/convert_tokenizer.py, .*--tokenizer-code-path of tokenize_images.py')
 
 
 def test_tokens_of_another_tokenizer_are_refused(images, paths, made, tmp_path):

@@ -201,10 +201,10 @@ def test_a_world_without_ranks(no_launcher):
     no_launcher.setenv('WORLD_SIZE', '2')
     fails(lambda: utils.init_distributed('cpu'), 'WORLD_SIZE is 2 but RANK is not set')
     no_launcher.setenv('RANK', '1')
-    fails(lambda: utils.init_distributed('cpu'), '--dist-url env://', 'MASTER_ADDR')
+    fails(lambda: utils.init_distributed('cpu'), 'at env://', 'MASTER_ADDR')
     no_launcher.setenv('MASTER_ADDR', '127.0.0.1')
     no_launcher.setenv('MASTER_PORT', str(free_port()))
-    fails(lambda: utils.init_distributed('cpu', minutes=0.02), 'did not find each other at --dist-url', '0.02 minutes')
+    fails(lambda: utils.init_distributed('cpu', minutes=0.02), 'did not find each other at env://', '0.02 minutes')
 
 
 RANKS = """

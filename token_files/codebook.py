@@ -72,7 +72,8 @@ def build_synonyms(codebook_path: str | Path, output: str | Path, top_k: int = S
     """Write the `top_k` synonyms of each code of a codebook, as `load_synonyms` reads them. Raises InputError."""
     codebook = load_codebook(codebook_path)
     if top_k >= len(codebook):
-        raise InputError(f'--top-k {top_k}: choose 1 to {len(codebook) - 1}, the other codes in {codebook_path}')
+        raise InputError(f'{top_k} synonyms of each code: choose 1 to {len(codebook) - 1}, the others in '
+                         f'{codebook_path}')
     check_writable(output, inputs=[codebook_path])
     lists = nearest_codes(codebook, top_k).tolist()
     rows = ',\n'.join(f'"{code}": {json.dumps(row)}' for code, row in enumerate(lists))

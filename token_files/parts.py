@@ -43,11 +43,19 @@ class OutputFiles:
         name: first part of their file names.
         shard_size: images in a numbered shard; 0 for one set without a number.
         format: as --format names it.
+        name_flag, folder_flag: by which the user chooses name and folder, for errors; '' where the program does.
     """
     folder: Path
     name: str
     shard_size: int = 0
     format: str = 'published'
+    name_flag: str = '--name'
+    folder_flag: str = '--output-dir'
+
+    @property
+    def elsewhere(self) -> str:
+        """What the user can do about files of this name that are in the way."""
+        return f'choose another {" or ".join(filter(None, (self.name_flag, self.folder_flag)))}'
 
     @property
     def parts_folder(self) -> Path:
@@ -116,16 +124,16 @@ class OutputFiles:
         """InputError when a run that begins would overwrite files of another. Arguments: see `remaining_parts`."""
         existing = self.existing()
         if existing:
-            raise InputError(f'{existing[0]}: belongs to another run: choose another --name or --output-dir, or remove '
+            raise InputError(f'{existing[0]}: belongs to another run: {self.elsewhere}, or remove '
                              f'{self.name}-token* and {self.name}-label* there')
         if not os.path.exists(self.codebook):
             return
         if run_id['limit_codes']:
             raise InputError(f'{self.codebook}: a codebook is there, which this run would overwrite: choose another '
-                             '--output-dir, or drop --limit-codes to quantize against it')
+                             f'{self.folder_flag}, or drop --limit-codes to quantize against it')
         if codebook_of_tokenizer and sha256(self.codebook) != run_id['codebook']['sha256']:
             raise InputError(f'{self.codebook}: a codebook is there, which this run would overwrite: choose another '
-                             '--output-dir')
+                             f'{self.folder_flag}')
 
     def check_writable(self, images: int, codebook: bool) -> None:
         """InputError unless the final files can be written, called before the work that ends in them.
@@ -137,9 +145,9 @@ class OutputFiles:
         last = max(0, math.ceil(images / self.shard_size) - 1) if self.shard_size else 0
         tokens = self.token_file(last)
         for path in (tokens, *paths_beside(tokens, self.format), self.label_file(last)):
-            check_writable(path, 'choose a shorter --name or another --output-dir')
+            check_writable(path, f'{self.elsewhere}, of a shorter path')
         if codebook:
-            check_writable(self.codebook, 'choose another --output-dir')
+            check_writable(self.codebook, f'choose another {self.folder_flag}')
 
     def remove_leftovers(self) -> None:
         """Remove what killed runs left; temporary files that a living process writes stay."""
@@ -201,9 +209,9 @@ class PartsFolder:
         return is_same_run(self.folder / RUN, run_id, 'give the same inputs and options to finish that run, or delete '
                            'the folder to start from scratch')
 
-    def begin(self, run_id: dict[str, Any]) -> None:
-        """Hold the folder for this process, and note what the run is. Raises InputError."""
-        self.lock = hold_folder(self.folder, 'choose another --name or --output-dir', name='lock')
+    def begin(self, run_id: dict[str, Any], advice: str) -> None:
+        """Hold the folder for this process, and note what the run is. Raises InputError, with the advice."""
+        self.lock = hold_folder(self.folder, advice, name='lock')
         write_text(self.folder / RUN, json.dumps(run_id, indent=1) + '\n')
 
     def write(self, part: int, **arrays: np.ndarray) -> None:
@@ -218,8 +226,8 @@ class PartsFolder:
             with np.load(path) as arrays:
                 return arrays[name]
         except FileNotFoundError:
-            raise InputError(f'{path}: another rank made it, but it is not here: all nodes must share '
-                             '--output-dir') from None
+            raise InputError(f'{path}: another rank made it, but it is not here: all nodes must share the '
+                             'folder') from None
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             raise InputError(f'{path}: damaged; delete it and start the same command again') from None
 
@@ -268,7 +276,7 @@ def remaining_parts(output: OutputFiles, parts: PartsFolder, run_id: dict[str, A
         print0(f'note: {parts.folder}: images are newer than parts that are done, which stay as they are: if images '
                'of theirs were replaced, delete the folder to start from scratch')
     output.check_writable(parts.images, codebook=run_id['limit_codes'] or codebook_of_tokenizer)
-    parts.begin(run_id)
+    parts.begin(run_id, output.elsewhere)
     return parts.unfinished()
 
 

@@ -176,7 +176,9 @@ def resume(state: TrainState, checkpoint: dict[str, Any], path: str, flags: dict
             does not fit.
     """
     if not isinstance(checkpoint.get('optimizer'), dict) or type(checkpoint.get('epoch')) is not int:
-        raise InputError(f'{path}: holds weights only; use --finetune to start from them, or --eval')
+        advice = [f'--{name}' for name in ('finetune', 'eval') if name in flags]
+        raise InputError(f'{path}: holds weights only, of which no run can be resumed'
+                         + (f'; start from them with {" or evaluate them with ".join(advice)}' if advice else ''))
     load_weights(state.model, checkpoint['model'], path)
     compare_flags(checkpoint, flags, path, exact, of_a_start, state.data)
     load_optimizer(state.optimizer, checkpoint['optimizer'], path)
@@ -222,8 +224,9 @@ def compare_flags(checkpoint: dict[str, Any], flags: dict[str, Any], path: str, 
         if key in before and key not in of_a_start and before[key] != now[key]:
             print0(f'note: --{key.replace("_", "-")} is {now[key]}; the run that wrote {path} had {before[key]}')
     if 'opt' in now and before.get('opt', now['opt']) != now['opt']:
-        raise InputError(f'{path}: was written with --opt {before["opt"]}, not {now["opt"]}; resume with the same, or '
-                         'start from the weights with --finetune')
+        advice = ', or start from the weights with --finetune' if 'finetune' in now else ''
+        raise InputError(f'{path}: was written with --opt {before["opt"]}, not {now["opt"]}; resume with the same'
+                         f'{advice}')
     inexact = [f'{key} {before[key]} -> {now[key]}' for key in ('world_size', *sorted(exact))
                if key in before and key in now and before[key] != now[key]]
     data_before = checkpoint.get('data') or {}

@@ -27,7 +27,7 @@ def test_drop_rates_are_timms():
     ('qqq', {}, 32, '--model qqq: timm has no such model, and none of a name like it'),
     ('vit_tiny_patch16_224.nix', {}, 32, '--model vit_tiny_patch16_224.nix with .*Invalid pretrained tag'),
     ('deit_tiny_token_32', {}, 32, '--model deit_tiny_token_32 reads tokens; train it with main_seit.py'),
-    ('vit_tiny_patch16_224', {'deep': 3}, 32, "with --model-kwargs {'deep': 3}, --drop 0, --drop-path 0, .*'deep'"),
+    ('vit_tiny_patch16_224', {'deep': 3}, 32, "with --model-kwargs {'deep': 3}, --input-size 32: .*'deep'"),
     ('vit_tiny_patch16_224', SMALL, 40, '--input-size 40: patches of 16 pixels do not divide the image'),
     ('vit_tiny_patch16_224', SMALL | {'global_pool': ''}, 32, r'gives \(1, 5, 7\) for an image')])
 def test_mistakes_are_one_line(name, model_kwargs, size, message):

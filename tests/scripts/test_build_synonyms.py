@@ -49,7 +49,7 @@ def test_five_synonyms_unless_told_otherwise(codebook, tmp_path):
 
 
 def test_top_k_beyond_the_codebook_is_refused(codebook, tmp_path):
-    fails(lambda: build(tmp_path, '--top-k', 60), '--top-k 60: choose 1 to 59, the other codes in .*codebook.ckpt')
+    fails(lambda: build(tmp_path, '--top-k', 60), '60 synonyms of each code: choose 1 to 59, .*codebook.ckpt')
     fails(lambda: build(tmp_path, '--top-k', 0), '--top-k: 0: give a value of 1 or more')
     assert contents(tmp_path).keys() == {'codebook.ckpt'}
 

@@ -40,10 +40,10 @@ def test_fit_draws_the_images_and_patches_it_is_allowed(images, tmp_path, capsys
 
 @pytest.mark.parametrize('flags, message', [
     (['--max-patches', '19'], '19 patches are too few for 20 codes'),
-    (['--dim', '51'], '--dim 51: a patch of --patch-size 4 has 48 values; choose 49 or less'),
+    (['--dim', '51'], 'rows of 51 elements: a patch of 4 x 4 pixels has 48 values; choose 49 or less'),
     (['--dim', '1'], '--dim'),
     (['--image-size', '30'], '--image-size 30: .*do not divide into patches of 4: choose 28 or 32'),
-    (['--image-size', '3'], '--patch-size 4: larger than images of --image-size 3'),
+    (['--image-size', '3'], '--image-size 3: smaller than patches of 4 pixels; choose a multiple of 4'),
     (['--codes', '1'], '--codes'), (['--max-images', '0'], '--max-images'), (['--seed', 2 ** 63], '--seed')])
 def test_fit_refuses_what_cannot_be(flags, message, images, tmp_path):
     with pytest.raises(InputError, match=message):

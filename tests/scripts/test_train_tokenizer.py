@@ -161,7 +161,7 @@ def test_tokenize_train_and_evaluate_with_it(images, whole, tmp_path, capsys):
 # ---------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize('more, said', [
-    (['--image-size', 4], '--patch-size 8: larger than images of --image-size 4'),
+    (['--image-size', 4], '--image-size 4: smaller than patches of 8 pixels'),
     (['--image-size', 36], '--image-size 36: .* choose 32 or 40'),
     (['--width', 100], '--width 100: heads of 64 do not divide it: choose 64 or 128'),
     (['--l2', 0], '--l1, --l2 and --gradient are all 0'),
