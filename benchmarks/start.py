@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
 from flags import integer
-from token_files.cache import cache_path, open_codes
+from token_files.cache import cache_path, digest_path, open_codes
 from token_files.token_file import FORMATS, open_token_file
 from utils import InputError, cores, run
 
@@ -114,19 +114,20 @@ def decode_alone(tokens: Path, threads: int, device: torch.device, repeats: int)
 
 # ---------------------------------------------------------------- ranks
 
-def start(flags: Sequence[str], ranks: int) -> list[dict[str, float]]:
+def start(flags: Sequence[str], ranks: int, digests: str) -> list[dict[str, float]]:
     """Start processes of start_probe.py, as a launcher would; returns what each measured.
 
     Args:
         flags: main_seit.py's that name the files.
         ranks: how many.
+        digests: 'with' or 'without' comparing digests of the data.
 
     Raises:
         InputError: when one failed.
     """
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'WORLD_SIZE': str(ranks), 'MASTER_ADDR': '127.0.0.1',
            'MASTER_PORT': str(common.free_port())}
-    command = [sys.executable, str(PROBE), str(time.time()), *flags]
+    command = [sys.executable, str(PROBE), str(time.time()), digests, *flags]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True,
                                   env={**env, 'RANK': str(rank), 'LOCAL_RANK': str(rank)}) for rank in range(ranks)]
     outputs = [process.communicate()[0] for process in processes]
@@ -159,13 +160,17 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     flags = common.token_flags(folder, args.format)
     for ranks in args.ranks:
         for state in ('cold', 'warm'):  # cold: the first rank decodes; warm: all map the cache of a run before
-            runs = []
+            runs = {'without': [], 'with': []}
             for _ in range(args.repeats):
-                if state == 'cold':
-                    cache.unlink(missing_ok=True)
-                runs.append(start(flags, ranks))
-                print(f'{ranks} ranks, {state}: {max(rank["seconds"] for rank in runs[-1]):.1f} s', flush=True)
-            result[f'{state}_{ranks}'] = combine(runs)
+                for digests, costs in runs.items():  # in turn, so that what slows the machine slows both
+                    if state == 'cold':
+                        for path in (cache, digest_path(cache)):
+                            path.unlink(missing_ok=True)
+                    costs.append(start(flags, ranks, digests))
+                    print(f'{ranks} ranks, {state}, {digests} digests: '
+                          f'{max(rank["seconds"] for rank in costs[-1]):.1f} s', flush=True)
+            for digests, costs in runs.items():
+                result[f'{state}_{ranks}_{digests}_digests'] = combine(costs)
     return result
 
 

@@ -1,8 +1,10 @@
 """One rank of benchmarks/start.py: open a token set as main_seit.py does, take one batch, print what it cost.
 
-    python benchmarks/start_probe.py LAUNCH_TIME FLAGS   (or under torchrun; LAUNCH_TIME as time.time() gives it)
+    python benchmarks/start_probe.py LAUNCH_TIME DIGESTS FLAGS
 
-FLAGS are main_seit.py's that name the token files. Rank 0 prints a JSON list with an entry a rank.
+or under torchrun. LAUNCH_TIME is as time.time() gives it. DIGESTS is 'with' or 'without' the digests by which ranks see
+that they hold the same data. FLAGS are main_seit.py's that name the token files. Rank 0 prints a JSON list with an
+entry a rank.
 """
 import argparse
 import json
@@ -17,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main_seit
 import recipe
 from samplers import shuffled
-from token_dataset import open_splits
+from token_dataset import facts_of, open_splits
+from token_files import cache
 from token_files.codebook import load_codebook
 from utils import barrier, init_distributed, print0, rank, run, world_size
 
@@ -26,10 +29,10 @@ IMPORTED = time.time()
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """When this process was launched, and main_seit.py's arguments. Raises InputError."""
-    launched, *main_flags = sys.argv[1:] if argv is None else argv
+    launched, digests, *main_flags = sys.argv[1:] if argv is None else argv
     # two codes on a side, which any grid has
     main_args = main_seit.parse_args([*main_flags, '--no-eval', '--input-size', '16'])
-    return argparse.Namespace(launched=float(launched), main_args=main_args)
+    return argparse.Namespace(launched=float(launched), digests=digests == 'with', main_args=main_args)
 
 
 def memory_of(path: str | Path) -> dict[str, float]:
@@ -57,8 +60,12 @@ def main(args: argparse.Namespace) -> None:
     device = init_distributed('cpu')
     codebook = load_codebook(main_args.codebook_path)
     size = main_args.input_size // main_args.token_patch_size
+    if not args.digests:  # neither when the cache is made
+        cache.digest_of = lambda _: ''
     data = open_splits(recipe.split_files(main_args), codebook, main_args.codebook_path,
                        main_args.token_cache, size, device)['train']
+    if args.digests:
+        recipe.check_data(main_args, facts_of({'train': data}, codebook), None)
     opened = time.time()
     next(data.batches(shuffled(len(data), world_size(), rank(), main_args.seed, 0), main_args.batch_size, device))
     cost = {'seconds': time.time() - args.launched, 'import_seconds': IMPORTED - args.launched,

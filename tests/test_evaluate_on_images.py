@@ -15,12 +15,15 @@ import evaluate_on_images
 import main_seit
 import tokenize_images
 import utils
+from fileio.files import sha256
+from fileio.torch_files import digest_of
 from helpers import DEMO, accuracy_lines, call, fails, start, two_processes
 from image_data.sources import load_images, open_source
 from image_tokenizer.tokenizers import load_tokenizer
 from token_augment import EvalTransform
 from token_dataset import TokenDataset
 from token_files.codebook import load_codebook
+from training.checkpoints import load_checkpoint
 from utils import InputError
 
 MODEL = ['--model', 'deit_tiny_token_32', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2', '--device', 'cpu']
@@ -82,7 +85,8 @@ def test_logits_agree_with_those_on_tokens(images, checkpoint, tmp_path):
     data = TokenDataset(*tokenize(images, tmp_path), 391, 'none')
     codebook = load_codebook(DEMO / 'codebook.ckpt')
     sizes = {'depth': 1, 'embed_dim': 32, 'num_heads': 2}
-    model, _ = evaluate_on_images.load_model(checkpoint, False, 'deit_tiny_token_32', sizes, None, 6, 32)
+    model, _ = evaluate_on_images.load_model(load_checkpoint(checkpoint), checkpoint, False, 'deit_tiny_token_32',
+                                             sizes, None, 6, 32)
     model.eval()
     source = open_source(images)
     loaded = load_images(source, [list(part) for part in np.array_split(np.arange(70), 9)], 64)
@@ -372,3 +376,30 @@ def test_flags_without_effect_say_so(images, checkpoint, capsys):
     on_images(images, checkpoint, '--eval', '--world_size', 1)
     said = capsys.readouterr().out
     assert all(f'note: {flag} has no effect' in said for flag in ('--eval', '--world-size'))
+
+
+# ---------------------------------------------------------------- what the model was trained with
+
+def test_the_tokenizer_and_codebook_of_training_are_asked_for(images, checkpoint, tmp_path, capsys):
+    content = {'model': torch.load(checkpoint, weights_only=True)['model']}
+    codebook = load_codebook(DEMO / 'codebook.ckpt')
+    made_with = {'codebook': digest_of(codebook), 'tokenizer': sha256(DEMO / 'tokenizer.pt'),
+                 'size of tokenized images': 64}
+    args = {'model': 'deit_tiny_token_32', 'model_kwargs': {'depth': 1, 'embed_dim': 32, 'num_heads': 2},
+            'input_size': 48, 'token_patch_size': 8}
+    path = tmp_path / 'trained.pth'
+    torch.save(content | {'data': made_with, 'args': args}, path)
+    on_images(images, path)
+    assert 'note: ' not in capsys.readouterr().out
+    torch.save(codebook.flip(0), tmp_path / 'other.ckpt')
+    fails(lambda: on_images(images, path, '--codebook-path', tmp_path / 'other.ckpt'),
+          'trained.pth: was trained with another codebook than that of .*other.ckpt')
+    tokenizer = torch.load(DEMO / 'tokenizer.pt', weights_only=True)
+    torch.save({**tokenizer, 'mean': tokenizer['mean'] + 1}, tmp_path / 'other.pt')
+    fails(lambda: on_images(images, path, '--tokenizer-path', tmp_path / 'other.pt'),
+          'trained.pth: was trained with another tokenizer than that of .*other.pt')
+    for words, note in ((['--tokenizer-input-size', 56], 'size of tokenized images is 56 pixels; '),
+                        (['--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=4'], '--model-kwargs is '),
+                        (['--model', 'deit_small_token_32'], '--model is deit_small_token_32; ')):
+        on_images(images, path, *words)
+        assert f'note: {note}' in capsys.readouterr().out

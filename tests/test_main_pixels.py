@@ -1,6 +1,7 @@
 """main_pixels.py: the recipe on images."""
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -189,3 +190,54 @@ def test_corrupted_images_and_some_classes(data, tmp_path, capsys):
     fails(lambda: call(main_pixels, *evaluate, '--corruption', 'fog', '--severity', 1), "'fog'.*'contrast'")
     fails(lambda: train(data, '--classes', 'imagenet-r'), '--classes belongs to --eval')
     fails(lambda: train(data, '--output', tmp_path / 'x.json'), '--output belongs to --eval')
+
+
+# ---------------------------------------------------------------- what was trained, and on what
+
+@pytest.mark.parametrize('change', ['added', 'replaced', 'of another class', 'gone'])
+@pytest.mark.parametrize('kind', ['folder', 'tar'])
+def test_a_resumed_run_has_the_same_images(change, kind, tmp_path):
+    images = tmp_path / 'images'
+    for number in range(24):
+        save_image(images / f'class-{number % 2}' / f'{number:02d}.png', number)
+    first = images / 'class-0' / '00.png'
+
+    def read():
+        return as_tars(images, tmp_path) if kind == 'tar' else images
+    flags = ['--no-eval', '--output-dir', tmp_path / 'run']
+    assert train(read(), *flags, '--epochs', 1) == 0
+    if change == 'added':
+        save_image(images / 'class-1' / 'new.png', 99)
+    elif change == 'replaced':  # under its name
+        save_image(first, 99, (20, 25))
+    elif change == 'of another class':
+        first.rename(images / 'class-1' / '00.png')
+    else:
+        first.unlink()
+    changed = read()
+    again = [*flags, '--epochs', 2, '--resume', 'auto']
+    fails(lambda: train(changed, *again), 'differs in images of train ', '--allow-inexact-resume')
+    assert train(changed, *again, '--allow-inexact-resume') == 0
+
+
+def test_a_copy_of_the_images_is_the_same(data, tmp_path):
+    flags = ['--no-eval', '--output-dir', tmp_path / 'run']
+    train(data, *flags, '--epochs', 1)
+    shutil.copytree(data, tmp_path / 'copy', copy_function=shutil.copy)  # with other times
+    assert train(tmp_path / 'copy', *flags, '--epochs', 2, '--resume', 'auto') == 0
+
+
+@pytest.mark.parametrize('words, note', [
+    (['--input-size', 48], '--input-size is 48; the run that wrote'),
+    (['--eval-crop-ratio', 1], '--eval-crop-ratio is 1.0; the run that wrote'),
+    (['--model-kwargs', 'depths=[1,1,1,1]', 'dims=[8,8,8,8]', 'kernel_sizes=7'], '--model-kwargs is ')])
+def test_an_evaluation_says_where_it_is_of_another_model(words, note, data, tmp_path, capsys):
+    """A convolutional net reads any size, so that the weights fit all the same."""
+    net = ['--model', 'convnext_atto', '--model-kwargs', 'depths=[1,1,1,1]', 'dims=[8,8,8,8]']
+    train(data, *net, '--epochs', 1, '--no-eval', '--no-model-ema', '--output-dir', tmp_path)
+    evaluate = [*net, '--eval', '--resume', tmp_path / 'checkpoint.pth']
+    capsys.readouterr()
+    train(data, *evaluate)
+    assert 'note: --' not in capsys.readouterr().out
+    train(data, *evaluate, *words)
+    assert f'note: {note}' in capsys.readouterr().out

@@ -1,5 +1,7 @@
 """Fitting TokenAdapt: what a run leaves, exact resume, two processes, its file in main_seit.py, and bad input."""
+import json
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -152,3 +154,27 @@ def test_another_architecture_is_not_resumed(data, whole):
     before = (whole / FILE).read_bytes()
     fails(lambda: fit(data, whole, '--epochs', 3, '--width', 128), 'does not fit the model')
     assert (whole / FILE).read_bytes() == before
+
+
+# ---------------------------------------------------------------- what it was made with
+
+def test_a_tokenadapt_names_its_codebook(data, whole, tmp_path):
+    codebook = load_codebook(data / 'codebook.ckpt')
+    manifest = json.loads((whole / 'tokenadapt.json').read_text())
+    assert manifest['codebook']['file'] == 'codebook.ckpt' and manifest['tokenizer']['file'] == 'tokenizer.pt'
+    load_token_adapt(whole / FILE, codebook)
+    load_token_adapt(whole / FILE, codebook.clone())
+    fails(lambda: load_token_adapt(whole / FILE, codebook.flip(0)), 'tokenadapt.ckpt: was made with the codebook '
+          'codebook.ckpt', 'is another')
+    for content in (None, '[]', '{"codebook": 3}', '{"codebook": {"sha256": "x"}}'):  # then nothing is stated
+        shutil.copy(whole / FILE, tmp_path)
+        if content:
+            (tmp_path / 'tokenadapt.json').write_text(content)
+        load_token_adapt(tmp_path / FILE, codebook.flip(0))
+
+
+def test_another_codebook_is_not_resumed(data, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / 'run')
+    torch.save(load_codebook(data / 'codebook.ckpt').flip(0), tmp_path / 'other.ckpt')
+    fails(lambda: fit(data, tmp_path / 'run', '--epochs', 3, '--codebook-path', tmp_path / 'other.ckpt'),
+          'differs in codebook ', '--allow-inexact-resume')

@@ -209,3 +209,24 @@ def test_a_collapse_stops_the_run_and_writes_nothing(images, whole, tmp_path, mo
         train(images, tmp_path, '--epochs', 3, '--save-every', '60m')
     after = contents(tmp_path)
     assert all(after[name] == before[name] for name in [*OUTPUTS, 'checkpoint.pth', 'log.txt'])
+
+
+@pytest.mark.parametrize('change', ['added', 'replaced', 'gone'])
+def test_a_resumed_run_has_the_same_images(change, whole, tmp_path):
+    smooth_images(tmp_path / 'images', per_class=16)  # those of `whole`
+    shutil.copytree(whole, tmp_path / 'run')
+    assert train(tmp_path / 'images', tmp_path / 'run', '--epochs', 2) == 0
+    path = sorted((tmp_path / 'images').rglob('*.png'))[0]
+    if change == 'gone':
+        path.unlink()
+    else:
+        Image.new('RGB', (9, 9)).save(path if change == 'replaced' else path.with_name('new.png'))
+    fails(lambda: train(tmp_path / 'images', tmp_path / 'run', '--epochs', 3), 'differs in training images ',
+          'held-out images ', '--allow-inexact-resume')
+
+
+def test_other_held_out_images_are_not_resumed(images, whole, tmp_path):
+    shutil.copytree(whole, tmp_path / 'run')
+    fails(lambda: train(images, tmp_path / 'run', '--epochs', 3, '--val-images', 9), 'differs in ')
+    smooth_images(tmp_path / 'val', per_class=4)
+    fails(lambda: train(images, tmp_path / 'run', '--epochs', 3, '--val-path', tmp_path / 'val'), 'held-out images ')
