@@ -225,8 +225,9 @@ def main(args: argparse.Namespace) -> None:
                          f'{tokenizer.embed_dim}: they belong to different tokenizers')
     source = open_source(args.data_path)
     source.change = change  # images are corrupted where they are decoded, by the workers
-    check_same_on_all_ranks({'the list of images': source.digest(), **facts} | (
-        {'weights of the model': digest_of(model.state_dict())} if world_size() > 1 else {}))
+    if world_size() > 1:
+        check_same_on_all_ranks({'the list of images': source.digest(), 'images': source.content_digest(),
+                                 'weights of the model': digest_of(model.state_dict()), **facts})
     labels, classes, subset = match_classes(source, names, model.num_classes, args.model_path, args.classes)
     print0(f'{len(source):,} images in {classes} classes; {world_size()} x {device}, amp {amp}'
            + (f'; corrupted by {source.change}' if source.change else ''))

@@ -45,7 +45,7 @@ from image_data.overlap import note_shared_images
 from image_data.sources import open_source
 from image_tokenizer.tokenizing import check_folder
 from token_augment import EvalTransform
-from token_dataset import TokenDataset, choose_data_device, facts_of, open_splits
+from token_dataset import TokenDataset, choose_data_device, open_splits
 from token_files.codebook import load_codebook
 from token_files.published import codec_for
 from training.checkpoints import compare_flags, load_checkpoint, load_weights
@@ -373,9 +373,7 @@ def identity_of(args: argparse.Namespace, modality: Modality, tasks: Tasks, toke
 def facts_of_data(args: argparse.Namespace, modality: Modality) -> dict[str, Any]:
     """What ranks, and a resumed run, must have the same beside that: sizes of images, synonyms, TokenAdapt."""
     datasets = {'train': modality.train, 'val': modality.val}
-    facts = (main_pixels.facts_of(datasets) if args.new == 'pixels' else
-             facts_of(datasets, load_codebook(args.codebook_path)))
-    return recipe.check_data(args, facts, None)
+    return recipe.check_data(args, main_pixels.facts_of(datasets) if args.new == 'pixels' else {}, None)
 
 
 def main(args: argparse.Namespace) -> int:
@@ -391,11 +389,10 @@ def main(args: argparse.Namespace) -> int:
     check_tasks(args, modality, tasks, device)  # run.json is written only once the last task is known to be possible
     print0(f'tokenizer: {tokenizer}')
     folder = RunFolder(args.output_dir)  # no other run writes there while this one lasts
-    facts = facts_of_data(args, modality)
     identity = identity_of(args, modality, tasks, tokenizer)
-    check_same_on_all_ranks({**identity, **facts})
-    # runs of before have no facts in their file
-    on_main(lambda: check_same(folder.path / RUN, identity | {'data': facts}, added=['data']))
+    check_same_on_all_ranks(identity)
+    facts = facts_of_data(args, modality)
+    on_main(lambda: check_same(folder.path / RUN, identity | facts, added=[*facts]))  # runs of before lack the facts
 
     lines = on_main(read_results, args.output_dir)
     with StopSignal() as stop:  # between trainings, which have their own

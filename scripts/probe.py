@@ -295,7 +295,8 @@ def main(args: argparse.Namespace) -> None:
         data = {split: TokenDataset(path, getattr(args, f'{split}_label_file'), len(codebook), args.token_cache, device)
                 for split, path in paths.items()}
         check_made_with([file for split in data.values() for file in split.files], codebook, args.codebook_path)
-        check_tokens_of(checkpoint, args.checkpoint, facts_of({}, codebook), {'codebook': args.codebook_path})
+        check_tokens_of(checkpoint, args.checkpoint, facts_of(data, codebook),
+                        {'codebook': args.codebook_path, 'tokenizer': args.train_token_file})
         note_shared_files(data['train'], data['val'])
     check_class_names(data['train'].classes, data['val'].classes, paths['train'], paths['val'])
     classes = count_classes({paths[split]: data[split].labels for split in data}, None, None, 'fix the labels')

@@ -218,6 +218,18 @@ def test_another_run_is_not_resumed(sets, tmp_path):
     fails(lambda: call(main_continual, *flags), 'results.jsonl: line 2 is damaged')
 
 
+@pytest.mark.parametrize('change', ['replaced', 'added', 'in validation'])
+def test_other_images_are_not_resumed(change, images, tmp_path):
+    shutil.copytree(images, tmp_path / 'images')
+    paths = ['--train-path', tmp_path / 'images' / 'train', '--val-path', tmp_path / 'images' / 'val']
+    words = [*PIXELS, *paths, '--memory', 'none', '--epochs', 1, '--output-dir', tmp_path / 'out']
+    assert call(main_continual, *words) == 0
+    assert call(main_continual, *words, '--resume', 'auto') == 0
+    split, name = ('val', '0') if change == 'in validation' else ('train', '0' if change == 'replaced' else 'new')
+    Image.new('RGB', (9, 9)).save(tmp_path / 'images' / split / 'class-3' / f'{name}.png')
+    fails(lambda: call(main_continual, *words, '--resume', 'auto'), 'holds results of another .*images')
+
+
 def test_what_is_damaged_or_gone_is_one_line(sets, tmp_path):
     flags = [*TOKENS, *sets, '--base-classes', 4, '--epochs', 1, '--output-dir', tmp_path]
     call(main_continual, *flags)
