@@ -91,8 +91,8 @@ def tokenize(source: Source, output: OutputFiles, options: EncodingOptions, devi
     check_grid(output.format, options.image_size // tokenizer.patch_size)
     parts = PartsFolder(output.parts_folder, len(source), options.batch_size)
     run_id = identify_run(source, output, options, parts, codebook, device)
-    if world_size() > 1:  # nodes may have copies of the images
-        check_same_on_all_ranks({**run_id, 'images': source.content_digest()})
+    # nodes may have copies of the images, of which one is stale
+    check_same_on_all_ranks(run_id | ({'images': source.content_digest()} if world_size() > 1 else {}))
 
     # what is to do
     stamp = source.stamp() if is_main() else None  # before any image is read

@@ -179,10 +179,11 @@ def evaluate_token_adapt(model: TokenAdapt, pairs: CodePairs, batches: Iterable[
 
 # ---------------------------------------------------------------- the file
 
-def save_token_adapt(model: TokenAdapt, path: str | Path, made_with: dict[str, Any]) -> None:
+def save_token_adapt(model: TokenAdapt, path: str | Path, made_with: dict[str, Any] | None = None) -> None:
     """Write a file that token_adapt.load_token_adapt reads, and with published sizes the published program.
 
-    `made_with` is what a manifest beside it states: 'tokenizer' and 'codebook', as those of token sets.
+    `made_with` is what a manifest beside it states: 'tokenizer' and 'codebook', as those of token sets. None writes none.
     """
-    write_text(manifest_of(path), json.dumps(made_with) + '\n')
+    if made_with:
+        write_text(manifest_of(path), json.dumps(made_with) + '\n')
     save_torch({name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}, path)

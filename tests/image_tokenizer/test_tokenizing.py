@@ -15,6 +15,7 @@ from conftest import ROOT
 from fileio import files
 from fileio.files import sha256
 from fileio.labels import read_labels
+from fileio.torch_files import digest_of
 from helpers import (DIM, PATCH, SIZE, as_list, as_parquet, as_tars, contents, fails, make_images, published_transform,
                      samples, save_image, tokenize, with_bad_images)
 from image_tokenizer import tokenizing
@@ -506,7 +507,7 @@ def test_the_codebook_of_the_tokenizer_itself(data, tmp_path):
     assert contents(again) == contents(out)
     tokenize(data, out, 'val', name='val', **own)  # the same codebook is no other run's file
     assert manifest(out, 'val-token')['codebook'] == manifest(out, 'train-token')['codebook'] == \
-        {'file': 'codebook.ckpt', 'sha256': sha256(out / 'codebook.ckpt')}
+        {'file': 'codebook.ckpt', 'sha256': sha256(out / 'codebook.ckpt'), 'values_sha256': digest_of(model.codebook)}
 
 
 def test_bf16_reports_its_agreement(data, plain, tmp_path, capsys):

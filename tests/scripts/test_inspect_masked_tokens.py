@@ -102,7 +102,7 @@ def test_masks_follow_the_seed_and_the_ratio(data, tmp_path, capsys):
 def test_bad_input_gets_one_line(data, tmp_path):
     output = tmp_path / 'a.png'
     torch.save(torch.randn(21, 12), tmp_path / 'codebook.ckpt')
-    fails(lambda: inspect(data, output, '--codebook-path', tmp_path / 'codebook.ckpt'), 'reads 20 codes, .* 21 rows')
+    fails(lambda: inspect(data, output, '--codebook-path', tmp_path / 'codebook.ckpt'), 'was made with the codebook')
     fails(lambda: inspect(data, output, '--model-kwargs', 'depth=2'), 'does not fit the model')
     fails(lambda: inspect(data, tmp_path / 'a.gif'), 'a.gif: pictures are written as .png')
     fails(lambda: inspect(data, output, '--mask-ratio', 0), 'from 0.01 to 1')
