@@ -170,7 +170,7 @@ def make_input(args: Flags, codebook: torch.Tensor, grid_size: int, size: int,
 
 
 def make_state(args: Flags, model: nn.Module, optimizer: torch.optim.Optimizer, amp: str, images: int,
-               inputs: tuple[torch.Tensor, ...], data: dict[str, Any]) -> TrainState:
+               inputs: tuple[torch.Tensor, ...], data: dict[str, Any] | None = None) -> TrainState:
     """The state of a new run.
 
     Args:
@@ -186,7 +186,7 @@ def make_state(args: Flags, model: nn.Module, optimizer: torch.optim.Optimizer, 
     schedule = StepCosine(optimizer, args.epochs, args.warmup_epochs, args.min_lr, images // args.batch_size,
                           recipe.count_steps(args, images, args.train_token_file))
     return TrainState(model, parallel(model, args.compile, device, amp, *inputs), optimizer, schedule,
-                      recipe.make_scaler(device, amp), amp=amp, epoch=args.start_epoch, data=data)
+                      recipe.make_scaler(device, amp), amp=amp, epoch=args.start_epoch, data=data or {})
 
 
 def resume_run(args: Flags, state: TrainState, checkpoint: dict[str, Any] | None, path: str) -> None:
