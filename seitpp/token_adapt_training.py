@@ -182,7 +182,7 @@ def evaluate_token_adapt(model: TokenAdapt, pairs: CodePairs, batches: Iterable[
 def save_token_adapt(model: TokenAdapt, path: str | Path, made_with: dict[str, Any] | None = None) -> None:
     """Write a file that token_adapt.load_token_adapt reads, and with published sizes the published program.
 
-    `made_with` is what a manifest beside it states: 'tokenizer' and 'codebook', as those of token sets; None: no manifest.
+    `made_with`: what a manifest beside it states, 'tokenizer' and 'codebook' as those of token sets; None writes none.
     """
     if made_with:
         write_text(manifest_of(path), json.dumps(made_with) + '\n')

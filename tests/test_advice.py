@@ -22,6 +22,7 @@ PROGRAMS = sorted(name for name, tree in TREES.items()
 FLAG = re.compile(r'(?<!\.py )(?<![\w-])(--[a-z][a-z0-9-]*)(?![a-z0-9-])(?! of \w+\.py)')
 # (module, function, flag): why a program without the flag does not print it
 NEVER_PRINTED = {
+    ('engine', 'evaluate_checkpoint', '--model-ema'): 'checkpoints of main_mtm_finetune.py hold no average',
     ('fileio.labels', 'count_classes', '--nb-classes'): 'programs without it give other advice',
     ('image_data.corruptions', 'make_corruption', '--corruption'): 'main_continual.py refuses it before',
     ('image_data.corruptions', 'make_corruption', '--severity'): 'main_continual.py refuses it before',
@@ -35,11 +36,13 @@ NEVER_PRINTED = {
     ('recipe', 'check_flags', '--eval'): 'main_continual.py refuses it before',
     ('recipe', 'check_flags', '--no-eval'): 'main_continual.py refuses it before',
     ('recipe', 'check_flags', '--output'): 'main_continual.py refuses it before',
+    ('recipe', 'count_steps', '--epoch-images'): 'only where it is among the flags',
     ('recipe', 'flags_alike', '--token-cache'): 'False on all ranks',
     ('recipe', 'make_state', '--model'): "only timm's models refuse",
     ('seitpp.models_mtm', 'create_model', '--model'): 'inspect_masked_tokens.py takes one of the names',
     ('token_files.cache', 'build_cache', '--token-cache'): 'they make no cache',
     ('token_files.cache', 'map_cache', '--token-cache'): 'they make no cache',
+    ('token_files.made_with', 'check_made_with', '--tokenizer-path'): 'no tokenizer is given there',
     ('token_files.parts', 'OutputFiles', '--limit-codes'): 'limit_codes is False there',
     ('training.checkpoints', 'compare_flags', '--finetune'): 'only where it is among the flags',
     ('training.checkpoints', 'compare_flags', '--opt'): 'only where it is among the flags',
