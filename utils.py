@@ -105,7 +105,10 @@ def _count_errors(new: int) -> int:
 
 
 def keep_standard_output() -> None:
-    """Let a program that was started without standard output or error run: what it prints there is dropped."""
+    """Let a program run whatever its standard output and error are.
+
+    Where there is none, what it prints is dropped; where they are not UTF-8, what they cannot hold is escaped.
+    """
     for name in ('stdout', 'stderr'):
         if getattr(sys, name) is None:
             handle = os.open(os.devnull, os.O_WRONLY)
@@ -113,6 +116,8 @@ def keep_standard_output() -> None:
                 handle = os.dup(handle)
             file = open(handle, 'w', encoding='utf-8', errors='backslashreplace')  # noqa: SIM115 - for all its time
             setattr(sys, name, file)
+        with contextlib.suppress(AttributeError, OSError, ValueError):  # a stream of a notebook, a closed one
+            getattr(sys, name).reconfigure(errors='backslashreplace')
 
 
 # ---------------------------------------------------------------- processes

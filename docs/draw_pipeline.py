@@ -17,13 +17,13 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from fileio.figures import picture_format  # noqa: E402
+from fileio.figures import picture_format, pyplot  # noqa: E402
 from fileio.files import atomic_path  # noqa: E402
 from flags import Parser  # noqa: E402
 from image_data.sources import open_source  # noqa: E402
 from image_tokenizer.patch_fit import FitOptions, fit  # noqa: E402
 from token_files.codebook import quantize  # noqa: E402
-from utils import InputError, print0, run  # noqa: E402
+from utils import print0, run  # noqa: E402
 
 SIZE = 256  # pixels of the picture, each side
 GRID = 32  # codes, each side
@@ -65,7 +65,7 @@ def tokenize_picture(path: str | Path) -> Picture:
     """Fit a patch tokenizer to a picture and tokenize the picture with it."""
     with tempfile.TemporaryDirectory() as folder:
         images = Path(folder, 'images.txt')  # a set of one image: the fit takes any source
-        images.write_text(f'{Path(path).resolve()}\t0\n')
+        images.write_text(f'{Path(path).resolve()}\t0\n', encoding='utf-8')
         tokenizer, _ = fit(open_source(images), FitOptions(SIZE))
     with Image.open(path) as image:
         pixels = np.asarray(image.convert('RGB').resize((SIZE, SIZE), Image.Resampling.BICUBIC)) / np.float32(255)
@@ -199,9 +199,7 @@ def draw_box(axes: Any, left: float, name: str, detail: str) -> None:
 
 def draw(picture: Picture) -> Any:
     """The figure, 1200 pixels wide."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
+    plt = pyplot()
     plt.rcParams['font.family'] = 'DejaVu Sans'
     figure = plt.figure(figsize=(WIDTH / 100, HEIGHT / 100), dpi=100, facecolor='white')
     axes = figure.add_axes((0, 0, 1, 1))
@@ -214,10 +212,7 @@ def draw(picture: Picture) -> Any:
 
 def main(args: argparse.Namespace) -> None:
     """Draw and write the figure."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise InputError('figures need matplotlib: pip install -r requirements-plot.txt') from None
+    pyplot()  # before the work, which needs it at its end
     picture = picture_format(args.output)
     figure = draw(tokenize_picture(args.image))
     with atomic_path(args.output) as temporary:

@@ -1,4 +1,5 @@
 """Pictures by the ending of their names, and figures by matplotlib, an optional package (requirements-plot.txt)."""
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,15 @@ def picture_format(path: str | Path, more: dict[str, str] | None = None) -> str:
 
 def pyplot() -> Any:
     """matplotlib's pyplot, which opens no windows. Raises InputError where it is not installed."""
+    # Importing reads the variable. A notebook sets it for its cells, to a backend that need not be installed here.
+    backend = os.environ.pop('MPLBACKEND', None)
     try:
         import matplotlib
     except ImportError:
         raise InputError('plots need matplotlib: pip install -r requirements-plot.txt') from None
+    finally:
+        if backend is not None:
+            os.environ['MPLBACKEND'] = backend
     matplotlib.use('Agg')  # compute nodes have no display
     import matplotlib.pyplot as plt
     return plt

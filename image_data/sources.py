@@ -200,7 +200,7 @@ class ListedImages(_ImageFiles):
                                  f'{line[:60]!r}')
             if int(label) > MAX_CLASS:
                 raise InputError(f'{path}: line {number}: class {label} is not from 0 to {MAX_CLASS:,}')
-            self.names.append(name.strip())
+            self.names.append(os.fsdecode(name.strip().encode()))  # as the system spells names, which need not be UTF-8
             labels.append(int(label))
         if not labels:
             raise InputError(f'{path}: no images in the list')

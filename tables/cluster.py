@@ -123,7 +123,7 @@ def ask_sacct(jobs: Sequence[str]) -> dict[str, str]:
     if not jobs:
         return {}
     command = ['sacct', '-X', '-n', '-P', '-o', 'JobID,State', '-j', ','.join(jobs)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, errors='backslashreplace')
     if done.returncode:
         raise InputError(f'sacct ended with code {done.returncode} ({" ".join(done.stderr.split())[:200]}), so nobody '
                          'knows which rows run; try again')

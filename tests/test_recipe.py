@@ -162,6 +162,9 @@ EVALUATING = {'finetune', 'output'}
 EVAL = {'eval', 'output'}
 EXACT = {'batch_size', 'accum_iter', 'seed'}
 OF_TASKS = ['--base-classes', '2', '--output-dir', 'x']
+OF_THE_MODEL = {kind: {'model', 'model_kwargs', 'input_size', size} for kind, size in (
+    ('seit', 'token_patch_size'), ('tokens', 'token_patch_size'), ('mtm', 'token_patch_size'),
+    ('pixels', 'eval_crop_ratio'))}
 # program, least words; files that may lie elsewhere on each node, flags of a start, and those a resumed run must keep
 PROGRAMS = {
     'seit': (main_seit, [], NODE | TOKENS | LABELS | EVALUATING, START | EVAL, EXACT | {'repeated_aug'}),
@@ -192,7 +195,8 @@ def test_the_rules_of_each_programs_flags(name):
     args = program.parse_args(words)
     reasons = main_seit.NO_EFFECT if name == 'continual tokens' else getattr(program, 'NO_EFFECT', {})
     no_effect = {flag[2:].replace('-', '_') for flag in reasons}
-    assert args.rules == (of_a_rank | no_effect, of_a_start | no_effect, exact)
+    of_the_model = OF_THE_MODEL.get(name.partition(' ')[-1 if name.startswith('continual') else 0], set())
+    assert args.rules == (of_a_rank | no_effect, of_a_start | no_effect, exact, of_the_model)
     assert set().union(*args.rules) <= vars(args).keys()
     alike = recipe.flags_alike(args)
     elsewhere = recipe.flags_alike(args.replaced(**dict.fromkeys(args.rules.of_a_rank, 'elsewhere')))

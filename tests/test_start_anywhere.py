@@ -1,4 +1,4 @@
-"""Every program starts from any folder, beside installed packages of our names, and with PYTHONSAFEPATH."""
+"""Every program starts from any folder, beside packages of our names, with PYTHONSAFEPATH, -OO and any output."""
 import json
 import os
 import subprocess
@@ -63,12 +63,18 @@ def hostile(tmp_path_factory):
     return packages_of_our_names(tmp_path_factory.mktemp('site'))
 
 
-@pytest.fixture(scope='module')
-def started(hostile, tmp_path_factory):
+# Options and environment of Python: as ever, and all at once that is unusual.
+WAYS = {'plain': ([], {}), 'without docstrings, into ASCII, from a notebook': (
+    ['-OO'], {'PYTHONIOENCODING': 'ascii', 'MPLBACKEND': 'module://not_installed.backend_inline', 'LC_ALL': 'C'})}
+
+
+@pytest.fixture(scope='module', params=WAYS)
+def started(request, hostile, tmp_path_factory):
     """{program: (exit code, output)} of all programs with --help, from another folder, as with PYTHONSAFEPATH=1."""
-    command = [sys.executable, '-P', '-c', SERVER, ROOT, *PROGRAMS]
+    options, variables = WAYS[request.param]
+    command = [sys.executable, *options, '-P', '-c', SERVER, ROOT, *PROGRAMS]
     done = subprocess.run(command, cwd=tmp_path_factory.mktemp('elsewhere'), capture_output=True, text=True,
-                          env=clean_environment(PYTHONPATH=str(hostile)), timeout=600)
+                          env=clean_environment(PYTHONPATH=str(hostile), **variables), timeout=600)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 

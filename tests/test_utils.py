@@ -365,6 +365,40 @@ def test_any_name_can_be_printed(monkeypatch, capsys):
     assert raw.getvalue() == b'caf\\xe9\nand what follows\n'
 
 
+SPEAKS = """
+import os, sys
+import utils
+from flags import Parser
+def parse_args():
+    parser = Parser('Größe')
+    parser.add_argument('--größe', help='in Å')
+    return parser.parse_args()
+def main(args):
+    print('größer → 日本', os.fsdecode(b'caf\\xe9'))
+    utils.print0('größer → 日本')
+    raise utils.InputError('größer → 日本: zu groß')
+utils.run(main, parse_args)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('variables', [
+    {'PYTHONIOENCODING': 'ascii'}, {'PYTHONIOENCODING': 'ascii:strict'}, {'PYTHONIOENCODING': 'latin-1'},
+    {'PYTHONIOENCODING': 'utf-8'}, {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}, {'LC_ALL': 'C'}],
+    ids=str)
+def test_an_output_that_is_not_utf8_gets_all_text(variables, tmp_path):
+    """Also from print, from --help, and as an error."""
+    (tmp_path / 'speaks.py').write_text(SPEAKS, encoding='utf-8')
+    for words, code in (([], 2), (['--help'], 0)):
+        done = subprocess.run([sys.executable, tmp_path / 'speaks.py', *words], capture_output=True, timeout=60,
+                              env=clean_environment(PYTHONPATH=str(ROOT), **variables))
+        assert done.returncode == code and b'Traceback' not in done.stderr, done.stderr
+        if words:
+            assert done.stdout.startswith(b'usage: ') and b'help' in done.stdout
+        else:
+            assert len(done.stdout.splitlines()) == 2 and done.stderr.startswith(b'error: gr')
+
+
 def test_a_broken_pipe_is_met_once_and_then_all_is_dropped(monkeypatch):
     reading, writing = os.pipe()
     os.close(reading)

@@ -42,7 +42,7 @@ def cache_path(files: Sequence[TokenFile], folder: str = '') -> Path:
     # another cache, and the old one, of the same location, can be told and removed.
     content = [(file.format, *map(_fingerprint, file.files)) for file in files]
     key = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
-    location = hashlib.sha256('\0'.join(map(str, paths)).encode()).hexdigest()[:8]
+    location = hashlib.sha256(os.fsencode('\0'.join(map(str, paths)))).hexdigest()[:8]
     stem = paths[0].name.removesuffix('.gz').removesuffix('.data.bin')
     return Path(folder or paths[0].parent) / f'{stem}.{location}.codes-{key}.npy'
 

@@ -8,8 +8,8 @@ import torch
 from torchvision.datasets import ImageFolder
 
 from fileio.labels import MAX_CLASS
-from helpers import (as_list, as_parquet, as_tars, encoded, fails, noise, published_transform, samples, save_image,
-                     tar_samples, write_parquet, write_tar)
+from helpers import (as_list, as_parquet, as_tars, encoded, fails, noise, published_transform, run_python, samples,
+                     save_image, tar_samples, write_parquet, write_tar)
 from image_data import sources
 from image_data.sources import load_images, open_source
 
@@ -233,6 +233,19 @@ def test_a_nul_byte_in_a_list_is_one_line(tmp_path):
 
 
 # ---------------------------------------------------------------- names of images
+
+@pytest.mark.slow
+@pytest.mark.parametrize('variables', [{'LC_ALL': 'C'}, {'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}])
+def test_names_of_images_are_read_whatever_the_locale_is(variables, tmp_path):
+    save_image(tmp_path / 'x' / 'größe' / '日本.png', 0)
+    (tmp_path / 'list.txt').write_text('x/größe/日本.png 3\n', encoding='utf-8')
+    code = ('import sys\nfrom image_data.sources import load_images, open_source\nfor path in sys.argv[1:]:\n'
+            '    source = open_source(path)\n    batch = next(load_images(source, [[0]], 8))\n'
+            '    print(len(batch.indices), source.digest())')
+    done = run_python(code, tmp_path / 'list.txt', tmp_path / 'x', env=variables)
+    assert done.stdout.splitlines() == [f'1 {open_source(path).digest()}' for path in (tmp_path / 'list.txt',
+                                                                                     tmp_path / 'x')], done.stderr
+
 
 def shards(folder, kind, paths, bad=None):
     """Write shards of two images each; returns what --data-path takes."""

@@ -52,6 +52,16 @@ def test_two_files_of_one_name_share_a_cache_folder(tmp_path):
     assert len([*(tmp_path / 'c').glob('*.npy')]) == len([*(tmp_path / 'c').glob('*.sha256')]) == 2
 
 
+def test_a_folder_whose_name_is_not_utf8(tmp_path):
+    folder = Path(os.fsdecode(os.fsencode(tmp_path / 'caf') + b'\xe9'))
+    try:
+        folder.mkdir()
+    except OSError:
+        pytest.skip('this file system takes UTF-8 alone')
+    files, x, _ = make_set(folder)
+    assert np.array_equal(open_codes(files[0]), x) and np.array_equal(open_codes(files[0], tmp_path / 'cache'), x)
+
+
 def test_the_name_is_what_it_always_was(tmp_path, monkeypatch):
     """Built caches stay valid: names of published caches, for files of a fixed place and time."""
     monkeypatch.setattr(Path, 'absolute', lambda path: Path('/sets') / path.name)
