@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from engine import StepOptions, train
-from fileio.files import identity
+from fileio.files import identity, is_address
 from flags import Flags, print_no_effect
 from training import run_info
 from training.checkpoints import (TrainState, check_tokens_of, compare_model_flags, flags_to_save, progress_of,
@@ -112,7 +112,9 @@ def check_data(args: Flags, facts: dict[str, Any], checkpoint: dict[str, Any] | 
     used = {'synonyms': values.get('eda_rc_prob') and values['token_synonym_dict'],
             'TokenAdapt': values.get('tokenadapt_path')}
     if not values.get('eval'):
-        facts = facts | {name: identity(path)['sha256'] for name, path in used.items() if path}
+        # of a file that is missing its reader says more
+        facts = facts | {name: identity(path)['sha256'] for name, path in used.items()
+                         if path and (is_address(path) or os.path.exists(path))}
     # ranks that read different data would wait for each other forever, or train on silently
     check_same_on_all_ranks({**facts, **progress_of(checkpoint)})
     return facts
