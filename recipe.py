@@ -128,7 +128,7 @@ def check_evaluated(args: Flags, checkpoint: dict[str, Any], path: str, facts: d
         checkpoint, path: of the model.
         facts: of the data, for a model of tokens.
     """
-    compare_model_flags(checkpoint, {name: vars(args)[name] for name in args.rules.of_the_model}, path)
+    compare_model_flags(checkpoint, {name: vars(args)[name] for name in sorted(args.rules.of_the_model)}, path)
     if facts:
         check_tokens_of(checkpoint, path, facts, {'codebook': args.codebook_path, 'tokenizer': args.val_token_file})
 

@@ -23,7 +23,7 @@ FIELDS = {  # what a field of a checkpoint may hold, where the checkpoint has it
     'epoch': lambda value: type(value) is int and value >= -1,
     'step': lambda value: type(value) is int and value >= 0,
     'world_size': lambda value: type(value) is int and value > 0,
-    'data': lambda value: isinstance(value, dict) and all(isinstance(key, str) for key in value),
+    'data': lambda value: isinstance(value, dict) and all(isinstance(item, str | int) for item in value.values()),
     'best_acc1': lambda value: isinstance(value, int | float),
     'best_ema_acc1': lambda value: isinstance(value, int | float),
     'meter': lambda value: isinstance(value, torch.Tensor) and value.ndim == 2 and value.shape[1] == 2,
@@ -298,9 +298,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path
 def counted(saved_group: dict[str, Any], new_group: dict[str, Any]) -> dict[str, Any]:
     """What an optimizer's steps have left in a group: timm's LAMB and Adan count steps there, and Lookahead does.
 
-    A new group holds hyperparameters alone, so whatever else a saved one holds was left by steps.
+    A new group holds hyperparameters alone, so whatever else a saved one holds was left by steps. Raises ValueError, or
+    torch's RuntimeError, for a count that is no number.
     """
     left = {key: value for key, value in saved_group.items() if key not in new_group or key in COUNTERS}
+    for key in COUNTERS:
+        value = left.get(key, 0)
+        if not isinstance(value.item() if isinstance(value, torch.Tensor) else value, int | float):
+            raise ValueError(f'{key} is no number')
     return {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in left.items()}
 
 

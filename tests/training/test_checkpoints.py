@@ -373,3 +373,18 @@ def test_counters_in_groups_are_kept_and_hyperparameters_are_not():
     assert {group['weight_decay'] for group in resumed.optimizer.param_groups} == {0., 0.3}
     train_steps(resumed, 2, 1)
     assert state.optimizer.param_groups[0]['step'] == 2  # a copy of its own
+
+
+@pytest.mark.parametrize('count', ['3', None, torch.ones(2), [3], {}])
+def test_a_damaged_count_of_steps_is_one_line(count):
+    state, flags = state_of('--opt', 'lamb')
+    train_steps(state, 0, 1)
+    file = state.state_dict() | {'args': flags, 'classes': None}
+    file['optimizer']['param_groups'][0]['step'] = count
+    fails(lambda: resume(state_of('--opt', 'lamb')[0], file, 'x.pth', flags, 10), 'x.pth: its optimizer state does not')
+
+
+@pytest.mark.parametrize('data', [3, [], {'codebook': torch.ones(2)}, {'codebook': None}, {1: []}])
+def test_damaged_facts_of_data_are_one_line(data, tmp_path):
+    torch.save({'model': {}, 'data': data}, tmp_path / 'x.pth')
+    fails(lambda: load_checkpoint(str(tmp_path / 'x.pth')), 'x.pth: damaged or not a checkpoint .its data cannot be')
