@@ -8,4 +8,6 @@ if [ "${1-}" = --quick ]; then
 fi
 . scripts/venv.sh requirements.txt requirements-plot.txt requirements-test.txt
 python -m ruff check .
-exec python -m pytest tests "$@"
+# Two tests at a time, by files, whose fixtures are made once; one thread each, so that they do not wait for one another.
+export OMP_NUM_THREADS=1
+exec python -m pytest tests -n 2 --dist loadfile "$@"

@@ -22,4 +22,4 @@ def test_words_reach_pytest(words, given, tmp_path):
     (tmp_path / 'python').chmod(0o755)
     subprocess.run(['bash', scripts / 'test.sh', *words], check=True)
     written = (tmp_path / 'words').read_text().splitlines()
-    assert written == ['-m', 'ruff', 'check', '.', '-m', 'pytest', 'tests', *given]
+    assert written == ['-m', 'ruff', 'check', '.', '-m', 'pytest', 'tests', '-n', '2', '--dist', 'loadfile', *given]
