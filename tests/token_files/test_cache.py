@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fileio.torch_files import digest_of
 from helpers import (codes_of_kind, failing_open, fails, in_child, make_compact_set, make_set, make_shards,
                      make_wide_set, no_space, npy, open_codes, refused, rewrite, unpack, write_raw_set)
 from token_files import cache as token_cache
@@ -124,6 +125,52 @@ def test_the_cache_is_mapped_read_only(tmp_path):
     (tokens, _), *_ = make_set(tmp_path)
     codes = open_codes(tokens)
     assert isinstance(codes, np.memmap) and not codes.flags.writeable
+
+
+# ---------------------------------------------------------------- the digest beside it
+
+def digest_in(folder, token_file, cache):
+    files = [open_token_file(token_file)]
+    return token_cache.digest_of_codes(files, token_cache.open_codes(files, cache), cache)
+
+
+def test_the_digest_is_kept_beside_the_cache(tmp_path, monkeypatch):
+    (tokens, _), codes, _ = make_set(tmp_path / 'a', codes=300)
+    digest = digest_of(codes.astype(np.uint16))
+    assert digest_in(tmp_path, tokens, tmp_path / 'cache') == digest
+    kept, = (tmp_path / 'cache').glob('*.sha256')
+    assert kept.read_text() == digest + '\n'
+    with monkeypatch.context() as patch:  # a second start does not read the codes for it
+        patch.setattr(token_cache, 'digest_of', None)
+        assert digest_in(tmp_path, tokens, tmp_path / 'cache') == digest
+    for content in ('', 'x', digest[1:], '\xff'):  # of a cache of before, or damaged
+        kept.write_bytes(content.encode('latin-1'))
+        assert digest_in(tmp_path, tokens, tmp_path / 'cache') == digest == kept.read_text().strip()
+    kept.unlink()
+    with monkeypatch.context() as patch:  # a cache that this user may only read
+        patch.setattr(token_cache, 'write_text', no_permission)
+        assert digest_in(tmp_path, tokens, tmp_path / 'cache') == digest
+    assert not kept.exists()
+    assert digest_in(tmp_path, tokens, 'none') == digest
+
+
+def no_permission(path, text):
+    raise token_cache.InputError(f'{path}: cannot be written (Permission denied)')
+
+
+def test_the_digest_is_of_codes_whatever_their_format(tmp_path):
+    codes = np.random.default_rng(0).integers(0, 300, (40, 64))
+    digests = set()
+    for name, form in (('p', 'escaped-bytes'), ('u', 'uint16-le')):
+        path = tmp_path / f'{name}-token.data.bin.gz'
+        write_set(path, [codes], 40, manifest={'format': form})
+        digests.add(digest_in(tmp_path, path, tmp_path / 'cache'))
+    compact, _ = make_compact_set(tmp_path / 'compact', codes)
+    digests.add(digest_in(tmp_path, compact, tmp_path / 'cache'))
+    assert len(digests) == 1
+    codes[7, 5] ^= 1
+    write_set(path, [codes], 40, manifest={'format': 'uint16-le'})
+    assert digest_in(tmp_path, path, tmp_path / 'cache') not in digests
 
 
 # ---------------------------------------------------------------- shards
