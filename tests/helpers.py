@@ -63,6 +63,16 @@ def make_data(folder, n=24, grid=10, codes=30, classes=4, width=32, seed=0, shif
             '--val-token-file', folder / 'val-token.data.bin.gz', '--val-label-file', folder / 'val-label.txt']
 
 
+def flag_values(words):
+    """Flags with one value each, such as `make_data` returns, by name."""
+    return dict(zip(words[::2], words[1::2]))
+
+
+def words_of(values):
+    """The command line of `flag_values`."""
+    return [word for pair in values.items() for word in pair]
+
+
 def clean_environment(**more):
     """This environment without a launcher's variables, one thread a process."""
     launcher = 'RANK', 'WORLD_SIZE', 'LOCAL_RANK', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT'

@@ -8,8 +8,8 @@ import torch
 
 import main_seit
 from benchmarks.common import free_port
-from helpers import (ROOT, SMALL, Killed, accuracy_lines, before_step, clean_environment, kill, make_data, mistake,
-                     read_log, run_here, seit, states)
+from helpers import (ROOT, SMALL, Killed, accuracy_lines, before_step, clean_environment, flag_values, kill,
+                     make_data, mistake, read_log, run_here, seit, states, words_of)
 from image_tokenizer.vitvqgan import Size
 from processes import Job, training_differs
 from seitpp.token_adapt import TokenAdapt
@@ -215,14 +215,6 @@ def test_ranks_with_other_data_end_with_one_line(flags, what, data, tmp_path):
     assert two_ranks(words_of(second), tmp_path / 'out', words_of(own)) == [2, 2]
     line, = [line for line in (tmp_path / 'out').read_text().splitlines() if line.startswith('error: ')]
     assert what in line and len(line) < 300
-
-
-def flag_values(words):
-    return dict(zip(words[::2], words[1::2]))
-
-
-def words_of(values):
-    return [word for pair in values.items() for word in pair]
 
 
 @pytest.mark.slow

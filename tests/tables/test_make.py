@@ -276,12 +276,12 @@ def test_a_folder_under_another_spelling_is_the_same(tmp_path, monkeypatch):
 @pytest.mark.parametrize('begun', [0, 3, 4])
 def test_every_spelling_of_both_folders_is_the_same(begun, tmp_path, monkeypatch):
     """From the folder of the data or of the output itself too, where paths have no slash."""
-    (tmp_path / 'work' / 'data' / 'train').mkdir(parents=True)
-    (tmp_path / 'work' / 'out').mkdir()
-    (tmp_path / 'link').symlink_to('work')
-    spellings = [('.', 'work/data', 'work/out'), ('work', './data/', 'out/.'), ('work', 'data/../data', 'out/../out'),
-                 ('work/data', '.', '../out'), ('work/out', '../data', '.'), ('.', 'link/data', 'link/../work/out'),
-                 ('work', tmp_path / 'link' / 'data', f'{tmp_path}/link/out/')]
+    (tmp_path / 'home' / 'data' / 'train').mkdir(parents=True)
+    (tmp_path / 'home' / 'out').mkdir()
+    (tmp_path / 'link').symlink_to('home')
+    spellings = [('.', 'home/data', 'home/out'), ('home', './data/', 'out/.'), ('home', 'data/../data', 'out/../out'),
+                 ('home/data', '.', '../out'), ('home/out', '../data', '.'), ('.', 'link/data', 'link/../home/out'),
+                 ('home', tmp_path / 'link' / 'data', f'{tmp_path}/link/out/')]
 
     def all_rows(start, data, output):
         monkeypatch.chdir(tmp_path / start)
@@ -293,8 +293,8 @@ def test_every_spelling_of_both_folders_is_the_same(begun, tmp_path, monkeypatch
     for spelling in spellings:
         for row in all_rows(*spelling):
             rows.check_row(row)
-    (tmp_path / 'work' / 'more' / 'train').mkdir(parents=True)
-    fails(lambda: [rows.check_row(row) for row in all_rows('work/more', '.', '../out')], 'holds the run of another com')
+    (tmp_path / 'home' / 'more' / 'train').mkdir(parents=True)
+    fails(lambda: [rows.check_row(row) for row in all_rows('home/more', '.', '../out')], 'holds the run of another com')
 
 
 def test_a_run_by_hand_from_another_folder_is_the_same(tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import main_mtm_finetune
 import main_mtm_pretrain
 import main_seit
 from fileio.torch_files import digest_of
-from helpers import SMALL, call, fails, make_data, mistake, run_here, write_manifest
+from helpers import SMALL, call, fails, flag_values, make_data, mistake, run_here, words_of, write_manifest
 from token_files import made_with
 from token_files.codebook import load_codebook
 from token_files.made_with import (check_made_with, digest_of_entry, entry_of_codebook, identity_of_tokenizer,
@@ -18,26 +18,16 @@ from token_files.made_with import (check_made_with, digest_of_entry, entry_of_co
 from token_files.token_file import open_token_file
 
 
-def state(token_file, **entries):
-    """Let a manifest beside a token file state more."""
-    write_manifest(token_file, **entries)
-
-
 @pytest.fixture
 def sets(tmp_path):
     """Flags of a set whose manifests name a codebook and a tokenizer, and the path of another codebook."""
-    words = make_data(tmp_path)
-    flags = dict(zip(words[::2], words[1::2]))
+    flags = flag_values(make_data(tmp_path))
     codebook = load_codebook(flags['--codebook-path'])
     for split in ('train', 'val'):
-        state(flags[f'--{split}-token-file'], codebook=entry_of_codebook(codebook, flags['--codebook-path']),
+        write_manifest(flags[f'--{split}-token-file'], codebook=entry_of_codebook(codebook, flags['--codebook-path']),
               tokenizer={'file': 'tok.pt', 'sha256': 'a' * 64}, image_size=80)
     torch.save(codebook.flip(0), tmp_path / 'other.ckpt')
     return flags
-
-
-def words_of(flags):
-    return [word for pair in flags.items() for word in pair]
 
 
 def test_a_codebook_of_another_set_is_refused(sets, tmp_path):
@@ -80,17 +70,17 @@ def test_manifests_of_before_state_the_file_alone(sets, tmp_path):
 
 
 def test_training_and_validation_of_one_tokenizer(sets, tmp_path):
-    state(sets['--val-token-file'], tokenizer={'file': 'new.pt', 'sha256': 'b' * 64})
+    write_manifest(sets['--val-token-file'], tokenizer={'file': 'new.pt', 'sha256': 'b' * 64})
     line = mistake(*SMALL, *words_of(sets), '--epochs', 1)
     assert 'tokenizer new.pt (SHA-256 bbbbbbbbbbbb...), but ' in line
     assert 'with tok.pt (SHA-256 aaaaaaaaaaaa...)' in line
-    state(sets['--val-token-file'], tokenizer={})
+    write_manifest(sets['--val-token-file'], tokenizer={})
     run_here(*SMALL, *words_of(sets), '--epochs', 1)
 
 
 @pytest.mark.parametrize('entry', [None, 7, 'x', [], {}, {'sha256': 3}, {'sha256': ''}])
 def test_odd_entries_state_nothing(entry, sets):
-    state(sets['--train-token-file'], tokenizer=entry, codebook=entry)
+    write_manifest(sets['--train-token-file'], tokenizer=entry, codebook=entry)
     file = open_token_file(sets['--train-token-file'])
     assert tokenizer_of([file]) is None
     check_made_with([file], torch.ones(3, 4), 'nowhere')
@@ -119,10 +109,10 @@ def test_a_model_is_not_evaluated_with_another_codebook_or_tokenizer(sets, tmp_p
         (tmp_path / f'{split}-token.json').unlink()
     line = mistake(*SMALL, *words_of({**sets, '--codebook-path': tmp_path / 'other.ckpt'}), *evaluate)
     assert 'checkpoint.pth: was trained with another codebook than that of' in line and 'other.ckpt' in line
-    state(sets['--val-token-file'], tokenizer={'file': 'new.pt', 'sha256': 'b' * 64}, image_size=64)
+    write_manifest(sets['--val-token-file'], tokenizer={'file': 'new.pt', 'sha256': 'b' * 64}, image_size=64)
     line = mistake(*SMALL, *words_of(sets), *evaluate)
     assert 'checkpoint.pth: was trained with another tokenizer than that of' in line and 'val-token.data.bin.gz' in line
-    state(sets['--val-token-file'], tokenizer=None, image_size=64)
+    write_manifest(sets['--val-token-file'], tokenizer=None, image_size=64)
     capsys.readouterr()
     run_here(*SMALL, *words_of(sets), *evaluate)
     assert 'note: size of tokenized images is 64 pixels; the run that wrote' in capsys.readouterr().out
@@ -131,7 +121,7 @@ def test_a_model_is_not_evaluated_with_another_codebook_or_tokenizer(sets, tmp_p
 def test_a_resumed_run_has_the_same_data(sets, tmp_path, capsys):
     words = [*SMALL, '--output-dir', tmp_path / 'run']
     run_here(*words, *words_of(sets), '--epochs', 1)
-    other = dict(zip(*[iter(make_data(tmp_path / 'other', seed=1, shift=2))] * 2))
+    other = flag_values(make_data(tmp_path / 'other', seed=1, shift=2))
     for flag, what in (('--train-token-file', 'training tokens'), ('--train-label-file', 'training labels'),
                        ('--val-token-file', 'validation tokens'), ('--token-synonym-dict', 'synonyms')):
         line = mistake(*words, *words_of({**sets, flag: other[flag]}), '--epochs', 2, '--resume', 'auto')
