@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # before installed packages of the same names
+import recipe
 from engine import evaluate, rank_indices
 from fileio.files import check_writable, write_text
 from fileio.torch_files import digest_of
@@ -38,7 +39,6 @@ from image_data.sources import ImageBatch, Source, load_images, open_source
 from image_tokenizer.tokenizers import encode_images, load_tokenizer
 from inference.models import weights_of
 from models_seit import MODELS, create_model
-from recipe import default_amp
 from token_augment import EvalTransform
 from token_files.codebook import load_codebook
 from token_files.made_with import digest_of_entry, identity_of_tokenizer
@@ -55,11 +55,11 @@ NO_EFFECT = {
 def make_parser() -> Parser:
     """All flags."""
     parser = Parser('Evaluate a token-trained ViT on images.')
-    add = parser.add_argument
+    add = parser.add_group('what a checkpoint of this project says itself is taken from there, unless it is given here')
     add('--data-path', required=True, metavar='PATH',
         help='class folders of images, a list file .txt, tar shards or parquet files: see image_data/sources.py')
-    add('--model', default='deit_base_token_32', help='one of ' + ', '.join(MODELS))
-    add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
+    add('--model', default='deit_base_token_32', help='one of ' + ', '.join(MODELS), of_the_model=True)
+    add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', of_the_model=True,
         help='arguments of the model, as they were given in training')
     add('--model-path', default='weights/trained-vit.ckpt', metavar='FILE', help='the checkpoint of the model')
     add('--use-ema', action='store_true', help="take the checkpoint's EMA of the weights")
@@ -70,9 +70,10 @@ def make_parser() -> Parser:
     add('--tokenizer-code-path', metavar='DIR',
         help='folder of the code that a pickled tokenizer runs when it is loaded; files of '
         'scripts/convert_tokenizer.py need none')
-    add('--tokenizer-input-size', type=integer(1), default=256,
+    add('--tokenizer-input-size', type=integer(1), default=256, of_the_model=True,
         help='pixels to which both sides of an image are resized')
-    add('--vit-input-size', type=integer(2), default=28, help='codes on a side of what the model reads')
+    add('--vit-input-size', type=integer(2), default=28, of_the_model=True,
+        help='codes on a side of what the model reads')
     add('--nb-classes', type=integer(1),
         help='number of classes (default: as many as the checkpoint has, 1000 in the published ones)')
     add('--batch-size', type=integer(1), default=64, help='images of a batch of one process')
@@ -203,19 +204,20 @@ def main(args: argparse.Namespace) -> None:
     """Evaluate, and print the accuracy."""
     device = init_distributed(args.device, args.dist_url)
     print_no_effect(NO_EFFECT, vars(args))
-    amp = args.amp or default_amp(device)
+    amp = args.amp or recipe.default_amp(device)
     change = make_corruption(args.corruption, args.severity, args.seed)
     for path in filter(None, (args.output, args.save_predictions)):
         on_main(check_writable, path)
 
     # model, tokenizer and images, which must belong together: a wrong codebook has the right shape, and gives chance
-    codebook = load_codebook(args.codebook_path)
     checkpoint = load_checkpoint(args.model_path)
+    args = recipe.from_checkpoint(args, checkpoint, args.model_path)
+    codebook = load_codebook(args.codebook_path)
     facts = {'codebook': digest_of(codebook), 'size of tokenized images': args.tokenizer_input_size,
              'tokenizer': digest_of_entry(identity_of_tokenizer(args.tokenizer_path))}
     check_tokens_of(checkpoint, args.model_path, facts,
                     {'codebook': args.codebook_path, 'tokenizer': args.tokenizer_path})
-    compare_model_flags(checkpoint, {name: vars(args)[name] for name in ('model', 'model_kwargs', 'vit_input_size')},
+    compare_model_flags(checkpoint, {name: vars(args)[name] for name in sorted(args.rules.of_the_model)},
                         args.model_path)
     model, names = load_model(checkpoint, args.model_path, args.use_ema, args.model, args.model_kwargs,
                               args.nb_classes, args.vit_input_size, codebook.shape[1])

@@ -24,21 +24,22 @@ class Rules(NamedTuple):
 
 
 class Flags(argparse.Namespace):
-    """A parsed command line, and the rules of its flags."""
-    __slots__ = ('rules',)  # a slot is no part of `vars`: checkpoints and args.json hold the flags alone
+    """A parsed command line, the rules of its flags, and the names of those that were given on it."""
+    __slots__ = ('rules', 'given')  # slots are no part of `vars`: checkpoints and args.json hold the flags alone
 
-    def __init__(self, rules: Rules, **values: Any):
+    def __init__(self, rules: Rules, given: frozenset[str] = frozenset(), **values: Any):
         super().__init__(**values)
         self.rules = rules
+        self.given = given
 
     def replaced(self, **values: Any) -> 'Flags':
         """A copy with other values, or with more."""
-        return Flags(self.rules, **(vars(self) | values))
+        return Flags(self.rules, self.given, **(vars(self) | values))
 
     def joined(self, other: 'Flags') -> 'Flags':
         """A copy with the flags of another parser too; of a flag that both have, the other's value counts."""
         rules = Rules(*(first | second for first, second in zip(self.rules, other.rules)))
-        return Flags(rules, **(vars(self) | vars(other)))
+        return Flags(rules, self.given | other.given, **(vars(self) | vars(other)))
 
 
 class Parser(argparse.ArgumentParser):
@@ -88,8 +89,16 @@ class Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple:
         argv = list(sys.argv[1:] if args is None else args)
         end = argv.index('--') if '--' in argv else len(argv)  # behind '--' no argument is a flag
-        namespace = Flags(self.rules) if namespace is None else namespace
-        return super().parse_known_args([*map(_with_dashes, argv[:end]), *argv[end:]], namespace)
+        words = [*map(_with_dashes, argv[:end]), *argv[end:]]
+        if namespace is None:
+            # argparse sets a default only where there is no value yet; what keeps this one was not given
+            unset = object()
+            names = {action.dest for action in self._actions} | set(self._defaults)
+            probe = argparse.Namespace(**dict.fromkeys(names, unset))
+            super().parse_known_args(words, probe)
+            given = (name for name, value in vars(probe).items() if value is not unset)
+            namespace = Flags(self.rules, frozenset(given))
+        return super().parse_known_args(words, namespace)
 
     def format_help(self) -> str:
         for action in self._actions:
@@ -243,6 +252,10 @@ def add_token_augmentation_flags(parser: Parser) -> Callable:
 def add_model_flags(parser: Parser, default: str, names: str) -> None:
     """The model, its regularization and its EMA. `names` is the help text of --model: which models there are."""
     add = parser.add_group('model')
+    add('--recipe', default='published', choices=['published', 'small'], exact=True,
+        help='published: the defaults of all flags, for 300 epochs of ImageNet; small: for hundreds to tens of '
+        'thousands of images, flags that are not given are set from the number of images: model, epochs, batch, '
+        'learning rate, warm-up, noise, drop-path, crop, mixing, EMA (docs/flags.md)')
     add('--model', default=default, help=names, of_the_model=True)
     add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', of_the_model=True,
         help='arguments that timm passes to the model, as in depth=4 embed_dim=128 num_heads=4')

@@ -48,6 +48,7 @@ from token_augment import EvalTransform
 from token_dataset import TokenDataset, choose_data_device, open_splits
 from token_files.codebook import load_codebook
 from token_files.published import codec_for
+from token_files.made_with import made_with
 from training.checkpoints import compare_flags, load_checkpoint, load_weights
 from training.preemption import REQUEUE, StopSignal
 from training.pretrained import freeze_all_but_attention, load_pretrained
@@ -94,6 +95,7 @@ class Modality(NamedTuple):
         join: indices of training images, memory -> a data set of these and then of what memory holds.
         batches: such a set, indices (steps · B,), (seed, first step) -> their batches.
         val_stored: the images of `val` as the memory would give them back, for --eval-stored.
+        made_with: of tokens: codebook and tokenizer, for checkpoints.
     """
     path: str
     train: TokenDataset | ImageDataset
@@ -106,6 +108,7 @@ class Modality(NamedTuple):
     join: Callable
     batches: Callable
     val_stored: StoredImages | None = None
+    made_with: dict[str, Any] | None = None
 
 
 def make_tasks_of(args: argparse.Namespace, labels: dict[str, np.ndarray]) -> Tasks:
@@ -155,7 +158,8 @@ def token_modality(args: argparse.Namespace, device: torch.device) -> tuple[Moda
         return data.batches(indices, args.batch_size, device, args.pin_mem)
 
     return Modality(args.train_token_file, train_data, val_data, (codebook.shape[1], size, size), make_model,
-                make_augment, EvalTransform(codebook, size, device), store, join, batches), tasks
+                    make_augment, EvalTransform(codebook, size, device), store, join, batches,
+                    made_with=made_with(train_data.files, codebook, args.codebook_path)), tasks
 
 
 def pixel_modality(args: argparse.Namespace, device: torch.device) -> tuple[Modality, Tasks]:
@@ -323,7 +327,8 @@ def train_task(args: argparse.Namespace, modality: Modality, tasks: Tasks, task:
 
     # train, evaluate, and only then let the task's images pass by the memory
     names = modality.train.classes and [modality.train.classes[label] for label in tasks.order.tolist()]
-    if recipe.fit(args, state, folder, steps, order_of, batches_of, loss_of, classes=names, seed=seed):
+    if recipe.fit(args, state, folder, steps, order_of, batches_of, loss_of, classes=names,
+                  made_with=modality.made_with, seed=seed):
         return None
     stats = evaluate_models(state, make_evaluate(args, modality, tasks, task, device, state.amp))
     if args.memory != 'none':

@@ -30,17 +30,18 @@ from flags import Parser, number
 from samplers import shuffled
 from seitpp.halves import check_halves
 from seitpp.models_mtm import keep_token_adapt
-from seitpp.models_mtm_finetune import MODELS, CodeVisionTransformer, create_model, load_encoder
+from seitpp.models_mtm_finetune import MODELS, CodeVisionTransformer, create_model, kwargs_of_encoder, load_encoder
 from seitpp.mtm_recipe import (NO_EFFECT_ON_MTM, add_augmentation_flags, add_periods_flag, add_step_flags,
                                add_token_flags, canonical_codes, check_sizes, make_input, make_state, open_token_adapt,
                                resume_run)
 from token_augment import center_crop
 from token_dataset import TokenDataset, choose_data_device, facts_of, open_splits
 from token_files.codebook import load_codebook
-from training.checkpoints import (FINETUNE, check_codes, check_origin, head_size, note_average,
-                                  without_token_adapt)
+from token_files.made_with import made_with
+from training.checkpoints import (FINETUNE, PRETRAIN, check_codes, check_origin, head_size, load_checkpoint,
+                                  note_average, origin, saved_flags, without_token_adapt)
 from training.run_folder import checkpoint_files
-from utils import rank, run, world_size
+from utils import print0, rank, run, world_size
 
 NO_EFFECT = {
     '--global-pool': 'the head always reads the mean of the patches',
@@ -151,7 +152,7 @@ def main(args: argparse.Namespace) -> int:
     files = checkpoint_files(args.save_periods, args.epochs)
     device, folder, checkpoint, path = recipe.start(args, NO_EFFECT, files=files)
     if args.eval:
-        evaluate_only(args, checkpoint, path, device)
+        evaluate_only(recipe.from_checkpoint(args, checkpoint, path), checkpoint, path, device)
         return 0
 
     # data
@@ -169,9 +170,17 @@ def main(args: argparse.Namespace) -> int:
     choose_data_device(datasets, args.data_device, device)
 
     # model
+    pretrained = load_checkpoint(args.finetune) if args.finetune else None
+    if pretrained and origin(pretrained['model']) == PRETRAIN:
+        kwargs = kwargs_of_encoder(saved_flags(pretrained))
+        if kwargs and not args.given & {'model', 'model_kwargs'}:
+            print0(f'{args.finetune}: {recipe.words_of("model_kwargs", kwargs)}')
+            args = args.replaced(model_kwargs=kwargs)
+    elif pretrained:
+        args = recipe.model_of_start(args, pretrained, MODELS.__contains__)
     model = make_model(args, len(codebook), size, classes)
-    if args.finetune:
-        load_encoder(model, args.finetune, facts, args.codebook_path)
+    if pretrained:
+        load_encoder(model, args.finetune, facts, args.codebook_path, pretrained)
     model.to(device)
     amp = recipe.print_model(args, args.model, model, device)
 
@@ -197,7 +206,7 @@ def main(args: argparse.Namespace) -> int:
     keep_token_adapt(model, token_adapt)  # only now, as frozen weights have no part in DDP
     resume_run(args, state, checkpoint, path)
     return recipe.fit(args, state, folder, state.scheduler.steps, order_of, batches_of, loss_of, evaluate_of,
-                      train_data.classes)
+                      train_data.classes, made_with(train_data.files, codebook, args.codebook_path))
 
 
 if __name__ == '__main__':

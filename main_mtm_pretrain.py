@@ -33,7 +33,7 @@ from seitpp.mtm_recipe import (NO_EFFECT_ON_MTM, add_augmentation_flags, add_per
 from token_augment import check_crop
 from token_dataset import TokenDataset, choose_data_device, facts_of
 from token_files.codebook import load_codebook
-from token_files.made_with import check_made_with
+from token_files.made_with import check_made_with, made_with
 from training.checkpoints import PRETRAIN, check_codes, check_origin
 from training.run_folder import checkpoint_files
 from utils import InputError, print0, rank, run, world_size
@@ -145,7 +145,8 @@ def main(args: argparse.Namespace) -> int:
     state = make_state(args, model, optimizer, amp, len(order_of(0)), (codes, *masks), facts)
     keep_token_adapt(model, token_adapt)  # only now, as frozen weights have no part in DDP
     resume_run(args, state, checkpoint, path)
-    return recipe.fit(args, state, folder, state.scheduler.steps, order_of, batches_of, loss_of)
+    return recipe.fit(args, state, folder, state.scheduler.steps, order_of, batches_of, loss_of,
+                      made_with=made_with(data.files, codebook, args.codebook_path))
 
 
 if __name__ == '__main__':

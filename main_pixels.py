@@ -33,8 +33,9 @@ from image_data.corruptions import add_robustness_flags, make_corruption
 from image_data.dataset import ImageDataset, Normalize, eval_transform, random_erasing, train_transform
 from image_data.overlap import note_shared_images
 from inference.pixel_models import create_pixel_model
+from models_seit import MODELS
 from samplers import REPEATS, repeated_augmentation, shuffled
-from training.checkpoints import head_size
+from training.checkpoints import head_size, load_checkpoint
 from training.pretrained import freeze_all_but_attention, load_pretrained
 from utils import InputError, print0, rank, run, world_size
 
@@ -112,6 +113,13 @@ def create_model(args: argparse.Namespace, classes: int) -> nn.Module:
     return create_pixel_model(args.model, args.model_kwargs, classes, args.input_size, args.drop, args.drop_path)
 
 
+def small_model(input_size: int) -> dict[str, Any]:
+    """The model of --recipe small: of as many patches as that of tokens, for 8 pixels to a code."""
+    patch_size = 8 if input_size < 160 else 16
+    return {'model': 'deit_tiny_patch16_224',
+            'model_kwargs': {**recipe.SMALL_VIT, 'patch_size': patch_size, 'global_pool': 'avg'}}
+
+
 # ---------------------------------------------------------------- data
 
 def load_split(args: argparse.Namespace, split: str) -> ImageDataset:
@@ -186,7 +194,7 @@ def main(args: argparse.Namespace) -> int:
     """Train, or evaluate. Returns the exit code."""
     device, folder, checkpoint, path = recipe.start(args)
     if args.eval:
-        evaluate_only(args, checkpoint, path, device)
+        evaluate_only(recipe.from_checkpoint(args, checkpoint, path), checkpoint, path, device)
         return 0
 
     # data
@@ -202,11 +210,16 @@ def main(args: argparse.Namespace) -> int:
         check_class_names(checkpoint.get('classes'), train_data.classes, path, args.train_path)
     datasets = {'train': train_data} | ({'val': val_data} if val_data else {})
     facts = recipe.check_data(args, facts_of(datasets), checkpoint)
+    args = recipe.choose(args, small_model(args.input_size), len(train_data), max(2, args.input_size // 8), classes,
+                         (args.val_path, len(val_data)) if val_data else None, checkpoint)
 
     # model
+    pretrained = load_checkpoint(args.finetune) if args.finetune else None
+    if pretrained:
+        args = recipe.model_of_start(args, pretrained, lambda name: timm.is_model(name) and name not in MODELS)
     model = create_model(args, classes)
-    if args.finetune:
-        load_pretrained(model, args.finetune, train_data.classes)
+    if pretrained:
+        load_pretrained(model, args.finetune, train_data.classes, checkpoint=pretrained)
     if args.attn_only:
         freeze_all_but_attention(model)
     model.to(device)

@@ -34,7 +34,8 @@ from token_augment import (EraseRectangle, EvalTransform, RandomCrop, RandomResi
                            TokenEDA)
 from token_dataset import choose_data_device, facts_of, open_splits
 from token_files.codebook import load_codebook, load_synonyms, look_up
-from training.checkpoints import head_size
+from token_files.made_with import made_with
+from training.checkpoints import head_size, load_checkpoint
 from training.pretrained import freeze_all_but_attention, load_pretrained
 from utils import InputError, rank, run, world_size
 
@@ -79,9 +80,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError, also for values that cannot work together."""
     args = get_args_parser().parse_args(argv)
     recipe.check_flags(args)
-    if args.input_size % args.token_patch_size or args.input_size < 2 * args.token_patch_size:
-        raise InputError(f'--input-size {args.input_size}: give twice --token-patch-size {args.token_patch_size}, or a '
-                         'larger multiple of it')
+    if not args.eval:
+        size_of(args)
     # with no whole code between the sides, CutMix would draw from an empty range and end in a traceback
     low, high = (int(args.input_size // args.token_patch_size * side) for side in args.cutmix_minmax or (0, 1))
     if low >= high:
@@ -89,6 +89,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     if args.eda_rc_prob + args.eda_sc_prob + args.eda_erase_prob > 1:
         raise InputError('--eda-rc-prob, --eda-sc-prob and --eda-erase-prob add up to more than 1')
     return args
+
+
+def size_of(args: argparse.Namespace) -> int:
+    """Codes on a side that the model reads. Raises InputError."""
+    if args.input_size % args.token_patch_size or args.input_size < 2 * args.token_patch_size:
+        raise InputError(f'--input-size {args.input_size}: give twice --token-patch-size {args.token_patch_size}, or a '
+                         'larger multiple of it')
+    return args.input_size // args.token_patch_size
 
 
 # ---------------------------------------------------------------- augmentation
@@ -133,10 +141,12 @@ def make_augment(args: argparse.Namespace, codebook: torch.Tensor, grid_size: in
 def main(args: argparse.Namespace) -> int:
     """Train, or evaluate. Returns the exit code."""
     device, folder, checkpoint, path = recipe.start(args, NO_EFFECT)
+    if args.eval:
+        args = recipe.from_checkpoint(args, checkpoint, path)
 
     # ------------------------------------------------------------ data
     codebook = load_codebook(args.codebook_path)
-    size = args.input_size // args.token_patch_size
+    size = size_of(args)
     files = recipe.split_files(args)
     datasets = open_splits(files, codebook, args.codebook_path, args.token_cache, size, device)
     train_data, val_data = datasets.get('train'), datasets.get('val')
@@ -149,12 +159,18 @@ def main(args: argparse.Namespace) -> int:
         check_class_names(checkpoint.get('classes'), names, path, next(iter(files.values()))[0])
     facts = recipe.check_data(args, facts_of(datasets, codebook), checkpoint)
     choose_data_device(datasets, args.data_device, device)
+    if train_data:
+        args = recipe.choose(args, {'model': 'deit_tiny_token_32', 'model_kwargs': recipe.SMALL_VIT}, len(train_data),
+                             size, classes, (args.val_token_file, len(val_data)) if val_data else None, checkpoint)
+    pretrained = load_checkpoint(args.finetune) if args.finetune else None
+    if pretrained:
+        args = recipe.model_of_start(args, pretrained, MODELS.__contains__)
 
     # ------------------------------------------------------------ model
     model = create_model(args.model, args.model_kwargs, classes, size, codebook.shape[1],
                          drop_path_rate=args.drop_path, pos_drop_rate=args.drop, proj_drop_rate=args.drop)
-    if args.finetune:
-        load_pretrained(model, args.finetune, names, codebook=facts['codebook'])
+    if pretrained:
+        load_pretrained(model, args.finetune, names, codebook=facts['codebook'], checkpoint=pretrained)
     if args.attn_only:
         freeze_all_but_attention(model)
     model.to(device)
@@ -195,8 +211,9 @@ def main(args: argparse.Namespace) -> int:
     state = recipe.make_state(args, model, device, (codebook.shape[1], size, size), facts)
     recipe.resume_run(args, state, checkpoint, path, steps)
     recipe.print_recipe_batch(args)
+    files = [file for data in datasets.values() for file in data.files]
     return recipe.fit(args, state, folder, steps, order_of, batches_of, loss_of, None if args.no_eval else evaluate_of,
-                      names)
+                      names, made_with(files, codebook, args.codebook_path))
 
 
 if __name__ == '__main__':

@@ -21,9 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 from engine import StepOptions, train
 from fileio.files import identity, is_address
 from flags import Flags, print_no_effect
+from token_files.made_with import file_of, seen_from
 from training import run_info
-from training.checkpoints import (TrainState, check_tokens_of, compare_model_flags, flags_to_save, progress_of,
-                                  resume)
+from training.checkpoints import (TrainState, check_tokens_of, compare_model_flags, flags_to_save, progress_of, resume,
+                                  said_of_the_model, saved_flags)
 from training.loss_meter import NotFinite
 from training.preemption import REQUEUE
 from training.run_folder import FILES, CheckpointFiles, RunFolder, RunLog, find_checkpoint
@@ -120,6 +121,49 @@ def check_data(args: Flags, facts: dict[str, Any], checkpoint: dict[str, Any] | 
     return facts
 
 
+def from_checkpoint(args: Flags, checkpoint: dict[str, Any], path: str) -> Flags:
+    """The flags of an evaluation: those of the model that were not given, and its codebook, as the checkpoint says.
+
+    A published checkpoint says nothing: for it the defaults count, which are those of the published model.
+
+    Raises:
+        InputError: where the codebook is not there.
+    """
+    before = said_of_the_model(checkpoint)
+    known = {name: before[name] for name in args.rules.of_the_model
+             if name not in args.given and type(before.get(name)) in (str, int, float, dict)}
+    if 'model' in args.given and args.model != before.get('model'):
+        known.pop('model_kwargs', None)  # arguments of a model belong to no other one
+    for name in ('codebook', 'tokenizer'):
+        flag = f'{name}_path'
+        if flag in vars(args) and flag not in args.given:
+            file = file_of(checkpoint, name, path, f'--{name}-path')
+            if not file and not os.path.exists(vars(args)[flag]):
+                raise InputError(f'{path}: does not say with which {name} it was trained, and {vars(args)[flag]} is '
+                                 f'not there: give it to --{name}-path')
+            known |= {flag: file} if file else {}
+    if known:
+        print0(f'{path}: ' + ' '.join(words_of(name, value) for name, value in sorted(known.items()) if value != {}))
+    return args.replaced(**known)
+
+
+def model_of_start(args: Flags, checkpoint: dict[str, Any], names: Callable[[str], bool]) -> Flags:
+    """The flags of a training from --finetune: model and arguments of the checkpoint, where --model was not given.
+
+    Args:
+        args: the command line.
+        checkpoint: of --finetune.
+        names: whether a model of a name can be trained here; one that was trained on pixels cannot be on tokens.
+    """
+    before = saved_flags(checkpoint)
+    name, kwargs = before.get('model'), before.get('model_kwargs')
+    if 'model' in args.given or not isinstance(name, str) or not isinstance(kwargs, dict) or not names(name):
+        return args
+    kwargs = args.model_kwargs if 'model_kwargs' in args.given else kwargs
+    print0(f'{args.finetune}: {words_of("model", name)} {words_of("model_kwargs", kwargs) if kwargs else ""}')
+    return args.replaced(model=name, model_kwargs=kwargs)
+
+
 def check_evaluated(args: Flags, checkpoint: dict[str, Any], path: str, facts: dict[str, Any] | None = None) -> None:
     """Say where an evaluation is of another model than was trained; InputError for another codebook or tokenizer.
 
@@ -148,6 +192,79 @@ def set_up_torch(args: Flags) -> None:
         torch.use_deterministic_algorithms(True)
     if args.tf32:
         torch.set_float32_matmul_precision('high')
+
+
+# ---------------------------------------------------------------- the recipe for small sets
+
+MOST_PARAMETERS = 50_000  # for an image of training
+SMALL_VIT = {'depth': 4, 'embed_dim': 128, 'num_heads': 4}
+
+
+def small_values(images: int, grid: int, steps_of: Callable[[int], int], given: dict[str, Any]) -> dict[str, Any]:
+    """--recipe small: what it sets, by name of the flag. The rule stands in docs/flags.md, with what it is worth.
+
+    Args:
+        images: of training.
+        grid: codes on a side that the model reads; for pixels, what is left of it with 8 pixels to a code.
+        steps_of: images of a batch of one process -> steps of the optimizer in an epoch.
+        given: flags that the user set: what depends on them follows them.
+    """
+    epochs = given.get('epochs') or min(60, max(10, round(200 / images ** 0.25)))
+    batch = 32 if images < 1000 else 64 if images < 5000 else 128
+    batch = given.get('batch_size') or max(2, min(batch // world_size(), images) // 2 * 2)
+    lr = given.get('lr', 1e-3)
+    steps = max(1, epochs * steps_of(batch))
+    return {
+        'epochs': epochs, 'batch_size': batch, 'unscale_lr': True, 'lr': lr,
+        'warmup_epochs': min(max(1, round(epochs / 10)), epochs - 1), 'warmup_lr': lr / 10,
+        'token_noise_prob': 0.25, 'drop_path': 0.1, 'mixup_prob': 0.5,
+        # a crop has about eight codes on a side, as the published one has
+        'rrc_ratio': round(min(0.35, max(0.08, (8 / grid) ** 2)), 2),
+        # averages over about a tenth of the run
+        'model_ema_decay': round(min(0.99996, max(0.9, 1 - 10 / steps)), 5),
+    }
+
+
+def choose(args: Flags, model: dict[str, Any], images: int, grid: int, classes: int, validation: tuple[str, int] | None,
+           checkpoint: dict[str, Any] | None) -> Flags:
+    """The flags of a training with what --recipe sets where the user did not, which is printed in a line.
+
+    Args:
+        args: the command line.
+        model: what --recipe small takes for --model and --model-kwargs, by name.
+        images, grid: see `small_values`.
+        classes: of the training.
+        validation: name and number of the validation images, or None.
+        checkpoint: of a run that is resumed: its values count, whatever the rule is by now.
+
+    Raises:
+        InputError: for too few validation images.
+    """
+    if args.recipe != 'small':
+        return args
+    if validation and validation[1] < classes:
+        raise InputError(f'{validation[0]}: {validation[1]} validation images for {classes} classes are too few for '
+                         '--recipe small, which keeps what is best on them; give one of each class at least, or '
+                         '--no-eval')
+    flags = vars(args)
+    values = small_values(images, grid, lambda batch: images // (batch * args.accum_iter * world_size()),
+                          {name: flags[name] for name in args.given})
+    if not args.finetune and 'model' not in args.given:  # arguments of a model belong to no other one
+        values |= model
+    before = saved_flags(checkpoint) if checkpoint else {}
+    chosen = {name: before.get(name, value) for name, value in values.items()
+              if name in flags and name not in args.given}
+    print0(f'recipe small for {images:,} images of {classes} classes: '
+           + ' '.join(words_of(name, value) for name, value in chosen.items()))
+    return args.replaced(**chosen)
+
+
+def words_of(name: str, value: Any) -> str:
+    """A flag and its value, as one would type them."""
+    flag = f'--{name.replace("_", "-")}'
+    if isinstance(value, dict):
+        return ' '.join([flag, *(f'{key}={item}' for key, item in value.items())])
+    return flag if value is True else f'{flag} {value:g}' if isinstance(value, float) else f'{flag} {value}'
 
 
 # ---------------------------------------------------------------- what the flags make
@@ -286,6 +403,30 @@ def step_options(args: Flags, steps: int) -> StepOptions:
                        args.dist_timeout)
 
 
+def warn_of_small_sets(args: Flags, state: TrainState, steps: int) -> None:
+    """A line for each way in which the recipe of a large set cannot work on a small one.
+
+    Args:
+        args: the command line.
+        state: at the beginning.
+        steps: batches of an epoch.
+    """
+    flags = vars(args)
+    if args.epochs <= args.warmup_epochs:
+        print0(f'warning: --epochs {args.epochs} are not more than --warmup-epochs {args.warmup_epochs}: the learning '
+               'rate never reaches its value')
+    images = steps * args.batch_size * world_size()
+    size = sum(weight.numel() for weight in state.model.parameters() if weight.requires_grad)
+    if size > MOST_PARAMETERS * images:
+        print0(f'warning: {size / 1e6:.1f} M parameters are trained on {images:,} images, {size // images:,} for each: '
+               f'expect it to learn them by heart; choose {"--recipe small, or " if "recipe" in flags else ""}'
+               'a smaller --model')
+    updates = args.epochs * steps // args.accum_iter
+    if state.ema and updates * (1 - args.model_ema_decay) < 1:
+        print0(f'warning: --model-ema-decay {args.model_ema_decay:g}: in {updates} steps the EMA hardly leaves the '
+               f'initial weights: choose {max(0., 1 - 10 / updates):.2g} or less, or --no-model-ema')
+
+
 # ---------------------------------------------------------------- resuming, and the training that ends a program
 
 def resume_run(args: Flags, state: TrainState, checkpoint: dict[str, Any] | None, path: str, steps: int) -> None:
@@ -304,7 +445,7 @@ def resume_run(args: Flags, state: TrainState, checkpoint: dict[str, Any] | None
 
 def fit(args: Flags, state: TrainState, folder: RunFolder, steps: int, order_of: Callable, batches_of: Callable,
         loss_of: Callable, evaluate_of: Callable | None = None, classes: list[str] | None = None,
-        seed: int | None = None) -> int:
+        made_with: dict[str, Any] | None = None, seed: int | None = None) -> int:
     """Train to the last epoch: the end of every program that trains.
 
     Args:
@@ -314,6 +455,7 @@ def fit(args: Flags, state: TrainState, folder: RunFolder, steps: int, order_of:
         steps: of `count_steps`.
         order_of, batches_of, loss_of, evaluate_of: see engine.py.
         classes: names of the labels, for the checkpoints.
+        made_with: of the tokens, see token_files/made_with.py, for args.json and the checkpoints.
         seed: of everything random in the steps; None for --seed.
 
     Returns:
@@ -325,7 +467,10 @@ def fit(args: Flags, state: TrainState, folder: RunFolder, steps: int, order_of:
     device = device_of(state.model)
     run_info.print_batch(args.batch_size, args.accum_iter, steps, args.epochs, state.optimizer.defaults['lr'])
     keep_freed_memory(device)  # only now: reading data frees much that need not be kept
-    folder.begin(run_info.run_record(vars(args), device), {'args': flags_to_save(vars(args)), 'classes': classes})
+    warn_of_small_sets(args, state, steps)
+    tokens = {'made_with': seen_from(made_with, folder.path)} if made_with else {}
+    folder.begin(run_info.run_record(vars(args), device) | {'classes': classes} | tokens,
+                 {'args': flags_to_save(vars(args)), 'classes': classes} | tokens)
     log = RunLog(str(folder.path) if folder.saves else '', state.epoch, args.tensorboard)
     seed = args.seed if seed is None else seed
     options = dataclasses.replace(step_options(args, steps), seed=seed)

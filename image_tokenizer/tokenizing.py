@@ -31,7 +31,7 @@ from fileio.torch_files import digest_of
 from image_data.sources import ImageBatch, Source, load_images
 from image_tokenizer.tokenizers import check_codebook, encode_images, load_tokenizer
 from token_files.codebook import load_codebook
-from token_files.made_with import identity_of_tokenizer
+from token_files.made_with import identity_of_tokenizer, seen_from
 from token_files.parts import FinishedCodes, OutputFiles, PartsFolder, remaining_parts, write_sets
 from token_files.token_file import MAX_CODES, format_for, largest_grid
 from utils import InputError, check_same_on_all_ranks, is_main, on_main, print0, rank, world_size
@@ -331,9 +331,11 @@ def finish(source: Source, output: OutputFiles, options: EncodingOptions, finish
     skipped = int((~finished.good).sum())
     manifest = {'format': name, 'grid': grid, 'codes': len(codebook), 'image_size': options.image_size,
                 'classes': source.classes, 'labels_from': source.labels_from, 'skipped_in_run': skipped,
-                'precision': run_id['precision'], 'tokenizer': run_id['tokenizer'],
+                'precision': run_id['precision'],
+                'tokenizer': run_id['tokenizer'] | {'path': str(options.tokenizer_path)},
                 'codebook': codebook_id | {'values_sha256': digest_of(codebook.float())},
                 'run': run_id, 'source_sizes': stamp.sizes}
+    manifest = seen_from(manifest, output.folder)
     if options.limit_codes:
         manifest['kept_codes'] = finished.used.tolist()
     notes = f'{skipped} bad images skipped, ' if skipped else ''

@@ -16,7 +16,7 @@ from torch import nn
 import models_seit
 from image_data.dataset import Normalize
 from inference.pixel_models import create_pixel_model
-from seitpp.models_mtm_finetune import create_model as create_code_model, encoder_weights
+from seitpp.models_mtm_finetune import create_model as create_code_model, encoder_weights, kwargs_of_encoder
 from seitpp.mtm_recipe import canonical_codes
 from token_augment import EvalTransform, center_crop, check_crop
 from training.checkpoints import (CODES, PRETRAIN, SEIT, check_codes, compare_model_flags, head_size, load_weights,
@@ -99,7 +99,7 @@ def load_model(checkpoint: dict[str, Any], path: str, codebook: torch.Tensor | N
         weights = encoder_weights(weights) if program == PRETRAIN else without_token_adapt(weights)
         classes = 0 if program == PRETRAIN else head_size(weights, 'head', path)
         if encoder_alone:  # its flags are those of the whole model, of which the decoder is left out
-            kwargs = {key: value for key, value in kwargs.items() if not str(key).startswith('decoder_')}
+            kwargs = kwargs_of_encoder({'model_kwargs': kwargs})
         model = create_code_model(CLASSIFIER if encoder_alone else name, kwargs, codebook_size=codes, img_size=size,
                                   num_classes=classes)
     load_weights(model, weights, path)

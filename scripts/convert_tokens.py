@@ -25,6 +25,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import expand_files, hold_folder
 from flags import Parser
+from token_files.made_with import entry_of, find, seen_from
 from token_files.token_file import (FORMATS, MAX_CODES, TokenFile, bytes_on_disk, decode, format_for, labels_of,
                                     largest_grid, open_token_file, paths_beside, stream_ending, write_model, write_set)
 from utils import InputError, print0, run
@@ -128,8 +129,12 @@ def read_all(shards: Sequence[Shard]) -> int:
 
 # ---------------------------------------------------------------- writing
 
-def write_shards(shards: Sequence[Shard], folder: Path, format_name: str) -> None:
-    """Write the files of all sets into a folder, and compare what they hold. Raises InputError."""
+def write_shards(shards: Sequence[Shard], folder: Path, format_name: str, goal: Path) -> None:
+    """Write the files of all sets into a folder, and compare what they hold. Raises InputError.
+
+    Args:
+        goal: the folder that they are to lie in at last.
+    """
     grid_size = read_all(shards)
     if grid_size > largest_grid(format_name):
         raise InputError(f'{shards[0].file.stream}: {grid_size} codes on a side; --format {format_name} holds '
@@ -140,7 +145,8 @@ def write_shards(shards: Sequence[Shard], folder: Path, format_name: str) -> Non
     images = sum(len(shard.file) for shard in shards)
     model = write_model(folder / shards[0].stream, name, all_codes, images)
     for shard in shards:
-        manifest = {'codes': shard.largest + 1} | entries_to_keep(shard.file, format_name) | {'format': name} | model
+        kept = entries_to_keep(shard.file, format_name, goal)
+        manifest = {'codes': shard.largest + 1} | kept | {'format': name} | model
         write_set(folder / shard.stream, shard.codes(), len(shard.file), folder / label_name(shard.stream),
                   shard.labels, manifest)
         compare(shard, folder / shard.stream)
@@ -153,9 +159,12 @@ def codebook_rows(file: TokenFile) -> int:
     return codes if type(codes) is int and codes <= MAX_CODES else 0
 
 
-def entries_to_keep(file: TokenFile, format_name: str) -> dict[str, Any]:
-    """What the manifest says, but for its format and files."""
+def entries_to_keep(file: TokenFile, format_name: str, goal: Path) -> dict[str, Any]:
+    """What the manifest says, but for its format and files; paths start from the folder `goal`."""
     entries = {key: value for key, value in file.manifest.items() if key not in ('format', 'model', 'files')}
+    if entry_of(entries, 'tokenizer'):
+        entries['tokenizer'] = {**entries['tokenizer'], 'path': find(entries['tokenizer'], file.stream.parent)}
+        entries = seen_from(entries, goal)
     if isinstance(entries.get('run'), dict):  # tokenize_images.py recognizes a finished set by this entry
         run_id = {key: value for key, value in entries['run'].items() if key != 'format'}
         entries['run'] = run_id if format_name == 'published' else run_id | {'format': format_name}
@@ -181,7 +190,7 @@ def main(args: argparse.Namespace) -> None:
     new = work / 'files'
     shutil.rmtree(new, ignore_errors=True)  # of a killed run
     try:
-        write_shards(shards, new, args.format)
+        write_shards(shards, new, args.format, folder)
         # streams last: whoever sees one sees its index or model, its labels and its manifest too
         for path in sorted(new.iterdir(), key=lambda path: 'data.bin' in path.name):
             path.rename(folder / path.name)

@@ -108,8 +108,15 @@ def encoder_weights(weights: dict[str, Any]) -> dict[str, Any]:
             if not str(name).startswith((*UNUSED, 'head.'))}
 
 
+def kwargs_of_encoder(flags: dict[str, Any]) -> dict[str, Any] | None:
+    """Arguments of the classifier for the encoder of a run of pre-training, or None where its flags do not say."""
+    kwargs = flags.get('model_kwargs')
+    return {key: value for key, value in kwargs.items() if not str(key).startswith('decoder_')} if isinstance(
+        kwargs, dict) else None
+
+
 def load_encoder(model: CodeVisionTransformer, path: str, facts: dict[str, Any] | None = None,
-                 codebook_path: str = '') -> None:
+                 codebook_path: str = '', checkpoint: dict[str, Any] | None = None) -> None:
     """--finetune: start from the encoder of a checkpoint of masked-token pre-training, or of fine-tuning.
 
     Position embeddings are resampled bicubically; the head starts from scratch, near zero, as published. Prefix tokens
@@ -120,11 +127,12 @@ def load_encoder(model: CodeVisionTransformer, path: str, facts: dict[str, Any] 
         path: of the checkpoint.
         facts: of the data, see `token_dataset.facts_of`, which must be of the checkpoint's codebook and tokenizer.
         codebook_path: the file of the codebook.
+        checkpoint: what `path` holds, where it is loaded already.
 
     Raises:
         InputError: for another program's weights, other codes, or another size of model; where ranks read others.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = checkpoint or load_checkpoint(path)
     weights = checkpoint['model']
     check_origin(weights, (PRETRAIN, FINETUNE), path)
     check_codes(weights, len(model.token_emb.word_embeddings.weight), path)

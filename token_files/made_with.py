@@ -1,10 +1,13 @@
 """What token sets were made with, as their manifests state it, against the files that a program is given.
 
 Codes mean something only in their own codebook, and a wrong one of the same size goes unnoticed: a model trains on it,
-badly. A manifest states the SHA-256 of the tokenizer's file, and of the codebook's file and values. A set without a
-manifest states nothing, and is compared with nothing.
+badly. A manifest states the SHA-256 of the tokenizer's file, and of the codebook's file and values, and where the
+tokenizer is. A set without a manifest states nothing, and is compared with nothing. A checkpoint states the same of the
+tokens that it was trained on (`made_with`), so that whoever has it finds codebook and tokenizer again (`file_of`).
 """
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import safetensors
@@ -12,6 +15,7 @@ import torch
 
 from fileio.files import identity, is_address
 from fileio.torch_files import digest_of
+from token_files.codebook import load_codebook
 from token_files.token_file import TokenFile
 from utils import InputError
 
@@ -55,7 +59,7 @@ def entry_of_codebook(codebook: torch.Tensor, path: str) -> dict[str, str]:
 
 
 def tokenizer_of(files: Sequence[TokenFile]) -> dict[str, Any] | None:
-    """The tokenizer that shards or sets have in common, None where no manifest states one.
+    """The tokenizer that shards or sets have in common, None where no manifest states one. 'path' is from here.
 
     Raises:
         InputError: where two state different ones.
@@ -68,7 +72,10 @@ def tokenizer_of(files: Sequence[TokenFile]) -> dict[str, Any] | None:
                              f'{named(first[1])}: their codes mean different things; give sets of one tokenizer')
         if entry and not first:
             first = file, entry
-    return first[1] if first else None
+    if not first:
+        return None
+    file, entry = first
+    return {**entry, 'path': find(entry, file.stream.parent)}
 
 
 def is_codebook_of(entry: dict[str, Any], codebook: torch.Tensor, path: str) -> bool:
@@ -103,3 +110,75 @@ def check_made_with(files: Sequence[TokenFile], codebook: torch.Tensor, codebook
     if entry and tokenizer_path and digest_of_entry(identity_of_tokenizer(tokenizer_path)) != digest_of_entry(entry):
         raise InputError(f'{files[0].stream}: was made with the tokenizer {named(entry)}, and {tokenizer_path} is '
                          'another: give that one to --tokenizer-path')
+
+
+# ---------------------------------------------------------------- what a checkpoint states of its tokens
+
+def made_with(files: Sequence[TokenFile], codebook: torch.Tensor, codebook_path: str) -> dict[str, Any]:
+    """What checkpoints are to state of the tokens that a model reads: codebook, and tokenizer and size where known.
+
+    Args:
+        files: the token sets of the run.
+        codebook, codebook_path: (K, d) float32, and its file.
+
+    Returns:
+        'codebook' and 'tokenizer', each with name, SHA-256 and path of the file ('' where it is not known), and
+        'image_size', to which images were resized.
+    """
+    entries = {'codebook': entry_of_codebook(codebook, codebook_path) | {'path': str(codebook_path)}}
+    tokenizer = tokenizer_of(files)
+    if tokenizer:
+        entries['tokenizer'] = {key: tokenizer[key] for key in ('file', 'sha256', CONVERTED, 'path')
+                                if key in tokenizer}
+    sizes = [file.manifest['image_size'] for file in files if type(file.manifest.get('image_size')) is int]
+    return entries | ({'image_size': sizes[0]} if sizes else {})
+
+
+def seen_from(entries: dict[str, Any], folder: str | Path) -> dict[str, Any]:
+    """Entries whose paths start from the folder of the file that is to hold them: so the whole can be moved."""
+    def moved(path: str) -> str:
+        return path if not path or is_address(path) else os.path.relpath(os.path.realpath(path),
+                                                                         os.path.realpath(folder))
+    return {name: {**entry, 'path': moved(entry['path'])} if isinstance(entry, dict) and 'path' in entry else entry
+            for name, entry in entries.items()}
+
+
+def find(entry: dict[str, Any], folder: str | Path) -> str:
+    """The file of an entry that is held in a folder: where its path says, else of its name in there; '' if neither."""
+    path, name = (entry.get(key) if isinstance(entry.get(key), str) else '' for key in ('path', 'file'))
+    if is_address(path):
+        return path
+    for candidate in filter(None, (path, os.path.basename(name))):
+        candidate = os.path.normpath(os.path.join(folder, candidate))
+        if os.path.isfile(candidate) and _is_file_of(entry, candidate):
+            return candidate
+    return ''
+
+
+def _is_file_of(entry: dict[str, Any], path: str) -> bool:
+    if 'values_sha256' in entry:  # a codebook: its values count
+        return is_codebook_of(entry, load_codebook(path), path)
+    return digest_of_entry(identity_of_tokenizer(path)) == digest_of_entry(entry)
+
+
+def file_of(checkpoint: dict[str, Any], name: str, path: str, flag: str) -> str:
+    """The 'codebook' or 'tokenizer' that a checkpoint was trained with; '' where it states none.
+
+    Args:
+        checkpoint, path: of the model.
+        name: of the entry.
+        flag: with which the user can name the file.
+
+    Raises:
+        InputError: where it states one that is not there.
+    """
+    entry = (checkpoint.get('made_with') or {}).get(name)
+    if not isinstance(entry, dict) or not isinstance(entry.get('sha256'), str):
+        return ''
+    folder = '' if is_address(path) else os.path.dirname(os.path.realpath(path))
+    found = find(entry, folder)
+    if not found:
+        places = [str(entry[key]) for key in ('path', 'file') if entry.get(key)]
+        raise InputError(f'{path}: was trained with the {name} {named(entry)}, which is not at {places[0]} from there, '
+                         f'nor beside it: give it to {flag}')
+    return os.path.relpath(found) if len(os.path.relpath(found)) < len(found) and not is_address(found) else found

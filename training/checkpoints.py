@@ -24,6 +24,7 @@ FIELDS = {  # what a field of a checkpoint may hold, where the checkpoint has it
     'step': lambda value: type(value) is int and value >= 0,
     'world_size': lambda value: type(value) is int and value > 0,
     'data': lambda value: isinstance(value, dict) and all(isinstance(item, str | int) for item in value.values()),
+    'made_with': lambda value: isinstance(value, dict) and all(isinstance(item, int | dict) for item in value.values()),
     'best_acc1': lambda value: isinstance(value, int | float),
     'best_ema_acc1': lambda value: isinstance(value, int | float),
     'meter': lambda value: isinstance(value, torch.Tensor) and value.ndim == 2 and value.shape[1] == 2,
@@ -240,6 +241,16 @@ def compare_flags(checkpoint: dict[str, Any], flags: dict[str, Any], path: str, 
                'and the mean loss of the epoch are no longer those of the uninterrupted run')
 
 
+def said_of_the_model(checkpoint: dict[str, Any]) -> dict[str, Any]:
+    """The flags of the run that wrote a checkpoint, with two by the names that evaluate_on_images.py has for them."""
+    flags = dict(saved_flags(checkpoint))
+    sizes = flags.get('input_size'), flags.get('token_patch_size')
+    if all(type(size) is int and size for size in sizes):
+        flags['vit_input_size'] = sizes[0] // sizes[1]
+    size = (checkpoint.get('made_with') or {}).get('image_size')
+    return flags | ({'tokenizer_input_size': size} if type(size) is int else {})
+
+
 def compare_model_flags(checkpoint: dict[str, Any], flags: dict[str, Any], path: str) -> None:
     """Print the flags of a model that differ from those of the run that trained it, as weights often fit all the same.
 
@@ -247,10 +258,7 @@ def compare_model_flags(checkpoint: dict[str, Any], flags: dict[str, Any], path:
         checkpoint, path: of that run.
         flags: those that decide what the model computes, by name.
     """
-    before = saved_flags(checkpoint)
-    sizes = before.get('input_size'), before.get('token_patch_size')
-    if all(type(size) is int and size for size in sizes):
-        before = {**before, 'vit_input_size': sizes[0] // sizes[1]}  # as evaluate_on_images.py has it
+    before = said_of_the_model(checkpoint)
     for name, value in flags.items():
         if name in before and before[name] != value:
             print0(f'note: --{name.replace("_", "-")} is {value}; the run that wrote {path} had {before[name]}')

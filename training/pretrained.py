@@ -22,7 +22,7 @@ OTHER_CLASSES = 'other classes'
 
 
 def load_pretrained(model: nn.Module, path: str, classes: list[str] | None = None, new_head: bool = False,
-                    codebook: str = '') -> None:
+                    codebook: str = '', checkpoint: dict[str, Any] | None = None) -> None:
     """--finetune: start from other weights, of tokens or of pixels, and print what became of them.
 
     * Stem and head: kept as a whole where all shapes are the model's, otherwise from scratch. A head of as many classes
@@ -40,11 +40,12 @@ def load_pretrained(model: nn.Module, path: str, classes: list[str] | None = Non
         new_head: start the head from scratch, whatever the classes are.
         codebook: SHA-256 of the values of the codebook that a model of tokens reads; a line says where the weights were
             trained on another one.
+        checkpoint: what `path` holds, where it is loaded already.
 
     Raises:
         InputError: for another architecture, and where ranks read other weights.
     """
-    checkpoint = load_checkpoint(path)
+    checkpoint = checkpoint or load_checkpoint(path)
     note_average(checkpoint, path)
     wanted = model.state_dict()
     weights, renamed = with_norm_of(dict(checkpoint['model']), wanted)

@@ -1,0 +1,147 @@
+"""Is `--recipe small` about as good as a search? Twelve trials on a token set, against the recipe.
+
+    python tables/recipe_search.py --tokens demo --train fashion-train --val fashion-val --input-size 64 \
+        --epochs 8 --output output/search/demo.json
+
+The trials are 3 learning rates x 2 models x 2 strengths of augmentation, all with the batch and warm-up of the recipe.
+The even validation images choose the best trial, the odd ones tell what it is worth; so no number told was chosen by.
+Three seeds of the best trial and of the recipe are told. The results are written after each run: begun again, the
+command does what is missing.
+"""
+import argparse
+import itertools
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before installed packages of the same names
+from fileio.files import read_json, write_text
+from flags import Parser, integer
+from inference.models import load_model, make_prepare
+from token_dataset import TokenDataset
+from token_files.codebook import load_codebook
+from training.checkpoints import load_checkpoint
+from utils import CPU, InputError, run
+
+ROOT = Path(__file__).resolve().parents[1]
+RATES = ('5e-4', '1e-3', '2e-3')
+MODELS = {'width 128': ('depth=4', 'embed_dim=128', 'num_heads=4'),
+          'width 192': ('depth=4', 'embed_dim=192', 'num_heads=6')}
+STRENGTHS = {
+    'light': ('--drop-path', '0', '--rrc-ratio', '0.6', '--token-noise-prob', '0.05', '--mixup-prob', '0.2'),
+    'strong': ('--drop-path', '0.1', '--rrc-ratio', '0.35', '--token-noise-prob', '0.25', '--mixup-prob', '0.5'),
+}
+SEEDS = (0, 1, 2)
+EVALUATED = 250  # images of a batch
+
+
+def get_args_parser() -> Parser:
+    """All flags."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add('--tokens', required=True, metavar='DIR', help='folder of token sets, codebook.ckpt and synonyms.json')
+    add('--train', required=True, metavar='NAME', help='the training set there: NAME-token.data.bin and NAME-label.txt')
+    add('--val', required=True, metavar='NAME', help='the validation set there')
+    add('--input-size', type=integer(2), required=True, help='as of main_seit.py')
+    add('--epochs', type=integer(1), help='of every run (default: those of the recipe)')
+    add('--recipe', default=True, action=argparse.BooleanOptionalAction,
+        help='also run the recipe; without it the trials and seeds of the best alone')
+    add('--output', required=True, metavar='FILE.json', help='takes the results')
+    return parser
+
+
+def trials() -> dict[str, list[str]]:
+    """The twelve trials: flags of main_seit.py by name."""
+    return {f'{rate}, {model}, {strength}': ['--unscale-lr', '--lr', rate, '--warmup-lr', str(float(rate) / 10),
+                                             '--no-model-ema', '--model', 'deit_tiny_token_32', '--model-kwargs',
+                                             *MODELS[model], *STRENGTHS[strength]]
+            for rate, model, strength in itertools.product(RATES, MODELS, STRENGTHS)}
+
+
+class TokenSet:
+    """Training files, and the validation set in memory.
+
+    Args:
+        folder, train, val: as --tokens, --train and --val.
+        cache: folder of decoded tokens.
+    """
+
+    def __init__(self, folder: str, train: str, val: str, cache: str):
+        self.codebook_path = f'{folder}/codebook.ckpt'
+        self.codebook = load_codebook(self.codebook_path)
+        self.cache = cache
+        self.flags = ['--codebook-path', self.codebook_path, '--token-synonym-dict', f'{folder}/synonyms.json',
+                      '--train-token-file', f'{folder}/{train}-token.data.bin',
+                      '--train-label-file', f'{folder}/{train}-label.txt', '--token-cache', cache]
+        self.images = len(TokenDataset(f'{folder}/{train}-token.data.bin', None, len(self.codebook), cache))
+        self.val = TokenDataset(f'{folder}/{val}-token.data.bin', f'{folder}/{val}-label.txt', len(self.codebook),
+                                cache)
+
+    def right(self, checkpoint: str) -> np.ndarray:
+        """Which validation images the model of a checkpoint gets right, (N,) bool."""
+        trained = load_model(load_checkpoint(checkpoint), checkpoint, self.codebook)
+        prepare = make_prepare(trained, CPU, self.codebook)
+        right = []
+        with torch.inference_mode():
+            for codes, labels in self.val.batches(np.arange(len(self.val)), EVALUATED, CPU):
+                right.append(trained.model(prepare(codes)).argmax(1) == labels)
+        return torch.cat(right).numpy()
+
+
+def train(tokens: TokenSet, flags: list[str], seed: int) -> dict[str, Any]:
+    """Train once, and evaluate its end. Returns top-1 (%) of the even and of the odd images, and seconds."""
+    with tempfile.TemporaryDirectory() as output:
+        begun = time.monotonic()
+        done = subprocess.run([sys.executable, str(ROOT / 'main_seit.py'), '--no-eval', *tokens.flags, *flags, '--seed',
+                               str(seed), '--output-dir', output, '--device', 'cpu'], stdout=subprocess.PIPE,
+                              stderr=subprocess.STDOUT, text=True)
+        if done.returncode:
+            raise InputError(f'main_seit.py: {done.stdout.splitlines()[-1]}')
+        seconds = time.monotonic() - begun
+        right = tokens.right(os.path.join(output, 'checkpoint.pth'))
+    return {'even': 100 * right[::2].mean(), 'odd': 100 * right[1::2].mean(), 'seconds': round(seconds)}
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run what is missing, and print what came out."""
+    cache = os.path.join(os.path.dirname(os.path.abspath(args.output)), 'cache')
+    os.makedirs(cache, exist_ok=True)
+    tokens = TokenSet(args.tokens, args.train, args.val, cache)
+    results = read_json(args.output) if os.path.exists(args.output) else {}
+    results['images'], results['validation images'] = tokens.images, len(tokens.val)
+    runs = results.setdefault('runs', {})
+    common = ['--input-size', str(args.input_size)] + (['--epochs', str(args.epochs)] if args.epochs else [])
+
+    def run_once(name: str, seed: int, flags: list[str]) -> dict[str, Any]:
+        key = f'{name}, seed {seed}'
+        if key not in runs:
+            runs[key] = train(tokens, [*common, *flags], seed)
+            write_text(args.output, json.dumps(results, indent=1) + '\n')
+            print(f'{key}: {runs[key]}', flush=True)
+        return runs[key]
+
+    recipe = ['--recipe', 'small']
+    chosen = max(trials(), key=lambda name: run_once(name, 0, [*recipe, *trials()[name]])['even'])
+    arms = {chosen: [*recipe, *trials()[chosen]]} | ({'small': recipe} if args.recipe else {})
+    told = {name: [run_once(name, seed, flags)['odd'] for seed in SEEDS] for name, flags in arms.items()}
+    results['best'] = chosen
+    write_text(args.output, json.dumps(results, indent=1) + '\n')
+    odd = len(tokens.val) // 2
+    for name, values in told.items():
+        mean = statistics.mean(values)
+        print(f'{name}: {mean:.1f} % of {odd} images (seeds: {", ".join(f"{value:.1f}" for value in values)}; '
+              f'standard error of the images {math.sqrt(mean * (100 - mean) / odd):.1f})')
+
+
+if __name__ == '__main__':
+    run(main, lambda: get_args_parser().parse_args())
