@@ -209,7 +209,7 @@ def small_values(images: int, grid: int, steps_of: Callable[[int], int], given: 
         steps_of: images of a batch of one process -> steps of the optimizer in an epoch.
         given: flags that the user set: what depends on them follows them.
     """
-    epochs = given.get('epochs') or min(60, max(10, round(200 / images ** 0.25)))
+    epochs = given.get('epochs') or min(60, max(10, round(150 / images ** 0.25)))
     batch = 32 if images < 1000 else 64 if images < 5000 else 128
     batch = given.get('batch_size') or max(2, min(batch // world_size(), images) // 2 * 2)
     lr = given.get('lr', 1e-3)
@@ -240,6 +240,9 @@ def choose(args: Flags, model: dict[str, Any], images: int, grid: int, classes: 
     Raises:
         InputError: for too few validation images.
     """
+    before = saved_flags(checkpoint) if checkpoint else {}
+    if before.get('recipe', args.recipe) != args.recipe:
+        raise InputError(f'--recipe is {args.recipe}, but the run that is resumed had {before["recipe"]}: give the same')
     if args.recipe != 'small':
         return args
     if validation and validation[1] < classes:
@@ -251,7 +254,6 @@ def choose(args: Flags, model: dict[str, Any], images: int, grid: int, classes: 
                           {name: flags[name] for name in args.given})
     if not args.finetune and 'model' not in args.given:  # arguments of a model belong to no other one
         values |= model
-    before = saved_flags(checkpoint) if checkpoint else {}
     chosen = {name: before.get(name, value) for name, value in values.items()
               if name in flags and name not in args.given}
     print0(f'recipe small for {images:,} images of {classes} classes: '
@@ -420,7 +422,7 @@ def warn_of_small_sets(args: Flags, state: TrainState, steps: int) -> None:
     if size > MOST_PARAMETERS * images:
         print0(f'warning: {size / 1e6:.1f} M parameters are trained on {images:,} images, {size // images:,} for each: '
                f'expect it to learn them by heart; choose {"--recipe small, or " if "recipe" in flags else ""}'
-               'a smaller --model')
+               'a smaller model')
     updates = args.epochs * steps // args.accum_iter
     if state.ema and updates * (1 - args.model_ema_decay) < 1:
         print0(f'warning: --model-ema-decay {args.model_ema_decay:g}: in {updates} steps the EMA hardly leaves the '
@@ -437,10 +439,17 @@ def resume_run(args: Flags, state: TrainState, checkpoint: dict[str, Any] | None
     """
     if checkpoint is None:
         return
+    epochs = saved_flags(checkpoint).get('epochs')
     resume(state, checkpoint, path, vars(args), steps, args.rules.exact, args.rules.of_a_start)
     checkpoint.clear()  # its tensors are copied, and the program still holds it
     best = f', best Acc@1 {state.best["model"]:.3f}' if state.best['model'] else ''
     print0(f'{path}: resumed at epoch {state.epoch}, step {state.step}{best}')
+    if epochs not in (None, args.epochs) and state.epoch < args.epochs:
+        state.scheduler.step(max(state.epoch - 1, 0))  # as the engine does at the beginning of each epoch ...
+        state.scheduler.step_update(state.epoch * steps + state.step)  # ... and step
+        now = max(group['lr'] for group in state.optimizer.param_groups)
+        print0(f'note: the learning rate is that of a schedule of {args.epochs} epochs from here on, not of {epochs}: '
+               f'{now:.3g} in epoch {state.epoch}')
 
 
 def fit(args: Flags, state: TrainState, folder: RunFolder, steps: int, order_of: Callable, batches_of: Callable,

@@ -1,7 +1,7 @@
 """Judge frozen features of a checkpoint: k nearest neighbors and a linear probe, on tokens or on images.
 
     python scripts/probe.py --checkpoint output/run/checkpoint.pth --train-path IMAGES/train --val-path IMAGES/val
-    python scripts/probe.py --checkpoint output/run/checkpoint.pth --codebook-path tokens/codebook.ckpt \\
+    python scripts/probe.py --checkpoint output/run/checkpoint.pth \\
         --train-token-file tokens/my-train-token.data.bin.gz --train-label-file tokens/my-train-label.txt \\
         --val-token-file tokens/my-val-token.data.bin.gz --val-label-file tokens/my-val-label.txt
 
@@ -33,13 +33,13 @@ from inference.models import PIXELS, load_model, make_prepare, program_of
 from samplers import in_order
 from token_dataset import TokenDataset, facts_of, note_shared_files
 from token_files.codebook import load_codebook
-from token_files.made_with import check_made_with
+from token_files.made_with import check_made_with, file_of
 from training.checkpoints import FINETUNE, check_tokens_of, load_checkpoint
 from training.run_info import print_model
 from utils import InputError, init_distributed, print0, run
 
 PROBES = ('knn', 'linear')
-TOKEN_FLAGS = ('train_token_file', 'train_label_file', 'val_token_file', 'val_label_file', 'codebook_path')
+TOKEN_FLAGS = ('train_token_file', 'train_label_file', 'val_token_file', 'val_label_file')
 IMAGE_FLAGS = ('train_path', 'val_path')
 TEMPERATURE = 0.07
 DECAYS = (1., 1e-1, 1e-2, 1e-3, 1e-4, 1e-5)  # tried by the linear probe, the strongest first
@@ -60,8 +60,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='sizes of --model, as given in training')
     for flag in TOKEN_FLAGS:
         add(f'--{flag.replace("_", "-")}', default='', metavar='FILE',
-            help='a path, a glob or a comma-separated list of shards' if flag != 'codebook_path'
-            else 'the codebook of the tokens')
+            help='a path, a glob or a comma-separated list of shards')
+    add('--codebook-path', default='', metavar='FILE',
+        help='the codebook of the tokens (default: as the checkpoint says)')
     add('--token-cache', default='', metavar='DIR', help='where token files are decoded to, as in main_seit.py')
     for flag in IMAGE_FLAGS:
         add(f'--{flag.replace("_", "-")}', default='', metavar='PATH', help='images: see image_data/sources.py')
@@ -82,6 +83,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if [len(flags) for flags in given] not in ([len(TOKEN_FLAGS), 0], [0, len(IMAGE_FLAGS)]):
         raise InputError('give ' + ', or '.join(', '.join(f'--{flag.replace("_", "-")}' for flag in flags)
                                                 for flags in (IMAGE_FLAGS, TOKEN_FLAGS)))
+    if args.codebook_path and args.train_path:
+        raise InputError('--codebook-path belongs to tokens: give it beside --train-token-file')
     return args
 
 
@@ -269,7 +272,7 @@ def print_result(name: str, result: dict[str, float]) -> None:
 def main(args: argparse.Namespace) -> None:
     """Probe a checkpoint."""
     if args.output:
-        inputs = [args.checkpoint, *(getattr(args, flag) for flag in (*TOKEN_FLAGS, *IMAGE_FLAGS))]
+        inputs = [args.checkpoint, args.codebook_path, *(getattr(args, flag) for flag in (*TOKEN_FLAGS, *IMAGE_FLAGS))]
         check_writable(args.output, inputs=list(filter(None, inputs)))
     device = init_distributed(args.device)
     checkpoint = load_checkpoint(args.checkpoint)
@@ -277,7 +280,13 @@ def main(args: argparse.Namespace) -> None:
     if bool(args.train_path) != (program == PIXELS):
         reads, flag = ('images', 'train-path') if program == PIXELS else ('tokens', 'train-token-file')
         raise InputError(f'{args.checkpoint}: is of {program}, which reads {reads}: give --{flag} and the others')
-    codebook = load_codebook(args.codebook_path) if args.codebook_path else None
+    codebook = None
+    if program != PIXELS:
+        codebook_path = args.codebook_path or file_of(checkpoint, 'codebook', args.checkpoint, '--codebook-path')
+        if not codebook_path:
+            raise InputError(f'{args.checkpoint}: does not say with which codebook it was trained: give it to '
+                             '--codebook-path')
+        codebook = load_codebook(codebook_path)
     trained = load_model(checkpoint, args.checkpoint, codebook, args.use_ema, args.model, args.model_kwargs,
                          args.input_size, args.eval_crop_ratio)
     model = trained.model
@@ -294,9 +303,9 @@ def main(args: argparse.Namespace) -> None:
         paths = {'train': args.train_token_file, 'val': args.val_token_file}
         data = {split: TokenDataset(path, getattr(args, f'{split}_label_file'), len(codebook), args.token_cache, device)
                 for split, path in paths.items()}
-        check_made_with([file for split in data.values() for file in split.files], codebook, args.codebook_path)
+        check_made_with([file for split in data.values() for file in split.files], codebook, codebook_path)
         check_tokens_of(checkpoint, args.checkpoint, facts_of(data, codebook),
-                        {'codebook': args.codebook_path, 'tokenizer': args.train_token_file})
+                        {'codebook': codebook_path, 'tokenizer': args.train_token_file})
         note_shared_files(data['train'], data['val'])
     check_class_names(data['train'].classes, data['val'].classes, paths['train'], paths['val'])
     classes = count_classes({paths[split]: data[split].labels for split in data}, None, None, 'fix the labels')

@@ -1,7 +1,7 @@
 """Is `--recipe small` about as good as a search? Twelve trials on a token set, against the recipe.
 
     python tables/recipe_search.py --tokens demo --train fashion-train --val fashion-val --input-size 64 \
-        --epochs 8 --output output/search/demo.json
+        --epochs 6 --output output/search/demo.json
 
 The trials are 3 learning rates x 2 models x 2 strengths of augmentation, all with the batch and warm-up of the recipe.
 The even validation images choose the best trial, the odd ones tell what it is worth; so no number told was chosen by.
@@ -109,7 +109,7 @@ def train(tokens: TokenSet, flags: list[str], seed: int) -> dict[str, Any]:
             raise InputError(f'main_seit.py: {done.stdout.splitlines()[-1]}')
         seconds = time.monotonic() - begun
         right = tokens.right(os.path.join(output, 'checkpoint.pth'))
-    return {'even': 100 * right[::2].mean(), 'odd': 100 * right[1::2].mean(), 'seconds': round(seconds)}
+    return {'even': round(100 * float(right[::2].mean()), 2), 'odd': round(100 * float(right[1::2].mean()), 2), 'seconds': round(seconds)}
 
 
 def main(args: argparse.Namespace) -> None:

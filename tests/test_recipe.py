@@ -167,16 +167,16 @@ OF_THE_MODEL = {kind: {'model', 'model_kwargs', 'input_size', size} for kind, si
     ('pixels', 'eval_crop_ratio'))}
 # program, least words; files that may lie elsewhere on each node, flags of a start, and those a resumed run must keep
 PROGRAMS = {
-    'seit': (main_seit, [], NODE | TOKENS | LABELS | EVALUATING, START | EVAL, EXACT | {'repeated_aug'}),
+    'seit': (main_seit, [], NODE | TOKENS | LABELS | EVALUATING, START | EVAL, EXACT | {'repeated_aug', 'recipe'}),
     'pixels': (main_pixels, ['--train-path', 'x', '--val-path', 'y'], NODE | PATHS | EVALUATING, START | EVAL,
-               EXACT | {'repeated_aug'}),
+               EXACT | {'repeated_aug', 'recipe'}),
     'mtm pretrain': (main_mtm_pretrain, [], NODE | TOKENS, START, EXACT),
     'mtm finetune': (main_mtm_finetune, [], NODE | TOKENS | LABELS | EVALUATING, START | EVAL, EXACT),
     'continual tokens': (main_continual, [*OF_TASKS, '--codebook-path', 'x'] + [
         word for name in ('train-token', 'train-label', 'val-token', 'val-label') for word in (f'--{name}-file', 'x')],
-        NODE | TOKENS | TASKS | EVALUATING, START | EVAL, EXACT | {'repeated_aug'}),
+        NODE | TOKENS | TASKS | EVALUATING, START | EVAL, EXACT | {'repeated_aug', 'recipe'}),
     'continual pixels': (main_continual, [*OF_TASKS, '--new', 'pixels', '--train-path', 'x', '--val-path', 'y'],
-                         NODE | TASKS | EVALUATING, START | EVAL, EXACT | {'repeated_aug'}),
+                         NODE | TASKS | EVALUATING, START | EVAL, EXACT | {'repeated_aug', 'recipe'}),
     'train tokenizer': (train_tokenizer, ['--data-path', 'x'], NODE | {'data_path', 'val_path', 'vgg_path'}, START,
                         EXACT | {'val_images', 'epoch_images', 'flip'}),
     'fit token adapt': (fit_token_adapt, ['--data-path', 'x', '--tokenizer-path', 'y'],
