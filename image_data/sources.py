@@ -4,7 +4,8 @@ What --data-path may be, in which order the images come, and where their labels 
 
     DIR                     class folders of images; both in alphabetical order. The label is the number of the folder.
     LIST.txt                lines 'path label', cut at the tab or else at the last space; paths are relative to the
-                            folder of the list. In the order of the lines.
+                            folder of the list. In the order of the lines. Behind a tab, labels may be names of classes,
+                            which are numbered in alphabetical order.
     SHARD.tar               tar shards in the layout of webdataset: members KEY.jpg (or another image) and KEY.cls, an
                             integer as text, or KEY.json, an object with an integer 'label'. In the order of the
                             archive. A path, a glob, 'x-{000..146}.tar' or a comma-separated list.
@@ -194,16 +195,27 @@ class ListedImages(_ImageFiles):
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            name, _, label = line.rstrip().rpartition('\t' if '\t' in line else ' ')
-            if not name.strip() or '\0' in name or not re.fullmatch('[0-9]{1,18}', label):
-                raise InputError(f"{path}: line {number} is not 'path label' with an integer label from 0: "
-                                 f'{line[:60]!r}')
-            if int(label) > MAX_CLASS:
+            separator = '\t' if '\t' in line else ' '
+            name, _, label = line.rstrip().rpartition(separator)
+            label = label.strip()
+            is_number = bool(re.fullmatch('[0-9]{1,18}', label))
+            # behind a space, what is no number may be the end of a path whose label is missing
+            if not name.strip() or '\0' in name or not label or not (is_number or separator == '\t'):
+                raise InputError(f"{path}: line {number} is not 'path label' with an integer label from 0, or a name "
+                                 f'behind a tab: {line[:60]!r}')
+            if is_number and int(label) > MAX_CLASS:
                 raise InputError(f'{path}: line {number}: class {label} is not from 0 to {MAX_CLASS:,}')
+            if labels and is_number != isinstance(labels[0], int):
+                raise InputError(f'{path}: line {number}: the label {label[:60]!r} is '
+                                 f'{"a number" if is_number else "a name"}, and those before are not: give one kind')
             self.names.append(os.fsdecode(name.strip().encode()))  # as the system spells names, which need not be UTF-8
-            labels.append(int(label))
+            labels.append(int(label) if is_number else label)
         if not labels:
             raise InputError(f'{path}: no images in the list')
+        if isinstance(labels[0], str):
+            self.classes = sorted(set(labels))
+            numbers = {name: number for number, name in enumerate(self.classes)}
+            labels = [numbers[label] for label in labels]
         self.labels = np.array(labels, np.int64)
 
 

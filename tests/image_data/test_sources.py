@@ -82,7 +82,7 @@ def test_bad_inputs_get_one_line(tmp_path):
 
 @pytest.mark.parametrize('text, said', [
     (b'', 'no images'), (b'\n \n', 'no images'), (b'a.png 1\nb.png\n', "line 2 is not 'path label'"),
-    (b'a.png -1', 'line 1'), (b'a.png\tcat', 'line 1'), (b'7', 'line 1'), (b'a.png 1.0', 'line 1'),
+    (b'a.png -1', 'line 1'), (b'a.png cat', 'line 1'), (b'a.png\t', 'line 1'), (b'7', 'line 1'), (b'a.png 1.0', 'line 1'),
     (b'a.png 999999999', f'line 1: class 999999999 is not from 0 to {MAX_CLASS:,}'),
     (b'a.png 1\nb.png %d' % (MAX_CLASS + 1), f'line 2: class {MAX_CLASS + 1}'), (b'a.png ' + b'9' * 5000, 'line 1'),
     (b'a.png \xd9\xa1', 'line 1'), (b'\xe9.png 1', 'no UTF-8 text'), ('\ufeffa.png 1'.encode('utf-16'), 'no UTF-8')])
@@ -303,3 +303,14 @@ def test_what_is_there_twice_is_numbered(tmp_path):
     spec = shards(tmp_path, 'parquet', ['p/0.parquet', 'q/0.parquet'])
     assert open_source(f'{spec},{tmp_path}/p/0.parquet').names[2:] == ['q/0.parquet/0', 'q/0.parquet/1',
                                                                       'p/0.parquet/0#2', 'p/0.parquet/1#2']
+
+
+def test_labels_of_lists_may_be_names_behind_a_tab(tmp_path):
+    (tmp_path / 'list.txt').write_text('b.png\tdog\na 7.png\tblack cat\nc.png\tdog \n')
+    source = open_source(tmp_path / 'list.txt')
+    assert source.classes == ['black cat', 'dog'] and source.labels.tolist() == [1, 0, 1]
+    assert source.names == ['b.png', 'a 7.png', 'c.png']
+    (tmp_path / 'list.txt').write_text('b.png\tdog\na.png\t1\n')
+    fails(lambda: open_source(tmp_path / 'list.txt'), "line 2: the label '1' is a number, and those before are not")
+    (tmp_path / 'list.txt').write_text('b.png\t1\na.png\tdog\n')
+    fails(lambda: open_source(tmp_path / 'list.txt'), "line 2: the label 'dog' is a name, and those before are not")
