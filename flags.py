@@ -91,13 +91,9 @@ class Parser(argparse.ArgumentParser):
         end = argv.index('--') if '--' in argv else len(argv)  # behind '--' no argument is a flag
         words = [*map(_with_dashes, argv[:end]), *argv[end:]]
         if namespace is None:
-            # argparse sets a default only where there is no value yet; what keeps this one was not given
-            unset = object()
-            names = {action.dest for action in self._actions} | set(self._defaults)
-            probe = argparse.Namespace(**dict.fromkeys(names, unset))
+            probe = _Given(self)
             super().parse_known_args(words, probe)
-            given = (name for name, value in vars(probe).items() if value is not unset)
-            namespace = Flags(self.rules, frozenset(given))
+            namespace = Flags(self.rules, frozenset(probe.__dict__.pop('_given')))
         return super().parse_known_args(words, namespace)
 
     def format_help(self) -> str:
@@ -108,6 +104,24 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> None:
         raise InputError(f'{message}; see {self.prog} --help')
+
+
+class _Given(argparse.Namespace):
+    """A namespace that holds all defaults of a parser already, and notes in `_given` which flags are set."""
+
+    def __init__(self, parser: Parser):
+        defaults = {action.dest: action.default for action in parser._actions} | parser._defaults
+        # argparse converts a default that is a text, and knows it by its identity: so these are copies
+        self.__dict__.update({name: _Text(value) if isinstance(value, str) else value
+                              for name, value in defaults.items()}, _given=set())
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._given.add(name)
+        super().__setattr__(name, value)
+
+
+class _Text(str):
+    pass
 
 
 def add_max_pixels(add: Callable) -> None:

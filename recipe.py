@@ -242,7 +242,7 @@ def choose(args: Flags, model: dict[str, Any], images: int, grid: int, classes: 
     """
     before = saved_flags(checkpoint) if checkpoint else {}
     if before.get('recipe', args.recipe) != args.recipe:
-        raise InputError(f'--recipe is {args.recipe}, but the run that is resumed had {before["recipe"]}: give the same')
+        raise InputError(f'--recipe is {args.recipe}, but the run that is resumed had {before["recipe"]}: give that')
     if args.recipe != 'small':
         return args
     if validation and validation[1] < classes:

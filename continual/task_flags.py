@@ -130,8 +130,8 @@ def check_program_flags(flags: dict[str, Any]) -> None:
     """InputError for flags of main_seit.py or main_pixels.py, by name, with which a run of tasks cannot be."""
     check_not_here(flags)
     if flags['recipe'] != 'published':
-        raise InputError(f'--recipe {flags["recipe"]} is not for main_continual.py: give --epochs, --lr and the others; '
-                         'tasks are smaller than the set that a recipe would be chosen by')
+        raise InputError(f'--recipe {flags["recipe"]} is not for main_continual.py: give --epochs, --lr and the '
+                         'others; tasks are smaller than the set that a recipe would be chosen by')
     if (flags['new'] == 'tokens' and not flags['train_token_file'] and
             flags['token_synonym_dict'] != SYNONYMS):
         raise InputError('--token-synonym-dict: synonyms are made with the tokens; give it beside --train-token-file')

@@ -109,7 +109,8 @@ def train(tokens: TokenSet, flags: list[str], seed: int) -> dict[str, Any]:
             raise InputError(f'main_seit.py: {done.stdout.splitlines()[-1]}')
         seconds = time.monotonic() - begun
         right = tokens.right(os.path.join(output, 'checkpoint.pth'))
-    return {'even': round(100 * float(right[::2].mean()), 2), 'odd': round(100 * float(right[1::2].mean()), 2), 'seconds': round(seconds)}
+    even, odd = (round(100 * float(half.mean()), 2) for half in (right[::2], right[1::2]))
+    return {'even': even, 'odd': odd, 'seconds': round(seconds)}
 
 
 def main(args: argparse.Namespace) -> None:

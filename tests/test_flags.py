@@ -114,3 +114,20 @@ def test_flags_without_effect_are_named_once(capsys):
                                        'note: --pin-mem has no effect: it always is\n')
     flags.print_no_effect(NO_EFFECT, vars(parser.parse_args([])))
     assert capsys.readouterr().out == ''
+
+
+def test_flags_know_which_of_them_were_given():
+    def given(*words):
+        return make_parser().parse_args(words).given - {'rest'}
+    assert given() == set()
+    words = ['--output_dir=out', '--batch-size', '64', '--no-model-ema']
+    assert given(*words) == {'output_dir', 'batch_size', 'model_ema'}
+    parser = Parser('What it does.')
+    parser.add_argument('--tokenizer', action='append', default=[])
+    parser.add_argument('--model', default='a')
+    parser.set_defaults(model='b')
+    args = parser.parse_args(['--tokenizer', 'x', '--tokenizer', 'y'])
+    assert (args.tokenizer, args.model, args.given) == (['x', 'y'], 'b', {'tokenizer'})
+    assert args.replaced(model='c').given == args.given and 'given' not in vars(args)
+    other = parser.parse_args(['--model', 'd'])
+    assert args.joined(other).given == {'tokenizer', 'model'}

@@ -1,4 +1,4 @@
-"""A checkpoint knows its model, sizes, codebook and tokenizer: evaluation, fine-tuning and probing take them from it."""
+"""A checkpoint knows its model, sizes, codebook and tokenizer, and programs take them from it."""
 import json
 import shutil
 
@@ -18,8 +18,8 @@ from token_files.made_with import file_of, find, identity_of_tokenizer
 from training.checkpoints import load_checkpoint
 
 GRID = SIZE // 4  # codes on a side: the tokenizer's patches have 4 pixels
-MODEL = ['--model', 'deit_tiny_token_32', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2', 'in_chans=8', '--input-size', SIZE,
-         '--token-patch-size', 4]
+MODEL = ['--model', 'deit_tiny_token_32', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2', 'in_chans=8',
+         '--input-size', SIZE, '--token-patch-size', 4]
 REST = ['--device', 'cpu', '--batch-size', 8, '--epochs', 1, '--eda-rc-prob', 0]
 # a line of evaluation reads what the checkpoint of `trained` says, and these
 EVALUATED = ['--device', 'cpu', '--no-model-ema']
@@ -98,15 +98,15 @@ def test_evaluation_needs_no_sizes(trained, capsys):
 def test_what_is_taken_is_said(trained, capsys):
     run_here('--eval', '--resume', checkpoint_of(trained), *of_split(trained), *EVALUATED)
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith(checkpoint_of(trained)))
-    for words in ('--model deit_tiny_token_32', '--model-kwargs depth=1 embed_dim=32 num_heads=2 in_chans=8', '--input-size 16',
-                  '--token-patch-size 4', '--codebook-path '):
+    for words in ('--model deit_tiny_token_32', '--model-kwargs depth=1 embed_dim=32 num_heads=2 in_chans=8',
+                  '--input-size 16', '--token-patch-size 4', '--codebook-path '):
         assert words in line
 
 
 def test_images_need_no_sizes_either(trained, moved, capsys):
     for folder in trained, moved:
-        call(evaluate_on_images, '--model-path', checkpoint_of(folder), '--data-path', folder / 'val', '--device', 'cpu',
-             '--num-workers', 0)
+        call(evaluate_on_images, '--model-path', checkpoint_of(folder), '--data-path', folder / 'val', '--device',
+             'cpu', '--num-workers', 0)
         images = accuracy_lines(capsys.readouterr().out)
         assert images == evaluation(folder, capsys)
 
@@ -157,8 +157,8 @@ def test_a_published_checkpoint_needs_the_flags(moved, capsys, monkeypatch, tmp_
     saved = states(checkpoint_of(moved))
     torch.save({'model': saved['model']}, checkpoint_of(moved))
     monkeypatch.chdir(tmp_path)
-    fails(lambda: evaluation(moved, capsys), 'does not say with which codebook it was trained, and tokens/codebook.ckpt '
-          'is not there: give it to --codebook-path$')
+    fails(lambda: evaluation(moved, capsys), 'does not say with which codebook it was trained, and '
+          'tokens/codebook.ckpt is not there: give it to --codebook-path$')
     assert evaluation(moved, capsys, *MODEL, '--codebook-path', moved / 'codebook.ckpt') == before
 
 
@@ -174,7 +174,8 @@ def test_finetuning_takes_the_model_and_nothing_else(trained, tmp_path, capsys):
              '--finetune', checkpoint_of(trained)]
     run_here(*words, '--input-size', 8, '--token-patch-size', 4, '--output-dir', tmp_path / 'out')
     saved = states(tmp_path / 'out' / 'checkpoint.pth')['args']
-    assert (saved['model_kwargs'], saved['input_size']) == ({'depth': 1, 'embed_dim': 32, 'num_heads': 2, 'in_chans': 8}, 8)
+    assert saved['model_kwargs'] == {'depth': 1, 'embed_dim': 32, 'num_heads': 2, 'in_chans': 8}
+    assert saved['input_size'] == 8
     assert '--model deit_tiny_token_32 --model-kwargs depth=1' in capsys.readouterr().out
     # pixels have no model of that name, so they need one
     line = ['--train-path', trained / 'train', '--val-path', trained / 'val', '--finetune', checkpoint_of(trained),
@@ -188,8 +189,8 @@ def test_pixels_are_evaluated_as_they_were_trained(trained, tmp_path, capsys):
     words = ['--val-path', trained / 'val', '--device', 'cpu', '--num-workers', 0, '--batch-size', 8]
     model = ['--model', 'vit_tiny_patch16_224', '--model-kwargs', 'depth=1', 'embed_dim=32', 'num_heads=2',
              'patch_size=8', '--input-size', 16, '--eval-crop-ratio', 1]
-    call(main_pixels, *words, *model, '--train-path', trained / 'train', '--epochs', 1, '--no-model-ema', '--output-dir',
-         tmp_path)
+    call(main_pixels, *words, *model, '--train-path', trained / 'train', '--epochs', 1, '--no-model-ema',
+         '--output-dir', tmp_path)
     first = accuracy_lines(capsys.readouterr().out)
     call(main_pixels, *words, '--eval', '--resume', tmp_path / 'checkpoint.pth')
     assert accuracy_lines(capsys.readouterr().out) == first

@@ -82,7 +82,8 @@ def test_bad_inputs_get_one_line(tmp_path):
 
 @pytest.mark.parametrize('text, said', [
     (b'', 'no images'), (b'\n \n', 'no images'), (b'a.png 1\nb.png\n', "line 2 is not 'path label'"),
-    (b'a.png -1', 'line 1'), (b'a.png cat', 'line 1'), (b'a.png\t', 'line 1'), (b'7', 'line 1'), (b'a.png 1.0', 'line 1'),
+    (b'a.png -1', 'line 1'), (b'a.png cat', 'line 1'), (b'a.png\t', 'line 1'), (b'7', 'line 1'),
+    (b'a.png 1.0', 'line 1'),
     (b'a.png 999999999', f'line 1: class 999999999 is not from 0 to {MAX_CLASS:,}'),
     (b'a.png 1\nb.png %d' % (MAX_CLASS + 1), f'line 2: class {MAX_CLASS + 1}'), (b'a.png ' + b'9' * 5000, 'line 1'),
     (b'a.png \xd9\xa1', 'line 1'), (b'\xe9.png 1', 'no UTF-8 text'), ('\ufeffa.png 1'.encode('utf-16'), 'no UTF-8')])
