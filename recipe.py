@@ -217,9 +217,9 @@ def small_values(images: int, grid: int, steps_of: Callable[[int], int], given: 
     return {
         'epochs': epochs, 'batch_size': batch, 'unscale_lr': True, 'lr': lr,
         'warmup_epochs': min(max(1, round(epochs / 10)), epochs - 1), 'warmup_lr': lr / 10,
-        'token_noise_prob': 0.25, 'drop_path': 0.1, 'mixup_prob': 0.5,
-        # a crop has about eight codes on a side, as the published one has
-        'rrc_ratio': round(min(0.35, max(0.08, (8 / grid) ** 2)), 2),
+        'token_noise_prob': 0.05, 'drop_path': 0., 'mixup_prob': 0.2,
+        # the smallest crop has about eleven codes on a side, where the grid has so many
+        'rrc_ratio': round(min(0.6, max(0.08, (11 / grid) ** 2)), 2),
         # averages over about a tenth of the run
         'model_ema_decay': round(min(0.99996, max(0.9, 1 - 10 / steps)), 5),
     }

@@ -37,7 +37,7 @@ def test_epochs_and_batch_follow_the_number_of_images(images, epochs, batch):
 
 
 def test_crops_follow_the_grid():
-    assert [rule(400, grid)['rrc_ratio'] for grid in (8, 14, 28, 64)] == [0.35, 0.33, 0.08, 0.08]
+    assert [rule(400, grid)['rrc_ratio'] for grid in (8, 14, 28, 64)] == [0.6, 0.6, 0.15, 0.08]
 
 
 def test_what_depends_on_a_flag_that_was_given_follows_it():
@@ -122,7 +122,7 @@ def test_pixels_have_it_too(tmp_path, capsys):
          '--input-size', 32, '--epochs', 1, '--output-dir', tmp_path / 'out', '--device', 'cpu', '--num-workers', 0)
     saved = states(tmp_path / 'out' / 'checkpoint.pth')['args']
     assert saved['model_kwargs'] == {**recipe.SMALL_VIT, 'patch_size': 8, 'global_pool': 'avg'}
-    assert saved['model'] == 'deit_tiny_patch16_224' and saved['rrc_ratio'] == 0.35
+    assert saved['model'] == 'deit_tiny_patch16_224' and saved['rrc_ratio'] == 0.6
     assert '--token-noise-prob' not in capsys.readouterr().out, 'pixels have no such flag'
     assert main_pixels.small_model(224)['model_kwargs']['patch_size'] == 16
 
