@@ -5,9 +5,10 @@ Values are checked while they are parsed, so that a mistake ends the program bef
 `Parser.add_group`: there a flag also says whether all ranks, and a resumed run, must have the same value.
 """
 import argparse
+import difflib
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 from timm.utils import ParseKwargs
@@ -53,6 +54,8 @@ class Parser(argparse.ArgumentParser):
         kwargs.setdefault('formatter_class', argparse.ArgumentDefaultsHelpFormatter)
         super().__init__(description=(description or '').partition('\n')[0], allow_abbrev=False, **kwargs)
         self.rules = Rules(set(), set(), set(), set())
+        self.no_effect = {}  # flag -> why it changes nothing
+        self.given = []  # the words of the command line, for `error`
 
     def add_group(self, title: str) -> Callable:
         """Begin a group of flags. Returns its add_argument, which takes four more options:
@@ -85,11 +88,13 @@ class Parser(argparse.ArgumentParser):
         for flag, why in reasons.items():
             switch = {'action': 'store_true'} if flag in switches else {}
             add(flag, help=why, of_a_rank=True, of_a_start=True, **switch)
+        self.no_effect |= reasons
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple:
         argv = list(sys.argv[1:] if args is None else args)
         end = argv.index('--') if '--' in argv else len(argv)  # behind '--' no argument is a flag
-        words = [*map(_with_dashes, argv[:end]), *argv[end:]]
+        self.given = [*map(_with_dashes, argv[:end])]
+        words = [*self.given, *argv[end:]]
         if namespace is None:
             probe = _Given(self)
             super().parse_known_args(words, probe)
@@ -102,7 +107,14 @@ class Parser(argparse.ArgumentParser):
                 action.help = 'default: %(default)s'  # argparse shows a default only behind a text
         return super().format_help()
 
+    def flags(self) -> set[str]:
+        """The names of all flags."""
+        return set(self._option_string_actions)
+
     def error(self, message: str) -> None:
+        # A flag that is missing may be the one that was given by another program's name.
+        if message.startswith(('unrecognized arguments', 'the following arguments are required')):
+            message += ''.join(f'; {line}' for line in advice(self.given, self.flags(), self.no_effect))
         raise InputError(f'{message}; see {self.prog} --help')
 
 
@@ -198,6 +210,137 @@ class KeyValues(ParseKwargs):
         if wrong:
             parser.error(f'argument {option_string}: {wrong[0]!r} is not of the form key=value')
         super().__call__(parser, namespace, values, option_string)
+
+
+# ---------------------------------------------------------------- flags of other programs
+
+class Elsewhere(NamedTuple):
+    """What a flag of DeiT, MAE or timm is here.
+
+    Attributes:
+        here: flags that do it; the first that a program has is named.
+        how: the advice, with {} for that flag.
+        otherwise: the advice of a program that has none of them; '' for none.
+    """
+    here: Sequence[str] = ()
+    how: str = 'here it is {}'
+    otherwise: str = ''
+
+
+DATA = ['--train-token-file', '--train-path', '--data-path', '--token-file']
+DATA_IS = Elsewhere(DATA)
+SET = Elsewhere(DATA, 'a set is named by its path, {}')
+WEIGHTS = Elsewhere(['--finetune', '--model-path', '--checkpoint'], otherwise='weights are read from files alone')
+OF_A_LAUNCHER = Elsewhere(otherwise='the launcher (torchrun, srun) sets it')
+NODES = Elsewhere(otherwise='the launcher (torchrun, srun) starts processes and nodes')
+BATCH_NORM = Elsewhere(otherwise="each rank has its own BatchNorm statistics, and rank 0's are evaluated and saved")
+RESCALED = Elsewhere(['--unscale-lr'], 'the learning rate is for 512 images a step; {} takes it as it is')
+NO_TEACHER = Elsewhere(otherwise='no distillation is done here')
+NORMALIZED = Elsewhere(otherwise="pixels are normalized by ImageNet's mean and deviation")
+BICUBIC = Elsewhere(otherwise='images are resized bicubically')
+AMP = Elsewhere(['--amp'], 'here {} takes the type', 'all is computed in float32')
+OF_PIXELS = Elsewhere(['--tokenadapt-path'], 'tokens are no pixels; {} gives them augmentations like those of pixels')
+
+# Flags of main.py of DeiT, main_pretrain.py and main_finetune.py of MAE, train.py and validate.py of timm, and frequent
+# spellings of others. A program's own flags come first: this is asked for those that it does not know.
+ELSEWHERE = {
+    # data
+    '--data-path': DATA_IS, '--data-dir': DATA_IS, '--data': DATA_IS, '--train-dir': DATA_IS,
+    '--val-dir': Elsewhere(['--val-token-file', '--val-path']),
+    '--data-set': SET, '--dataset': SET, '--inat-category': SET, '--split': SET, '--train-split': SET,
+    '--val-split': Elsewhere(['--val-token-file', '--val-path'], 'a split is named by its path, {}'),
+    '--num-classes': Elsewhere(['--nb-classes']),
+    '--workers': Elsewhere(['--num-workers'], otherwise='no other processes read its data'),
+    '-j': Elsewhere(['--num-workers'], otherwise='no other processes read its data'),
+    '--img-size': Elsewhere(['--input-size', '--image-size', '--tokenizer-input-size']),
+    '--crop-pct': Elsewhere(['--eval-crop-ratio']),
+    '--mean': NORMALIZED, '--std': NORMALIZED, '--interpolation': BICUBIC, '--train-interpolation': BICUBIC,
+    '-b': Elsewhere(['--batch-size']),
+    '--validation-batch-size': Elsewhere(['--batch-size'], 'evaluation takes one and a half times {}'),
+    # model and weights
+    '--arch': Elsewhere(['--model']), '-a': Elsewhere(['--model']),
+    '--pretrained': Elsewhere(['--finetune', '--model-path', '--checkpoint'],
+                              'no weights are downloaded by name; start from those of a file by {} FILE',
+                              'no weights are downloaded by name'),
+    '--pretrained-path': WEIGHTS, '--initial-checkpoint': WEIGHTS,
+    '--checkpoint': Elsewhere(['--model-path', '--resume']),
+    '--no-resume-opt': Elsewhere(['--finetune'], '{} starts from the weights alone'),
+    '--auto-resume': Elsewhere(['--resume'], 'here it is {} auto'),
+    '--drop-rate': Elsewhere(['--drop']),
+    '--use-ema': Elsewhere(['--model-ema'], 'here it is {}, which evaluates the average too'),
+    '--ema': Elsewhere(['--model-ema', '--use-ema']), '--ema-decay': Elsewhere(['--model-ema-decay']),
+    '--torchcompile': Elsewhere(['--compile']),
+    '--teacher-model': NO_TEACHER, '--teacher-path': NO_TEACHER, '--distillation-type': NO_TEACHER,
+    '--distillation-alpha': NO_TEACHER, '--distillation-tau': NO_TEACHER,
+    '--mask-ratio': Elsewhere(['--mask-ratio-mu'], 'the ratio is drawn, and {} is the mean of what is drawn from'),
+    '--norm-pix-loss': Elsewhere(otherwise='codes are predicted, and not pixels'),
+    # optimization
+    '--learning-rate': Elsewhere(['--lr']), '--wd': Elsewhere(['--weight-decay']),
+    '--blr': Elsewhere(['--lr'], 'here it is {}, for 512 images a step, and scaled with them'),
+    '--lr-base': Elsewhere(['--blr', '--lr'], 'here it is {}, which is scaled with the batch'),
+    '--lr-base-size': RESCALED, '--lr-base-scale': RESCALED,
+    '--grad-accum-steps': Elsewhere(['--accum-iter']), '--update-freq': Elsewhere(['--accum-iter']),
+    '--warmup-steps': Elsewhere(['--warmup-epochs'], 'here it is {}, in epochs'),
+    '--amp-dtype': AMP, '--native-amp': AMP, '--apex-amp': AMP, '--amp-impl': AMP, '--fp16': AMP, '--bf16': AMP,
+    '--sync-bn': BATCH_NORM, '--dist-bn': BATCH_NORM, '--split-bn': BATCH_NORM,
+    # augmentation
+    '--aug-repeats': Elsewhere(['--repeated-aug'], 'here it is {}, three times'),
+    '--scale': Elsewhere(['--rrc-ratio'], 'here it is {}, the smallest area'),
+    '--reprob': Elsewhere(['--eda-erase-prob']),
+    '--color-jitter': Elsewhere(['--token-coloradapt-prob'], 'codes have no colors to change; {} changes embeddings'),
+    '--hflip': OF_PIXELS, '--aa': OF_PIXELS,
+    # output
+    '--experiment': Elsewhere(['--output-dir'], 'here it is {}, the folder itself'),
+    '--save-dir': Elsewhere(['--output-dir']), '--outdir': Elsewhere(['--output-dir']),
+    '--log-dir': Elsewhere(['--tensorboard'], 'here it is {}, which writes to the output folder'),
+    '--results-file': Elsewhere(['--output', '--output-dir']),
+    '--checkpoint-hist': Elsewhere(['--save-periods'], otherwise='a training keeps its newest two checkpoints'),
+    '--save-freq': Elsewhere(['--save-periods', '--save-every'], 'each epoch is saved; see {}'),
+    '--recovery-interval': Elsewhere(['--save-every']),
+    '--log-interval': Elsewhere(otherwise='the loss is shown every 50 steps'),
+    '--print-freq': Elsewhere(otherwise='the loss is shown every 50 steps'),
+    '--eval-freq': Elsewhere(['--no-eval'], 'each epoch is evaluated, or with {} none',
+                             'a training evaluates each epoch'),
+    '--evaluate': Elsewhere(['--eval']), '--eval-only': Elsewhere(['--eval']),
+    # processes
+    '--gpu': Elsewhere(['--device'], 'here it is {}, as in cuda:1'),
+    '--ngpus': Elsewhere(['--gpus'], otherwise=NODES.otherwise),
+    '--gpus': NODES, '--nodes': NODES, '--num-gpu': NODES, '--distributed': NODES, '--dist-on-itp': NODES,
+    '--multiprocessing-distributed': NODES,
+    '--world-size': OF_A_LAUNCHER, '--rank': OF_A_LAUNCHER, '--dist-backend': OF_A_LAUNCHER,
+    # torch.distributed.launch passes it, where torchrun sets a variable
+    '--local-rank': Elsewhere(otherwise='start with torchrun, which sets LOCAL_RANK instead'),
+    '--timeout': Elsewhere(['--hours', '--dist-timeout']), '--use-volta32': Elsewhere(['--constraint']),
+}
+
+
+def advice(given: Sequence[str], known: Collection[str], no_effect: dict[str, str] | None = None) -> list[str]:
+    """What to write instead of the flags that a program does not know, a line for each that has an answer.
+
+    Args:
+        given: words of its command line, with dashes in flags.
+        known: its flags, the only ones that are named.
+        no_effect: those of them that change nothing -> why; this is said, and they are not named.
+    """
+    no_effect = no_effect or {}
+    useful = set(known) - no_effect.keys()
+    lines = []
+    for flag in dict.fromkeys(word.partition('=')[0] for word in given if word.startswith('-')):
+        if flag in known or ' ' in flag or flag.strip('-.0123456789e') == '':  # a negative number is a value
+            continue
+        row = ELSEWHERE.get(flag, Elsewhere())
+        name = next((name for name in row.here if name in useful), None)
+        # argparse takes no beginnings of names, so that a new flag never changes what a command means
+        near = (sorted(name for name in useful if name.startswith(flag))
+                or difflib.get_close_matches(flag, sorted(useful), 1, 0.75))[:2]
+        why = next((no_effect[name] for name in row.here if name in no_effect), row.otherwise)
+        if name:
+            lines.append(f'{flag}: {row.how.format(name)}')
+        elif why:
+            lines.append(f'{flag}: {why}')
+        elif near and len(flag) > 4 and flag not in ELSEWHERE:  # --d is near to anything
+            lines.append(f'{flag}: did you mean {" or ".join(near)}?')
+    return lines
 
 
 # ---------------------------------------------------------------- groups that programs share

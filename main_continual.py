@@ -33,13 +33,13 @@ from continual.forms import PixelStore, StoredImages, TaskImages, join_images, j
 from continual.memory import MAX_CLASSES, ReplayMemory, Sample, check_room, fill, save_memory
 from continual.results import (MEMORY, RUN, add_result, check_new, digest_of, evaluate_seen, open_memory, read_results,
                                task_folder, write_results)
-from continual.task_flags import add_task_flags, check_not_here, check_program_flags, check_task_flags
+from continual.task_flags import NOT_HERE, add_task_flags, check_not_here, check_program_flags, check_task_flags
 from continual.task_tokens import TokenFiles, fit_tokenizer, hold_tokens, open_token_store, tokenize_splits
 from continual.tasks import Tasks, make_tasks, step_batches, step_draws, task_seed
 from engine import evaluate_models, rank_indices
 from fileio.files import check_same, sha256
 from fileio.labels import check_class_names, count_classes
-from flags import Parser
+from flags import Parser, advice
 from image_data.dataset import ImageDataset, Normalize, random_erasing
 from image_data.overlap import note_shared_images
 from image_data.sources import open_source
@@ -69,7 +69,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     check_task_flags(vars(task_args))
     # first, or the program would ask for what belongs to a flag that is none of this one
     program = main_pixels if task_args.new == 'pixels' else main_seit
-    check_not_here(vars(program.get_args_parser().parse_known_args(rest)[0]))
+    program_parser = program.get_args_parser()
+    program_args, unknown = program_parser.parse_known_args(rest)
+    check_not_here(vars(program_args))
+    if unknown:  # said here, where the flags of both are known
+        refused = {f'--{name.replace("_", "-")}' for name in NOT_HERE}
+        lines = advice(rest, parser.flags() | program_parser.flags() - refused, program_parser.no_effect)
+        raise InputError('; '.join([f'unrecognized arguments: {" ".join(unknown)}', *lines,
+                                    f'see {parser.prog} --help']))
     if task_args.new == 'pixels':
         args = main_pixels.parse_args([*rest, '--train-path', task_args.train_path, '--val-path', task_args.val_path])
     else:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from continual.task_flags import NOT_HERE
-from flags import Parser
+from flags import ELSEWHERE, Parser, advice
 
 ROOT = Path(__file__).resolve().parent.parent
 TREES = {'.'.join(path.relative_to(ROOT).with_suffix('').parts): ast.parse(path.read_text(encoding='utf-8'))
@@ -171,3 +171,35 @@ def test_the_programs_and_their_messages_are_found():
     assert {('image_tokenizer.patch_fit', 'check_enough'), ('utils', 'init_distributed')} <= reached
     assert ('image_data.shrinking', 'find_parameter') not in reached
     assert FLAG.findall('give --a-b, or x.py --c, or --d of y.py: --e') == ['--a-b', '--e']
+
+
+@pytest.mark.parametrize('program', PROGRAMS)
+def test_unknown_flags_are_answered_by_flags_that_the_program_has(program, monkeypatch):
+    known = flags_of(program, monkeypatch)
+    named = {flag for flag in ELSEWHERE for line in advice([flag], known)
+             for flag in FLAG.findall(line.partition(': ')[2])}
+    assert named <= known
+
+
+def test_every_flag_of_other_programs_is_answered_somewhere(monkeypatch):
+    """A row whose flags were renamed would be silent for ever."""
+    known = {program: flags_of(program, monkeypatch) for program in PROGRAMS}
+    everywhere = set().union(*known.values())
+    assert sorted({flag for row in ELSEWHERE.values() for flag in row.here} - everywhere) == []
+    assert [flag for flag in ELSEWHERE if not any(advice([flag], flags) for flags in known.values())] == []
+
+
+@pytest.mark.parametrize('program, flag, answer', [
+    ('main_seit', '--data-path', 'here it is --train-token-file'),
+    ('main_pixels', '--data-path', 'here it is --train-path'),
+    ('tokenize_images', '--data-dir', 'here it is --data-path'),
+    ('main_seit', '--lr-base', 'here it is --lr, which is scaled with the batch'),
+    ('main_mtm_pretrain', '--lr-base', 'here it is --blr, which is scaled with the batch'),
+    ('main_seit', '--pretrained', 'start from those of a file by --finetune FILE'),
+    ('main_mtm_pretrain', '--pretrained', 'no weights are downloaded by name'),
+    ('main_mtm_finetune', '--checkpoint-hist', 'here it is --save-periods'),
+    ('scripts.probe', '--workers', 'here it is --num-workers'),
+    ('scripts.run_with_submitit', '--timeout', 'here it is --hours'), ('main_pixels', '--num-classes', '--nb-classes')])
+def test_habits_of_other_programs(program, flag, answer, monkeypatch):
+    line, = advice([flag, 'x'], flags_of(program, monkeypatch))
+    assert line.startswith(f'{flag}: ') and line.endswith(answer)

@@ -82,6 +82,41 @@ def test_every_mistake_is_one_line_and_exit_code_2(no_launcher, capsys, words, m
     assert line.startswith('error: ') and message in line and 'see program.py --help' in line
 
 
+def advised(*words):
+    with pytest.raises(utils.InputError) as error:
+        make_parser().parse_args(words)
+    return str(error.value)
+
+
+@pytest.mark.parametrize('words, message', [
+    (['--experiment', 'x'], '; --experiment: here it is --output-dir, the folder itself; see'),
+    (['--checkpoint_hist=3'], '; --checkpoint-hist: a training keeps its newest two checkpoints; see'),
+    (['--workers', '8'], '; --workers: there are none; see'),  # its --num-workers has no effect, and why
+    (['--pretrained'], '; --pretrained: no weights are downloaded by name; see'),
+    (['--local-rank=0'], '; --local-rank: start with torchrun, which sets LOCAL_RANK instead; see'),
+    (['-b', '8', '--world_size', '2'], '; -b: here it is --batch-size; --world-size: the launcher (torchrun, srun) '
+     'sets it; see'),
+    (['--batch', '3'], '; --batch: did you mean --batch-size?; see'),  # no abbreviation is taken
+    (['--dist_evall'], '; --dist-evall: did you mean --dist-eval?; see'),
+    (['--d', '3'], 'unrecognized arguments: --d; see'), (['--zebra'], 'unrecognized arguments: --zebra; see')])
+def test_unknown_flags_get_the_name_of_the_flag_here(words, message):
+    assert advised(*words).startswith('unrecognized arguments: ')
+    assert message in advised(*words)
+
+
+def test_values_of_flags_get_no_advice():
+    assert flags.advice(['--seed', '-1', '-0.5', '-1e3', '--a b', 'batch-size'], {'--seed'}) == []
+    message = advised('--output-dir=--workers', '--zebra')
+    assert '--workers:' not in message
+
+
+def test_a_missing_flag_may_have_been_given_by_another_name():
+    parser = Parser(prog='program.py')
+    parser.add_argument('--train-path', required=True)
+    with pytest.raises(utils.InputError, match='required: --train-path; --data-path: here it is --train-path; see'):
+        parser.parse_args(['--data-path', 'images'])
+
+
 @pytest.mark.parametrize('make_type, good, bad, words', [
     (lambda: flags.number(), ['-1e30', '0', '5'], ['nan', '-inf'], 'finite'),
     (lambda: flags.number(0), ['0', '1e30'], ['-1e-30'], 'give a value of 0 or more'),
