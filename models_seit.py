@@ -5,14 +5,15 @@ A ViT that reads the embeddings of a token grid as a DeiT reads pixels. Begin wi
 
 The state dict has timm 0.5.4's names (`norm.*` for the final norm), so published weights load with a plain
 `load_state_dict`, and weights from here load in the published program. All else is timm's: intermediate features,
-other input sizes, layer decay.
+other input sizes, layer decay. It can be exported by torch.export, ONNX, torch.jit.script and torch.fx.
 """
 from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import PatchEmbed, to_2tuple, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model, register_notrace_module
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -48,15 +49,27 @@ class StemAdaptor(PatchEmbed):
         super().set_input_size(img_size)
 
 
-@register_notrace_module  # torch.fx cannot follow the branch
 class PooledNorm(nn.LayerNorm):
-    """The final norm, after pooling: (B, D) is normalized, (B, N, D) tokens pass unchanged.
+    """The final norm, after pooling: tokens (B, N, D) pass unchanged, and `normalize` takes what is pooled, (B, D).
 
-    timm would call it `fc_norm`, and make `norm` an identity; the published weights call it `norm`.
+    timm would call it `fc_norm`, and make `norm` an identity; the published weights call it `norm`. There are two
+    functions, because torch.fx cannot follow a branch, nor torch.jit.script a call of `super()`.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x) if x.ndim == 2 else x
+        return x
+
+    def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, D) -> (B, D)."""
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class NoNorm(nn.Identity):
+    """What stands in its place with final_norm=False."""
+
+    def normalize(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, D) -> (B, D), the same."""
+        return x
 
 
 class TokenVisionTransformer(VisionTransformer):
@@ -71,8 +84,8 @@ class TokenVisionTransformer(VisionTransformer):
     def __init__(self, embed_layer: type[nn.Module] = StemAdaptor, **kwargs: Any) -> None:
         super().__init__(patch_size=2, embed_layer=embed_layer, global_pool='avg', fc_norm=False, **kwargs)
         self.in_chans = self.patch_embed.proj.in_channels  # timm 1.0.15 does not set it
-        if not isinstance(self.norm, nn.Identity):  # as it is with final_norm=False
-            self.norm = PooledNorm(self.embed_dim, eps=1e-6).to(self.norm.weight)
+        identity = isinstance(self.norm, nn.Identity)  # as it is with final_norm=False
+        self.norm = NoNorm() if identity else PooledNorm(self.embed_dim, eps=1e-6).to(self.norm.weight)
 
     def init_weights(self, *args: Any, **kwargs: Any) -> None:
         """As timm's, but timm 1.x starts the class token at 1e-6; the published model did not."""
@@ -80,9 +93,11 @@ class TokenVisionTransformer(VisionTransformer):
         if self.cls_token is not None:
             trunc_normal_(self.cls_token, std=0.02)
 
-    def pool(self, x: torch.Tensor, pool_type: str | None = None) -> torch.Tensor:
-        """(B, 1 + N, D) tokens -> (B, D): the mean of the patch tokens, normalized."""
-        return self.norm(super().pool(x, pool_type))
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """(B, 1 + N, D) tokens -> (B, num_classes); with pre_logits (B, D): the mean patch token, normalized."""
+        x = self.norm.normalize(self.pool(x))
+        x = self.head_drop(self.fc_norm(x))
+        return x if pre_logits else self.head(x)
 
 
 # timm looks here for what a name stands for; no weights are hosted

@@ -233,6 +233,21 @@ def test_torch_export():
     torch.testing.assert_close(program.module()(x), model(x))
 
 
+@pytest.mark.parametrize('options', [{}, {'final_norm': False}, {'reg_tokens': 2, 'class_token': False}])
+@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning')  # newer torch advises others
+def test_script_and_symbolic_trace(options, tmp_path):
+    model = filled_model(**options)
+    x = embeddings(8, 8, batch=3)
+    logits = model(x)
+    scripted = torch.jit.script(model)
+    assert torch.equal(scripted(x), logits)
+    torch.jit.save(scripted, str(tmp_path / 'model.pt'))
+    assert torch.equal(torch.jit.load(str(tmp_path / 'model.pt'))(x), logits)
+    traced = torch.fx.symbolic_trace(model)
+    assert torch.equal(traced(x), logits)
+    assert scripted.state_dict().keys() == traced.state_dict().keys() == model.state_dict().keys()
+
+
 def test_onnx_export(tmp_path):
     pytest.importorskip('onnx')
     pytest.importorskip('onnxscript')
