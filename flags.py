@@ -293,6 +293,9 @@ ELSEWHERE = {
     '--experiment': Elsewhere(['--output-dir'], 'here it is {}, the folder itself'),
     '--save-dir': Elsewhere(['--output-dir']), '--outdir': Elsewhere(['--output-dir']),
     '--log-dir': Elsewhere(['--tensorboard'], 'here it is {}, which writes to the output folder'),
+    '--log-wandb': Elsewhere(['--wandb']), '--use-wandb': Elsewhere(['--wandb']),
+    '--wandb-project': Elsewhere(['--wandb'], 'here it is {} PROJECT'),
+    '--wandb-resume-id': Elsewhere(['--wandb'], 'with {} a resumed run is one run there, too'),
     '--results-file': Elsewhere(['--output', '--output-dir']),
     '--checkpoint-hist': Elsewhere(['--save-periods'], otherwise='a training keeps its newest two checkpoints'),
     '--save-freq': Elsewhere(['--save-periods', '--save-every'], 'each epoch is saved; see {}'),
@@ -534,6 +537,8 @@ def add_output_flags(parser: Parser) -> Callable:
     add('--seed', type=SEED, default=0, exact=True, help='seed of order, augmentation and initial weights')
     add('--tensorboard', action='store_true',
         help='also write the log for TensorBoard to --output-dir (needs the tensorboard package)')
+    add('--wandb', nargs='?', const='seit', default='', metavar='PROJECT',
+        help='also log to this project of Weights & Biases, seit where none is named (needs the wandb package)')
     add('--dist-url', default='env://', of_a_rank=True,
         help="where the processes meet: torch.distributed's init method")
     add('--dist-timeout', type=number(1e-3, 1e6), default=10, metavar='MINUTES',

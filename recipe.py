@@ -51,7 +51,8 @@ def check_flags(args: Flags) -> None:
 
 def check_output_flags(args: Flags) -> None:
     """InputError for flags that need --output-dir without it."""
-    for on, flag in ((args.resume == 'auto', '--resume auto looks in'), (args.tensorboard, '--tensorboard writes to')):
+    for on, flag in ((args.resume == 'auto', '--resume auto looks in'), (args.tensorboard, '--tensorboard writes to'),
+                     (args.wandb, '--wandb keeps its run in')):
         if on and not args.output_dir:
             raise InputError(f'{flag} --output-dir: give one')
 
@@ -478,9 +479,10 @@ def fit(args: Flags, state: TrainState, folder: RunFolder, steps: int, order_of:
     keep_freed_memory(device)  # only now: reading data frees much that need not be kept
     warn_of_small_sets(args, state, steps)
     tokens = {'made_with': seen_from(made_with, folder.path)} if made_with else {}
-    folder.begin(run_info.run_record(vars(args), device) | {'classes': classes} | tokens,
+    record = run_info.run_record(vars(args), device)
+    folder.begin(record | {'classes': classes} | tokens,
                  {'args': flags_to_save(vars(args)), 'classes': classes} | tokens)
-    log = RunLog(str(folder.path) if folder.saves else '', state.epoch, args.tensorboard)
+    log = RunLog(str(folder.path) if folder.saves else '', state.epoch, args.tensorboard, args.wandb, record)
     seed = args.seed if seed is None else seed
     options = dataclasses.replace(step_options(args, steps), seed=seed)
     # At a bad step the run says which images it saw, so that `bad_step_rankN.json` is enough to replay it.
@@ -490,4 +492,6 @@ def fit(args: Flags, state: TrainState, folder: RunFolder, steps: int, order_of:
         indices = order_of(error.epoch)[error.step * args.batch_size:(error.step + 1) * args.batch_size]
         folder.save_bad_step(error, rank(), seed, np.asarray(indices).tolist())
         raise
+    finally:
+        log.close()
     return 0 if finished else REQUEUE

@@ -90,7 +90,7 @@ def test_attn_only_trains_only_attention():
 @pytest.mark.parametrize('flags, words', [
     (['--bce-loss'], '--smoothing 0'), (['--batch-size', '7'], 'odd'), (['--eval'], '--resume'),
     (['--resume', 'auto'], '--output-dir'), (['--eval', '--resume', 'x', '--no-eval'], 'exclude'),
-    (['--tensorboard'], '--output-dir')])
+    (['--tensorboard'], '--output-dir'), (['--wandb'], '--wandb keeps its run in --output-dir: give one$')])
 def test_flags_that_cannot_work_together(flags, words):
     with pytest.raises(InputError, match=words):
         main_seit.parse_args(flags)

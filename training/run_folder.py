@@ -4,6 +4,7 @@
     best_checkpoint.pth, best_ema_checkpoint.pth best top-1 of the model and of the EMA
     log.txt                                      a JSON line an epoch
     args.json                                    flags, versions, device
+    wandb_id.txt, wandb/                         with --wandb, its run and its files
     .lock                                        locked by the process that writes here
     .unsaved                                     there until the first checkpoint is whole
 
@@ -16,6 +17,7 @@ import json
 import os
 import re
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,11 +26,13 @@ from typing import Any
 from fileio.files import (MAX_JSON_BYTES, check_writable, hold_folder, parse_json, read_bytes, remove_leftovers,
                           save_torch, write_text)
 from training.checkpoints import TrainState, load_checkpoint
-from utils import InputError, is_main, on_main, print0
+from utils import InputError, first_line, is_main, on_main, print0
 
 COMPLETE = '.checkpoint.pth.new'  # the next newest, whole, about to be renamed
 LOG = 'log.txt'
 UNSAVED = '.unsaved'
+WANDB_ID = 'wandb_id.txt'
+MAX_ID_BYTES = 1000
 SUMMARY = '.summary.json'  # behind the name of a checkpoint
 
 
@@ -306,14 +310,18 @@ class RunLog:
         folder: of the run; '' or another rank than 0 writes nothing.
         start_epoch: the first that is to run.
         tensorboard: write the scalars there for TensorBoard too.
+        wandb: the project of Weights & Biases that gets them too; '' for none.
+        config: what that run is shown with, such as flags.
     """
 
-    def __init__(self, folder: str, start_epoch: int = 0, tensorboard: bool = False):
+    def __init__(self, folder: str, start_epoch: int = 0, tensorboard: bool = False, wandb: str = '',
+                 config: dict[str, Any] | None = None):
         self.path = Path(folder) / LOG if folder and is_main() else None
         self.board = None
-        on_main(self._open, start_epoch, tensorboard)
+        self.wandb = None
+        on_main(self._open, start_epoch, tensorboard, wandb, config)
 
-    def _open(self, start_epoch: int, tensorboard: bool) -> None:
+    def _open(self, start_epoch: int, tensorboard: bool, wandb: str, config: dict[str, Any] | None) -> None:
         if self.path is None:
             return
         # an epoch that was logged, but not saved, is trained again
@@ -322,6 +330,8 @@ class RunLog:
         write_text(self.path, ''.join(json.dumps(line) + '\n' for line in kept))
         if tensorboard:
             self.board = _open_tensorboard(str(self.path.parent), start_epoch)
+        if wandb:
+            self.wandb = _open_wandb(self.path.parent, wandb, config)
 
     def _lines(self) -> Any:
         if not self.path.exists():
@@ -341,11 +351,21 @@ class RunLog:
                 os.fsync(file.fileno())  # the epoch's checkpoint comes next, and shall never be there without its line
         except OSError as error:
             raise InputError(f'{self.path}: cannot be written ({error.strerror})') from None
+        scalars = {key: value for key, value in values.items() if key.startswith(('train_', 'test_', 'ema_'))}
         if self.board:
-            for key, value in values.items():
-                if key.startswith(('train_', 'test_', 'ema_')):
-                    self.board.add_scalar(key, value, values['epoch'])
+            for key, value in scalars.items():
+                self.board.add_scalar(key, value, values['epoch'])
             self.board.flush()
+        if self.wandb:
+            # an epoch that it has is dropped by it: one that is trained again gives the same numbers again
+            self.wandb.log(scalars, step=values['epoch'])
+
+    def close(self) -> None:
+        """The run has ended: a process may train several, one after the other."""
+        if self.wandb:
+            with contextlib.suppress(Exception):  # the run is saved, whatever becomes of its curves
+                self.wandb.finish()
+        self.wandb = None
 
 
 def _open_tensorboard(folder: str, start_epoch: int) -> Any:
@@ -355,6 +375,27 @@ def _open_tensorboard(folder: str, start_epoch: int) -> Any:
     except ImportError:
         raise InputError('--tensorboard needs the tensorboard package: pip install tensorboard') from None
     return SummaryWriter(folder, purge_step=start_epoch)
+
+
+def _open_wandb(folder: Path, project: str, config: dict[str, Any] | None) -> Any:
+    """The run of Weights & Biases whose id stands in the folder, or a new one. Raises InputError."""
+    try:
+        import wandb
+    except ImportError:
+        raise InputError('--wandb needs the wandb package: pip install wandb') from None
+    path = folder / WANDB_ID
+    run_id = read_bytes(path, MAX_ID_BYTES).decode(errors='replace').strip() if path.exists() else ''
+    if not re.fullmatch(r'\w{1,64}', run_id, re.ASCII):
+        run_id = uuid.uuid4().hex[:12]
+    write_text(path, f'{run_id}\n')  # first, so that no kill leaves a run whose name is lost
+    try:
+        return wandb.init(project=project, id=run_id, resume='allow', dir=str(folder), config=config,
+                          allow_val_change=True,  # a resumed run may have other flags
+                          name='/'.join(folder.absolute().parts[-2:])[-128:],
+                          settings=wandb.Settings(console='off'))  # else it would take standard output over
+    except Exception as error:  # no login, no network, no room: each is an error of another kind
+        why = first_line(error).rstrip('.')
+        raise InputError(f'--wandb {project}: {why}: log in by wandb login, or set WANDB_MODE=offline') from None
 
 
 # ---------------------------------------------------------------- an evaluation as a file

@@ -1,5 +1,6 @@
 """The output folder of a run: what it keeps, what it refuses, and what a killed run leaves."""
 import errno
+import importlib
 import json
 import os
 import subprocess
@@ -307,6 +308,90 @@ def test_tensorboard_that_is_missing_is_an_error_on_every_rank(tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', None)
     with pytest.raises(InputError, match='pip install tensorboard'):
         RunLog(str(tmp_path), 0, True)
+
+
+FAKE_WANDB = """
+import json, os
+RUNS = []
+Settings = dict
+class Run:
+    def __init__(self, **options):
+        self.options, self.lines, self.finished = options, [], False
+    def log(self, values, step):
+        self.lines.append((step, values))
+    def finish(self):
+        self.finished = True
+def init(**options):
+    if os.environ.get('WANDB_MODE') != 'offline':
+        raise ConnectionError('no login\\nat all')
+    RUNS.append(Run(**options))
+    return RUNS[-1]
+"""
+
+
+@pytest.fixture
+def fake_wandb(tmp_path, monkeypatch):
+    """A module wandb that keeps what it is told."""
+    folder = tmp_path / 'packages'
+    folder.mkdir()
+    (folder / 'wandb.py').write_text(FAKE_WANDB)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    monkeypatch.setitem(sys.modules, 'wandb', None)  # what is there now comes back at the end
+    del sys.modules['wandb']
+    return importlib.import_module('wandb')
+
+
+def test_wandb_gets_the_scalars_of_each_epoch_in_one_run(fake_wandb, tmp_path):
+    folder = tmp_path / 'out' / 'run'
+    with pytest.raises(Killed):
+        small(folder, '--wandb', '--kill-before', 1, 2)
+    assert small(folder, '--wandb', '--resume', 'auto') == 0
+    first, second = fake_wandb.RUNS
+    assert first.options['project'] == 'seit' and first.options['name'] == 'out/run'
+    assert first.options['config']['lr'] == 0.1 and first.options['dir'] == str(folder)
+    assert first.options['id'] == second.options['id'] == (folder / 'wandb_id.txt').read_text().strip()
+    assert second.options['resume'] == 'allow' and first.finished and second.finished
+    lines = [*first.lines, *second.lines]
+    assert [step for step, _ in lines] == [0, 1]
+    for (_, scalars), logged in zip(lines, read_log(folder)):
+        assert scalars == {key: value for key, value in logged.items() if key in scalars}
+        assert {'train_loss', 'train_lr', 'test_acc1', 'ema_test_acc1'} <= scalars.keys()
+        assert not {'epoch_time', 'best_acc1', 'n_parameters'} & scalars.keys()
+
+
+def test_runs_of_one_process_are_runs_of_their_own_for_wandb(fake_wandb, tmp_path):
+    for name in 'ab':
+        small(tmp_path / name, '--epochs', 1, '--wandb', 'mine')
+    first, second = fake_wandb.RUNS
+    assert first.options['id'] != second.options['id'] and first.options['project'] == 'mine'
+    small(tmp_path / 'c', '--epochs', 1)
+    assert len(fake_wandb.RUNS) == 2
+
+
+def test_a_damaged_name_of_a_wandb_run_is_made_again(fake_wandb, tmp_path):
+    (tmp_path / 'wandb_id.txt').write_bytes(b'../\xff')
+    RunLog(str(tmp_path), wandb='seit').close()
+    assert fake_wandb.RUNS[0].options['id'] == (tmp_path / 'wandb_id.txt').read_text().strip() != '../'
+
+
+def test_what_wandb_refuses_is_one_line(fake_wandb, tmp_path, monkeypatch):
+    monkeypatch.delenv('WANDB_MODE')
+    fails(lambda: RunLog(str(tmp_path), wandb='seit'),
+          '^--wandb seit: no login: log in by wandb login, or set WANDB_MODE=offline$')
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    fails(lambda: RunLog(str(tmp_path), wandb='seit'), '^--wandb needs the wandb package: pip install wandb$')
+
+
+@pytest.mark.slow
+def test_wandb_offline(tmp_path, monkeypatch):
+    pytest.importorskip('wandb')
+    monkeypatch.setenv('WANDB_MODE', 'offline')
+    small(tmp_path, '--epochs', 1, '--wandb')
+    small(tmp_path, '--epochs', 2, '--wandb', '--resume', 'auto')
+    name = (tmp_path / 'wandb_id.txt').read_text().strip()
+    files = list(tmp_path.glob(f'wandb/offline-run-*-{name}/run-{name}.wandb'))
+    assert files and all(path.stat().st_size for path in files)
 
 
 # ---------------------------------------------------------------- which checkpoints are kept
