@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from timm.utils import distribute_bn
 from torch import nn
@@ -27,8 +26,8 @@ from training.checkpoints import TrainState, load_weights, note_average
 from training.loss_meter import LossMeter, Progress, check_finite
 from training.preemption import AnyRank, StopSignal
 from training.run_folder import RunFolder, RunLog, check_evaluation, write_evaluation
-from utils import (InputError, autocast, barrier, device_of, keep_freed_memory, print0, rank, seed_step,
-                   world_size)
+from utils import (InputError, autocast, barrier, device_of, device_of_sums, keep_freed_memory, print0, rank,
+                   seed_step, sum_over_ranks, world_size)
 
 LOG_EVERY = 50  # steps between readings of the loss; in between, the host never waits for the device
 
@@ -255,19 +254,20 @@ def evaluate(model: nn.Module, batches: Iterable, prepare: Callable, *, amp: str
     model.eval()
     device = device_of(model)
     # float64, because float32 stops counting single images at 16.8 million; loss, top-1, top-5, images
-    sums = torch.zeros(4, dtype=torch.float64, device=device)
+    sums = torch.zeros(4, dtype=torch.float64, device=device_of_sums(device))
     for inputs, labels in batches:
         with autocast(device, amp):
             logits = model(prepare(inputs)).float()
         if record:
             record(logits)
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-        sums[:3] += torch.stack([F.cross_entropy(logits, labels, reduction='sum'), top[:, 0].sum(), top.sum()])
+        counted = torch.stack([F.cross_entropy(logits, labels, reduction='sum'), top[:, 0].sum(), top.sum()])
+        sums[:3] += counted.to(sums.device)
         sums[3] += len(labels)
-    if distributed and dist.is_initialized():
-        dist.all_reduce(sums)
+    if distributed:
+        sum_over_ranks(sums)
     if not sums[3]:
         raise InputError('no image is left to evaluate')
-    loss, acc1, acc5 = (sums[:3] / sums[3] * torch.tensor([1, 100, 100], device=device)).tolist()
+    loss, acc1, acc5 = (sums[:3] / sums[3] * torch.tensor([1, 100, 100], device=sums.device)).tolist()
     print0(f'* Acc@1 {acc1:.3f} Acc@5 {acc5:.3f} loss {loss:.4f}' + (f' ({name})' if name else ''))
     return {'loss': loss, 'acc1': acc1, 'acc5': acc5}

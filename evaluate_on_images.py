@@ -32,7 +32,7 @@ import recipe
 from engine import evaluate, rank_indices
 from fileio.files import check_writable, write_text
 from fileio.torch_files import digest_of
-from flags import SEED, KeyValues, Parser, add_max_pixels, integer, print_no_effect
+from flags import DEVICE_HELP, SEED, KeyValues, Parser, add_max_pixels, integer, print_no_effect
 from image_data.class_subsets import OnlyClasses, match_classes
 from image_data.corruptions import add_robustness_flags, make_corruption
 from image_data.sources import ImageBatch, Source, load_images, open_source
@@ -93,7 +93,7 @@ def make_parser() -> Parser:
     add('--skip-bad-images', action='store_true', help='leave unreadable images out and count them')
     add_max_pixels(add)
     add('--seed', type=SEED, default=0, help='seed of the noise of --corruption; nothing else is random')
-    add('--device', default='auto', help='auto (CUDA where there is a GPU), cuda or cpu')
+    add('--device', default='auto', help=DEVICE_HELP)
     add('--dist-url', default='env://',
         help="where the processes meet: torch.distributed's init method")
     add_robustness_flags(parser)

@@ -188,6 +188,7 @@ FRACTION = number(0, 1)
 POSITIVE = number(1e-12)  # `number` has no open bounds, so this stands for 'above 0'
 SEED = integer(0, 2 ** 63 - 1)  # torch's generators take no more
 SYNONYMS = 'tokens/synonyms.json'
+DEVICE_HELP = 'auto (CUDA where there is a GPU), cuda, cuda:N, cpu, or another accelerator of torch, such as mps'
 
 
 def byte_count(text: str) -> int:
@@ -533,7 +534,7 @@ def add_output_flags(parser: Parser) -> Callable:
         help='at a loss or gradient that is NaN or infinite: stop the run, or skip the step')
     add('--deterministic', action='store_true',
         help='use deterministic algorithms on CUDA, so that a resumed run is the same bit by bit')
-    add('--device', default='auto', help='auto (CUDA where there is a GPU), cuda, cuda:N or cpu')
+    add('--device', default='auto', help=DEVICE_HELP)
     add('--seed', type=SEED, default=0, exact=True, help='seed of order, augmentation and initial weights')
     add('--tensorboard', action='store_true',
         help='also write the log for TensorBoard to --output-dir (needs the tensorboard package)')

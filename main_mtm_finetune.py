@@ -144,7 +144,7 @@ def make_optimizer(args: argparse.Namespace, model: CodeVisionTransformer) -> to
     # sqrt(64) = 8: --blr is the rate for 64 images a step
     lr = args.blr * recipe.effective_batch(args) ** 0.5 / 8 if args.lr is None else args.lr
     groups = param_groups_layer_decay(model, args.weight_decay, model.no_weight_decay(), layer_decay=args.layer_decay)
-    return torch.optim.AdamW(groups, lr, fused=True)
+    return torch.optim.AdamW(groups, lr, fused=recipe.can_fuse(model))
 
 
 def main(args: argparse.Namespace) -> int:

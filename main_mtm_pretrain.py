@@ -138,7 +138,8 @@ def main(args: argparse.Namespace) -> int:
 
     # train
     lr = args.blr * recipe.effective_batch(args) / 256 if args.lr is None else args.lr  # as in MAE
-    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), lr, (0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(param_groups_weight_decay(model, args.weight_decay), lr, (0.9, 0.95),
+                                  fused=recipe.can_fuse(model))
     # an example of a batch, with which DDP makes its buckets
     codes = torch.zeros(args.batch_size, size, size, dtype=torch.int64, device=device)
     masks = draw_masks(len(codes), (size // PATCH) ** 2, mask_ratio, torch.Generator(device))

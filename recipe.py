@@ -293,7 +293,7 @@ def make_optimizer(args: Flags, model: nn.Module) -> torch.optim.Optimizer:
     if args.opt not in ('sgd', 'nesterov', 'momentum'):  # which take no epsilon
         options['eps'] = args.opt_eps
     if args.opt in ('adamw', 'adam', 'sgd', 'nesterov', 'momentum'):
-        options['fused'] = True  # one kernel for all parameters, and one that skips a bad step without asking the host
+        options['fused'] = can_fuse(model)
     try:
         optimizer = create_optimizer_v2(model, args.opt, lr=scaled_lr(args), weight_decay=args.weight_decay,
                                         momentum=args.momentum, **options)
@@ -303,6 +303,14 @@ def make_optimizer(args: Flags, model: nn.Module) -> torch.optim.Optimizer:
     if getattr(optimizer, 'is_second_order', False):
         raise InputError(f'--opt {args.opt}: needs second derivatives, which are not computed here; choose another')
     return optimizer
+
+
+def can_fuse(model: nn.Module) -> bool:
+    """Whether a fused optimizer is taken: one kernel for all parameters, which skips a bad step without the host.
+
+    That is known of CPU and CUDA. On other accelerators torch's GradScaler asks the host, and makes no bad step.
+    """
+    return device_of(model).type in ('cpu', 'cuda')
 
 
 def make_scheduler(args: Flags, optimizer: torch.optim.Optimizer) -> Any:

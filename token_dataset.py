@@ -57,7 +57,7 @@ class TokenDataset:
                                       for file, path in zip(self.files, label_files)])
         self.classes = _classes_of(self.files)
         self.cache = cache
-        self.codes = open_codes(self.files, cache, device)
+        self.codes = open_codes(self.files, cache, device if device.type == 'cuda' else CPU)
         self.grid_size = math.isqrt(self.codes.shape[1])
         self.resident = None
         if len(self.codes) != len(self.labels):
@@ -98,10 +98,11 @@ class TokenDataset:
 
     def batches(self, indices: np.ndarray, batch_size: int, device: torch.device,
                 pin_memory: bool = False) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield codes (B, grid_size, grid_size) uint16 and labels (B,) int64 on `device`, batch after batch.
+        """Yield codes (B, grid_size, grid_size) and labels (B,) int64 on `device`, batch after batch.
 
-        From what `keep_on` left there; else from the map, for a GPU one batch ahead and, with `pin_memory`, through
-        page-locked memory, so that the copy overlaps with computing. Only codes and labels travel.
+        Codes are uint16 on the CPU and on CUDA, and int32 elsewhere. They come from what `keep_on` left there; else
+        from the map, for a GPU one batch ahead and, with `pin_memory`, through page-locked memory, so that the copy
+        overlaps with computing. Only codes and labels travel.
         """
         slices = [indices[start:start + batch_size] for start in range(0, len(indices), batch_size)]
         if not slices:  # which torch would split into one empty batch
@@ -122,10 +123,13 @@ class TokenDataset:
     def _moved_batches(self, slices: list[np.ndarray], device: torch.device,
                        pin_memory: bool) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         def load(part: np.ndarray) -> list[torch.Tensor]:
-            return [tensor.pin_memory() if pin_memory else tensor for tensor in self.batch(part)]
+            codes, labels = self.batch(part)
+            if device.type not in ('cpu', 'cuda'):  # some accelerators have no uint16
+                return [codes.int(), labels]
+            return [tensor.pin_memory() if pin_memory else tensor for tensor in (codes, labels)]
 
         for ready in prefetch(load, slices):
-            yield tuple(tensor.to(device, non_blocking=pin_memory) for tensor in ready)
+            yield tuple(tensor.to(device, non_blocking=pin_memory and device.type == 'cuda') for tensor in ready)
 
 
 def _classes_of(files: Sequence[TokenFile]) -> list[str] | None:

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # before installed packages of the same names
-from flags import Parser, add_max_pixels, integer
+from flags import DEVICE_HELP, Parser, add_max_pixels, integer
 from image_data.sources import open_source
 from image_tokenizer.tokenizing import EncodingOptions, tokenize
 from token_files.parts import OutputFiles
@@ -64,7 +64,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--compile', action='store_true',
         help='compile the tokenizer by torch.compile; this may change a few codes, by rounding')
     add('--num-workers', type=integer(), default=cores(), help='processes that decode images, for each rank')
-    add('--device', default='auto', help='auto (CUDA where there is a GPU), cuda or cpu')
+    add('--device', default='auto', help=DEVICE_HELP)
     args = parser.parse_args(argv)
     # the name becomes part of file names; a leading dot would hide them, and is how unfinished files begin
     if not args.name or args.name != Path(args.name).name or args.name.startswith('.'):

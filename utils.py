@@ -150,14 +150,15 @@ def init_distributed(device: str, dist_url: str = 'env://', minutes: float = 10)
     """Join the process group that torchrun, torch.distributed.launch or srun describes, if any.
 
     Args:
-        device: 'auto' (CUDA where there is one), 'cuda', 'cuda:N' or 'cpu', as the user gave it.
+        device: as the user gave it: 'auto' (CUDA where there is one), 'cuda', 'cuda:N', 'cpu', or another accelerator
+            that torch has here, such as 'mps' or 'xpu:1'.
         dist_url: torch.distributed's init_method.
         minutes: how long ranks wait for one another before they take the others for lost.
 
     Once joined, a second call does no more than name the device: a program may run another one's `main`.
 
     Returns:
-        The device of this rank: one GPU a local rank (NCCL), or the CPU (gloo).
+        The device of this rank: one GPU a local rank (NCCL), or the CPU (gloo), or another accelerator by its backend.
 
     Raises:
         InputError: for a device that is not there.
@@ -167,6 +168,7 @@ def init_distributed(device: str, dist_url: str = 'env://', minutes: float = 10)
     device = device_of_rank(device)
     if int(os.environ.get('WORLD_SIZE', 1)) > 1 and not dist.is_initialized():
         wait = datetime.timedelta(minutes=minutes)
+        backend = _backend_of(device)
         if 'RANK' not in os.environ:
             raise InputError(f'WORLD_SIZE is {os.environ["WORLD_SIZE"]} but RANK is not set: start with torchrun or '
                              'srun, or unset WORLD_SIZE')
@@ -181,7 +183,7 @@ def init_distributed(device: str, dist_url: str = 'env://', minutes: float = 10)
             store = dist.PrefixStore(f'restart {os.environ["TORCHELASTIC_RESTART_COUNT"]}', store)
         _store = store
         on_gpu = device.type == 'cuda'
-        dist.init_process_group('nccl' if on_gpu else 'gloo', store=store, rank=joined_rank, world_size=size,
+        dist.init_process_group(backend, store=store, rank=joined_rank, world_size=size,
                                 timeout=wait, device_id=device if on_gpu else None)
     return device
 
@@ -189,13 +191,16 @@ def init_distributed(device: str, dist_url: str = 'env://', minutes: float = 10)
 def device_of_rank(device: str) -> torch.device:
     """The device of this local rank; with `cuda`, the current one from here on. Raises InputError."""
     kind, _, number = device.partition(':')
-    if kind not in ('auto', 'cuda', 'cpu') or (number and not (kind == 'cuda' and number.isdecimal())):
-        raise InputError(f'--device {device}: choose auto, cuda, cuda:N or cpu')
+    accelerator = _accelerator('cuda' if kind == 'auto' else kind)
+    if (kind != 'cpu' and not accelerator) or (number and not (number.isdecimal() and kind not in ('auto', 'cpu'))):
+        raise InputError(f'--device {device}: choose auto, cuda, cuda:N or cpu, or another accelerator that torch has '
+                         'here, such as mps')
     if kind == 'cpu' or (kind == 'auto' and not torch.cuda.is_available()):
         return torch.device('cpu')
-    if not torch.cuda.is_available():
-        raise InputError('--device cuda, but torch finds no CUDA device here: add --device cpu')
-    count = torch.cuda.device_count()
+    kind = 'cuda' if kind == 'auto' else kind
+    if not accelerator.is_available():
+        raise InputError(f'--device {kind}, but torch finds no {kind.upper()} device here: add --device cpu')
+    count = accelerator.device_count()
     if number:
         number = int(number)
     else:
@@ -205,8 +210,31 @@ def device_of_rank(device: str) -> torch.device:
     if number >= count:
         raise RankError(f'GPU {number} is asked for (by local rank or --device), but there are {count}: start fewer '
                         'processes on this node')
-    torch.cuda.set_device(number)
-    return torch.device('cuda', number)
+    if hasattr(accelerator, 'set_device'):  # mps has one device, and no such function
+        accelerator.set_device(number)
+    return torch.device(kind, number)
+
+
+def _accelerator(kind: str) -> Any:
+    """The module of torch for a kind of accelerator, such as torch.cuda; None for a word that is none."""
+    if kind == 'cpu':
+        return None
+    try:
+        module = torch.get_device_module(torch.device(kind))
+    except RuntimeError:  # no device of torch, or one such as meta that computes nothing
+        return None
+    return module if hasattr(module, 'is_available') and hasattr(module, 'device_count') else None
+
+
+def _backend_of(device: torch.device) -> str:
+    """The backend of torch.distributed for a device. Raises InputError where there is none."""
+    if device.type in ('cpu', 'cuda'):
+        return 'gloo' if device.type == 'cpu' else 'nccl'
+    backend = dist.Backend.default_device_backend_map.get(device.type, 'gloo')
+    if backend == 'gloo' or not dist.is_backend_available(backend):  # gloo sums on the host
+        raise InputError(f'--device {device.type}: torch.distributed has no backend for several processes on it: '
+                         'start one process')
+    return backend
 
 
 def _bound_to_gpu() -> bool:
@@ -358,6 +386,33 @@ def seed_step(seed: int, epoch: int, step: int, rank: int, generator: torch.Gene
     torch.manual_seed(int(seeds[1]))
     generator.manual_seed(int(seeds[2]))
     random.seed(int(seeds[3]))
+
+
+# ---------------------------------------------------------------- devices
+
+def device_of_sums(device: torch.device) -> torch.device:
+    """Where float64 is computed for a device: there for CPU and CUDA; on the CPU for others, of which mps has none."""
+    return device if device.type in ('cpu', 'cuda') else CPU
+
+
+def uniform_float64(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Uniform float64 numbers in [0, 1), on `device_of_sums` of the generator's device."""
+    device = generator.device
+    if device_of_sums(device) == device:
+        return torch.rand(shape, dtype=torch.float64, generator=generator, device=device)
+    return torch.rand(shape, generator=generator, device=device).to(device_of_sums(device)).double()
+
+
+def sum_over_ranks(sums: torch.Tensor) -> None:
+    """Add up over ranks, in place, a tensor on `device_of_sums`. Collective."""
+    if not dist.is_initialized():
+        return
+    if sums.device == CPU and dist.get_backend() != 'gloo':  # an accelerator's backend takes no tensor of the host
+        rows = [None] * world_size()
+        dist.all_gather_object(rows, sums)
+        sums.copy_(torch.stack(rows).sum(0))
+    else:
+        dist.all_reduce(sums)
 
 
 def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager:

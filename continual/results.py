@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from continual.forms import length_of
@@ -26,7 +25,7 @@ from engine import evaluate
 from fileio.files import MAX_JSON_BYTES, parse_json, read_bytes, write_text
 from image_data.class_subsets import OnlyClasses
 from training.run_folder import FILES
-from utils import InputError, device_of
+from utils import InputError, device_of, device_of_sums, sum_over_ranks
 
 RUN = 'run.json'
 RESULTS = 'results.jsonl'
@@ -123,8 +122,9 @@ def evaluate_seen(model: nn.Module, tasks: Tasks, task: int, positions: np.ndarr
     stats = evaluate(scored, batches, record=lambda logits: predictions.append(logits.argmax(1)), **options)
     right = torch.cat(predictions) == torch.from_numpy(positions).to(device_of(model))
     of_task = torch.from_numpy(np.searchsorted(tasks.ends, positions, side='right')).to(device_of(model))
-    counts = torch.zeros(2, task + 1, dtype=torch.float64, device=device_of(model))
-    counts.index_add_(1, of_task, torch.stack([right, torch.ones_like(right)]).double())
-    if options.get('distributed') and dist.is_initialized():
-        dist.all_reduce(counts)
+    home = device_of_sums(device_of(model))
+    counts = torch.zeros(2, task + 1, dtype=torch.float64, device=home)
+    counts.index_add_(1, of_task.to(home), torch.stack([right, torch.ones_like(right)]).to(home).double())
+    if options.get('distributed'):
+        sum_over_ranks(counts)
     return {'acc1': stats['acc1'], 'task_acc1': (100 * counts[0] / counts[1]).tolist()}

@@ -80,10 +80,11 @@ class ImageDataset:
                 seed_transform(draws[number * batch_size + position])
             return torch.as_tensor(self.transform(image))  # older versions of timm give an array
 
+        pinned = pin_memory and device.type == 'cuda'
         for batch in load_images(self.source, slices, self.size, workers=self.workers, max_pixels=self.max_pixels,
-                                 pin_memory=pin_memory and device.type == 'cuda', prepare=prepare):
+                                 pin_memory=pinned, prepare=prepare):
             labels = torch.from_numpy(self.labels[batch.indices])
-            yield batch.pixels.to(device, non_blocking=pin_memory), labels.to(device)
+            yield batch.pixels.to(device, non_blocking=pinned), labels.to(device)
 
 
 def seed_transform(draw: np.ndarray) -> None:

@@ -1,6 +1,8 @@
 """Euclidean k-means in little memory: k-means++ seeds (Arthur and Vassilvitskii, 2007), then Lloyd's iterations."""
 import torch
 
+from utils import device_of_sums, uniform_float64
+
 ROWS_AT_ONCE = 1 << 14  # features whose products with all rows are in memory together
 
 
@@ -22,8 +24,8 @@ def seed_rows(features: torch.Tensor, codes: int, generator: torch.Generator) ->
     square = features.square().sum(1)
     for _ in range(codes - 1):
         # in float64: the sum over a million features must still tell two of them apart
-        cumulative = distance.double().cumsum(0)
-        target = torch.rand(1, generator=generator, device=features.device, dtype=torch.float64) * cumulative[-1]
+        cumulative = distance.to(device_of_sums(features.device)).double().cumsum(0)
+        target = uniform_float64((1,), generator) * cumulative[-1]
         drawn = torch.searchsorted(cumulative, target, right=True).clamp(max=len(features) - 1)
         row = features[drawn[0]]
         rows.append(row)

@@ -19,7 +19,7 @@ from image_tokenizer.tokenizers import unit_range
 from image_tokenizer.vector_quantizer import VectorQuantizer
 from image_tokenizer.vitvqgan import ViTVQGAN, add_position
 from token_files.codebook import quantize
-from utils import InputError
+from utils import InputError, device_of_sums
 
 CONSTANT = 2.  # beside components whose mean square length is 1
 RIDGE = 1e-2  # of the mean square of an input: less fits better, but by large weights that the first steps wreck
@@ -54,11 +54,12 @@ def least_squares(pairs: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> torch.T
     square = 0
     product = 0
     for x, y in pairs:
-        x = x.double()
+        device = x.device
+        x, y = (part.to(device_of_sums(device)).double() for part in (x, y))
         square = square + x.T @ x
-        product = product + x.T @ y.double()
+        product = product + x.T @ y
     square = square + RIDGE * square.diagonal().mean() * torch.eye(len(square), device=square.device)
-    return torch.linalg.solve(square, product).float()
+    return torch.linalg.solve(square, product).float().to(device)
 
 
 def components_of(batches: Sequence[torch.Tensor], patch_size: int, number: int) -> Callable:
@@ -70,15 +71,15 @@ def components_of(batches: Sequence[torch.Tensor], patch_size: int, number: int)
     total = 0
     square = 0
     for pixels in batches:
-        patches = cut_patches(pixels, patch_size).double()
+        patches = cut_patches(pixels, patch_size).to(device_of_sums(pixels.device)).double()
         count += len(patches)
         total = total + patches.sum(0)
         square = square + patches.T @ patches
     mean = total / count
     values, vectors = torch.linalg.eigh(square / count - mean[:, None] * mean)
     values = values.clamp(min=0).flip(0)[:number]
-    basis = (vectors.flip(1)[:, :number] / values.sum().sqrt().clamp(min=1e-6)).float()
-    mean = mean.float()
+    basis = (vectors.flip(1)[:, :number] / values.sum().sqrt().clamp(min=1e-6)).float().to(pixels.device)
+    mean = mean.float().to(pixels.device)
     return lambda patches: F.pad((patches - mean) @ basis, (0, number - basis.shape[1]))
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from fileio.files import atomic_path
@@ -20,7 +19,7 @@ from image_tokenizer.tokenizers import FORMAT, VERSION, unit_range
 from image_tokenizer.vector_quantizer import VectorQuantizer
 from image_tokenizer.vitvqgan import ViTVQGAN
 from image_tokenizer.vq_start import start_weights
-from utils import InputError, autocast, print0
+from utils import InputError, autocast, device_of_sums, print0, sum_over_ranks
 
 COLLAPSED = 0.1  # a run stops when a smaller part of the codes than this is in use
 SPARSE = 0.5  # it warns below this part
@@ -143,21 +142,21 @@ def evaluate_tokenizer(training: TokenizerTraining, batches: Iterable[torch.Tens
     training.eval()
     device = training.quantizer.rows.device
     size = len(training.quantizer.rows)
-    sums = torch.zeros(4 + size, dtype=torch.float64, device=device)  # PSNR, SSIM, loss, images, uses of the codes
+    home = device_of_sums(device)
+    sums = torch.zeros(4 + size, dtype=torch.float64, device=home)  # PSNR, SSIM, loss, images, uses of the codes
     with_ssim = training.model.image_size >= WINDOW
     for pixels in batches:
         images = unit_range(pixels)
         with autocast(device, amp):
             reconstruction, codes, commitment = training.reconstruct(images)
             loss = training.terms(images, reconstruction, commitment).sum()
-        sums[0] += psnr(images, reconstruction).sum()
+        sums[0] += psnr(images, reconstruction).sum().to(home)
         if with_ssim:
-            sums[1] += ssim(images, reconstruction).sum()
-        sums[2] += loss * len(images)
+            sums[1] += ssim(images, reconstruction).sum().to(home)
+        sums[2] += loss.to(home) * len(images)
         sums[3] += len(images)
-        sums[4:] += torch.bincount(codes.flatten(), minlength=size)
-    if dist.is_initialized():
-        dist.all_reduce(sums)
+        sums[4:] += torch.bincount(codes.flatten(), minlength=size).to(home)
+    sum_over_ranks(sums)
     counts = sums[4:]
     if not sums[3]:
         raise InputError('no image is left to evaluate')

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.figures import picture_format
 from fileio.files import atomic_path, check_writable, expand_files, write_text
 from fileio.labels import read_labels
-from flags import Parser, integer
+from flags import DEVICE_HELP, Parser, integer
 from image_data.quality import psnr, ssim
 from image_data.sources import Source, load_images, open_source, source_images
 from image_tokenizer.tokenizers import decode_codes, load_tokenizer, unit_range
@@ -66,7 +66,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--images', type=integer(1), default=16, help='on the contact sheet, from the first on')
     add('--max-image-pixels', type=integer(1), metavar='N', help="images with more are refused; default: PIL's limit")
     add('--num-workers', type=integer(), default=cores(), help='processes that decode images for --quality')
-    add('--device', default='cpu', help='that reconstructs for --quality: cpu, cuda, cuda:N or auto')
+    add('--device', default='cpu', help=f'that reconstructs for --quality: {DEVICE_HELP}')
     args = parser.parse_args(argv)
     if args.quality and not (args.data_path and args.tokenizer_path):
         raise InputError('--quality compares images with their reconstruction: give --data-path and --tokenizer-path')

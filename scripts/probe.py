@@ -26,7 +26,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import check_writable, write_text
 from fileio.labels import check_class_names, count_classes
-from flags import KeyValues, Parser, add_max_pixels, integer, number
+from flags import DEVICE_HELP, KeyValues, Parser, add_max_pixels, integer, number
 from image_data.dataset import ImageDataset, eval_transform
 from image_data.overlap import note_shared_images
 from inference.models import PIXELS, load_model, make_prepare, program_of
@@ -75,7 +75,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--neighbors', type=integer(1), default=20, help='how many nearest neighbors vote')
     add('--temperature', type=number(1e-6), default=TEMPERATURE, help="temperature of the neighbors' votes")
     add('--batch-size', type=integer(1), default=64, help='images in a batch')
-    add('--device', default='auto', help='auto (CUDA where there is one), cuda, cuda:N or cpu')
+    add('--device', default='auto', help=DEVICE_HELP)
     add('--output', metavar='FILE.json', help='also write the results to this file')
     args = parser.parse_args(argv)
     # either all flags of tokens or all flags of images
@@ -240,7 +240,7 @@ def linear_probe(train: torch.Tensor, labels: torch.Tensor, queries: torch.Tenso
 def accuracies(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
     """Top-1 and top-5 (%) of scores (N, classes) for labels (N,): {'acc1', 'acc5'}. Classes of -inf do not count."""
     best = scores.topk(min(5, scores.shape[1]), dim=1)
-    top = (best.indices == labels[:, None]) & (best.values > -torch.inf)
+    top = ((best.indices == labels[:, None]) & (best.values > -torch.inf)).cpu()  # not every device has float64
     return {'acc1': 100 * top[:, 0].double().mean().item(), 'acc5': 100 * top.any(1).double().mean().item()}
 
 

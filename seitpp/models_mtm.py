@@ -21,7 +21,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from image_tokenizer.vitvqgan import position_table
-from utils import InputError
+from utils import InputError, device_of_sums, uniform_float64
 
 PATCH = 2  # codes on a side
 CODE_DIM = 32  # elements of a learned code embedding
@@ -79,8 +79,8 @@ class MaskRatio:
         return ratio.clamp(self.low, self.high)
 
     def draw(self, generator: torch.Generator) -> torch.Tensor:
-        """One ratio () float64, on the generator's device."""
-        return self.quantile(torch.rand((), dtype=torch.float64, generator=generator, device=generator.device))
+        """One ratio () float64, on `device_of_sums` of the generator's device."""
+        return self.quantile(uniform_float64((), generator))
 
 
 def masks_of(noise: torch.Tensor, ratio: torch.Tensor | float, unseen: float) -> Masks:
@@ -92,7 +92,8 @@ def masks_of(noise: torch.Tensor, ratio: torch.Tensor | float, unseen: float) ->
     order = noise.argsort(1)
     # from the least noise on: first patches that are never seen, then those seen as mask tokens, then the visible ones
     seen = order[:, math.ceil(n * unseen):].sort(1).values
-    count = (n * torch.as_tensor(ratio, dtype=torch.float64, device=noise.device)).ceil()
+    count = (n * torch.as_tensor(ratio, dtype=torch.float64, device=device_of_sums(noise.device))).ceil()
+    count = count.long().to(noise.device)
     return Masks(seen, order.argsort(1) < count)  # argsort of an order: the rank of each patch
 
 

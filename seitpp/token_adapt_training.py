@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -23,7 +22,7 @@ from image_tokenizer.tokenizers import unit_range
 from seitpp.token_adapt import (ANGLE, FINER, SHEAR, SHIFT, Geometry, RandomGeometry, TokenAdapt, apply_geometry,
                                 manifest_of)
 from token_files.codebook import look_up, quantize
-from utils import InputError, autocast, print0, rank, seed_step
+from utils import InputError, autocast, device_of_sums, print0, rank, seed_step, sum_over_ranks
 
 IMAGES_PER_CHANGE = 16  # images that are measured under the same maps
 MEASURED = ('none', 'flip', 'rotate', 'shift', 'shear', 'crop', 'mixup', 'all')
@@ -148,8 +147,9 @@ def evaluate_token_adapt(model: TokenAdapt, pairs: CodePairs, batches: Iterable[
     device = pairs.codebook.device
     generator = torch.Generator(device)
     # fractions of codes that are right, summed over images: by TokenAdapt, by moving
-    hits = torch.zeros(len(MEASURED), 2, dtype=torch.float64, device=device)
-    sums = torch.zeros(2, dtype=torch.float64, device=device)  # loss, images
+    home = device_of_sums(device)
+    hits = torch.zeros(len(MEASURED), 2, dtype=torch.float64, device=home)
+    sums = torch.zeros(2, dtype=torch.float64, device=home)  # loss, images
     parts = (part for pixels in batches for part in pixels.split(IMAGES_PER_CHANGE))
     for number, part in enumerate(parts):
         seed_step(0, 0, number, rank(), generator)  # the same changes each time
@@ -159,12 +159,12 @@ def evaluate_token_adapt(model: TokenAdapt, pairs: CodePairs, batches: Iterable[
             targets = pairs.targets_of(images, change)
             with autocast(device, amp):
                 logits = pairs.logits_of(model, codes, change)
-            row += torch.stack([(predicted == targets).double().mean((1, 2)).sum()
+            row += torch.stack([(predicted == targets).to(home).double().mean((1, 2)).sum()
                                 for predicted in (logits.argmax(1), pairs.moved(codes, change))])
-        sums += torch.stack([F.cross_entropy(logits, targets).double(), torch.ones_like(sums[0])]) * len(images)
-    if dist.is_initialized():
-        dist.all_reduce(hits)
-        dist.all_reduce(sums)
+        loss = F.cross_entropy(logits, targets).to(home).double()
+        sums += torch.stack([loss, torch.ones_like(loss)]) * len(images)
+    sum_over_ranks(hits)
+    sum_over_ranks(sums)
     if not sums[1]:
         raise InputError('no image is left to evaluate')
     percent = dict(zip(MEASURED, (100 * hits / sums[1]).tolist()))

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -145,7 +146,9 @@ def test_the_gpu_of_a_local_rank(gpus, no_launcher, count, device, local_rank, v
     (1, 'cuda', 1, {}, 'GPU 1 is asked for .* there are 1: start fewer'), (2, 'cuda:2', 0, {}, 'GPU 2 is asked for'),
     (1, 'cuda', 1, {'TRES_PER_TASK': 'cpu=8'}, 'GPU 1'), (1, 'cuda:1', 0, {'GPUS_PER_TASK': 1}, 'GPU 1'),
     (1, 'cuda', 1, {'GPUS_PER_TASK': 1, 'GPU_BIND': 'none'}, 'GPU 1'), (0, 'cuda', 0, {}, 'add --device cpu'),
-    (0, 'cuda:0', 0, {}, 'add --device cpu'), (1, 'tpu', 0, {}, 'choose auto, cuda, cuda:N or cpu'),
+    (0, 'cuda:0', 0, {}, 'add --device cpu'), (1, 'tpu', 0, {}, 'choose auto, cuda, cuda:N or cpu, or another'),
+    (1, 'meta', 0, {}, 'choose'), (1, 'mps', 0, {}, 'finds no MPS device here: add --device cpu'),
+    (1, 'mps:x', 0, {}, 'choose'), (1, 'xpu:1', 0, {}, 'finds no XPU device here'),
     (1, 'cuda:x', 0, {}, 'choose'), (1, 'cuda:-1', 0, {}, 'choose'), (1, 'cpu:0', 0, {}, 'choose'),
     (1, 'auto:0', 0, {}, 'choose'), (1, '', 0, {}, 'choose'), (1, 'cuda:²', 0, {}, 'choose')])
 def test_devices_that_are_not_there(gpus, no_launcher, count, device, local_rank, variables, words):
@@ -153,6 +156,24 @@ def test_devices_that_are_not_there(gpus, no_launcher, count, device, local_rank
     no_launcher.setenv('LOCAL_RANK', str(local_rank))
     slurm(no_launcher, **variables)
     fails(lambda: utils.device_of_rank(device), words)
+
+
+def test_other_accelerators_that_torch_has(gpus, no_launcher):
+    gpus(0)
+    chosen = []
+    xpu = SimpleNamespace(is_available=lambda: True, device_count=lambda: 2, set_device=chosen.append)
+    mps = SimpleNamespace(is_available=lambda: True, device_count=lambda: 1)
+    modules = {'xpu': xpu, 'mps': mps, 'cuda': torch.cuda}
+    no_launcher.setattr(torch, 'get_device_module', lambda device: modules[device.type])
+    assert utils.device_of_rank('mps') == torch.device('mps', 0)
+    assert utils.device_of_rank('xpu:1') == torch.device('xpu', 1)
+    assert utils.device_of_rank('auto') == utils.CPU  # not for what no test here has run on
+    no_launcher.setenv('LOCAL_RANK', '1')
+    assert utils.device_of_rank('xpu') == torch.device('xpu', 1) and chosen == [1, 1]
+    fails(lambda: utils.device_of_rank('mps'), 'GPU 1 is asked for .* there are 1')
+    no_launcher.setenv('WORLD_SIZE', '2')
+    no_launcher.setenv('LOCAL_RANK', '0')
+    fails(lambda: utils.init_distributed('mps'), '--device mps: torch.distributed has no backend for several processes')
 
 
 def test_without_a_gpu_auto_is_the_cpu(gpus):
@@ -319,6 +340,7 @@ def test_two_ranks(tmp_path):
 
 PRINTS = """
 import sys
+from types import SimpleNamespace
 import utils
 def main(args):
     for number in range(2000):

@@ -14,9 +14,11 @@ RECIPE_BATCH = 1024  # images a step of the published recipe: 8 GPUs x 128
 
 
 def device_name(device: torch.device) -> str:
-    """The GPU's name, or the CPU's architecture and threads."""
+    """The GPU's name, another accelerator's kind, or the CPU's architecture and threads."""
     if device.type == 'cuda':
         return torch.cuda.get_device_name(device)
+    if device.type != 'cpu':
+        return device.type
     return f'CPU ({platform.machine()}, {torch.get_num_threads()} threads)'
 
 
