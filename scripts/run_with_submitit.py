@@ -1,19 +1,23 @@
 """Train under SLURM with submitit, which queues the job again when its time is up or it is pre-empted.
 
     python scripts/run_with_submitit.py --nodes 2 --gpus 8 --partition gpu -- --output-dir /shared/run --dist-eval
+    python scripts/run_with_submitit.py main_pixels.py -- --output-dir /shared/pixels --train-path A --val-path B
 
-What stands after `--` is main_seit.py's; --output-dir must be on a disk that all nodes share.
+PROGRAM is any that trains, main_seit.py where none is named. What stands after `--` is its own; --output-dir must be on
+a disk that all nodes share. A program that knows --resume resumes by itself when the job runs again.
 """
 import argparse
+import ast
+import importlib
 import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import main_seit
 from flags import Parser, integer, number
 from training.preemption import REQUEUE
 from utils import InputError, print0, run
@@ -22,9 +26,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """This script's arguments, and main_seit.py's flags as `training`. Raises InputError for a mistake in either."""
-    parser = Parser('Train under SLURM with submitit; flags of main_seit.py come after --.')
+    """This script's arguments, and the program's flags as `training`. Raises InputError for a mistake in either."""
+    parser = Parser('Train under SLURM with submitit; flags of the program come after --.')
     add = parser.add_argument
+    add('program', nargs='?', default='main_seit.py', metavar='PROGRAM', help='the program that trains')
     add('--nodes', type=integer(1), default=1, help='nodes of the job')
     add('--gpus', type=integer(1), default=8, help='GPUs of a node; each gets a process')
     add('--cpus', type=integer(1), default=8, help='cores for each GPU')
@@ -34,16 +39,39 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--comment', help='comment for the scheduler')
     add('--requeues', type=integer(), default=100, help='how often the job is queued again at most')
     add('--job-dir', metavar='DIR', help="folder of submitit's files; default: submitit in --output-dir")
+    add('--print-flags', action='store_true',
+        help='only print which flags for long runs the program knows, as scripts/slurm_train.sbatch asks')
     argv = list(sys.argv[1:] if argv is None else argv)
     end = argv.index('--') if '--' in argv else len(argv)
     args = argparse.Namespace(**vars(parser.parse_args(argv[:end])), training=argv[end + 1:])
-    training_args(args.training)  # mistakes show now, not when the job has waited for hours
+    training_args(args.program, args.training)  # mistakes show now, not when the job has waited for hours
     return args
 
 
-def training_args(flags: Sequence[str]) -> argparse.Namespace:
-    """main_seit.py's arguments, for a run that resumes. Raises InputError."""
-    return main_seit.parse_args([*flags, '--resume', 'auto'])
+def load_program(name: str) -> ModuleType:
+    """A training program of this project by its file's name, as in scripts/train_tokenizer.py. Raises InputError."""
+    path = ROOT / name  # a whole path stays as it is
+    if path.suffix != '.py' or not path.is_file() or path.resolve().parent not in (ROOT, ROOT / 'scripts'):
+        raise InputError(f'{name}: is no program of this project: name one that trains, such as main_seit.py or '
+                         'scripts/train_tokenizer.py')
+    calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_bytes())) if isinstance(node, ast.Call)}
+    if 'recipe.fit' not in calls:  # which is the end of every program that trains, and of no other
+        raise InputError(f'{name}: is no program that trains, such as main_seit.py or scripts/train_tokenizer.py')
+    return importlib.import_module('.'.join(path.resolve().relative_to(ROOT).with_suffix('').parts))
+
+
+def added_flags(args: argparse.Namespace) -> list[str]:
+    """The flags for long runs that a program knows, with values, as scripts/slurm_train.sbatch adds them."""
+    added = {'save_every': ['--save-every', '30m'], 'resume': ['--resume', 'auto']}
+    return [word for name, words in added.items() if name in vars(args) for word in words]
+
+
+def training_args(program: str, flags: Sequence[str]) -> argparse.Namespace:
+    """A program's arguments, for a run that resumes where it can. Raises InputError."""
+    parse_args = load_program(program).parse_args
+    # a program says by its arguments what it knows, as some take other flags with some of them
+    resumes = 'resume' in vars(parse_args(flags))
+    return parse_args([*flags, '--resume', 'auto'] if resumes else flags)
 
 
 def slurm_parameters(args: argparse.Namespace) -> dict[str, Any]:
@@ -55,18 +83,20 @@ def slurm_parameters(args: argparse.Namespace) -> dict[str, Any]:
 
 
 class Training:
-    """main_seit.py as submitit's job.
+    """A program as submitit's job.
 
     Args:
+        program: its file's name.
         flags: of its command line.
     """
 
-    def __init__(self, flags: Sequence[str]):
+    def __init__(self, program: str, flags: Sequence[str]):
+        self.program = program
         self.flags = flags
 
     def __call__(self) -> None:
         os.environ.setdefault('OMP_NUM_THREADS', '1')
-        if main_seit.main(training_args(self.flags)) == REQUEUE:
+        if load_program(self.program).main(training_args(self.program, self.flags)) == REQUEUE:
             # all is saved, and the handlers of before are back: now submitit may queue the job again
             signal.raise_signal(signal.SIGUSR1)
 
@@ -77,20 +107,23 @@ class Training:
 
 
 def main(args: argparse.Namespace) -> None:
-    os.environ['SUBMITIT_PREEMPT_SIGNAL'] = 'USR1'  # one of those that main_seit.py saves on
+    if args.print_flags:
+        print0(*added_flags(training_args(args.program, args.training)))
+        return
+    os.environ['SUBMITIT_PREEMPT_SIGNAL'] = 'USR1'  # one of those that programs save on
     try:
         import submitit
     except ImportError:
         raise InputError('scripts/run_with_submitit.py needs the submitit package: pip install submitit; '
                          'scripts/slurm_train.sbatch does without') from None
-    output_dir = training_args(args.training).output_dir
+    output_dir = training_args(args.program, args.training).output_dir
     os.chdir(ROOT)
-    # The job unpickles Training, and so imports main_seit, before any line of this file runs there.
+    # The job imports modules of ours before any line of this file runs there.
     os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])
     executor = submitit.AutoExecutor(args.job_dir or Path(output_dir) / 'submitit',
                                      slurm_max_num_timeout=args.requeues)
     executor.update_parameters(**slurm_parameters(args))
-    job = executor.submit(Training(args.training))
+    job = executor.submit(Training(args.program, args.training))
     print0(f'submitted job {job.job_id}; its output: {job.paths.stdout}')
 
 

@@ -58,7 +58,8 @@ def program_calls(text):
             at = next((i for i, word in enumerate(words) if re.fullmatch(r'[\w/]+\.(py|sbatch)', word)), None)
             if at is None:
                 continue
-            words = words[at:]
+            named = [word.partition('=')[2] for word in words[:at] if word.startswith('PROGRAM=')]
+            words = [*words[at:at + 1], *named, *words[at + 1:]]
             if '>' in words:
                 words = words[:words.index('>')]
             if len(words) > 1 or at > 0:  # a bare name is no call
@@ -119,11 +120,10 @@ PROGRAMS = sorted({program for _, program, _ in CALLS if program.endswith('.py')
                          ids=[f'{i}-{name}-{program}' for i, (name, program, _) in enumerate(CALLS)])
 def test_command_parses(document, program, words):
     assert (ROOT / program).exists(), f'{document}: {program}'
-    if program.endswith('.sbatch'):
-        program = 'main_seit.py'  # whose flags follow
-    load(program).parse_args(words)
-    if '--' in words:
-        load('main_seit.py').parse_args(words[words.index('--') + 1:])
+    if program.endswith('.sbatch'):  # the flags of a program follow, main_seit.py's unless one is named
+        named = words[:1] if words[0].endswith('.py') else []
+        program, words = (named or ['main_seit.py'])[0], words[len(named):]
+    load(program).parse_args(words)  # of run_with_submitit.py this parses the flags behind -- too
 
 
 def test_the_documents_hold_commands():
