@@ -32,7 +32,7 @@ import recipe
 from engine import evaluate, rank_indices
 from fileio.files import check_writable, write_text
 from fileio.torch_files import digest_of
-from flags import DEVICE_HELP, SEED, KeyValues, Parser, add_max_pixels, integer, print_no_effect
+from flags import DEVICE_HELP, SEED, KeyValues, Parser, add_exif_rotate, add_max_pixels, integer, print_no_effect
 from image_data.class_subsets import OnlyClasses, match_classes
 from image_data.corruptions import add_robustness_flags, make_corruption
 from image_data.sources import ImageBatch, Source, load_images, open_source
@@ -92,6 +92,7 @@ def make_parser() -> Parser:
         help='write a line for each image: file, label, prediction, probability and the five most probable classes')
     add('--skip-bad-images', action='store_true', help='leave unreadable images out and count them')
     add_max_pixels(add)
+    add_exif_rotate(add)
     add('--seed', type=SEED, default=0, help='seed of the noise of --corruption; nothing else is random')
     add('--device', default='auto', help=DEVICE_HELP)
     add('--dist-url', default='env://',
@@ -214,6 +215,7 @@ def main(args: argparse.Namespace) -> None:
     args = recipe.from_checkpoint(args, checkpoint, args.model_path)
     codebook = load_codebook(args.codebook_path)
     facts = {'codebook': digest_of(codebook), 'size of tokenized images': args.tokenizer_input_size,
+             'EXIF rotation': args.exif_rotate,
              'tokenizer': digest_of_entry(identity_of_tokenizer(args.tokenizer_path))}
     check_tokens_of(checkpoint, args.model_path, facts,
                     {'codebook': args.codebook_path, 'tokenizer': args.tokenizer_path})
@@ -225,7 +227,7 @@ def main(args: argparse.Namespace) -> None:
     if tokenizer.embed_dim != codebook.shape[1]:
         raise InputError(f'{args.codebook_path}: rows of {codebook.shape[1]} elements, but the tokenizer gives '
                          f'{tokenizer.embed_dim}: they belong to different tokenizers')
-    source = open_source(args.data_path)
+    source = open_source(args.data_path, args.exif_rotate)
     source.change = change  # images are corrupted where they are decoded, by the workers
     if world_size() > 1:
         check_same_on_all_ranks({'the list of images': source.digest(), 'images': source.content_digest(),

@@ -142,6 +142,12 @@ def add_max_pixels(add: Callable) -> None:
         help="images of more pixels count as unreadable (default: PIL's limit, 178,956,970)")
 
 
+def add_exif_rotate(add: Callable, **rules: bool) -> None:
+    """--exif-rotate, by a parser's add_argument, or a group's add with its rules."""
+    add('--exif-rotate', action='store_true', **rules,
+        help='turn images as their EXIF orientation says; without it they are read as they are stored')
+
+
 def _with_dashes(argument: str) -> str:
     # only the name: an underscore in a value is the user's, as in --output-dir=my_run
     flag, equals, value = argument.partition('=')
@@ -571,4 +577,5 @@ def add_image_flags(parser: Parser) -> Callable:
     add('--skip-bad-images', action='store_true', help='leave unreadable images out, instead of stopping at the first')
     add('--max-image-pixels', type=integer(1), metavar='N',
         help="images of more pixels are refused (default: PIL's limit, 178,956,970)")
+    add_exif_rotate(add, exact=True)
     return add

@@ -221,12 +221,12 @@ def make_tokens(args: argparse.Namespace, device: torch.device) -> tuple[argpars
     if 'tokens' not in (args.new, args.memory) or files.train:
         return args, files, files.describe(False)
     folder = Path(args.tokens_dir or Path(args.output_dir, 'tokens'))
-    splits = {'train': open_source(args.train_path)}
+    splits = {'train': open_source(args.train_path, args.exif_rotate)}
     source = splits['train']
     check_folder(args.train_path, str(folder), source.classes, '--tokens-dir' if args.tokens_dir else '--output-dir')
     tasks = make_tasks_of(args, {args.train_path: source.labels})
     if args.new == 'tokens' or args.eval_stored:
-        splits['val'] = open_source(args.val_path)
+        splits['val'] = open_source(args.val_path, args.exif_rotate)
     if args.new == 'tokens':  # a training on pixels looks at its images itself
         note_shared_images(source, splits['val'])
     with hold_tokens(folder):  # runs that differ in their memory may share the tokens; one makes them, others wait

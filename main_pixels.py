@@ -27,7 +27,7 @@ import flags
 import recipe
 from engine import evaluate, evaluate_checkpoint, rank_indices
 from fileio.labels import check_class_names, count_classes
-from flags import Parser, add_max_pixels, integer, number
+from flags import Parser, add_exif_rotate, add_max_pixels, integer, number
 from image_data.class_subsets import OnlyClasses, match_classes
 from image_data.corruptions import add_robustness_flags, make_corruption
 from image_data.dataset import ImageDataset, Normalize, eval_transform, random_erasing, train_transform
@@ -65,6 +65,7 @@ def get_args_parser() -> Parser:
     add('--pin-mem', action=flags.ON_OFF, default=True,
         help='copy batches to the GPU from page-locked memory, which is faster')
     add_max_pixels(add)
+    add_exif_rotate(add, exact=True, of_the_model=True)
     flags.add_model_flags(parser, 'deit_base_patch16_224', 'any model of timm')
     flags.add_optimization_flags(parser)
 
@@ -129,14 +130,15 @@ def load_split(args: argparse.Namespace, split: str) -> ImageDataset:
     else:
         transform = eval_transform(args.input_size, args.eval_crop_ratio)
     data = ImageDataset(getattr(args, f'{split}_path'), args.input_size, transform, args.num_workers,
-                        args.max_image_pixels)
+                        args.max_image_pixels, args.exif_rotate)
     print0(f'{split}: {len(data):,} images, {args.input_size}x{args.input_size} pixels are read')
     return data
 
 
-def facts_of(datasets: dict[str, ImageDataset]) -> dict[str, str]:
+def facts_of(datasets: dict[str, ImageDataset]) -> dict[str, Any]:
     """What ranks, and a resumed run, must have the same: SHA-256 of names, labels and sizes of images, by set."""
-    return {f'images of {split}': data.source.content_digest() for split, data in datasets.items()}
+    facts = {f'images of {split}': data.source.content_digest() for split, data in datasets.items()}
+    return facts | {'EXIF rotation': any(data.source.exif_rotate for data in datasets.values())}
 
 
 def draws_of(seed: int, epoch: int, indices: np.ndarray, first: int, repeats: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from fileio.labels import check_class_names
 from fileio.torch_files import digest_of
 from token_augment import check_crop
 from token_files.cache import digest_of_codes, open_codes
-from token_files.made_with import check_made_with, digest_of_entry, tokenizer_of
+from token_files.made_with import check_made_with, digest_of_entry, is_rotated, tokenizer_of
 from token_files.prefetching import prefetch
 from token_files.token_file import TokenFile, bytes_on_disk, labels_of, open_token_file
 from utils import CPU, InputError, print0
@@ -205,7 +205,7 @@ def _identities(file: TokenFile) -> list[tuple]:
 def facts_of(datasets: dict[str, TokenDataset], codebook: torch.Tensor) -> dict[str, Any]:
     """What ranks, and a resumed run, must have the same: SHA-256 of codes, labels and codebook, by name. Collective.
 
-    With the tokenizer and the size of its images, where a manifest states them.
+    With the tokenizer, the size of its images and whether they were turned, where a manifest states them.
 
     Args:
         datasets: by 'train' and 'val'.
@@ -222,4 +222,6 @@ def facts_of(datasets: dict[str, TokenDataset], codebook: torch.Tensor) -> dict[
     if tokenizer:
         facts['tokenizer'] = digest_of_entry(tokenizer)
     sizes = [file.manifest['image_size'] for file in files if type(file.manifest.get('image_size')) is int]
-    return facts | ({'size of tokenized images': sizes[0]} if sizes else {})
+    if sizes:  # of a set whose manifest says how it was made
+        facts |= {'size of tokenized images': sizes[0], 'EXIF rotation': any(map(is_rotated, files))}
+    return facts

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # before installed packages of the same names
-from flags import DEVICE_HELP, Parser, add_max_pixels, integer
+from flags import DEVICE_HELP, Parser, add_exif_rotate, add_max_pixels, integer
 from image_data.sources import open_source
 from image_tokenizer.tokenizing import EncodingOptions, tokenize
 from token_files.parts import OutputFiles
@@ -53,6 +53,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='images in each numbered shard; 0 makes one set of files')
     add('--skip-bad-images', action='store_true', help='leave unreadable images out, instead of stopping at the first')
     add_max_pixels(add)
+    add_exif_rotate(add)
 
     group = parser.add_argument_group('computation')
     add = group.add_argument
@@ -79,8 +80,8 @@ def main(args: argparse.Namespace) -> None:
     options = EncodingOptions(args.tokenizer_path, args.image_size, args.codebook_path,
                               code_path=args.tokenizer_code_path, batch_size=args.batch_size, amp=args.amp,
                               compiled=args.compile, limit_codes=args.limit_codes)
-    tokenize(open_source(args.data_path), output, options, device, args.num_workers, args.skip_bad_images,
-             args.max_image_pixels)
+    source = open_source(args.data_path, args.exif_rotate)
+    tokenize(source, output, options, device, args.num_workers, args.skip_bad_images, args.max_image_pixels)
 
 
 if __name__ == '__main__':

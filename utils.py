@@ -12,6 +12,7 @@ import random
 import re
 import sys
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -338,6 +339,26 @@ def check_same_on_all_ranks(facts: dict[str, Any]) -> None:
                                  f'on rank {other}: start all with the same flags, on folders that all nodes share')
 
 
+def union_over_ranks(name: str, numbers: set[int]) -> set[int] | None:
+    """All ranks' numbers together, on the rank that asks last; None on the others. Nobody waits.
+
+    Args:
+        name: of the question, the same on all ranks, and asked once by each.
+        numbers: of this rank, 0 or more.
+    """
+    if world_size() == 1:
+        return numbers
+    if _store is None:
+        return None
+    bits = np.zeros(max(numbers, default=-1) + 1, bool)
+    bits[list(numbers)] = True
+    _store.set(f'{name} {rank()}', zlib.compress(np.packbits(bits).tobytes()))
+    if _store.add(name, 1) < world_size():
+        return None
+    rows = (zlib.decompress(_store.get(f'{name} {other}')) for other in range(world_size()))
+    return set().union(*(np.unpackbits(np.frombuffer(row, np.uint8)).nonzero()[0].tolist() for row in rows))
+
+
 # ---------------------------------------------------------------- memory
 
 def keep_freed_memory(device: torch.device) -> None:
@@ -360,9 +381,13 @@ def keep_freed_memory(device: torch.device) -> None:
 # ---------------------------------------------------------------- printing
 
 def print0(*values: Any) -> None:
-    """Print on rank 0. A standard output that is closed, or full, does not stop the program."""
-    if not is_main():
-        return
+    """Print on rank 0, by `print_line`."""
+    if is_main():
+        print_line(*values)
+
+
+def print_line(*values: Any) -> None:
+    """Print on this rank. A standard output that is closed, or full, does not stop the program."""
     text = ' '.join(map(str, values))
     try:
         encoding = getattr(sys.stdout, 'encoding', None) or 'utf-8'

@@ -131,6 +131,8 @@ class TaskImages(Source):
         self.files = files
         self.data_path = source.data_path
         self.classes = source.classes
+        self.exif_rotate = source.exif_rotate
+        self.oriented = source.oriented
         self.labels = np.concatenate([labels, np.asarray(file_labels, np.int64)])
         self.names = [source.names[i] for i in self.indices] + [f'memory/{number}' for number in range(len(files))]
 
@@ -145,7 +147,7 @@ def store_from(source: Source, i: int, store: Callable[[Image.Image], Sample],
                max_pixels: int | None = None) -> Sample:
     """The sample that `store` makes of image i of a source, in RGB. Raises InputError."""
     try:
-        return store(decode_rgb(source.read(i), max_pixels))
+        return store(decode_rgb(source.read(i), max_pixels, source.exif_rotate))
     except (OSError, BadImage) as error:
         raise InputError(f'{source.data_path}: {source.names[i]} cannot be read or stored ({error}): replace or remove '
                          'it') from None

@@ -5,7 +5,7 @@ import flags
 from continual.forms import FORMS
 from continual.memory import POLICIES
 from continual.tasks import ORDER_SEED
-from flags import SYNONYMS, Parser, add_max_pixels, byte_count, integer
+from flags import SYNONYMS, Parser, add_exif_rotate, add_max_pixels, byte_count, integer
 from utils import InputError
 
 # Flags of main_seit.py and main_pixels.py that are refused here, and why: they would be ignored in silence.
@@ -70,6 +70,7 @@ def add_task_flags(parser: Parser) -> None:
     add('--image-size', type=integer(1), default=256,
         help='pixels to which both sides of an image are resized before it is tokenized')
     add_max_pixels(add)
+    add_exif_rotate(add, exact=True)
     add('--tokens-dir', default='', metavar='DIR', of_a_rank=True,
         help='folder for the tokens that are made here (default: tokens in --output-dir); runs with the same first '
         'task may use one folder')

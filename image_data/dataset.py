@@ -37,6 +37,7 @@ class ImageDataset:
         transform: RGB image -> (3, S, S) uint8, of `train_transform` or `eval_transform`.
         workers: processes that decode.
         max_pixels: larger images are an InputError; None for PIL's limit.
+        exif_rotate: turn images as their EXIF orientation says.
 
     Attributes:
         source: the Source.
@@ -45,8 +46,8 @@ class ImageDataset:
     """
 
     def __init__(self, data_path: str, size: int, transform: Callable[[Image.Image], Any], workers: int = 0,
-                 max_pixels: int | None = None):
-        self.source = open_source(data_path)
+                 max_pixels: int | None = None, exif_rotate: bool = False):
+        self.source = open_source(data_path, exif_rotate)
         self.labels = self.source.labels
         self.classes = self.source.classes
         self.size = size
@@ -223,13 +224,15 @@ class Images:
         raise InputError(f'{self.source.data_path}: none of its {len(self)} images can be read')
 
 
-def facts_of(images: Images, held_out: Images) -> dict[str, str]:
+def facts_of(images: Images, held_out: Images) -> dict[str, Any]:
     """What ranks, and a resumed run, must have the same: SHA-256 of which images are trained on and which held out."""
-    return {f'{name} images': digest_of([part.source.content_digest(), part.numbers])
-            for name, part in (('training', images), ('held-out', held_out))}
+    facts = {f'{name} images': digest_of([part.source.content_digest(), part.numbers])
+             for name, part in (('training', images), ('held-out', held_out))}
+    return facts | {'EXIF rotation': images.source.exif_rotate}
 
 
-def hold_out(data_path: str, val_path: str, val_images: int | None, seed: int, **reading: Any) -> tuple[Images, Images]:
+def hold_out(data_path: str, val_path: str, val_images: int | None, seed: int, exif_rotate: bool = False,
+             **reading: Any) -> tuple[Images, Images]:
     """The images that are trained on, and those held out: none is in both.
 
     Args:
@@ -237,13 +240,14 @@ def hold_out(data_path: str, val_path: str, val_images: int | None, seed: int, *
         val_path: of the images that are held out; '' for some of `data_path`.
         val_images: how many are held out, drawn at random; None for a tenth, 1,000 at most.
         seed: of the draw.
+        exif_rotate: turn images as their EXIF orientation says.
         reading: what else an `Images` takes, such as its size and batch size.
 
     Raises:
         InputError: for images that cannot be found, or are too few.
     """
-    source = open_source(data_path)
-    val_source = open_source(val_path) if val_path else source
+    source = open_source(data_path, exif_rotate)
+    val_source = open_source(val_path, exif_rotate) if val_path else source
     if val_path:
         note_shared_images(source, val_source)
     count = val_images or min(HELD_OUT, max(1, len(val_source) // 10))

@@ -6,6 +6,7 @@ files and the folders that systems add are never images. Whatever PIL raises for
 import functools
 import io
 import re
+import warnings
 from pathlib import PurePath
 
 import numpy as np
@@ -18,6 +19,12 @@ from utils import first_line, print0
 NOT_READ = {'BUFR', 'EPS', 'GRIB', 'HDF5', 'IPTC', 'MPEG', 'WMF'}
 # Folders that file managers, archivers and file systems add; some hold thumbnails.
 SYSTEM_FOLDERS = {'__MACOSX', '@eaDir', '$RECYCLE.BIN', 'System Volume Information', 'lost+found'}
+
+ORIENTATION = 0x0112  # the EXIF tag that says how a camera was held
+UPRIGHT = 1  # its value for an image that is stored as it is to be seen
+TURNS = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+         5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+         8: Image.Transpose.ROTATE_90}
 
 # Longer sides are averaged over some of their pixels before they are resized, which bounds memory.
 LONG_SIDE = 1 << 16
@@ -80,14 +87,20 @@ class IgnoredFiles:
 
 # ---------------------------------------------------------------- decoding
 
-def decode_rgb(data: bytes, max_pixels: int | None = None) -> Image.Image:
-    """An encoded image, decoded whole, in RGB.
+def decode_rgb(data: bytes, max_pixels: int | None = None, exif_rotate: bool = False) -> Image.Image:
+    """The image of `decode_oriented`. Raises BadImage."""
+    return decode_oriented(data, max_pixels, exif_rotate)[0]
 
-    Colors are converted as torchvision's loader does, by PIL's convert('RGB'), and EXIF rotation is ignored.
+
+def decode_oriented(data: bytes, max_pixels: int | None = None, exif_rotate: bool = False) -> tuple[Image.Image, int]:
+    """An encoded image, decoded whole, in RGB, and its EXIF orientation, 1 to 8.
+
+    Colors are converted as torchvision's loader does, by PIL's convert('RGB').
 
     Args:
         data: bytes of the file.
         max_pixels: larger images are refused; None for PIL's limit.
+        exif_rotate: turn and mirror the image as its orientation says, as PIL's exif_transpose does; else ignore it.
 
     Raises:
         BadImage: for anything that is no whole image.
@@ -99,7 +112,11 @@ def decode_rgb(data: bytes, max_pixels: int | None = None) -> Image.Image:
         with Image.open(io.BytesIO(data), formats=image_formats()) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise Image.DecompressionBombError(f'{image.width} x {image.height} pixels')
-            return image.convert('RGB')
+            pixels = image.convert('RGB')
+            orientation = orientation_of(image)  # after decoding: PIL itself turns some kinds, and drops their tag
+            if exif_rotate and orientation != UPRIGHT:
+                pixels = pixels.transpose(TURNS[orientation])
+            return pixels, orientation
     except Image.UnidentifiedImageError:
         raise BadImage('no image of a kind that is read' if data else 'an empty file') from None
     except Image.DecompressionBombError as error:
@@ -111,6 +128,17 @@ def decode_rgb(data: bytes, max_pixels: int | None = None) -> Image.Image:
         raise BadImage(why or type(error).__name__) from None
     finally:
         Image.MAX_IMAGE_PIXELS = limit
+
+
+def orientation_of(image: Image.Image) -> int:
+    """The EXIF orientation of a decoded image, 1 to 8: UPRIGHT where it has none, or one that cannot be read."""
+    try:
+        with warnings.catch_warnings():  # PIL warns of damaged tags
+            warnings.simplefilter('ignore')
+            orientation = image.getexif().get(ORIENTATION, UPRIGHT)
+    except Exception:  # PIL raises nearly anything for damaged tags, with which the pixels may be whole
+        return UPRIGHT
+    return orientation if orientation in TURNS else UPRIGHT
 
 
 def pixels_of(image: Image.Image) -> torch.Tensor:
@@ -135,9 +163,9 @@ def fit_sides(image: Image.Image, longest: int) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC, reducing_gap=2)  # else a kernel may take gigabytes
 
 
-def decode_image(data: bytes, size: int, max_pixels: int | None = None) -> torch.Tensor:
+def decode_image(data: bytes, size: int, max_pixels: int | None = None, exif_rotate: bool = False) -> torch.Tensor:
     """`resize_square` of `decode_rgb`: encoded bytes -> (3, size, size) uint8. Raises BadImage."""
-    return resize_square(decode_rgb(data, max_pixels), size)
+    return resize_square(decode_rgb(data, max_pixels, exif_rotate), size)
 
 
 # ---------------------------------------------------------------- bytes without headers

@@ -27,8 +27,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from image_data.decoding import (BadImage, bare_bytes, decode_rgb, fit_sides, image_extensions, image_formats, is_image,
-                                 pixels_of)
+from image_data.decoding import (UPRIGHT, BadImage, bare_bytes, decode_oriented, decode_rgb, fit_sides,
+                                 image_extensions, image_formats, is_image, pixels_of)
 from image_data.quality import psnr
 from image_data.sources import Source, next_batch
 from image_data.workers import plan_workers
@@ -93,6 +93,7 @@ class Shrunk(NamedTuple):
         bare: bytes without headers (decoding.bare_bytes), or None.
         psnr: against the source at the source's size, in dB; NaN where it was not asked for.
         fitted: whether a side was longer than LONGEST.
+        oriented: whether the source's EXIF orientation is not upright.
     """
     data: bytes
     ending: str
@@ -100,6 +101,7 @@ class Shrunk(NamedTuple):
     bare: int | None
     psnr: float
     fitted: bool = False
+    oriented: bool = False
 
 
 def sides_of(image: Image.Image, method: str, parameter: float) -> list[int]:
@@ -285,13 +287,14 @@ class ShrunkImages(Dataset):
         data = self.source.read(i)
         if self.method == 'sample':
             return Shrunk(data, ending_of(self.source.names[i], data), len(data), bare_bytes(data), EQUAL_PSNR)
-        image = decode_rgb(data, self.max_pixels)
+        image, orientation = decode_oriented(data, self.max_pixels, self.source.exif_rotate)
         data = shrink(image, self.method, self.parameter)
         ending = '.webp' if self.method == 'webp' else '.jpg'
         if self.only_sizes:
-            return Shrunk(b'', ending, len(data), None, math.nan)
+            return Shrunk(b'', ending, len(data), None, math.nan, oriented=orientation != UPRIGHT)
         fitted = max(sides_of(image, self.method, self.parameter)) > LONGEST[self.method]
-        return Shrunk(data, ending, len(data), bare_bytes(data), psnr_of(image, data), fitted)
+        return Shrunk(data, ending, len(data), bare_bytes(data), psnr_of(image, data), fitted,
+                      orientation != UPRIGHT)
 
 
 def shrink_images(smaller: ShrunkImages, workers: int) -> Iterator[Shrunk]:
@@ -302,10 +305,13 @@ def shrink_images(smaller: ShrunkImages, workers: int) -> Iterator[Shrunk]:
                              prefetch_factor=ahead if processes else None,
                              multiprocessing_context='fork' if processes else None, generator=torch.Generator(),
                              worker_init_fn=_end_with_parent))
-    for _ in range(len(smaller)):
+    for number in range(len(smaller)):
         chunk = next_batch(loader, smaller.source)
         if isinstance(chunk, str):
             raise InputError(f'{smaller.source.data_path}: {chunk}: replace or remove it')
+        if smaller.source.oriented:
+            oriented = [i for i, image in zip(smaller.chunks[number], chunk) if image.oriented]
+            smaller.source.oriented.add(smaller.source, oriented, number == len(smaller) - 1)
         yield from chunk
 
 

@@ -103,8 +103,9 @@ def identify_run(source: Source, method: str, parameter: float | None, budget: d
     """
     versions = {'PIL': PIL.__version__, **{name: features.version(name) for name in ('jpg', 'libjpeg_turbo', 'webp')}}
     # An earlier version also made tar shards, and sampled by scores. Their names stay, so that its sets are recognized.
-    return {'method': method, 'parameter': parameter, 'budget': budget or None, 'format': 'folder', 'scores': None,
-            'seed': seed, 'images': source.digest(), 'versions': versions}
+    run_id = {'method': method, 'parameter': parameter, 'budget': budget or None, 'format': 'folder', 'scores': None,
+              'seed': seed, 'images': source.digest(), 'versions': versions}
+    return run_id | ({'exif_rotate': True} if source.exif_rotate else {})
 
 
 class Record(NamedTuple):

@@ -34,13 +34,14 @@ from tqdm import tqdm
 from fileio.files import expand_files
 from fileio.labels import MAX_CLASS, check_class_names
 from fileio.stamps import Stamp, stamp_of
-from image_data.decoding import BadImage, IgnoredFiles, decode_rgb, image_formats, is_hidden, resize_square
+from image_data.decoding import (UPRIGHT, BadImage, IgnoredFiles, decode_oriented, image_formats, is_hidden,
+                                 resize_square)
 from image_data.folders import holds_class_folders, read_folder, read_regular_file
 from image_data.parquet_files import (check_one_split, class_names, image_bytes, open_parquet, read_column,
                                       read_labels_of)
 from image_data.tar_shards import read_tar
 from image_data.workers import plan_workers
-from utils import InputError, cores, print0
+from utils import InputError, cores, print0, print_line, union_over_ranks, world_size
 
 
 # ---------------------------------------------------------------- sources
@@ -56,6 +57,8 @@ class Source:
         labels_from: where the labels come from, for messages.
         change: what `load_images` does to a prepared image, (pixels (3, S, S) uint8, i) -> pixels, such as a
             corruptions.Corruption; None for nothing.
+        exif_rotate: turn images as their EXIF orientation says; of what tells one set from another.
+        oriented: counts the images whose orientation is not upright; None for no count.
     """
     data_path: str
     names: list[str]
@@ -63,6 +66,8 @@ class Source:
     classes: list[str] | None = None
     labels_from: str
     change: Callable[[torch.Tensor, int], torch.Tensor] | None = None
+    exif_rotate: bool = False
+    oriented: 'OrientedImages | None' = None
 
     def __len__(self) -> int:
         return len(self.names)
@@ -92,21 +97,54 @@ class Source:
         return int(self.sizes().sum())
 
     def digest(self) -> str:
-        """SHA-256 of names and labels: changes when the list of images does.
+        """SHA-256 of names and labels: changes when the list of images does, and with `exif_rotate`.
 
         Not of the pixels, which would read the whole set: a run may resume after a damaged image was mended.
         """
         lines = hashlib.sha256()
         for name, label in zip(self.names, self.labels.tolist()):
             lines.update(f'{label} {name}\n'.encode(errors='surrogateescape'))
+        if self.exif_rotate:  # else codes, checkpoints and memories of other pixels would be taken for those of these
+            lines.update(b'--exif-rotate\n')
         return lines.hexdigest()
 
 
-def open_source(data_path: str | Path) -> Source:
-    """The Source that `data_path` names, see the module's docstring. Prints what is ignored. Raises InputError."""
+class OrientedImages:
+    """Which images of a source have an EXIF orientation that is not upright: said once, over all ranks.
+
+    The line comes when this rank has read what it was first asked for, as an epoch, and the other ranks have, too. No
+    rank waits for another.
+    """
+
+    def __init__(self) -> None:
+        self.images = set()
+        self.done = False
+
+    def add(self, source: Source, images: Sequence[int], last: bool) -> None:
+        """Note images of the source that were read, `last` with the last ones of a pass over it."""
+        if self.done:
+            return
+        self.images.update(map(int, images))
+        if not last:
+            return
+        self.done = True
+        found = union_over_ranks(f'oriented images of {source.digest()}' if world_size() > 1 else '', self.images)
+        if found:
+            how = 'are turned by it' if source.exif_rotate else 'are read as they are stored; --exif-rotate turns them'
+            print_line(f'note: {source.data_path}: {len(found):,} of the images read have an EXIF orientation other '
+                       f'than 1, and {how} (first: {source.names[min(found)]})')
+
+
+def open_source(data_path: str | Path, exif_rotate: bool = False) -> Source:
+    """The Source that `data_path` names, see the module's docstring. Prints what is ignored. Raises InputError.
+
+    With `exif_rotate` its images are turned as their EXIF orientation says.
+    """
     ignored = IgnoredFiles()
     source = _open(str(data_path), ignored)
     source.data_path = str(data_path)
+    source.exif_rotate = exif_rotate
+    source.oriented = OrientedImages()
     ignored.report(source.data_path)
     return source
 
@@ -351,11 +389,13 @@ class ImageBatch(NamedTuple):
         pixels: (B, 3, S, S) uint8, on the CPU.
         encoded_bytes: (B,) int64, of each encoded image.
         skipped: (index, what is wrong) of the images that cannot be read.
+        oriented: indices of those whose EXIF orientation is not upright.
     """
     indices: np.ndarray
     pixels: torch.Tensor
     encoded_bytes: np.ndarray
     skipped: list[tuple[int, str]]
+    oriented: Sequence[int] = ()
 
 
 def load_images(source: Source, batches: Sequence[Sequence[int]], size: int, *, workers: int | None = 0,
@@ -389,8 +429,10 @@ def load_images(source: Source, batches: Sequence[Sequence[int]], size: int, *, 
         collate_fn=_unchanged, pin_memory=pin_memory, prefetch_factor=ahead if processes else None,
         multiprocessing_context='fork' if processes else None,
         generator=torch.Generator()))  # else it would draw from torch's global one, and shift what a training draws
-    for _ in range(len(batches)):
+    for number in range(len(batches)):
         batch = next_batch(loader, source, workers is not None)
+        if source.oriented:
+            source.oriented.add(source, batch.oriented, number == len(batches) - 1)
         for i, why in batch.skipped:
             if not skip_bad:
                 advice = 'replace or remove it' + (', or add --skip-bad-images' if skip_bad is False else '')
@@ -443,10 +485,12 @@ class _DecodedBatches(Dataset):
         good = []
         sizes = []
         skipped = []
+        oriented = []
         for position, i in enumerate(map(int, batch)):
             try:
                 data = self.source.read(i)
-                image = self.prepare(decode_rgb(data, self.max_pixels), number, position)
+                image, orientation = decode_oriented(data, self.max_pixels, self.source.exif_rotate)
+                image = self.prepare(image, number, position)
             except OSError as error:
                 skipped.append((i, error.strerror or str(error)))
             except (BadImage, InputError) as error:
@@ -455,7 +499,8 @@ class _DecodedBatches(Dataset):
                 pixels[len(good)] = self.source.change(image, i) if self.source.change else image
                 good.append(i)
                 sizes.append(len(data))
-        return ImageBatch(np.array(good, np.int64), pixels[:len(good)], np.array(sizes, np.int64), skipped)
+                oriented += [i] if orientation != UPRIGHT else []
+        return ImageBatch(np.array(good, np.int64), pixels[:len(good)], np.array(sizes, np.int64), skipped, oriented)
 
 
 def source_images(source: Source, count: int, size: int, max_pixels: int | None) -> torch.Tensor:

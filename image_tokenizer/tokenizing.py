@@ -193,6 +193,8 @@ def identify_run(source: Source, output: OutputFiles, options: EncodingOptions, 
               'limit_codes': options.limit_codes, 'shard_size': output.shard_size}
     if output.format != 'published':  # manifests from before there was another format say nothing of it
         run_id['format'] = output.format
+    if source.exif_rotate:  # nor of turning images, which none was before
+        run_id['exif_rotate'] = True
     return run_id
 
 
@@ -336,6 +338,8 @@ def finish(source: Source, output: OutputFiles, options: EncodingOptions, finish
                 'codebook': codebook_id | {'values_sha256': digest_of(codebook.float())},
                 'run': run_id, 'source_sizes': stamp.sizes}
     manifest = seen_from(manifest, output.folder)
+    if source.exif_rotate:
+        manifest['exif_rotate'] = True
     if options.limit_codes:
         manifest['kept_codes'] = finished.used.tolist()
     notes = f'{skipped} bad images skipped, ' if skipped else ''

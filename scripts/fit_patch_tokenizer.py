@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from flags import SEED, Parser, add_max_pixels, integer
+from flags import SEED, Parser, add_exif_rotate, add_max_pixels, integer
 from image_data.sources import open_source
 from image_tokenizer.patch_fit import FitOptions, fit_to_folder
 from image_tokenizer.tokenizers import check_sizes
@@ -39,6 +39,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--num-workers', type=integer(0), metavar='N', help='processes that decode images; default: as many as cores')
     add('--skip-bad-images', action='store_true', help='leave out unreadable images, instead of stopping at one')
     add_max_pixels(add)
+    add_exif_rotate(add)
     args = parser.parse_args(argv)
     check_sizes(args.image_size, args.patch_size)
     return args
@@ -47,8 +48,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     options = FitOptions(args.image_size, args.patch_size, args.dim, args.codes, args.max_images, args.max_patches,
                          args.iterations, args.seed)
-    fit_to_folder(open_source(args.data_path), args.output_dir, options, args.num_workers, args.skip_bad_images,
-                  args.max_image_pixels)
+    source = open_source(args.data_path, args.exif_rotate)
+    fit_to_folder(source, args.output_dir, options, args.num_workers, args.skip_bad_images, args.max_image_pixels)
 
 
 if __name__ == '__main__':

@@ -94,7 +94,8 @@ def main(args: argparse.Namespace) -> int:
     grid_size = args.image_size // tokenizer.patch_size
     images, held_out = hold_out(args.data_path, args.val_path, args.val_images, args.seed, size=args.image_size,
                                 batch_size=args.batch_size, device=device, workers=args.num_workers,
-                                skip_bad=args.skip_bad_images, max_pixels=args.max_image_pixels)
+                                skip_bad=args.skip_bad_images, max_pixels=args.max_image_pixels,
+                                exif_rotate=args.exif_rotate)
     made_with = {'tokenizer': identity_of_tokenizer(args.tokenizer_path), 'codebook': entry_of_codebook(
         codebook, args.codebook_path or args.tokenizer_path)}
     facts = facts_of(images, held_out) | {'tokenizer': digest_of_entry(made_with['tokenizer']),

@@ -23,7 +23,7 @@ from torchvision.utils import make_grid
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.figures import picture_format
 from fileio.files import atomic_path, check_writable, expand_files
-from flags import SEED, KeyValues, Parser, integer, number
+from flags import SEED, KeyValues, Parser, add_exif_rotate, integer, number
 from image_data.sources import open_source, source_images
 from image_tokenizer.tokenizers import decode_codes, load_tokenizer
 from inference.models import grid_size_of
@@ -31,7 +31,7 @@ from seitpp.models_mtm import MODELS, PATCH, MaskedTokenModel, create_model, mas
 from token_augment import center_crop, check_crop
 from token_files.cache import open_codes
 from token_files.codebook import load_codebook
-from token_files.made_with import check_made_with
+from token_files.made_with import check_made_with, note_rotation
 from token_files.token_file import open_token_file
 from training.checkpoints import (PRETRAIN, check_codes, check_origin, load_checkpoint, load_weights, saved_flags,
                                   without_token_adapt)
@@ -57,6 +57,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--mask-ratio', type=number(0.01, 1), default=0.6, help='part of the patches that are masked')
     add('--seed', type=SEED, default=0, help='seed of the masks')
     add('--max-image-pixels', type=integer(1), metavar='N', help="refuse images with more pixels; default: PIL's limit")
+    add_exif_rotate(add)
     return parser.parse_args(argv)
 
 
@@ -121,7 +122,9 @@ def main(args: argparse.Namespace) -> None:
     if codebook.shape[1] != tokenizer.embed_dim:
         raise InputError(f'{args.codebook_path}: rows of {codebook.shape[1]} elements, but the tokenizer gives '
                          f'{tokenizer.embed_dim}')
-    source = open_source(args.data_path) if args.data_path else None
+    source = open_source(args.data_path, args.exif_rotate) if args.data_path else None
+    if source:
+        note_rotation(files, args.exif_rotate)
     all_codes = open_codes(files, cache='none')
     if source and len(source) != len(all_codes):
         raise InputError(f'{args.data_path}: {len(source)} images, but {args.token_file} holds {len(all_codes)}; give '

@@ -34,13 +34,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.figures import picture_format
 from fileio.files import atomic_path, check_writable, expand_files, write_text
 from fileio.labels import read_labels
-from flags import DEVICE_HELP, Parser, integer
+from flags import DEVICE_HELP, Parser, add_exif_rotate, integer
 from image_data.quality import psnr, ssim
 from image_data.sources import Source, load_images, open_source, source_images
 from image_tokenizer.tokenizers import decode_codes, load_tokenizer, unit_range
 from token_files.cache import open_codes
 from token_files.codebook import load_codebook
-from token_files.made_with import check_made_with
+from token_files.made_with import check_made_with, note_rotation
 from token_files.token_file import TokenFile, bytes_per_image, count_codes, entropy_bits, open_token_file
 from utils import InputError, cores, device_of_rank, print0, run
 
@@ -65,6 +65,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         'source images and reconstructions, whichever there are')
     add('--images', type=integer(1), default=16, help='on the contact sheet, from the first on')
     add('--max-image-pixels', type=integer(1), metavar='N', help="images with more are refused; default: PIL's limit")
+    add_exif_rotate(add)
     add('--num-workers', type=integer(), default=cores(), help='processes that decode images for --quality')
     add('--device', default='cpu', help=f'that reconstructs for --quality: {DEVICE_HELP}')
     args = parser.parse_args(argv)
@@ -205,7 +206,9 @@ def main(args: argparse.Namespace) -> None:
             picture_format(args.output)  # raises for another ending, before the work
         inputs = [args.codebook_path, args.label_file, args.tokenizer_path, args.data_path]
         check_writable(args.output, inputs=[*filter(None, inputs), *(file.stream for file in files)])
-    source = open_source(args.data_path) if args.data_path else None
+    source = open_source(args.data_path, args.exif_rotate) if args.data_path else None
+    if source:
+        note_rotation(files, args.exif_rotate)
     codes = open_codes(files, cache='none')
     try:
         counts = count_codes(codes, len(codebook))

@@ -26,7 +26,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import check_writable, write_text
 from fileio.labels import check_class_names, count_classes
-from flags import DEVICE_HELP, KeyValues, Parser, add_max_pixels, integer, number
+from flags import DEVICE_HELP, KeyValues, Parser, add_exif_rotate, add_max_pixels, integer, number
 from image_data.dataset import ImageDataset, eval_transform
 from image_data.overlap import note_shared_images
 from inference.models import PIXELS, load_model, make_prepare, program_of
@@ -71,6 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='part of the side of images that the center crop keeps; default: as the checkpoint says')
     add('--num-workers', type=integer(), default=10, help='processes that decode images; never more than the cores')
     add_max_pixels(add)
+    add_exif_rotate(add)
     add('--probes', nargs='+', choices=PROBES, default=list(PROBES), help='which probes to run')
     add('--neighbors', type=integer(1), default=20, help='how many nearest neighbors vote')
     add('--temperature', type=number(1e-6), default=TEMPERATURE, help="temperature of the neighbors' votes")
@@ -296,7 +297,8 @@ def main(args: argparse.Namespace) -> None:
     if program == PIXELS:
         paths = {'train': args.train_path, 'val': args.val_path}
         transform = eval_transform(trained.input_size, trained.crop_ratio)
-        data = {split: ImageDataset(path, trained.input_size, transform, args.num_workers, args.max_image_pixels)
+        data = {split: ImageDataset(path, trained.input_size, transform, args.num_workers, args.max_image_pixels,
+                                   args.exif_rotate)
                 for split, path in paths.items()}
         note_shared_images(data['train'].source, data['val'].source)
     else:

@@ -34,7 +34,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import read_json
-from flags import SEED, Parser, integer, number
+from flags import SEED, Parser, add_exif_rotate, integer, number
 from image_data.shrinking import METHODS, Unreachable, check_parameter, find_parameter
 from image_data.shrunk_sets import MANIFEST, SetFolder, check_outside, class_folders, identify_run, write_set
 from image_data.sources import Source, open_source
@@ -59,6 +59,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--seed', type=SEED, default=0, help='seed of the images that are drawn')
     add('--num-workers', type=integer(), default=cores(), metavar='N', help='processes that make images smaller')
     add('--max-image-pixels', type=integer(1), metavar='N', help="refuse images with more pixels; default: PIL's limit")
+    add_exif_rotate(add)
     args = parser.parse_args(argv)
     if args.parameter is not None:
         check_parameter(args.method, args.parameter)
@@ -98,7 +99,7 @@ def print_set(manifest: dict[str, Any], output_dir: str) -> None:
 
 def main(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)  # as in worker processes, so that PSNRs are summed in the same order
-    source = open_source(args.data_path)
+    source = open_source(args.data_path, args.exif_rotate)
     check_outside(args.output_dir, source)
     class_folders(source)  # refuses, before any work, what folders cannot hold
     budget = {name: value for name in ('bytes_per_image', 'total_bytes')

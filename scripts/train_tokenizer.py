@@ -148,7 +148,8 @@ def main(args: argparse.Namespace) -> int:
     # ------------------------------------------------------------ data and model
     images, held_out = hold_out(args.data_path, args.val_path, args.val_images, args.seed, size=args.image_size,
                                 batch_size=args.batch_size, device=device, workers=args.num_workers,
-                                skip_bad=args.skip_bad_images, max_pixels=args.max_image_pixels)
+                                skip_bad=args.skip_bad_images, max_pixels=args.max_image_pixels,
+                                exif_rotate=args.exif_rotate)
     facts = facts_of(images, held_out) | ({'VGG16': identity(args.vgg_path)['sha256']} if args.vgg_path else {})
     facts = recipe.check_data(args, facts, checkpoint)
     training = make_training(args, device)

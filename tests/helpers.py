@@ -202,6 +202,13 @@ def noise(seed, size=(20, 24)):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8))
 
 
+def held(image, orientation, kind='PNG'):
+    """The bytes of a PIL image, with an EXIF orientation, in which it is stored as it is."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    return encoded(image, kind, exif=exif)
+
+
 def encoded(image, kind='PNG', **options):
     """The bytes of a PIL image as a file of some kind."""
     data = io.BytesIO()

@@ -26,6 +26,7 @@ NEVER_PRINTED = {
     ('fileio.labels', 'count_classes', '--nb-classes'): 'programs without it give other advice',
     ('image_data.corruptions', 'make_corruption', '--corruption'): 'main_continual.py refuses it before',
     ('image_data.corruptions', 'make_corruption', '--severity'): 'main_continual.py refuses it before',
+    ('image_data.sources', 'OrientedImages', '--exif-rotate'): 'programs of tables/ list images, and decode none',
     ('image_data.sources', 'load_images', '--skip-bad-images'): 'skip_bad is None there',
     ('image_data.sources', 'next_batch', '--num-workers'): 'they decode in their own process',
     ('image_data.workers', 'plan_workers', '--shm-size'): "it is docker's",

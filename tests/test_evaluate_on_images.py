@@ -359,6 +359,16 @@ def test_weights_with_the_prefixes_of_ddp_and_compile(images, checkpoint, tmp_pa
         assert accuracy_lines(capsys.readouterr().out) == plain
 
 
+def test_images_turned_otherwise_than_in_training_are_noted(images, checkpoint, tmp_path, capsys):
+    torch.save(torch.load(checkpoint, weights_only=True) | {'data': {'EXIF rotation': False}}, tmp_path / 'c.ckpt')
+    on_images(images, tmp_path / 'c.ckpt')
+    assert 'EXIF' not in capsys.readouterr().out
+    on_images(images, tmp_path / 'c.ckpt', '--exif-rotate')
+    assert capsys.readouterr().out.count('note: EXIF rotation of images is on; the tokens of the run that wrote ') == 1
+    on_images(images, checkpoint, '--exif-rotate')  # which says nothing
+    assert 'EXIF' not in capsys.readouterr().out
+
+
 def test_large_images_are_bad_unless_allowed(images, checkpoint, capsys):
     fails(lambda: on_images(images, checkpoint, '--max-image-pixels', 100), 'is no readable image')
     on_images(images, checkpoint, '--max-image-pixels', 28 * 28)

@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 import main_pixels
-from helpers import (Killed, accuracy_lines, as_list, as_parquet, as_tars, before_step, call, fails, kill, read_log,
-                     save_image, states, without_times)
+from helpers import (Killed, accuracy_lines, as_list, as_parquet, as_tars, before_step, call, fails, held, kill,
+                     read_log, save_image, states, without_times)
 from processes import Job, training_differs
 
 pytestmark = pytest.mark.usefixtures('one_thread')
@@ -38,6 +38,21 @@ def data(tmp_path_factory):
 
 def train(data, *flags):
     return call(main_pixels, *SMALL, '--train-path', data, '--val-path', data, *flags)
+
+
+def test_turned_images_are_counted_once_and_kept_for_a_resumed_run(data, tmp_path, capsys):
+    shutil.copytree(data, tmp_path / 'in')
+    for path in sorted((tmp_path / 'in').rglob('*.png'))[:9]:
+        path.write_bytes(held(Image.open(path), 8))
+    words = ['--output-dir', tmp_path / 'out', '--exif-rotate']
+    assert train(tmp_path / 'in', *words, '--epochs', 2, '--no-eval') == 0
+    note, = (line for line in capsys.readouterr().out.splitlines() if 'note:' in line and 'EXIF' in line)
+    count, = re.findall(r': (\d) of the images read have an EXIF orientation other than 1, and are turned by it', note)
+    assert 4 < int(count) <= 9  # of the 40 images of an epoch's whole batches
+    assert states(tmp_path / 'out' / 'checkpoint.pth')['data']['EXIF rotation'] is True
+    fails(lambda: train(tmp_path / 'in', *words[:-1], '--epochs', 3, '--no-eval', '--resume', 'auto'),
+          'differs in exif_rotate True -> False')
+    assert train(tmp_path / 'in', *words, '--epochs', 3, '--no-eval', '--resume', 'auto') == 0
 
 
 @pytest.mark.slow

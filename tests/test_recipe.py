@@ -162,26 +162,26 @@ EVALUATING = {'finetune', 'output'}
 EVAL = {'eval', 'output'}
 EXACT = {'batch_size', 'accum_iter', 'seed'}
 OF_TASKS = ['--base-classes', '2', '--output-dir', 'x']
-OF_THE_MODEL = {kind: {'model', 'model_kwargs', 'input_size', size} for kind, size in (
-    ('seit', 'token_patch_size'), ('tokens', 'token_patch_size'), ('mtm', 'token_patch_size'),
-    ('pixels', 'eval_crop_ratio'))}
+OF_THE_MODEL = {kind: {'model', 'model_kwargs', 'input_size', *more} for kind, more in (
+    ('seit', ['token_patch_size']), ('tokens', ['token_patch_size']), ('mtm', ['token_patch_size']),
+    ('pixels', ['eval_crop_ratio', 'exif_rotate']))}
 # program, least words; files that may lie elsewhere on each node, flags of a start, and those a resumed run must keep
 PROGRAMS = {
     'seit': (main_seit, [], NODE | TOKENS | LABELS | EVALUATING, START | EVAL, EXACT | {'repeated_aug', 'recipe'}),
     'pixels': (main_pixels, ['--train-path', 'x', '--val-path', 'y'], NODE | PATHS | EVALUATING, START | EVAL,
-               EXACT | {'repeated_aug', 'recipe'}),
+               EXACT | {'repeated_aug', 'recipe', 'exif_rotate'}),
     'mtm pretrain': (main_mtm_pretrain, [], NODE | TOKENS, START, EXACT),
     'mtm finetune': (main_mtm_finetune, [], NODE | TOKENS | LABELS | EVALUATING, START | EVAL, EXACT),
     'continual tokens': (main_continual, [*OF_TASKS, '--codebook-path', 'x'] + [
         word for name in ('train-token', 'train-label', 'val-token', 'val-label') for word in (f'--{name}-file', 'x')],
-        NODE | TOKENS | TASKS | EVALUATING, START | EVAL, EXACT | {'repeated_aug', 'recipe'}),
+        NODE | TOKENS | TASKS | EVALUATING, START | EVAL, EXACT | {'repeated_aug', 'recipe', 'exif_rotate'}),
     'continual pixels': (main_continual, [*OF_TASKS, '--new', 'pixels', '--train-path', 'x', '--val-path', 'y'],
-                         NODE | TASKS | EVALUATING, START | EVAL, EXACT | {'repeated_aug', 'recipe'}),
+                         NODE | TASKS | EVALUATING, START | EVAL, EXACT | {'repeated_aug', 'recipe', 'exif_rotate'}),
     'train tokenizer': (train_tokenizer, ['--data-path', 'x'], NODE | {'data_path', 'val_path', 'vgg_path'}, START,
-                        EXACT | {'val_images', 'epoch_images', 'flip'}),
+                        EXACT | {'val_images', 'epoch_images', 'exif_rotate', 'flip'}),
     'fit token adapt': (fit_token_adapt, ['--data-path', 'x', '--tokenizer-path', 'y'],
                         NODE | {'data_path', 'val_path', 'tokenizer_path', 'codebook_path'}, START,
-                        EXACT | {'val_images', 'epoch_images'})}
+                        EXACT | {'val_images', 'epoch_images', 'exif_rotate'})}
 
 
 def other_value(value):

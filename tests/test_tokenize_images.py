@@ -1,15 +1,19 @@
 """tokenize_images.py: its flags, several processes, runs that are killed, and training on what it makes."""
+import io
+import json
 import os
 import signal
 import time
 
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 import main_seit
 import tokenize_images
-from helpers import (DIM, assert_same, call, contents, fails, make_images, start, tokenize, tokenize_words,
-                     two_processes, with_bad_images)
+from helpers import (DIM, assert_same, call, contents, encoded, fails, held, make_images, samples, start, tokenize,
+                     tokenize_words, two_processes, with_bad_images)
+from image_tokenizer import tokenizing
 
 
 @pytest.fixture(scope='module')
@@ -50,6 +54,59 @@ def test_bad_images_stop_the_program_or_are_skipped(data, tmp_path):
     fails(lambda: run(data, tmp_path / 'out', data_path=listed, max_image_pixels=100), '00.png is no readable image')
     run(data, tmp_path / 'out', data_path=listed, skip_bad_images=True)
     assert len((tmp_path / 'out' / 'my-label.txt').read_text().splitlines()) == 45 - len(bad)
+
+
+@pytest.fixture(scope='module')
+def held_images(data, tmp_path_factory):
+    """The images of `data` as a camera stores them that was held otherwise, and as they are to be seen."""
+    root = tmp_path_factory.mktemp('held')
+    for number, (path, _) in enumerate(samples(data / 'train')):
+        image = Image.open(path)
+        orientation = (1, 6, 3)[number % 3]
+        for name, content in (('stored', held(image, orientation)),
+                              ('upright', encoded(ImageOps.exif_transpose(Image.open(io.BytesIO(held(image,
+                                                                                                     orientation))))))):
+            target = root / name / path.parent.name / path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
+    return root
+
+
+def codes_and_manifest(folder):
+    data = {path.name: path.read_bytes() for path in folder.glob('my-token.*')}
+    return data['my-token.data.bin.gz'], json.loads(data['my-token.json'])
+
+
+def test_images_are_tokenized_as_stored_or_turned(data, plain, held_images, tmp_path, capsys):
+    stored, upright = held_images / 'stored', held_images / 'upright'
+    codes, manifest = codes_and_manifest(run(data, tmp_path / 'plain', data_path=stored))
+    assert codes == codes_and_manifest(plain)[0] and 'exif_rotate' not in {*manifest, *manifest['run']}
+    note, = (line for line in capsys.readouterr().out.splitlines() if 'EXIF' in line)
+    assert note.startswith(f'note: {stored}: 30 of the images read have') and '--exif-rotate turns them' in note
+    turned, manifest = codes_and_manifest(run(data, tmp_path / 'turned', data_path=stored, exif_rotate=True))
+    assert turned == codes_and_manifest(run(data, tmp_path / 'upright', data_path=upright))[0] != codes
+    assert manifest['exif_rotate'] is manifest['run']['exif_rotate'] is True
+    for options, folder in (({}, 'turned'), ({'exif_rotate': True}, 'plain')):
+        fails(lambda: run(data, tmp_path / folder, data_path=stored, **options), 'belongs to another run')
+
+
+def test_a_run_is_not_resumed_with_the_other_orientation(data, held_images, tmp_path, monkeypatch):
+    words = {'data_path': held_images / 'stored'}
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenizing, 'finish', None)
+        with pytest.raises(TypeError):
+            run(data, tmp_path, **words)
+    fails(lambda: run(data, tmp_path, **words, exif_rotate=True), 'exif_rotate')
+    run(data, tmp_path, **words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('workers', [0, 1])
+def test_orientations_are_counted_over_two_processes(data, held_images, tmp_path, workers):
+    words = tokenize_words(data, tmp_path, data_path=held_images / 'stored', num_workers=workers)
+    output, _ = start('tokenize_images.py', *words, launch=two_processes()).communicate()
+    note, = (line for line in output.splitlines() if 'EXIF' in line)
+    assert ': 30 of the images read have an EXIF orientation other than 1, and are read as they are stored' in note
 
 
 def test_bad_options_get_one_line(data, tmp_path):

@@ -17,7 +17,7 @@ from fileio.files import identity, is_address
 from fileio.torch_files import digest_of
 from token_files.codebook import load_codebook
 from token_files.token_file import TokenFile
-from utils import InputError
+from utils import InputError, print0
 
 CONVERTED = 'converted_from'  # in the metadata of a .safetensors and in manifests: SHA-256 of the pickled tokenizer
 SHOWN = 12  # hexadecimal digits of a SHA-256 in messages
@@ -93,6 +93,20 @@ def check_codebook_of(entry: dict[str, Any] | None, owner: str, codebook: torch.
     if entry and not is_codebook_of(entry, codebook, path):
         raise InputError(f'{owner}: was made with the codebook {named(entry)}, and {path} is another: give that one to '
                          '--codebook-path')
+
+
+def is_rotated(file: TokenFile) -> bool:
+    """Whether a set was made of images turned by their EXIF orientation."""
+    return file.manifest.get('exif_rotate') is True
+
+
+def note_rotation(files: Sequence[TokenFile], exif_rotate: bool) -> None:
+    """Say where images are turned by their EXIF orientation, and those of the token sets were not, or the reverse."""
+    for file in files:
+        if file.manifest.get('image_size') and is_rotated(file) != exif_rotate:
+            print0(f'note: images are read {"with" if exif_rotate else "without"} --exif-rotate; the tokens of '
+                   f'{file.stream} were made otherwise')
+            return
 
 
 def check_made_with(files: Sequence[TokenFile], codebook: torch.Tensor, codebook_path: str,

@@ -282,6 +282,10 @@ def check_tokens_of(checkpoint: dict[str, Any], path: str, facts: dict[str, Any]
     name = 'size of tokenized images'
     if name in before and name in facts and before[name] != facts[name]:
         print0(f'note: {name} is {facts[name]} pixels; the run that wrote {path} had {before[name]}')
+    name = 'EXIF rotation'
+    if name in before and name in facts and bool(before[name]) != facts[name]:
+        print0(f'note: {name} of images is {"on" if facts[name] else "off"}; the tokens of the run that wrote {path} '
+               f'had it {"on" if before[name] else "off"}')
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: str) -> None:

@@ -247,6 +247,7 @@ def test_codes_become_images_by_the_decoder():
 def test_a_task_reads_its_images_and_then_the_memory():
     class Source:
         data_path, classes, names = 'x', None, ['a', 'b', 'c']
+        exif_rotate, oriented = False, None
 
         def read(self, i):
             if i == 1:

@@ -3,12 +3,13 @@ import io
 
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.datasets.folder import default_loader
 
-from helpers import encoded, limits, noise, odd_images, published_transform
-from image_data.decoding import (LONG_SIDE, BadImage, IgnoredFiles, bare_bytes, decode_image, image_extensions,
-                                 is_hidden, is_image, pixels_of, resize_square, scan_bytes, webp_bytes)
+from helpers import encoded, held, limits, noise, odd_images, published_transform
+from image_data.decoding import (LONG_SIDE, BadImage, IgnoredFiles, bare_bytes, decode_image, decode_oriented,
+                                 decode_rgb, image_extensions, is_hidden, is_image, pixels_of, resize_square,
+                                 scan_bytes, webp_bytes)
 
 SIZE = 16
 
@@ -46,6 +47,34 @@ def test_what_is_left_out_is_said_once_and_counted(capsys):
 
 
 # ---------------------------------------------------------------- decoding
+
+@pytest.mark.parametrize('kind', ['PNG', 'JPEG', 'WEBP'])
+@pytest.mark.parametrize('orientation', range(1, 9))
+def test_exif_orientation_is_ignored_or_applied(kind, orientation):
+    data = held(noise(orientation), orientation, kind)
+    stored = Image.open(io.BytesIO(data)).convert('RGB')
+    plain, found = decode_oriented(data)
+    assert found == orientation and torch.equal(pixels_of(plain), pixels_of(stored))
+    turned = decode_rgb(data, exif_rotate=True)
+    assert torch.equal(pixels_of(turned), pixels_of(ImageOps.exif_transpose(stored)))
+    assert (turned.size == stored.size) == (orientation < 5)
+
+
+@pytest.mark.parametrize('exif', [b'', b'Exif\x00\x00', b'Exif\x00\x00II*\x00\xff\xff\xff\xff', b'junk' * 9,
+                                  b'Exif\x00\x00MM\x00*\x00\x00\x00\x08\x00\x01\x01\x12\x00\x03\x00\x00\x00\x01\x00\x09\x00\x00'])
+@pytest.mark.filterwarnings('ignore:Corrupt EXIF')  # PIL's, when it opens the file
+def test_damaged_or_unknown_orientation_is_none(exif):
+    """The pixels are whole: such an image was never unreadable."""
+    data = encoded(noise(0), 'JPEG', exif=exif)
+    for rotate in (False, True):
+        image, orientation = decode_oriented(data, exif_rotate=rotate)
+        assert orientation == 1 and torch.equal(pixels_of(image), pixels_of(decode_rgb(encoded(noise(0), 'JPEG'))))
+
+
+@pytest.mark.parametrize('name', odd_images())
+def test_odd_images_are_as_before_without_the_flag_and_upright_with_it(name):
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(odd_images()[name]))).convert('RGB')
+    assert torch.equal(pixels_of(decode_rgb(odd_images()[name], exif_rotate=True)), pixels_of(image))
 
 
 @pytest.mark.parametrize('name', odd_images())

@@ -8,9 +8,10 @@ import torch
 from torchvision.datasets import ImageFolder
 
 from fileio.labels import MAX_CLASS
-from helpers import (as_list, as_parquet, as_tars, encoded, fails, noise, published_transform, run_python, samples,
-                     save_image, tar_samples, write_parquet, write_tar)
+from helpers import (as_list, as_parquet, as_tars, encoded, fails, held, noise, published_transform, run_python,
+                     samples, save_image, tar_samples, write_parquet, write_tar)
 from image_data import sources
+from image_data.decoding import decode_image
 from image_data.sources import load_images, open_source
 
 SIZE = 16
@@ -175,6 +176,42 @@ def test_bad_images_stop_or_are_skipped(bad_source, workers, capfd):
     assert lines == [f'skipped {i}.png: {why}' for i, why in skipped.items()]
     for i, why in ((5, 'no image of a kind'), (6, 'No such file'), (7, 'no regular file'), (8, 'no regular file')):
         assert why in skipped[i]
+
+
+@pytest.fixture
+def turned(tmp_path):
+    """Class folders of 12 images, of which five have an orientation other than 1."""
+    for i in range(12):
+        path = tmp_path / 'turned' / f'class-{i % 3}' / f'{i:02d}.png'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(held(noise(i), 6 if i in (1, 4, 5, 8, 11) else 1))
+    return tmp_path / 'turned'
+
+
+@pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('rotate, how', [(False, 'read as they are stored; --exif-rotate turns them'),
+                                         (True, 'turned by it')])
+def test_orientations_are_said_once_with_a_count(turned, capsys, workers, rotate, how):
+    source = open_source(turned, rotate)
+    for _ in range(2):  # two epochs
+        batches = [[0, 3, 6], [9, 1, 1, 1], [4, 5, 2], [7, 8, 10, 11]]
+        pixels = torch.cat([batch.pixels for batch in load_images(source, batches, SIZE, workers=workers)])
+    note = [line for line in capsys.readouterr().out.splitlines() if 'EXIF' in line]
+    assert note == [f'note: {turned}: 5 of the images read have an EXIF orientation other than 1, and are {how} '
+                    '(first: class-1/01.png)']
+    order = [0, 3, 6, 9, 1, 1, 1, 4, 5, 2, 7, 8, 10, 11]
+    expected = [decode_image(source.read(i), SIZE, exif_rotate=rotate) for i in order]
+    assert torch.equal(pixels, torch.stack(expected))
+
+
+def test_images_that_are_upright_are_not_spoken_of(data, capsys):
+    list(load_images(open_source(data), [[0, 1]], SIZE))
+    assert 'EXIF' not in capsys.readouterr().out
+
+
+def test_turned_images_are_another_set(turned):
+    plain, rotated = open_source(turned), open_source(turned, True)
+    assert plain.digest() != rotated.digest() and plain.content_digest() != rotated.content_digest()
 
 
 def test_large_images_are_bad_unless_allowed(data):

@@ -13,6 +13,7 @@ from PIL import Image
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.functional import resize
 
+import tokenize_images
 from scripts import fit_patch_tokenizer, inspect_tokens
 from token_files import token_file
 from token_files.codebook import load_codebook, quantize
@@ -286,6 +287,20 @@ def test_an_output_that_cannot_be_written_is_said_before_the_work(fitted, tmp_pa
     for name in ('file/sheet.png', 'x' * 300 + '.png'):
         fails(lambda: inspect(fitted, capsys, '--data-path', fitted / 'images', '--output', tmp_path / name),
               'cannot be written')
+
+
+@pytest.mark.parametrize('rotate', [False, True])
+def test_images_turned_otherwise_than_those_of_the_tokens_are_noted(fitted, tmp_path, capsys, rotate):
+    flag = ['--exif-rotate']
+    call(tokenize_images, '--data-path', fitted / 'images', '--name', 'own', '--output-dir', tmp_path,
+         '--tokenizer-path', fitted / 'tokenizer.pt', '--codebook-path', fitted / 'codebook.ckpt', '--image-size', 32,
+         '--num-workers', 0, '--device', 'cpu', *flag * rotate)
+    words = ['--codebook-path', fitted / 'codebook.ckpt', '--data-path', fitted / 'images']
+    lines, _ = inspect(tmp_path, capsys, *words, *flag * (not rotate), name='own')
+    note = f'note: images are read {"without" if rotate else "with"} --exif-rotate; the tokens of {tmp_path}'
+    assert f'{note}/own-token.data.bin.gz were made otherwise' in lines
+    lines, _ = inspect(tmp_path, capsys, *words, *flag * rotate, name='own')
+    assert not any('--exif-rotate' in line for line in lines)
 
 
 def test_large_images_are_bad_unless_allowed(fitted, tmp_path, capsys):

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from fileio.stamps import stamp_of
-from helpers import (call, contents, encoded, fails, forked, limits, no_space, noise, odd_images, save_image,
+from helpers import (call, contents, encoded, fails, forked, held, limits, no_space, noise, odd_images, save_image,
                      smooth_images, tar_samples, write_parquet, write_tar)
 from image_data import shrinking, shrunk_sets
 from image_data.decoding import scan_bytes
@@ -382,6 +382,25 @@ def test_flags_that_cannot_be(flags, pattern):
 def test_parameters_that_cannot_be(images, tmp_path, method, parameter):
     fails(lambda: make(images, tmp_path / 'out', method=method, parameter=parameter), f'--parameter {parameter}')
     assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('workers', [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('method, parameter', [('jpeg', 90), ('webp', 90), ('resize', 1)])
+def test_turned_images_are_upright_and_have_no_orientation(tmp_path, capsys, workers, method, parameter):
+    for i in range(3):
+        path = tmp_path / 'in' / 'a' / f'{i}.jpg'
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(held(noise(i, (16, 40)), (1, 6, 8)[i], 'JPEG'))
+    kinds = {'method': method, 'parameter': parameter, 'workers': workers}
+    plain = make(tmp_path / 'in', tmp_path / 'plain', **kinds)
+    note, = (line for line in capsys.readouterr().out.splitlines() if 'EXIF' in line)
+    assert ': 2 of the images read have an EXIF orientation other than 1' in note
+    turned = make(tmp_path / 'in', tmp_path / 'turned', '--exif-rotate', **kinds)
+    assert turned['run']['exif_rotate'] is True and 'exif_rotate' not in plain['run']
+    for folder, sizes in (('plain', [(40, 16)] * 3), ('turned', [(40, 16), (16, 40), (16, 40)])):
+        made = [Image.open(io.BytesIO(data)) for _, data in sorted(made_images(tmp_path / folder).items())]
+        assert [image.size for image in made] == sizes and not any(0x0112 in image.getexif() for image in made)
+    fails(lambda: make(tmp_path / 'in', tmp_path / 'plain', '--exif-rotate', **kinds), 'plain')
 
 
 @pytest.mark.parametrize('workers', [0, pytest.param(1, marks=pytest.mark.slow)])
