@@ -28,9 +28,10 @@ from token_files.codebook import load_codebook, look_up, quantize
 from token_files.made_with import digest_of_entry, file_of, identity_of_tokenizer
 from training.checkpoints import (FINETUNE, PRETRAIN, SEEN, check_tokens_of, load_checkpoint, said_of_the_model,
                                   saved_flags)
-from training.run_folder import FILES, checkpoint_files
+from training.run_folder import FILES, CheckpointFiles
 from utils import CPU, InputError, device_of, print0
 
+FINETUNE_FILES = CheckpointFiles(('checkpoint-last.pth',), {'model': 'checkpoint-best.pth'})  # see checkpoint_files
 PUBLISHED = 28, 8, 256  # the published model's codes on a side, pixels of a code on a side, and pixels of its images
 
 
@@ -180,7 +181,7 @@ def find_file(path: str, use_ema: bool = False) -> str:
     """The checkpoint that a path names: a file, or of a folder the best, else the newest. Raises InputError."""
     if is_address(path) or not os.path.isdir(path):
         return path
-    kinds = FILES, checkpoint_files(['last', 'best'], 1)  # the latter is how main_mtm_finetune.py names them
+    kinds = FILES, FINETUNE_FILES
     names = [files.best[name] for name in (['ema'] if use_ema else []) + ['model'] for files in kinds
              if name in files.best]
     names += [files.newest[0] for files in kinds]
