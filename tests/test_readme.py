@@ -231,7 +231,7 @@ def test_your_own_images_runs_as_it_stands(tmp_path):
         (tmp_path / path.name).symlink_to(path)
     text = section(README, '## Your own images')
     commands = '\n'.join(block for block in blocks(text))
-    assert commands.count('python ') == 9
+    assert commands.count('python ') == 10
     environment = os.environ | {'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'}
     done = subprocess.run(['bash', '-euo', 'pipefail', '-c', commands], cwd=tmp_path, env=environment,
                           capture_output=True, text=True)
