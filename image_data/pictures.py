@@ -89,7 +89,7 @@ def read_paths(path: Path) -> list[str]:
     names = []
     for line in map(str.strip, read_lines(path)):
         # what ends as an image does is a path as it is: 'my photo 3.jpg', and not 'photo.jpg 3'
-        labeled = None if is_image(line) else re.fullmatch('(.*?)[ \t]+[0-9]{1,18}', line)
+        labeled = None if is_image(line) else re.fullmatch(r'(.*\S)\s*(?:\t[^\t]*|[ ][0-9]{1,18})', line)
         name = labeled.group(1) if labeled else line
         if '\0' in name:
             raise InputError(f'{path}: is no list of paths: it holds bytes of 0')

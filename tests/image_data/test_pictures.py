@@ -41,14 +41,14 @@ def test_pictures_folders_and_lists_are_one_source_in_their_order(here):
     (here / 'lists').mkdir()
     save_image(here / 'my photo 3.png', 9)
     (here / 'lists' / 'list.txt').write_text('../photos/b.png\n\n  ../photos/dog/a.png\t4\n../my photo 3.png\n'
-                                             '../my photo 3.png 12\n/abs/x y\n')
+                                             '../my photo 3.png 12\n../photos/b.png \tgolden retriever\n/abs/x y\n')
     source, = open_pictures(['photos/dog', 'photos/b.png', 'lists/list.txt', './photos/cat/a.jpg'])
-    listed = ['../photos/b.png', '../photos/dog/a.png', '../my photo 3.png', '../my photo 3.png']
+    listed = ['../photos/b.png', '../photos/dog/a.png', '../my photo 3.png', '../my photo 3.png', '../photos/b.png']
     assert source.names == ['photos/dog/a.png', 'photos/b.png', *(f'lists/{name}' for name in listed), '/abs/x y',
                             'photos/cat/a.jpg']
-    batch = next(load_images(source, [range(8)], 8, skip_bad=True))
-    assert batch.indices.tolist() == [0, 1, 2, 3, 4, 5, 7] and batch.skipped == [(6, 'No such file or directory')]
-    assert len(source) == 8 and (source.labels == -1).all()
+    batch = next(load_images(source, [range(9)], 8, skip_bad=True))
+    assert batch.indices.tolist() == [0, 1, 2, 3, 4, 5, 6, 8] and batch.skipped == [(7, 'No such file or directory')]
+    assert len(source) == 9 and (source.labels == -1).all()
 
 
 def test_a_glob_that_the_shell_left_is_matched(here):
