@@ -579,3 +579,22 @@ def add_image_flags(parser: Parser) -> Callable:
         help="images of more pixels are refused (default: PIL's limit, 178,956,970)")
     add_exif_rotate(add, exact=True)
     return add
+
+
+def add_classifier_flags(parser: Parser) -> None:
+    """A trained model, and what it needs: the options of inference/classifier.py."""
+    add = parser.add_group('the model; what its checkpoint says need not be given')
+    add('checkpoint', metavar='CHECKPOINT', help='a checkpoint, or the folder of a run, whose best one is taken')
+    add('--use-ema', action='store_true', help="take the checkpoint's EMA of the weights")
+    add('--codebook-path', default='', metavar='FILE', help='the codebook that the model was trained with')
+    add('--tokenizer-path', default='', metavar='FILE', help='the tokenizer that made the training tokens')
+    add('--tokenizer-code-path', metavar='DIR', help='folder of the code that a pickled tokenizer runs')
+    add('--tokenizer-input-size', type=integer(1), metavar='N',
+        help='pixels to which both sides of an image are resized for the tokenizer')
+    add('--model', default='', help='name of the model')
+    add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
+        help='arguments of the model, as they were given in training')
+    add('--input-size', type=integer(1), metavar='N', help='pixels on a side of what a model of images reads')
+    add('--eval-crop-ratio', type=number(0.01, 1), metavar='R',
+        help='images are resized to --input-size divided by this, and their middle is cropped')
+    add('--device', default='auto', help='auto (CUDA where there is a GPU), cuda, cuda:N or cpu')

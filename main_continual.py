@@ -49,7 +49,7 @@ from token_dataset import TokenDataset, choose_data_device, open_splits
 from token_files.codebook import load_codebook
 from token_files.published import codec_for
 from token_files.made_with import made_with
-from training.checkpoints import compare_flags, load_checkpoint, load_weights
+from training.checkpoints import SEEN, compare_flags, load_checkpoint, load_weights
 from training.preemption import REQUEUE, StopSignal
 from training.pretrained import freeze_all_but_attention, load_pretrained
 from training.run_folder import FILES, RunFolder, find_checkpoint
@@ -310,7 +310,8 @@ def train_task(args: argparse.Namespace, modality: Modality, tasks: Tasks, task:
            f'{len(trained_images):,} images, and {len(memory):,} in {memory.size:,} bytes of memory')
 
     # model and optimizer
-    state = recipe.make_state(args, start_model(args, modality, task).to(device), device, modality.input_shape)
+    state = recipe.make_state(args, start_model(args, modality, task).to(device), device, modality.input_shape,
+                              {SEEN: seen})
     recipe.resume_run(args, state, checkpoint, checkpoint_path, steps)
 
     # loss: over the classes seen so far, which are the model's first outputs
@@ -333,7 +334,8 @@ def train_task(args: argparse.Namespace, modality: Modality, tasks: Tasks, task:
         return modality.batches(data, indices, (seed, epoch * steps + start))
 
     # train, evaluate, and only then let the task's images pass by the memory
-    names = modality.train.classes and [modality.train.classes[label] for label in tasks.order.tolist()]
+    # in the order of the outputs, which numbers alone would hide
+    names = [modality.train.classes[label] if modality.train.classes else str(label) for label in tasks.order.tolist()]
     if recipe.fit(args, state, folder, steps, order_of, batches_of, loss_of, classes=names,
                   made_with=modality.made_with, seed=seed):
         return None

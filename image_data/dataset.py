@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, auto_augment, create_transform
 from timm.data.random_erasing import RandomErasing
+from torch import nn
 
 from fileio.torch_files import digest_of
 from image_data.overlap import note_shared_images
@@ -146,14 +147,15 @@ def middle(image: Image.Image) -> Image.Image:
     return image.crop((left, top, image.width - left, image.height - top)) if left or top else image
 
 
-class Normalize:
+class Normalize(nn.Module):
     """Pixels (B, 3, S, S) uint8 -> float32, minus ImageNet's mean, divided by its deviation."""
 
     def __init__(self, device: torch.device):
-        self.mean, self.std = (torch.tensor(values, device=device).view(3, 1, 1) * 255
-                               for values in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
+        super().__init__()
+        for name, values in (('mean', IMAGENET_DEFAULT_MEAN), ('std', IMAGENET_DEFAULT_STD)):
+            self.register_buffer(name, torch.tensor(values, device=device).view(3, 1, 1) * 255, persistent=False)
 
-    def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return (pixels.float() - self.mean) / self.std
 
 

@@ -40,8 +40,8 @@ def check_one_split(folder: Path, paths: Sequence[Path]) -> None:
                          f"glob: '{folder}/*{next(iter(sorted(splits)))}*.parquet'")
 
 
-def open_parquet(path: Path) -> 'ParquetFile':
-    """An open parquet file that has the columns needed. Raises InputError."""
+def open_parquet(path: Path, labeled: bool = True) -> 'ParquetFile':
+    """An open parquet file that has a column of images, and one of labels if `labeled`. Raises InputError."""
     try:
         import pyarrow
         from pyarrow import parquet
@@ -53,11 +53,12 @@ def open_parquet(path: Path) -> 'ParquetFile':
         why = getattr(error, 'strerror', None) or first_line(error)
         raise InputError(f'{path}: no readable parquet file ({why})') from None
     types = {field.name: field.type for field in file.schema_arrow}
-    for name in ('image', 'label'):
+    columns = {'image': "'image' (struct of bytes and path)"} | ({'label': "'label' (integers)"} if labeled else {})
+    for name in columns:
         if name not in types:
-            raise InputError(f"{path}: expected columns 'image' (struct of bytes and path) and 'label' (integers), "
+            raise InputError(f'{path}: expected columns {" and ".join(columns.values())}, '
                              f'found {", ".join(map(str, types)) or "none"}')
-    if not pyarrow.types.is_integer(types['label']):
+    if labeled and not pyarrow.types.is_integer(types['label']):
         raise InputError(f"{path}: column 'label' is of type {types['label']}, but classes are integers from 0: "
                          'number them')
     if not _holds_bytes(types['image']):

@@ -52,7 +52,7 @@ class Source:
     Attributes:
         data_path: what was asked for.
         names: of the images, the same wherever the set lies; unique but for a list that names a file twice.
-        labels: (N,) int64.
+        labels: (N,) int64, -1 in a set that was opened without them.
         classes: names in the order of the labels, or None.
         labels_from: where the labels come from, for messages.
         change: what `load_images` does to a prepared image, (pixels (3, S, S) uint8, i) -> pixels, such as a
@@ -177,7 +177,7 @@ def _open(data_path: str, ignored: IgnoredFiles) -> Source:
                      '(uncompressed) or .parquet files, one kind at a time')
 
 
-class _ImageFiles(Source):
+class ImageFiles(Source):
     """Images that are files of their own; `folder` is what their names are relative to."""
     folder: Path
 
@@ -206,7 +206,7 @@ def place_of(path: Path) -> tuple[tuple[int, int] | None, int]:
     return (stat.st_dev, stat.st_ino), stat.st_size
 
 
-class FolderImages(_ImageFiles):
+class FolderImages(ImageFiles):
     """Class folders of images."""
     labels_from = 'class folders in alphabetical order'
 
@@ -216,7 +216,17 @@ class FolderImages(_ImageFiles):
         self.labels = np.array(labels, np.int64)
 
 
-class ListedImages(_ImageFiles):
+def read_lines(path: Path) -> list[str]:
+    """The lines of a list of images. Raises InputError."""
+    try:
+        return path.read_text(encoding='utf-8-sig').split('\n')
+    except OSError as error:
+        raise InputError(f'{path}: {error.strerror}') from None
+    except UnicodeDecodeError as error:
+        raise InputError(f'{path}: no UTF-8 text ({error.reason} at byte {error.start}); save it so') from None
+
+
+class ListedImages(ImageFiles):
     """A text file of paths and labels."""
     labels_from = 'the list file'
 
@@ -224,13 +234,7 @@ class ListedImages(_ImageFiles):
         self.folder = path.parent
         self.names = []
         labels = []
-        try:
-            lines = path.read_text(encoding='utf-8-sig').split('\n')
-        except OSError as error:
-            raise InputError(f'{path}: {error.strerror}') from None
-        except UnicodeDecodeError as error:
-            raise InputError(f'{path}: no UTF-8 text ({error.reason} at byte {error.start}); save it so') from None
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(read_lines(path), 1):
             if not line.strip():
                 continue
             separator = '\t' if '\t' in line else ' '
@@ -284,22 +288,22 @@ def number_repeated(names: list[str]) -> list[str]:
 
 
 class TarImages(Source):
-    """Tar shards in webdataset's layout, read by offset."""
+    """Tar shards in webdataset's layout, read by offset; any tar of images where they are not `labeled`."""
     labels_from = "the members .cls, or .json's 'label', of the tar shards"
 
-    def __init__(self, paths: list[Path], ignored: IgnoredFiles):
+    def __init__(self, paths: list[Path], ignored: IgnoredFiles, labeled: bool = True):
         self.paths = paths
         self.names = []
         labels = []
         locations = []
         for number, (path, shard) in enumerate(zip(paths, shard_names(paths))):
             before = len(labels)
-            for image in read_tar(path, ignored, shard):
+            for image in read_tar(path, ignored, shard, labeled):
                 self.names.append(f'{shard}/{image.name}')
                 labels.append(image.label)
                 locations.append((number, image.offset, image.size))
             if len(labels) == before:
-                first = ignored.first.get(IgnoredFiles.NO_IMAGE)
+                first = ignored.first.get(IgnoredFiles.NO_IMAGE if labeled else IgnoredFiles.OTHER)
                 raise InputError(f'{path}: no images in it' + (f' (first member: {first})' if first else ''))
         self.names = number_repeated(self.names)  # a member may be in an archive twice
         self.labels = np.array(labels, np.int64)
@@ -326,23 +330,24 @@ class TarImages(Source):
 
 
 class ParquetImages(Source):
-    """Parquet files with columns 'image' (struct{bytes, path}) and 'label' (integers)."""
+    """Parquet files with columns 'image' (struct{bytes, path}) and, where they are `labeled`, 'label' (integers)."""
     labels_from = "the column 'label' of the parquet files"
 
-    def __init__(self, paths: list[Path]):
+    def __init__(self, paths: list[Path], labeled: bool = True):
         self.paths = paths
+        self.labeled = labeled
         self.names = []
         labels = []
         locations = []
         named_path = None  # the first file with class names
         for number, (path, shard) in enumerate(zip(paths, shard_names(paths))):
-            file = open_parquet(path)
-            classes = class_names(file)
+            file = open_parquet(path, labeled)
+            classes = class_names(file) if labeled else None
             check_class_names(self.classes, classes, named_path, path)
             if self.classes is None and classes is not None:
                 self.classes = classes
                 named_path = path
-            labels_here = read_labels_of(path, file, classes)
+            labels_here = read_labels_of(path, file, classes) if labeled else [-1] * file.metadata.num_rows
             labels += labels_here
             self.names += [f'{shard}/{row}' for row in range(len(labels_here))]
             locations += [(number, group, row) for group in range(file.num_row_groups)
@@ -358,7 +363,7 @@ class ParquetImages(Source):
         number, group, row = self.locations[i].tolist()
         if self.group is None or self.group[:2] != (number, group):
             path = self.paths[number]
-            self.group = number, group, read_column(path, open_parquet(path), 'image', [group])
+            self.group = number, group, read_column(path, open_parquet(path, self.labeled), 'image', [group])
         return image_bytes(self.group[2][row])
 
     def read(self, i: int) -> bytes:

@@ -11,9 +11,10 @@ from typing import NamedTuple
 
 from fileio.files import parse_json
 from fileio.labels import MAX_CLASS
-from image_data.decoding import IgnoredFiles, image_extensions, is_hidden
+from image_data.decoding import IgnoredFiles, image_extensions, is_hidden, is_image
 from utils import InputError
 
+LABELS = 'cls', 'json'  # endings of the members that hold them
 LABEL_BYTES = 1 << 20  # more is no label
 USUAL_IMAGES = 'jpg', 'jpeg', 'png', 'webp'  # of a sample's images the one of these is taken
 BLOCK = tarfile.BLOCKSIZE
@@ -22,26 +23,34 @@ MAX_END = END_MARK + tarfile.RECORDSIZE  # with what pads it to a whole record
 
 
 class TarImage(NamedTuple):
-    """An image in a tar shard: member name, where its bytes begin in the file, how many they are, and label."""
+    """An image in a tar shard: member name, where its bytes begin in the file, how many they are, and label or -1."""
     name: str
     offset: int
     size: int
     label: int
 
 
-def read_tar(path: Path, ignored: IgnoredFiles, shard: str = '') -> Iterator[TarImage]:
+def read_tar(path: Path, ignored: IgnoredFiles, shard: str = '', labeled: bool = True) -> Iterator[TarImage]:
     """Yield the images of a tar shard in its order; what is not one is added to `ignored`. Raises InputError.
 
     Args:
         path: of the shard.
         ignored: is added to.
         shard: what the shard is called there; '' for the name of its file.
+        labeled: without it every member that is an image is one, whatever stands next to it, and has the label -1.
     """
     shard = shard or path.name
+    if not labeled:
+        for member in _members(path, ignored, shard, labeled):
+            if is_image(member.info.name):
+                yield TarImage(member.info.name, member.info.offset_data, member.info.size, -1)
+            elif member.extension not in LABELS:
+                ignored.add(IgnoredFiles.OTHER, f'{shard}/{member.info.name}')
+        return
     # webdataset's rule: a sample is a run of members that share the path up to the first dot of the file name
     key = None
     members = []
-    for member in _members(path, ignored, shard):
+    for member in _members(path, ignored, shard, labeled):
         folder, _, name = member.info.name.rpartition('/')
         stem = name.partition('.')[0]
         if (folder, stem) != key:
@@ -69,7 +78,7 @@ def _sample(path: Path, members: list[_Member], ignored: IgnoredFiles, shard: st
                          'rename one')
     if not candidates:
         if members:
-            others = [member for member in members if member.extension not in ('cls', 'json')]
+            others = [member for member in members if member.extension not in LABELS]
             ignored.add(IgnoredFiles.NO_IMAGE, f'{shard}/{(others or members)[0].info.name}')
         return
     for member in images:
@@ -84,8 +93,8 @@ def _sample(path: Path, members: list[_Member], ignored: IgnoredFiles, shard: st
     yield TarImage(image.name, image.offset_data, image.size, labels.get('cls', labels.get('json')))
 
 
-def _members(path: Path, ignored: IgnoredFiles, shard: str) -> Iterator[_Member]:
-    """Yield the regular files in a tar, hidden ones left out. Raises InputError."""
+def _members(path: Path, ignored: IgnoredFiles, shard: str, labeled: bool) -> Iterator[_Member]:
+    """Yield the regular files in a tar, hidden ones left out, with their labels if `labeled`. Raises InputError."""
     offset = 0
     try:
         with tarfile.open(path, 'r:') as tar:
@@ -97,7 +106,7 @@ def _members(path: Path, ignored: IgnoredFiles, shard: str) -> Iterator[_Member]
                 if is_hidden(info.name):
                     ignored.add(IgnoredFiles.HIDDEN, f'{shard}/{info.name}')
                 elif not info.isdir():
-                    yield _member(path, tar, info)
+                    yield _member(path, tar, info, labeled)
             offset = tar.offset
         check_end(path, offset)
     except OSError as error:
@@ -109,12 +118,12 @@ def _members(path: Path, ignored: IgnoredFiles, shard: str) -> Iterator[_Member]
                          'a .tar.gz with gunzip') from None
 
 
-def _member(path: Path, tar: tarfile.TarFile, info: tarfile.TarInfo) -> _Member:
+def _member(path: Path, tar: tarfile.TarFile, info: tarfile.TarInfo, labeled: bool) -> _Member:
     """A member that is not hidden and no folder. Raises InputError unless it is a plain file."""
     if not info.isreg() or info.issparse():
         raise InputError(f'{path}: {info.name} is a link or another special member; pack plain files')
     extension = PurePosixPath(info.name).name.partition('.')[2].lower()
-    label = _read_label(path, tar, info, extension) if extension in ('cls', 'json') else None
+    label = _read_label(path, tar, info, extension) if labeled and extension in LABELS else None
     return _Member(info, extension, label)
 
 

@@ -10,7 +10,9 @@ def nearest_rows(features: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """The nearest of rows (K, d) for each of features (N, d): (N,) int64. Ties go to the lowest row."""
     # |f - r|^2 / 2 = |f|^2 / 2 - (f r - |r|^2 / 2): the nearest row has the largest bracket, and |f| does not matter
     half = rows.square().sum(1) / 2
-    return torch.cat([(part @ rows.T - half).argmax(1) for part in features.split(ROWS_AT_ONCE)])
+    # traced, for an export, the number of parts would become a constant, and with it the number of images
+    parts = [features] if torch.compiler.is_compiling() else features.split(ROWS_AT_ONCE)
+    return torch.cat([(part @ rows.T - half).argmax(1) for part in parts])
 
 
 def seed_rows(features: torch.Tensor, codes: int, generator: torch.Generator) -> torch.Tensor:

@@ -34,6 +34,17 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope='session')
+def small_runs(tmp_path_factory):
+    """Folders of small runs by program, see small_classifiers.py; made once."""
+    from small_classifiers import make_runs
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    runs = make_runs(tmp_path_factory.mktemp('small'))
+    torch.set_num_threads(threads)
+    return runs
+
+
 # ---------------------------------------------------------------- tokenizer files
 
 @pytest.fixture(scope='session')

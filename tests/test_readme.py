@@ -24,11 +24,16 @@ OTHERS = {'--nproc-per-node', '--use-env', '--nnodes', '--rdzv-backend', '--rdzv
 # ---------------------------------------------------------------- reading documents
 
 def blocks(text):
-    """Code blocks, fenced or indented, with continued lines joined."""
-    fenced = re.findall(r'^```\n(.*?)^```', text, re.DOTALL | re.MULTILINE)
-    rest = re.sub(r'^```\n(.*?)^```', '', text, flags=re.DOTALL | re.MULTILINE)
+    """Code blocks, fenced or indented, with continued lines joined; without those of Python."""
+    fenced = [code for language, code in fenced_blocks(text) if not language]
+    rest = re.sub(r'^```(.*?)^```', '', text, flags=re.DOTALL | re.MULTILINE)
     indented = re.findall(r'(?<=\n\n)((?:    .*\n)+)', rest)
     return [block.replace('\\\n', ' ') for block in fenced + indented]
+
+
+def fenced_blocks(text):
+    """(language or '', code) of each fenced block."""
+    return re.findall(r'^```(\w*)\n(.*?)^```', text, re.DOTALL | re.MULTILINE)
 
 
 def inline_code(text):
@@ -221,13 +226,20 @@ def test_every_program_and_module_has_its_place():
 @pytest.mark.slow
 def test_your_own_images_runs_as_it_stands(tmp_path):
     """All blocks under the heading, in a folder that holds links to the project, by a shell that stops at a failure."""
-    for path in [*ROOT.glob('*.py'), ROOT / 'scripts', ROOT / 'demo']:
+    folders = [path.parent for path in ROOT.glob('*/__init__.py')]
+    for path in [*ROOT.glob('*.py'), *folders, ROOT / 'demo', ROOT / 'docs']:
         (tmp_path / path.name).symlink_to(path)
-    commands = '\n'.join(block for block in blocks(section(README, '## Your own images')))
-    assert commands.count('python ') == 8
+    text = section(README, '## Your own images')
+    commands = '\n'.join(block for block in blocks(text))
+    assert commands.count('python ') == 10
     environment = os.environ | {'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}'}
     done = subprocess.run(['bash', '-euo', 'pipefail', '-c', commands], cwd=tmp_path, env=environment,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert re.search(r'^\* Acc@1 \d', done.stdout, re.MULTILINE)
     assert (tmp_path / 'output' / 'mine' / 'sheet.png').exists()
+    for language, code in fenced_blocks(text):
+        if language == 'python':
+            done = subprocess.run([sys.executable, '-c', code], cwd=tmp_path, env=environment, capture_output=True,
+                                  text=True)
+            assert done.returncode == 0, done.stderr

@@ -34,6 +34,7 @@ SEIT = 'main_seit.py'
 PRETRAIN = 'main_mtm_pretrain.py'
 FINETUNE = 'main_mtm_finetune.py'
 CODES = 'token_emb.word_embeddings.weight'
+SEEN = 'classes seen'  # in TrainState.data of main_continual.py: how many of the outputs have been trained by then
 TOKEN_ADAPT = ('conversion_function.', 'reverse_transform.')  # how the names of TokenAdapt's weights begin
 
 
