@@ -92,7 +92,7 @@ def make_parser() -> Parser:
         help='write a line for each image: file, label, prediction, probability and the five most probable classes')
     add('--skip-bad-images', action='store_true', help='leave unreadable images out and count them')
     add_max_pixels(add)
-    add_exif_rotate(add)
+    add_exif_rotate(add, of_the_model=True)
     add('--seed', type=SEED, default=0, help='seed of the noise of --corruption; nothing else is random')
     add('--device', default='auto', help=DEVICE_HELP)
     add('--dist-url', default='env://',
@@ -215,7 +215,6 @@ def main(args: argparse.Namespace) -> None:
     args = recipe.from_checkpoint(args, checkpoint, args.model_path)
     codebook = load_codebook(args.codebook_path)
     facts = {'codebook': digest_of(codebook), 'size of tokenized images': args.tokenizer_input_size,
-             'EXIF rotation': args.exif_rotate,
              'tokenizer': digest_of_entry(identity_of_tokenizer(args.tokenizer_path))}
     check_tokens_of(checkpoint, args.model_path, facts,
                     {'codebook': args.codebook_path, 'tokenizer': args.tokenizer_path})

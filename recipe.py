@@ -132,7 +132,7 @@ def from_checkpoint(args: Flags, checkpoint: dict[str, Any], path: str) -> Flags
     """
     before = said_of_the_model(checkpoint)
     known = {name: before[name] for name in args.rules.of_the_model
-             if name not in args.given and type(before.get(name)) in (str, int, float, dict)}
+             if name not in args.given and type(before.get(name)) in (str, int, float, bool, dict)}
     if 'model' in args.given and args.model != before.get('model'):
         known.pop('model_kwargs', None)  # arguments of a model belong to no other one
     for name in ('codebook', 'tokenizer'):
@@ -143,8 +143,9 @@ def from_checkpoint(args: Flags, checkpoint: dict[str, Any], path: str) -> Flags
                 raise InputError(f'{path}: does not say with which {name} it was trained, and {vars(args)[flag]} is '
                                  f'not there: give it to --{name}-path')
             known |= {flag: file} if file else {}
-    if known:
-        print0(f'{path}: ' + ' '.join(words_of(name, value) for name, value in sorted(known.items()) if value != {}))
+    said = [words_of(name, value) for name, value in sorted(known.items()) if value not in ({}, False)]
+    if said:
+        print0(f'{path}: {" ".join(said)}')
     return args.replaced(**known)
 
 

@@ -130,6 +130,12 @@ def decode_oriented(data: bytes, max_pixels: int | None = None, exif_rotate: boo
         Image.MAX_IMAGE_PIXELS = limit
 
 
+def upright(image: Image.Image) -> Image.Image:
+    """An image turned and mirrored as its EXIF orientation says."""
+    orientation = orientation_of(image)
+    return image if orientation == UPRIGHT else image.transpose(TURNS[orientation])
+
+
 def orientation_of(image: Image.Image) -> int:
     """The EXIF orientation of a decoded image, 1 to 8: UPRIGHT where it has none, or one that cannot be read."""
     try:

@@ -19,7 +19,7 @@ from torch import nn
 from fileio.files import is_address
 from fileio.torch_files import digest_of
 from image_data.dataset import Normalize, eval_transform
-from image_data.decoding import resize_square
+from image_data.decoding import resize_square, upright
 from image_tokenizer.tokenizers import check_codebook, load_tokenizer, unit_range
 from inference.models import PIXELS, TrainedModel, load_model, program_of
 from seitpp.mtm_recipe import canonical_codes
@@ -45,6 +45,7 @@ class Classifier(nn.Module):
         classes: names of its outputs; further outputs are left out.
         tokenizer, codebook (K, d): of the model's tokens; None for a model of images.
         image_size: pixels to which both sides of an image are resized for the tokenizer.
+        exif_rotate: turn images as their EXIF orientation says, as those of the training were.
 
     Attributes:
         size: s, pixels on a side.
@@ -55,10 +56,11 @@ class Classifier(nn.Module):
     """
 
     def __init__(self, trained: TrainedModel, classes: Sequence[str], tokenizer: nn.Module | None = None,
-                 codebook: torch.Tensor | None = None, image_size: int | None = None):
+                 codebook: torch.Tensor | None = None, image_size: int | None = None, exif_rotate: bool = False):
         super().__init__()
         self.model = trained.model
         self.classes = list(classes)
+        self.exif_rotate = exif_rotate
         self.tokenizer = tokenizer
         self.register_buffer('codebook', codebook)
         self.register_buffer('canonical', None)
@@ -118,7 +120,8 @@ class Classifier(nn.Module):
             raise InputError(f'a {type(wrong).__name__} is no image: give PIL images, such as PIL.Image.open reads')
         parts = [torch.empty(0, len(self.classes))]
         for start in range(0, len(images), batch_size):
-            pixels = torch.stack([self.read(image) for image in images[start:start + batch_size]])
+            batch = images[start:start + batch_size]
+            pixels = torch.stack([self.read(upright(image) if self.exif_rotate else image) for image in batch])
             parts.append(self(pixels.to(device_of(self.model))).cpu())
         probabilities = torch.cat(parts)
         return [self.classes[number] for number in probabilities.argmax(1).tolist()], probabilities
@@ -173,7 +176,8 @@ def load_classifier(path: str | Path, device: str | torch.device = 'cpu', *, use
         facts = {'codebook': digest_of(codebook), 'size of tokenized images': tokenizer_input_size,
                  'tokenizer': digest_of_entry(identity_of_tokenizer(tokenizer_path))}
         check_tokens_of(checkpoint, path, facts, {'codebook': codebook_path, 'tokenizer': tokenizer_path})
-    classifier = Classifier(trained, class_names(checkpoint, path, trained), tokenizer, codebook, tokenizer_input_size)
+    classifier = Classifier(trained, class_names(checkpoint, path, trained), tokenizer, codebook, tokenizer_input_size,
+                            said_of_the_model(checkpoint).get('exif_rotate', False))
     return classifier.eval().to(device)
 
 

@@ -63,6 +63,7 @@ def predictions(classifier: Classifier, source: Source, top_k: int, batch_size: 
         InputError: where a picture cannot be read, unless `skip_bad`.
     """
     device = device_of(classifier.model)
+    source.exif_rotate = classifier.exif_rotate
     batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
     images = load_images(source, batches, classifier.size, workers=workers if len(batches) > 1 else 0,
                          skip_bad=True if skip_bad else None, pin_memory=device.type == 'cuda', max_pixels=max_pixels,

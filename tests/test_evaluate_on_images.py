@@ -364,9 +364,12 @@ def test_images_turned_otherwise_than_in_training_are_noted(images, checkpoint, 
     on_images(images, tmp_path / 'c.ckpt')
     assert 'EXIF' not in capsys.readouterr().out
     on_images(images, tmp_path / 'c.ckpt', '--exif-rotate')
-    assert capsys.readouterr().out.count('note: EXIF rotation of images is on; the tokens of the run that wrote ') == 1
+    assert capsys.readouterr().out.count('note: --exif-rotate is True; the run that wrote ') == 1
     on_images(images, checkpoint, '--exif-rotate')  # which says nothing
-    assert 'EXIF' not in capsys.readouterr().out
+    assert 'exif' not in capsys.readouterr().out
+    torch.save(torch.load(checkpoint, weights_only=True) | {'data': {'EXIF rotation': True}}, tmp_path / 'c.ckpt')
+    on_images(images, tmp_path / 'c.ckpt')
+    assert f'{tmp_path / "c.ckpt"}: --exif-rotate\n' in capsys.readouterr().out, 'the checkpoint knows'
 
 
 def test_large_images_are_bad_unless_allowed(images, checkpoint, capsys):

@@ -243,13 +243,15 @@ def compare_flags(checkpoint: dict[str, Any], flags: dict[str, Any], path: str, 
 
 
 def said_of_the_model(checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """The flags of the run that wrote a checkpoint, with two by the names that evaluate_on_images.py has for them."""
+    """The flags of the run that wrote a checkpoint, with those that evaluate_on_images.py has for its tokens."""
     flags = dict(saved_flags(checkpoint))
     sizes = flags.get('input_size'), flags.get('token_patch_size')
     if all(type(size) is int and size for size in sizes):
         flags['vit_input_size'] = sizes[0] // sizes[1]
     size = (checkpoint.get('made_with') or {}).get('image_size')
-    return flags | ({'tokenizer_input_size': size} if type(size) is int else {})
+    flags |= {'tokenizer_input_size': size} if type(size) is int else {}
+    rotated = (checkpoint.get('data') or {}).get('EXIF rotation')
+    return flags if rotated is None else {**flags, 'exif_rotate': bool(rotated)}
 
 
 def compare_model_flags(checkpoint: dict[str, Any], flags: dict[str, Any], path: str) -> None:

@@ -237,3 +237,19 @@ def test_the_module_moves_as_a_whole(small_runs):
         assert {tensor.device.type for tensor in (*classify.parameters(), *classify.buffers())} == {'meta'}
         assert classify(torch.zeros(2, 3, classify.size, classify.size, dtype=torch.uint8,
                                     device='meta')).shape == (2, 3)
+
+
+@pytest.mark.parametrize('program', PROGRAMS[::2])
+def test_images_are_turned_as_those_of_the_training_were(small_runs, tmp_path, program):
+    path = find_file(str(small_runs[program]))
+    # beside the other, so that the tokenizer is found
+    turned = changed(path, small_runs[program] / 'turned.pth', lambda c: c['data'].update({'EXIF rotation': True}))
+    image = pictures(small_runs)[0][0].rotate(90, expand=True)
+    exif = image.getexif()
+    exif[0x0112] = 6  # to be seen turned by 270 degrees, as it was before
+    image.save(tmp_path / 'a.png', exif=exif)
+    image = Image.open(tmp_path / 'a.png')
+    before = load_classifier(path)(pictures(small_runs)[0][0])[1]
+    assert torch.equal(load_classifier(turned)(image)[1], before)
+    assert not torch.equal(load_classifier(path)(image)[1], before)
+    turned.unlink()
