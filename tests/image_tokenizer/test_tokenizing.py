@@ -236,8 +236,11 @@ def test_a_run_into_the_folder_of_its_images_resumes(data, plain, tmp_path, monk
     assert (images / '.my.parts').is_dir()
     monkeypatch.setattr(tokenizing, 'encode_part', never)  # all parts are there
     tokenize(data, images, data_path=images)
-    made = {path.name: path.read_bytes() for path in images.glob('my-*')}
-    assert made == contents(plain)
+    made, expected = {path.name: path.read_bytes() for path in images.glob('my-*')}, contents(plain)
+    manifests = [json.loads(files.pop('my-token.json')) for files in (made, expected)]
+    paths = [manifest['tokenizer'].pop('path') for manifest in manifests]  # seen from another folder
+    assert os.path.samefile(images / paths[0], plain / paths[1])
+    assert made == expected and manifests[0] == manifests[1]
     tokenize(data, images, data_path=images)  # complete, and still the same images
     assert (images / 'my-token.json').read_bytes() == contents(plain)['my-token.json']
 

@@ -1,6 +1,7 @@
 """Token sets from one format into the other and back, and what bad input gets."""
 import gzip
 import json
+import os
 
 import numpy as np
 import pytest
@@ -27,7 +28,11 @@ def test_the_demo_goes_there_and_back(tmp_path):
     made = contents(tmp_path / 'compact')
     names = ('token.data.bin', 'token.model.bin', 'token.json', 'label.txt')
     assert set(made) == {f'fashion-val-{end}' for end in names}
-    assert all(made[name] == (DEMO / name).read_bytes() for name in made)
+    before, manifest = (json.loads(path.read_text()) for path in (
+        DEMO / 'fashion-val-token.json', tmp_path / 'compact' / 'fashion-val-token.json'))
+    path = manifest['tokenizer'].pop('path')  # which the demo's manifest does not state, and which is beside it
+    assert os.path.samefile(tmp_path / 'compact' / path, DEMO / 'tokenizer.pt') and manifest == before
+    assert all(made[name] == (DEMO / name).read_bytes() for name in made if not name.endswith('.json'))
     manifest = json.loads((tmp_path / 'published' / 'fashion-val-token.json').read_text())
     assert manifest['format'] == 'escaped-bytes' and 'model' not in manifest and 'format' not in manifest['run']
     assert manifest['classes'] == json.loads(made['fashion-val-token.json'])['classes']
