@@ -1,7 +1,7 @@
 """Pictures by the ending of their names, sheets of images, and figures by matplotlib.
 
 matplotlib is an optional package (requirements-plot.txt): `draw_sheet` does without it, `pyplot` is where it is asked
-for.
+for. Where many points stand close together, `label_points` finds a free spot for the text of each.
 """
 import importlib.util
 import math
@@ -150,6 +150,77 @@ def pyplot() -> Any:
     matplotlib.use('Agg')  # compute nodes have no display
     import matplotlib.pyplot as plt
     return plt
+
+
+def label_points(panel: Any, points: Sequence[tuple[float, float]], texts: Sequence[str], colors: Sequence[Any],
+                 size: float = 8) -> None:
+    """Write a text beside each point of a panel, where it covers no other text, no marker and as few lines as can be.
+
+    Called last, when all is drawn and the limits of the axes are final, as it measures in pixels. A text that had to
+    go far gets a thin line to its point.
+
+    Args:
+        panel: matplotlib's Axes.
+        points: in the units of the axes.
+        texts, colors: of each point.
+        size: of the letters.
+    """
+    figure = panel.figure
+    figure.draw_without_rendering()  # only now do the panels have their places
+    renderer = figure.canvas.get_renderer()
+    dot = figure.dpi / 72
+    frame = panel.get_window_extent(renderer)
+    spots = panel.transData.transform(points)
+    markers = [(x - 3.5 * dot, y - 3.5 * dot, x + 3.5 * dot, y + 3.5 * dot) for x, y in spots]
+    lines = _samples_of_lines(panel)
+    taken = []
+    for point, (x, y), text, color in zip(points, spots, texts, colors):
+        note = panel.annotate(text, point, xytext=(0, 0), textcoords='offset points', fontsize=size, color=color,
+                              ha='center', va='center', bbox={'facecolor': 'white', 'alpha': 0.6, 'linewidth': 0,
+                                                              'pad': 0.5}, zorder=10)
+        extent = note.get_window_extent(renderer)
+        half = extent.width / 2 + dot, extent.height / 2
+        best = None
+        for far in (1, 2, 3.2, 4.6):
+            for across, up in ((1, 1), (1, -1), (-1, 1), (-1, -1), (0, 1), (0, -1), (1, 0), (-1, 0)):
+                center = x + across * (half[0] + 3 * far * dot), y + up * (half[1] + 3.5 * far * dot)
+                box = center[0] - half[0], center[1] - half[1], center[0] + half[0], center[1] + half[1]
+                outside = max(0, frame.x0 - box[0]) + max(0, frame.y0 - box[1]) + max(0, box[2] - frame.x1) + max(
+                    0, box[3] - frame.y1)
+                cost = (100 * outside + 10 * sum(_overlap(box, other) for other in taken)
+                        + 3 * sum(_overlap(box, marker) for marker in markers) + 30 * far
+                        + 4 * sum(box[0] < a < box[2] and box[1] < b < box[3] for a, b in lines))
+                if best is None or cost < best[0]:
+                    best = cost, far, center, box
+        _, far, center, box = best
+        taken.append(box)
+        note.set_position(((center[0] - x) / dot, (center[1] - y) / dot))
+        if far > 2:
+            panel.annotate('', point, xytext=note.get_position(), textcoords='offset points', zorder=9,
+                           arrowprops={'arrowstyle': '-', 'color': color, 'linewidth': 0.6, 'alpha': 0.7})
+
+
+def _samples_of_lines(panel: Any) -> list[tuple[float, float]]:
+    """Points in pixels, three apart, on the lines that a panel has: curves and error bars."""
+    points = []
+    for line in panel.lines:
+        if line.get_linestyle() not in ('None', 'none', ' ', ''):
+            points.append(line.get_transform().transform(line.get_xydata()))
+    for collection in panel.collections:
+        points += [panel.transData.transform(segment) for segment in collection.get_segments()]
+    samples = []
+    for path in points:
+        for (x, y), (to_x, to_y) in zip(path[:-1], path[1:]):
+            steps = max(1, int(math.hypot(to_x - x, to_y - y) / 3))
+            samples += [(x + (to_x - x) * step / steps, y + (to_y - y) * step / steps) for step in range(steps + 1)]
+    return samples
+
+
+def _overlap(box: Sequence[float], other: Sequence[float]) -> float:
+    """Pixels that two boxes (x0, y0, x1, y1) have in common."""
+    width = min(box[2], other[2]) - max(box[0], other[0])
+    height = min(box[3], other[3]) - max(box[1], other[1])
+    return max(0, width) * max(0, height)
 
 
 def save_figure(figure: Any, path: str | Path) -> None:

@@ -58,6 +58,23 @@ def test_sheets_are_about_square(items, parts, columns):
 
 # ---------------------------------------------------------------- matplotlib
 
+def test_labels_of_points_that_lie_close_cover_neither_one_another_nor_points():
+    pytest.importorskip('matplotlib')
+    plt = figures.pyplot()
+    figure, panel = plt.subplots()
+    points = [(0, 0), (0, 0), (0.01, 0), (0, 0.01), (0.5, 0.5), (1, 1), (1, 0.995)]
+    panel.plot(*zip(*points), 'o')
+    figures.label_points(panel, points, [f'{number:,}' for number in range(9000, 9007)], ['k'] * 7)
+    figure.draw_without_rendering()
+    renderer = figure.canvas.get_renderer()
+    boxes = [text.get_window_extent(renderer) for text in panel.texts if text.get_text()]
+    assert len(boxes) == 7
+    assert not any(box.overlaps(other) for box, other in itertools.combinations(boxes, 2))
+    assert not any(box.contains(*panel.transData.transform(point)) for box in boxes for point in points)
+    assert all(panel.get_window_extent(renderer).contains(*corner) for box in boxes for corner in box.corners())
+    plt.close(figure)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('backend', ['module://matplotlib_inline.backend_inline', 'module://not.there', 'nonsense',
                                      'TkAgg', 'inline', ''])
