@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # before installed packages of the same names
@@ -38,13 +37,15 @@ from image_data.corruptions import add_robustness_flags, make_corruption
 from image_data.sources import ImageBatch, Source, load_images, open_source
 from image_tokenizer.tokenizers import encode_images, load_tokenizer
 from inference.models import weights_of
+from inference.report import class_names
 from models_seit import MODELS, create_model
 from token_augment import EvalTransform
 from token_files.codebook import load_codebook
 from token_files.made_with import digest_of_entry, identity_of_tokenizer
 from training.checkpoints import check_tokens_of, compare_model_flags, load_checkpoint, load_weights
 from training.run_folder import write_evaluation
-from utils import InputError, check_same_on_all_ranks, init_distributed, is_main, on_main, print0, run, world_size
+from utils import (InputError, check_same_on_all_ranks, gather, init_distributed, is_main, on_main, print0, run,
+                   world_size)
 
 NO_EFFECT = {
     '--eval': 'this program only evaluates',
@@ -89,7 +90,8 @@ def make_parser() -> Parser:
         help='divide the images among the ranks; without it each evaluates all')
     add('--output', default='', metavar='FILE.json', help='also write the numbers to this file')
     add('--save-predictions', metavar='FILE.csv',
-        help='write a line for each image: file, label, prediction, probability and the five most probable classes')
+        help='write a line for each image: file, label, prediction, probability, the five most probable classes, and '
+        'the names of label and prediction')
     add('--skip-bad-images', action='store_true', help='leave unreadable images out and count them')
     add_max_pixels(add)
     add_exif_rotate(add, of_the_model=True)
@@ -173,29 +175,22 @@ class CodeBatches:
 
 # ---------------------------------------------------------------- predictions
 
-def gather(values: list[Any], distributed: bool) -> list[Any] | None:
-    """All ranks' lists in one on rank 0, None on others; without `distributed` the list of this rank. Collective."""
-    if not distributed or world_size() == 1:
-        return values
-    gathered = [None] * world_size() if is_main() else None
-    dist.gather_object(values, gathered)
-    return [value for part in gathered for value in part] if is_main() else None
-
-
-def write_predictions(path: str | Path, source: Source, labels: np.ndarray,
+def write_predictions(path: str | Path, source: Source, labels: np.ndarray, names: Sequence[str],
                       rows: list[tuple[int, list[int], float]]) -> None:
     """Write a line of CSV an image, in the order of the source. Raises InputError.
 
     Args:
         labels: (N,) int64, as the model numbers them.
+        names: of the model's classes, '' where a class has none.
         rows: (image, its five most probable classes, probability of the first).
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(['image', 'label', 'prediction', 'probability', 'top5'])
+    # names stand last, so that what reads columns by their position still finds the others
+    writer.writerow(['image', 'label', 'prediction', 'probability', 'top5', 'label_name', 'prediction_name'])
     for index, top, probability in sorted(rows):
         writer.writerow([source.names[index], labels[index], top[0], f'{probability:.6f}',
-                         ' '.join(map(str, top))])
+                         ' '.join(map(str, top)), names[labels[index]], names[top[0]]])
     write_text(path, text.getvalue())
 
 
@@ -237,6 +232,7 @@ def main(args: argparse.Namespace) -> None:
 
     # images to codes
     num_classes = model.num_classes
+    classes_by_number = class_names(num_classes, names, source.classes, source.labels, labels)
     model = model.to(device)
     tokenizer = tokenizer.to(device)
     codebook = codebook.to(device)
@@ -255,7 +251,7 @@ def main(args: argparse.Namespace) -> None:
     # codes to classes
     rows = []
 
-    def record(logits: torch.Tensor) -> None:
+    def record(logits: torch.Tensor, _: torch.Tensor) -> None:
         probability, top = logits.softmax(1).topk(min(5, num_classes if subset is None else len(subset)))
         rows.extend(zip(top.tolist(), probability[:, 0].tolist()))
 
@@ -269,7 +265,7 @@ def main(args: argparse.Namespace) -> None:
     if args.save_predictions:
         rows = gather([(index, *row) for index, row in zip(batches.indices, rows)], args.dist_eval)
         if is_main():
-            write_predictions(args.save_predictions, source, labels, rows)
+            write_predictions(args.save_predictions, source, labels, classes_by_number, rows)
             print0(args.save_predictions)
 
 

@@ -40,6 +40,11 @@ def picture_format(path: str | Path, more: dict[str, str] | None = None) -> str:
     return formats[ending]
 
 
+def printable(text: str) -> str:
+    """A text with ? for what no font has: names of folders may be any bytes, and hold ends of lines."""
+    return ''.join(letter if letter.isprintable() else '?' for letter in text)
+
+
 # ---------------------------------------------------------------- sheets of images
 
 def draw_sheet(images: torch.Tensor, columns: int = 1, titles: Sequence[str] = (), names: Sequence[str] = (),
@@ -104,11 +109,6 @@ def _font() -> Any:
     return ImageFont.load_default(TEXT_SIZE)
 
 
-def _writable(text: str) -> str:
-    """A text without what no font has: names of folders may be any bytes, and hold ends of lines."""
-    return ''.join(letter if letter.isprintable() else '?' for letter in text)
-
-
 def _write(draw: ImageDraw.ImageDraw, x: int, y: int, lines: list[str], font: Any, middle: bool = False) -> None:
     for number, line in enumerate(lines):
         draw.text((x - (font.getlength(line) / 2 if middle else 0), y + number * LINE), line, 'black', font)
@@ -116,7 +116,7 @@ def _write(draw: ImageDraw.ImageDraw, x: int, y: int, lines: list[str], font: An
 
 def _cut(text: str, width: int, font: Any) -> str:
     """A text, with dots in place of the end that is wider than so many pixels."""
-    text = _writable(text)
+    text = printable(text)
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(f'{text}...') > width:
@@ -127,7 +127,7 @@ def _cut(text: str, width: int, font: Any) -> str:
 def _broken(text: str, width: int, font: Any, most: int) -> list[str]:
     """The lines of a text, broken behind spaces, hyphens and underscores; the last is cut where they are too many."""
     lines = ['']
-    for word in re.findall(r'[^ _-]*[ _-]?', _writable(text)):
+    for word in re.findall(r'[^ _-]*[ _-]?', printable(text)):
         if lines[-1] and font.getlength((lines[-1] + word).rstrip()) > width and len(lines) < most:
             lines.append('')
         lines[-1] += word
