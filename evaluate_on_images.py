@@ -37,7 +37,7 @@ from image_data.corruptions import add_robustness_flags, make_corruption
 from image_data.sources import ImageBatch, Source, load_images, open_source
 from image_tokenizer.tokenizers import encode_images, load_tokenizer
 from inference.models import weights_of
-from inference.report import class_names
+from inference.report import Report, check_report, class_names
 from models_seit import MODELS, create_model
 from token_augment import EvalTransform
 from token_files.codebook import load_codebook
@@ -89,6 +89,9 @@ def make_parser() -> Parser:
     add('--dist-eval', action='store_true',
         help='divide the images among the ranks; without it each evaluates all')
     add('--output', default='', metavar='FILE.json', help='also write the numbers to this file')
+    add('--report', default='', metavar='DIR',
+        help='also write to this folder the accuracy of each class, the confusion matrix, and the mistakes that the '
+        'model was surest of, as tables and pictures; needs matplotlib')
     add('--save-predictions', metavar='FILE.csv',
         help='write a line for each image: file, label, prediction, probability, the five most probable classes, and '
         'the names of label and prediction')
@@ -204,6 +207,7 @@ def main(args: argparse.Namespace) -> None:
     change = make_corruption(args.corruption, args.severity, args.seed)
     for path in filter(None, (args.output, args.save_predictions)):
         on_main(check_writable, path)
+    check_report(args.report)
 
     # model, tokenizer and images, which must belong together: a wrong codebook has the right shape, and gives chance
     checkpoint = load_checkpoint(args.model_path)
@@ -250,14 +254,22 @@ def main(args: argparse.Namespace) -> None:
 
     # codes to classes
     rows = []
+    report = None
+    if args.report:
+        report = Report(args.report, classes_by_number, device, args.dist_eval, subset, image_names=source.names,
+                        images_of=lambda numbers: next(load_images(source, [numbers], args.tokenizer_input_size,
+                                                                   max_pixels=args.max_image_pixels)).pixels)
 
-    def record(logits: torch.Tensor, _: torch.Tensor) -> None:
-        probability, top = logits.softmax(1).topk(min(5, num_classes if subset is None else len(subset)))
-        rows.extend(zip(top.tolist(), probability[:, 0].tolist()))
+    def record(logits: torch.Tensor, labels: torch.Tensor) -> None:
+        if report:
+            report.record(logits, labels)
+        if args.save_predictions:
+            probability, top = logits.softmax(1).topk(min(5, num_classes if subset is None else len(subset)))
+            rows.extend(zip(top.tolist(), probability[:, 0].tolist()))
 
     stats = evaluate(model, batches, EvalTransform(codebook, args.vit_input_size, device), amp=amp,
                      distributed=args.dist_eval, name='EMA' if args.use_ema else '',
-                     record=record if args.save_predictions else None)
+                     record=record if args.save_predictions or report else None)
     write_evaluation(args.output, stats)
     skipped = gather([batches.skipped], args.dist_eval)
     if is_main() and sum(skipped):
@@ -267,6 +279,8 @@ def main(args: argparse.Namespace) -> None:
         if is_main():
             write_predictions(args.save_predictions, source, labels, classes_by_number, rows)
             print0(args.save_predictions)
+    if report:
+        report.write('', batches.indices)
 
 
 if __name__ == '__main__':
