@@ -246,7 +246,7 @@ def evaluate(model: nn.Module, batches: Iterable, prepare: Callable, *, amp: str
         prepare: inputs -> what the model reads, such as token_augment.EvalTransform.
         distributed: the ranks' batches are parts of one set, to be summed; otherwise each rank has the whole set.
         name: marks the printed line, as in `* Acc@1 … (EMA)`.
-        record: called with each batch's logits (B, classes) float32.
+        record: called with each batch's logits (B, classes) float32 and labels (B,).
 
     Returns:
         {'loss', 'acc1', 'acc5'}, the same on all ranks.
@@ -259,7 +259,7 @@ def evaluate(model: nn.Module, batches: Iterable, prepare: Callable, *, amp: str
         with autocast(device, amp):
             logits = model(prepare(inputs)).float()
         if record:
-            record(logits)
+            record(logits, labels)
         top = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
         counted = torch.stack([F.cross_entropy(logits, labels, reduction='sum'), top[:, 0].sum(), top.sum()])
         sums[:3] += counted.to(sums.device)

@@ -24,7 +24,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # before installed packages of the same names
@@ -38,13 +37,15 @@ from image_data.corruptions import add_robustness_flags, make_corruption
 from image_data.sources import ImageBatch, Source, load_images, open_source
 from image_tokenizer.tokenizers import encode_images, load_tokenizer
 from inference.models import weights_of
+from inference.report import Report, check_report, class_names
 from models_seit import MODELS, create_model
 from token_augment import EvalTransform
 from token_files.codebook import load_codebook
 from token_files.made_with import digest_of_entry, identity_of_tokenizer
 from training.checkpoints import check_tokens_of, compare_model_flags, load_checkpoint, load_weights
 from training.run_folder import write_evaluation
-from utils import InputError, check_same_on_all_ranks, init_distributed, is_main, on_main, print0, run, world_size
+from utils import (InputError, check_same_on_all_ranks, gather, init_distributed, is_main, on_main, print0, run,
+                   world_size)
 
 NO_EFFECT = {
     '--eval': 'this program only evaluates',
@@ -88,8 +89,12 @@ def make_parser() -> Parser:
     add('--dist-eval', action='store_true',
         help='divide the images among the ranks; without it each evaluates all')
     add('--output', default='', metavar='FILE.json', help='also write the numbers to this file')
+    add('--report', default='', metavar='DIR',
+        help='also write to this folder the accuracy of each class, the confusion matrix, and the mistakes that the '
+        'model was surest of, as tables and pictures; needs matplotlib')
     add('--save-predictions', metavar='FILE.csv',
-        help='write a line for each image: file, label, prediction, probability and the five most probable classes')
+        help='write a line for each image: file, label, prediction, probability, the five most probable classes, and '
+        'the names of label and prediction')
     add('--skip-bad-images', action='store_true', help='leave unreadable images out and count them')
     add_max_pixels(add)
     add_exif_rotate(add, of_the_model=True)
@@ -173,29 +178,22 @@ class CodeBatches:
 
 # ---------------------------------------------------------------- predictions
 
-def gather(values: list[Any], distributed: bool) -> list[Any] | None:
-    """All ranks' lists in one on rank 0, None on others; without `distributed` the list of this rank. Collective."""
-    if not distributed or world_size() == 1:
-        return values
-    gathered = [None] * world_size() if is_main() else None
-    dist.gather_object(values, gathered)
-    return [value for part in gathered for value in part] if is_main() else None
-
-
-def write_predictions(path: str | Path, source: Source, labels: np.ndarray,
+def write_predictions(path: str | Path, source: Source, labels: np.ndarray, names: Sequence[str],
                       rows: list[tuple[int, list[int], float]]) -> None:
     """Write a line of CSV an image, in the order of the source. Raises InputError.
 
     Args:
         labels: (N,) int64, as the model numbers them.
+        names: of the model's classes, '' where a class has none.
         rows: (image, its five most probable classes, probability of the first).
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator='\n')
-    writer.writerow(['image', 'label', 'prediction', 'probability', 'top5'])
+    # names stand last, so that what reads columns by their position still finds the others
+    writer.writerow(['image', 'label', 'prediction', 'probability', 'top5', 'label_name', 'prediction_name'])
     for index, top, probability in sorted(rows):
         writer.writerow([source.names[index], labels[index], top[0], f'{probability:.6f}',
-                         ' '.join(map(str, top))])
+                         ' '.join(map(str, top)), names[labels[index]], names[top[0]]])
     write_text(path, text.getvalue())
 
 
@@ -209,6 +207,7 @@ def main(args: argparse.Namespace) -> None:
     change = make_corruption(args.corruption, args.severity, args.seed)
     for path in filter(None, (args.output, args.save_predictions)):
         on_main(check_writable, path)
+    check_report(args.report)
 
     # model, tokenizer and images, which must belong together: a wrong codebook has the right shape, and gives chance
     checkpoint = load_checkpoint(args.model_path)
@@ -237,6 +236,7 @@ def main(args: argparse.Namespace) -> None:
 
     # images to codes
     num_classes = model.num_classes
+    classes_by_number = class_names(num_classes, names, source.classes, source.labels, labels)
     model = model.to(device)
     tokenizer = tokenizer.to(device)
     codebook = codebook.to(device)
@@ -254,14 +254,22 @@ def main(args: argparse.Namespace) -> None:
 
     # codes to classes
     rows = []
+    report = None
+    if args.report:
+        report = Report(args.report, classes_by_number, device, args.dist_eval, subset, image_names=source.names,
+                        images_of=lambda numbers: next(load_images(source, [numbers], args.tokenizer_input_size,
+                                                                   max_pixels=args.max_image_pixels)).pixels)
 
-    def record(logits: torch.Tensor) -> None:
-        probability, top = logits.softmax(1).topk(min(5, num_classes if subset is None else len(subset)))
-        rows.extend(zip(top.tolist(), probability[:, 0].tolist()))
+    def record(logits: torch.Tensor, labels: torch.Tensor) -> None:
+        if report:
+            report.record(logits, labels)
+        if args.save_predictions:
+            probability, top = logits.softmax(1).topk(min(5, num_classes if subset is None else len(subset)))
+            rows.extend(zip(top.tolist(), probability[:, 0].tolist()))
 
     stats = evaluate(model, batches, EvalTransform(codebook, args.vit_input_size, device), amp=amp,
                      distributed=args.dist_eval, name='EMA' if args.use_ema else '',
-                     record=record if args.save_predictions else None)
+                     record=record if args.save_predictions or report else None)
     write_evaluation(args.output, stats)
     skipped = gather([batches.skipped], args.dist_eval)
     if is_main() and sum(skipped):
@@ -269,8 +277,10 @@ def main(args: argparse.Namespace) -> None:
     if args.save_predictions:
         rows = gather([(index, *row) for index, row in zip(batches.indices, rows)], args.dist_eval)
         if is_main():
-            write_predictions(args.save_predictions, source, labels, rows)
+            write_predictions(args.save_predictions, source, labels, classes_by_number, rows)
             print0(args.save_predictions)
+    if report:
+        report.write('', batches.indices)
 
 
 if __name__ == '__main__':

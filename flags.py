@@ -519,6 +519,10 @@ def add_run_flags(parser: Parser) -> None:
         of_a_start=True)
     add('--output', default='', metavar='FILE.json', of_a_rank=True, of_a_start=True,
         help='with --eval: also write the numbers to this file')
+    # all ranks must agree on it, as they count together
+    add('--report', default='', metavar='DIR', of_a_start=True,
+        help='with --eval: also write to this folder the accuracy of each class, the confusion matrix, and the '
+        'mistakes that the model was surest of, as tables and pictures; needs matplotlib')
     add('--dist-eval', action='store_true',
         help='divide the validation images among the ranks; without it each evaluates all')
     add('--no-eval', action='store_true', help='train without evaluating, so that no validation set is read')

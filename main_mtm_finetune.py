@@ -27,6 +27,7 @@ import recipe
 from engine import evaluate, evaluate_checkpoint, rank_indices
 from fileio.labels import check_class_names, count_classes
 from flags import Parser, number
+from inference.report import Report, check_report, class_names, token_images
 from samplers import shuffled
 from seitpp.halves import check_halves
 from seitpp.models_mtm import keep_token_adapt
@@ -90,8 +91,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # ---------------------------------------------------------------- evaluation
 
 def make_evaluate(args: argparse.Namespace, data: TokenDataset, codebook: torch.Tensor, size: int,
-                  device: torch.device) -> Callable:
-    """The engine's evaluate_of, on a data set: the middle codes of each grid."""
+                  device: torch.device, report: Report | None = None) -> Callable:
+    """The engine's evaluate_of, on a data set: the middle codes of each grid; a `report` counts too."""
     # Of the codes of one direction training reads only the first (see make_input), so the model has learned nothing of
     # the others: they are read as the first one here too.
     canonical = canonical_codes(codebook).to(device)
@@ -100,8 +101,11 @@ def make_evaluate(args: argparse.Namespace, data: TokenDataset, codebook: torch.
     def evaluate_of(model: nn.Module, name: str) -> dict[str, float]:
         indices = rank_indices(len(data), args.dist_eval)
         batches = data.batches(indices, int(1.5 * args.batch_size), device, args.pin_mem)
-        return evaluate(model, batches, lambda codes: canonical[center_crop(codes.long(), size)], amp=amp,
-                        distributed=args.dist_eval, name=name)
+        stats = evaluate(model, batches, lambda codes: canonical[center_crop(codes.long(), size)], amp=amp,
+                         distributed=args.dist_eval, name=name, record=report.record if report else None)
+        if report:
+            report.write(name, indices)
+        return stats
 
     return evaluate_of
 
@@ -122,7 +126,13 @@ def evaluate_only(args: argparse.Namespace, checkpoint: dict[str, Any], path: st
     recipe.print_model(args, args.model, model, device)
     note_average(checkpoint, path)
     weights = {'model': without_token_adapt(checkpoint['model'])}
-    evaluate_checkpoint(model, weights, path, False, make_evaluate(args, data, codebook, size, device), args.output)
+    report = None
+    if args.report:
+        names = class_names(classes, checkpoint.get('classes'), data.classes)
+        images_of = token_images(checkpoint, path, codebook, lambda numbers: data.batch(numbers)[0])
+        report = Report(args.report, names, device, args.dist_eval, images_of=images_of)
+    evaluate_of = make_evaluate(args, data, codebook, size, device, report)
+    evaluate_checkpoint(model, weights, path, False, evaluate_of, args.output)
 
 
 # ---------------------------------------------------------------- the program
@@ -152,6 +162,7 @@ def main(args: argparse.Namespace) -> int:
     files = checkpoint_files(args.save_periods, args.epochs)
     device, folder, checkpoint, path = recipe.start(args, NO_EFFECT, files=files)
     if args.eval:
+        check_report(args.report)
         evaluate_only(recipe.from_checkpoint(args, checkpoint, path), checkpoint, path, device)
         return 0
 

@@ -33,6 +33,7 @@ from image_data.corruptions import add_robustness_flags, make_corruption
 from image_data.dataset import ImageDataset, Normalize, eval_transform, random_erasing, train_transform
 from image_data.overlap import note_shared_images
 from inference.pixel_models import create_pixel_model
+from inference.report import Report, check_report, class_names
 from models_seit import MODELS
 from samplers import REPEATS, repeated_augmentation, shuffled
 from training.checkpoints import head_size, load_checkpoint
@@ -159,14 +160,19 @@ def draws_of(seed: int, epoch: int, indices: np.ndarray, first: int, repeats: in
 
 # ---------------------------------------------------------------- evaluation
 
-def make_evaluate(args: argparse.Namespace, data: ImageDataset, device: torch.device, amp: str) -> Callable:
-    """The engine's evaluate_of, on a data set."""
+def make_evaluate(args: argparse.Namespace, data: ImageDataset, device: torch.device, amp: str,
+                  report: Report | None = None) -> Callable:
+    """The engine's evaluate_of, on a data set; a `report` counts too."""
     normalize = Normalize(device)
 
     def evaluate_of(model: nn.Module, name: str) -> dict[str, float]:
         indices = rank_indices(len(data), args.dist_eval)
         batches = data.batches(indices, int(1.5 * args.batch_size), device, args.pin_mem)
-        return evaluate(model, batches, normalize, amp=amp, distributed=args.dist_eval, name=name)
+        stats = evaluate(model, batches, normalize, amp=amp, distributed=args.dist_eval, name=name,
+                         record=report.record if report else None)
+        if report:
+            report.write(name, indices)
+        return stats
 
     return evaluate_of
 
@@ -184,7 +190,12 @@ def evaluate_only(args: argparse.Namespace, checkpoint: dict[str, Any], path: st
     data.labels, _, subset = match_classes(data.source, checkpoint.get('classes'), classes, path, args.classes)
     model = create_model(args, classes).to(device)
     amp = recipe.print_model(args, args.model, model, device)
-    evaluate_of = make_evaluate(args, data, device, amp)
+    report = None
+    if args.report:
+        names = class_names(classes, checkpoint.get('classes'), data.source.classes, data.source.labels, data.labels)
+        report = Report(args.report, names, device, args.dist_eval, subset, image_names=data.source.names,
+                        images_of=lambda numbers: next(data.batches(numbers, len(numbers), device))[0])
+    evaluate_of = make_evaluate(args, data, device, amp, report)
     scored = model if subset is None else OnlyClasses(model, subset, classes).to(device)
     evaluate_checkpoint(model, checkpoint, path, args.model_ema, lambda _, name: evaluate_of(scored, name),
                         args.output)
@@ -196,6 +207,7 @@ def main(args: argparse.Namespace) -> int:
     """Train, or evaluate. Returns the exit code."""
     device, folder, checkpoint, path = recipe.start(args)
     if args.eval:
+        check_report(args.report)
         evaluate_only(recipe.from_checkpoint(args, checkpoint, path), checkpoint, path, device)
         return 0
 

@@ -28,6 +28,7 @@ from fileio.labels import check_class_names, count_classes
 from flags import Parser
 from models_seit import MODELS, create_model
 from samplers import repeated_augmentation, shuffled
+from inference.report import Report, check_report, class_names, token_images
 from seitpp.color_adapt import color_recipe
 from seitpp.halves import open_halves
 from token_augment import (EraseRectangle, EvalTransform, RandomCrop, RandomResizedCrop, ReplaceSynonyms, SwapPatches,
@@ -142,6 +143,7 @@ def main(args: argparse.Namespace) -> int:
     """Train, or evaluate. Returns the exit code."""
     device, folder, checkpoint, path = recipe.start(args, NO_EFFECT)
     if args.eval:
+        check_report(args.report)
         args = recipe.from_checkpoint(args, checkpoint, path)
 
     # ------------------------------------------------------------ data
@@ -178,12 +180,21 @@ def main(args: argparse.Namespace) -> int:
 
     # ------------------------------------------------------------ evaluation
     transform = EvalTransform(codebook, size, device)
+    report = None
+    if args.report:
+        images_of = token_images(checkpoint, path, codebook, lambda numbers: val_data.batch(numbers)[0])
+        report = Report(args.report, class_names(classes, checkpoint.get('classes'), names), device, args.dist_eval,
+                        images_of=images_of)
 
     def evaluate_of(model: nn.Module, name: str) -> dict[str, float]:
         indices = rank_indices(len(val_data), args.dist_eval)
         # without gradients there is memory for larger batches; the factor is DeiT's
         batches = val_data.batches(indices, int(1.5 * args.batch_size), device, args.pin_mem)
-        return evaluate(model, batches, transform, amp=amp, distributed=args.dist_eval, name=name)
+        stats = evaluate(model, batches, transform, amp=amp, distributed=args.dist_eval, name=name,
+                         record=report.record if report else None)
+        if report:
+            report.write(name, indices)
+        return stats
 
     if args.eval:
         recipe.check_evaluated(args, checkpoint, path, facts)

@@ -42,6 +42,7 @@ def check_flags(args: Flags) -> None:
         (args.eval and not args.resume, '--eval needs --resume CHECKPOINT'),
         (args.eval and args.no_eval, '--eval and --no-eval exclude each other'),
         (args.output and not args.eval, '--output belongs to --eval; training writes to --output-dir'),
+        (args.report and not args.eval, '--report belongs to --eval; training writes to --output-dir'),
     ]
     for wrong, message in checks:
         if wrong:

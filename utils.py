@@ -320,6 +320,15 @@ def on_main(function: Callable, *args: Any) -> Any:
     return answer[0]
 
 
+def gather(values: list[Any], distributed: bool) -> list[Any] | None:
+    """All ranks' lists in one on rank 0, None on others; without `distributed` the list of this rank. Collective."""
+    if not distributed or world_size() == 1:
+        return values
+    gathered = [None] * world_size() if is_main() else None
+    dist.gather_object(values, gathered)
+    return [value for part in gathered for value in part] if is_main() else None
+
+
 def shown(value: Any) -> str:
     """A value for messages: a SHA-256 is cut."""
     return f'{value[:12]}...' if isinstance(value, str) and re.fullmatch('[0-9a-f]{64}', value) else str(value)

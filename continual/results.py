@@ -119,7 +119,7 @@ def evaluate_seen(model: nn.Module, tasks: Tasks, task: int, positions: np.ndarr
     """
     predictions = [torch.empty(0, dtype=torch.int64, device=device_of(model))]  # a rank may have no image
     scored = OnlyClasses(model, list(range(tasks.ends[task])), len(tasks.order)).to(device_of(model))
-    stats = evaluate(scored, batches, record=lambda logits: predictions.append(logits.argmax(1)), **options)
+    stats = evaluate(scored, batches, record=lambda logits, _: predictions.append(logits.argmax(1)), **options)
     right = torch.cat(predictions) == torch.from_numpy(positions).to(device_of(model))
     of_task = torch.from_numpy(np.searchsorted(tasks.ends, positions, side='right')).to(device_of(model))
     home = device_of_sums(device_of(model))

@@ -13,6 +13,7 @@ NOT_HERE = {
     'eval': 'each task is evaluated when it ends',
     'no_eval': 'each task is evaluated when it ends',
     'output': 'results.jsonl has the numbers of each task',
+    'report': 'results.jsonl has the numbers of each task',
     'corruption': 'each task is evaluated on images as they are',
     'severity': 'each task is evaluated on images as they are',
     'classes': 'each task is evaluated on all classes seen',

@@ -1,9 +1,12 @@
 """Draw what rows of table 1 keep of some images: a line of pictures for each image set, and one of tokens decoded.
 
+The images are of different classes, whose names stand over them; at the left stand the names that --titles gives.
+
     python docs/draw_rows.py --data-path output/tables/chosen/val output/tables/images/jpeg-8/val/images \\
         --token-file output/tables/tokens/vitvqgan-16x16/val-token.data.bin.gz \\
         --tokenizer-path output/tables/tokenizers/vitvqgan-16x16/tokenizer.safetensors \\
-        --codebook-path output/tables/tokenizers/vitvqgan-16x16/codebook.ckpt --output rows.png
+        --codebook-path output/tables/tokenizers/vitvqgan-16x16/codebook.ckpt --output rows.png \\
+        --titles 'full pixels' 'JPEG q8' 'tokens 16x16'
 """
 import argparse
 import sys
@@ -12,12 +15,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.transforms.functional import resize, to_pil_image
-from torchvision.utils import make_grid
+from torchvision.transforms.functional import resize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from fileio.figures import picture_format
+from fileio.figures import draw_sheet, picture_format
 from fileio.files import atomic_path, check_writable, expand_files
+from fileio.labels import name_labels, spread
 from flags import Parser, integer
 from image_data.sources import load_images, open_source
 from image_tokenizer.tokenizers import decode_codes, load_tokenizer, unit_range
@@ -26,7 +29,6 @@ from token_files.codebook import load_codebook
 from token_files.token_file import open_token_file
 from utils import InputError, print0, run
 
-ENLARGED = 2
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -38,30 +40,35 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--tokenizer-path', required=True, metavar='FILE')
     add('--codebook-path', required=True, metavar='FILE')
     add('--output', required=True, metavar='FILE.png')
-    add('--images', type=integer(1), default=10, help='spread evenly over the set')
+    add('--titles', nargs='+', metavar='TITLE',
+        help='of the lines, one for each --data-path and one for the tokens (default: their paths)')
+    add('--images', type=integer(1), default=10, help='how many, of as many classes as there are')
     add('--image-size', type=integer(1), default=64, help='that all are resized to, as training does')
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.titles and len(args.titles) != len(args.data_path) + 1:
+        raise InputError(f'--titles: {len(args.titles)} for {len(args.data_path) + 1} lines: give one for each '
+                         '--data-path, and one for the tokens')
+    return args
 
 
 def main(args: argparse.Namespace) -> None:
     picture = picture_format(args.output)
     check_writable(args.output, inputs=[*args.data_path, args.token_file, args.tokenizer_path, args.codebook_path])
     codes = open_codes([open_token_file(path) for path in expand_files(args.token_file)], cache='none')
-    chosen = np.linspace(0, len(codes) - 1, min(args.images, len(codes))).astype(int)
-    lines = []
-    for path in args.data_path:
-        source = open_source(path)
+    sources = [open_source(path) for path in args.data_path]
+    for path, source in zip(args.data_path, sources):
         if len(source) != len(codes):
             raise InputError(f'{path}: {len(source)} images, but {args.token_file} holds {len(codes)}; give the images '
                              'that the tokens were made from')
-        lines.append(unit_range(next(load_images(source, [chosen], args.image_size)).pixels))
+    chosen = spread(sources[0].labels, len(codes), args.images)
+    lines = [unit_range(next(load_images(source, [chosen], args.image_size)).pixels) for source in sources]
     decoded = decode_codes(load_tokenizer(args.tokenizer_path), load_codebook(args.codebook_path),
                            torch.from_numpy(codes[chosen].astype(np.int64)))
     if decoded is None:
         raise InputError(f'{args.tokenizer_path}: has no decoder')
     lines.append(resize(decoded, [args.image_size, args.image_size], antialias=True))
-    grid = make_grid(torch.cat(lines), nrow=len(chosen), pad_value=1)
-    sheet = to_pil_image(grid.repeat_interleave(ENLARGED, 1).repeat_interleave(ENLARGED, 2))
+    sheet = draw_sheet(torch.stack(lines), 1, name_labels(sources[0].labels[chosen], sources[0].classes),
+                       args.titles or [*args.data_path, args.token_file])
     with atomic_path(args.output) as temporary:
         sheet.save(temporary, picture, quality=95)
     print0(f'{len(lines)} lines of {len(chosen)} images: {args.output}')

@@ -90,3 +90,28 @@ def read_labels(path: str | Path) -> np.ndarray:
 def write_labels(path: str | Path, labels: Iterable[int]) -> None:
     """Write a label file atomically. Raises InputError."""
     write_text(path, ''.join(f'{label}\n' for label in labels))
+
+
+def spread(labels: np.ndarray | None, images: int, count: int) -> np.ndarray:
+    """Which images to show of a set, so that they are of as many classes as can be: rising (m,) int64, m <= count.
+
+    Args:
+        labels: (N,) int64 of the set, or None where they are not known: then images from all over the set are taken.
+        images: N.
+        count: how many are asked for.
+    """
+    count = min(count, images)
+    if labels is None:
+        return np.linspace(0, images - 1, count).astype(np.int64)
+    of_class = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+    if len(of_class) > count:  # some classes, from all over their numbers
+        of_class = [of_class[number] for number in np.linspace(0, len(of_class) - 1, count).astype(int)]
+    # the first image of each class, then the second of each, and so on
+    turns = sorted((turn, number) for numbers in of_class for turn, number in enumerate(numbers[:count].tolist()))
+    return np.array(sorted(number for _, number in turns[:count]), np.int64)
+
+
+def name_labels(labels: Iterable[int] | None, names: list[str] | None) -> list[str]:
+    """The names of labels, for pictures; the number where a class has no name, and none at all without labels."""
+    names = names or []
+    return [str(names[label]) if label < len(names) else str(label) for label in ([] if labels is None else labels)]

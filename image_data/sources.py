@@ -508,7 +508,7 @@ class _DecodedBatches(Dataset):
         return ImageBatch(np.array(good, np.int64), pixels[:len(good)], np.array(sizes, np.int64), skipped, oriented)
 
 
-def source_images(source: Source, count: int, size: int, max_pixels: int | None) -> torch.Tensor:
-    """The first images of a source as a tokenizer gets them: (count, 3, size, size) float32 in [0, 1]."""
-    batch = next(load_images(source, [range(count)], size, max_pixels=max_pixels))
+def source_images(source: Source, numbers: Sequence[int], size: int, max_pixels: int | None) -> torch.Tensor:
+    """The images of these numbers as a tokenizer gets them: (len(numbers), 3, size, size) float32 in [0, 1]."""
+    batch = next(load_images(source, [numbers], size, max_pixels=max_pixels))
     return batch.pixels / 255

@@ -6,7 +6,8 @@
 
 Side by side: the source, where --data-path has it; the tokens decoded; the same with masked patches gray; the same with
 masked codes as predicted; and, where nothing is masked, the tokens as bright as the class token attends to them in the
-encoder's last layer. Also prints how many masked codes are predicted right.
+encoder's last layer. The images are of different classes where --data-path or --label-file tells them. Also prints how
+many masked codes are predicted right.
 """
 import argparse
 import math
@@ -17,12 +18,11 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from fileio.figures import picture_format
+from fileio.figures import draw_sheet, picture_format, square_columns
 from fileio.files import atomic_path, check_writable, expand_files
+from fileio.labels import name_labels, read_labels, spread
 from flags import SEED, KeyValues, Parser, add_exif_rotate, integer, number
 from image_data.sources import open_source, source_images
 from image_tokenizer.tokenizers import decode_codes, load_tokenizer
@@ -52,8 +52,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--codebook-path', required=True, metavar='FILE', help='the codebook of the tokens')
     add('--tokenizer-path', required=True, metavar='FILE', help='the tokenizer of the tokens; it must have a decoder')
     add('--data-path', metavar='PATH', help='the images that the tokens were made from')
+    add('--label-file', metavar='FILE', help='labels of the images')
     add('--output', required=True, metavar='FILE.png', help='the picture to write: .png, .jpg or .webp')
-    add('--images', type=integer(1), default=16, help='images to draw, from the first on')
+    add('--images', type=integer(1), default=16, help='images to draw')
     add('--mask-ratio', type=number(0.01, 1), default=0.6, help='part of the patches that are masked')
     add('--seed', type=SEED, default=0, help='seed of the masks')
     add('--max-image-pixels', type=integer(1), metavar='N', help="refuse images with more pixels; default: PIL's limit")
@@ -115,7 +116,7 @@ def main(args: argparse.Namespace) -> None:
     codebook = load_codebook(args.codebook_path)
     files = [open_token_file(path) for path in expand_files(args.token_file)]
     check_made_with(files, codebook, args.codebook_path, args.tokenizer_path)
-    inputs = [args.checkpoint, args.codebook_path, args.tokenizer_path, args.data_path]
+    inputs = [args.checkpoint, args.codebook_path, args.tokenizer_path, args.data_path, args.label_file]
     check_writable(args.output, inputs=[*filter(None, inputs), *(file.stream for file in files)])
     model, size = load_model(args.checkpoint, args.model_kwargs, len(codebook))
     tokenizer = load_tokenizer(args.tokenizer_path)
@@ -130,7 +131,14 @@ def main(args: argparse.Namespace) -> None:
         raise InputError(f'{args.data_path}: {len(source)} images, but {args.token_file} holds {len(all_codes)}; give '
                          'the images that the tokens were made from')
 
-    codes = torch.from_numpy(all_codes[:args.images].astype(np.int64))
+    labels = source.labels if source else None
+    if args.label_file:
+        labels = np.concatenate([read_labels(file) for file in expand_files(args.label_file)])
+        if len(labels) != len(all_codes):
+            raise InputError(f'{args.label_file}: {len(labels)} labels, but {args.token_file} holds {len(all_codes)} '
+                             'images; give the labels of this token file')
+    chosen = spread(labels, len(all_codes), args.images)
+    codes = torch.from_numpy(all_codes[chosen].astype(np.int64))
     if codes.max() >= len(codebook):
         raise InputError(f'{args.token_file}: holds code {codes.max()}, but the codebook has {len(codebook)} rows; '
                          'give the codebook the tokens were made with')
@@ -145,12 +153,14 @@ def main(args: argparse.Namespace) -> None:
     patch_size = tokenizer.patch_size
     hidden = masked.repeat_interleave(patch_size, 1).repeat_interleave(patch_size, 2)[:, None]
     attended = F.interpolate(class_attention(model, codes)[:, None], scale_factor=float(PATCH * patch_size))
-    parts = [tokens, torch.where(hidden, GRAY, tokens), predicted, tokens * attended]
+    parts = {'tokens': tokens, 'masked': torch.where(hidden, GRAY, tokens), 'predicted': predicted,
+             'attention': tokens * attended}
     if source:
-        images = source_images(source, len(codes), patch_size * grid_size, args.max_image_pixels)
-        parts.insert(0, center_crop(images, patch_size * size))
-    cells = torch.cat(parts, dim=3)  # (B, 3, side, side * parts)
-    sheet = to_pil_image(make_grid(cells, nrow=math.ceil((len(cells) / len(parts)) ** 0.5), pad_value=1))
+        images = source_images(source, chosen, patch_size * grid_size, args.max_image_pixels)
+        parts = {'image': center_crop(images, patch_size * size)} | parts
+    names = files[0].classes or (source.classes if source else None)
+    sheet = draw_sheet(torch.stack(list(parts.values()), 1), square_columns(len(chosen), len(parts)), list(parts),
+                       name_labels(None if labels is None else labels[chosen], names))
     with atomic_path(args.output) as temporary:
         sheet.save(temporary, picture, quality=95)
     right = (filled == codes)[masked].double().mean()

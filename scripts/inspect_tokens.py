@@ -27,13 +27,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import nn
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from fileio.figures import picture_format
+from fileio.figures import draw_sheet, picture_format, square_columns
 from fileio.files import atomic_path, check_writable, expand_files, write_text
-from fileio.labels import read_labels
+from fileio.labels import name_labels, read_labels, spread
 from flags import DEVICE_HELP, Parser, add_exif_rotate, integer
 from image_data.quality import psnr, ssim
 from image_data.sources import Source, load_images, open_source, source_images
@@ -54,7 +52,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add('--token-file', required=True, metavar='FILE', help='NAME.data.bin.gz, or a glob of shards')
     add('--codebook-path', required=True, metavar='FILE', help='the codebook of the tokens')
-    add('--label-file', metavar='FILE', help='labels of the images: adds the number of images of each class')
+    add('--label-file', metavar='FILE', help='labels of the images: adds the number of images of each class, and the '
+        'contact sheet shows images of different classes')
     add('--data-path', metavar='PATH', help='the images that the tokens were made from (class folders, a list file '
         '.txt, tar shards or parquet files: see image_sources.py): adds their bytes')
     add('--tokenizer-path', metavar='FILE', help='reconstructs the images, where it has a decoder')
@@ -63,7 +62,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='pixels on a side at which they are compared; default: those of the reconstruction')
     add('--output', metavar='FILE', help='FILE.json: the JSON line; FILE.png, .jpg or .webp: a contact sheet of '
         'source images and reconstructions, whichever there are')
-    add('--images', type=integer(1), default=16, help='on the contact sheet, from the first on')
+    add('--images', type=integer(1), default=16, help='on the contact sheet, of different classes where --data-path or '
+        '--label-file tells them')
     add('--max-image-pixels', type=integer(1), metavar='N', help="images with more are refused; default: PIL's limit")
     add_exif_rotate(add)
     add('--num-workers', type=integer(), default=cores(), help='processes that decode images for --quality')
@@ -87,11 +87,16 @@ def summarize(files: Sequence[TokenFile], source: Source | None, codes: np.ndarr
             'code_counts': counts.tolist()}
 
 
-def count_classes(label_file: str, images: int) -> dict[int, int]:
-    """Images of each class, {class: count}. Raises InputError unless there is a label for each image."""
+def labels_of_images(label_file: str, images: int) -> np.ndarray:
+    """The (N,) int64 labels of one or more files. Raises InputError unless there is one for each image."""
     labels = np.concatenate([read_labels(file) for file in expand_files(label_file)])
     if len(labels) != images:
         raise InputError(f'{label_file}: {len(labels)} labels for {images} images; give the labels of this token file')
+    return labels
+
+
+def count_classes(labels: np.ndarray) -> dict[int, int]:
+    """Images of each class, {class: count}, by labels (N,) int64."""
     classes, counts = np.unique(labels, return_counts=True)
     return dict(zip(classes.tolist(), counts.tolist()))
 
@@ -176,23 +181,32 @@ def describe(summary: dict[str, Any]) -> list[str]:
 # ---------------------------------------------------------------- pictures
 
 
-def contact_sheet(args: argparse.Namespace, codes: np.ndarray, codebook: torch.Tensor,
-                  source: Source | None) -> Image.Image:
-    """The first images: each one's source beside its reconstruction, whichever of them there are."""
-    count = min(args.images, len(codes))
+def contact_sheet(args: argparse.Namespace, codes: np.ndarray, codebook: torch.Tensor, source: Source | None,
+                  labels: np.ndarray | None, names: list[str] | None) -> Image.Image:
+    """Images of different classes: each one's source beside its reconstruction, whichever of them there are.
+
+    Args:
+        codes: (N, n) uint16.
+        codebook: (K, d).
+        source: of the images, where it is known.
+        labels: (N,) int64, where they are known.
+        names: of the classes, where they are known.
+    """
+    chosen = spread(labels, len(codes), args.images)
     grid_size = math.isqrt(codes.shape[1])
     patch_size = PATCH_SIZE
-    decoded = None
+    parts = {}
     if args.tokenizer_path:
         tokenizer = open_tokenizer(args, codebook)
         patch_size = tokenizer.patch_size
-        decoded = decode_codes(tokenizer, codebook, torch.from_numpy(codes[:count].astype(np.int64)))
-    original = source_images(source, count, patch_size * grid_size, args.max_image_pixels) if source else None
-    parts = [part for part in (original, decoded) if part is not None]
+        parts['tokens'] = decode_codes(tokenizer, codebook, torch.from_numpy(codes[chosen].astype(np.int64)))
+    if source:
+        parts = {'image': source_images(source, chosen, patch_size * grid_size, args.max_image_pixels)} | parts
+    parts = {title: part for title, part in parts.items() if part is not None}
     if not parts:
         raise InputError('--output: nothing to draw; give --data-path, or a --tokenizer-path that has a decoder')
-    cells = torch.cat(parts, dim=3)  # (B, 3, side, side * parts)
-    return to_pil_image(make_grid(cells, nrow=math.ceil((count / len(parts)) ** 0.5), pad_value=1))
+    return draw_sheet(torch.stack(list(parts.values()), 1), square_columns(len(chosen), len(parts)), list(parts),
+                      name_labels(None if labels is None else labels[chosen], names))
 
 
 # ---------------------------------------------------------------- the program
@@ -218,8 +232,10 @@ def main(args: argparse.Namespace) -> None:
         raise InputError(f'{args.data_path}: {len(source)} images, but {args.token_file} holds {len(codes)}; give the '
                          'images that the tokens were made from')
     summary = summarize(files, source, codes, counts)
+    labels = source.labels if source else None
     if args.label_file:
-        summary['class_counts'] = count_classes(args.label_file, len(codes))
+        labels = labels_of_images(args.label_file, len(codes))
+        summary['class_counts'] = count_classes(labels)
     if args.quality:
         device = device_of_rank(args.device)
         summary |= image_quality(source, codes, open_tokenizer(args, codebook).to(device), codebook.to(device),
@@ -228,7 +244,8 @@ def main(args: argparse.Namespace) -> None:
     if args.output and args.output.endswith('.json'):
         write_text(args.output, json.dumps(summary) + '\n')
     elif args.output:
-        sheet = contact_sheet(args, codes, codebook, source)
+        names = files[0].classes or (source.classes if source else None)
+        sheet = contact_sheet(args, codes, codebook, source, labels, names)
         with atomic_path(args.output) as temporary:
             sheet.save(temporary, picture_format(args.output), quality=95)
         print0(f'contact sheet: {args.output}')

@@ -50,11 +50,21 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def draw(panel: Any, lines: list[dict[str, Any]], key: str, label: str) -> None:
+def run_names(paths: Sequence[str]) -> list[str]:
+    """The names of runs, by which they differ: of each log its folder, with those above it as far as it takes."""
+    folders = [Path(path).absolute().parent.parts for path in paths]
+    for depth in range(1, max(map(len, folders))):
+        names = ['/'.join(folder[-depth:]) for folder in folders]
+        if len(set(names)) == len(set(folders)):
+            return names
+    return ['/'.join(folder) for folder in folders]
+
+
+def draw(panel: Any, lines: list[dict[str, Any]], key: str, label: str, **style: Any) -> None:
     """Draw one curve on a panel, where the log has that key."""
     points = [(line['epoch'], line[key]) for line in lines if is_number(line.get(key))]
     if points:
-        panel.plot(*zip(*points), marker='.', label=label)
+        panel.plot(*zip(*points), marker='.', label=label, **style)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -62,24 +72,28 @@ def main(args: argparse.Namespace) -> None:
     logs = {path: read_log(path) for path in args.logs}
     picture_format(args.output, DRAWINGS)  # raises for another ending, before anything is drawn
     check_writable(args.output, inputs=args.logs)
-    figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(13, 4), layout='constrained')
-    for path, lines in logs.items():
-        # a run is named by its folder, where more than one is drawn
-        run_name = f'{Path(path).absolute().parent.name} ' if len(logs) > 1 else ''
-        draw(loss, lines, 'train_loss', run_name + 'train')
-        draw(loss, lines, 'test_loss', run_name + 'val')
-        draw(accuracy, lines, 'test_acc1', run_name + 'top-1')
-        draw(accuracy, lines, 'ema_test_acc1', run_name + 'top-1, EMA')
-        draw(accuracy, lines, 'test_psnr', run_name + 'PSNR')
-        draw(accuracy, lines, 'ema_test_psnr', run_name + 'PSNR, EMA')
-        draw(rate, lines, 'train_lr', run_name + 'learning rate')
+    # the legends stand below the panels, as within them they cover curves; that takes height
+    figure, (loss, accuracy, rate) = plt.subplots(1, 3, figsize=(13, 4 + 0.7 * len(logs)), layout='constrained')
+    for number, (lines, name) in enumerate(zip(logs.values(), run_names(list(logs)))):
+        # one run: a color for each curve; several: a color for each run, and dashes for what is compared with it
+        run_name = f'{name} ' if len(logs) > 1 else ''
+        first, second = ({'color': f'C{number % 10}' if len(logs) > 1 else color, 'linestyle': line}
+                         for color, line in (('C0', '-'), ('C1', '--')))
+        draw(loss, lines, 'train_loss', run_name + 'train', **first)
+        draw(loss, lines, 'test_loss', run_name + 'val', **second)
+        draw(accuracy, lines, 'test_acc1', run_name + 'top-1', **first)
+        draw(accuracy, lines, 'ema_test_acc1', run_name + 'top-1, EMA', **second)
+        draw(accuracy, lines, 'test_psnr', run_name + 'PSNR', **first)
+        draw(accuracy, lines, 'ema_test_psnr', run_name + 'PSNR, EMA', **second)
+        draw(rate, lines, 'train_lr', run_name + 'learning rate', **first)
     tokenizers = any('test_psnr' in line for lines in logs.values() for line in lines)
     quality = 'PSNR of held-out images (dB)' if tokenizers else 'validation accuracy (%)'
     for panel, title in ((loss, 'loss'), (accuracy, quality), (rate, 'learning rate')):
         panel.set(title=title, xlabel='epoch')
         panel.grid(alpha=0.3)
         if panel.lines:
-            panel.legend()
+            panel.legend(loc='upper center', bbox_to_anchor=(0.5, -0.14), fontsize=9, frameon=False,
+                         ncols=2 if len(panel.lines) < 3 else 1)
     save_figure(figure, args.output)
     print0(args.output)
 

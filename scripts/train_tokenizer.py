@@ -17,17 +17,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import flags
 import recipe
 from engine import rank_indices
+from fileio.figures import draw_sheet, square_columns
 from fileio.files import atomic_path, identity, save_torch
+from fileio.labels import name_labels, spread
 from flags import Parser, add_image_flags, integer, number
 from image_data.dataset import Images, facts_of, hold_out
+from image_data.sources import load_images
 from image_tokenizer.perceptual_loss import PerceptualLoss
 from image_tokenizer.tokenizers import check_sizes, unit_range
 from image_tokenizer.vector_quantizer import ESTIMATORS, VectorQuantizer
@@ -123,20 +125,21 @@ def fitted_start(args: argparse.Namespace, training: TokenizerTraining, images: 
 # ---------------------------------------------------------------- output
 
 @torch.no_grad()
-def draw_sheet(training: TokenizerTraining, pixels: torch.Tensor) -> torch.Tensor:
-    """Source, reconstruction and absolute error of images (B, 3, S, S) uint8, as one picture (3, H, W) on the CPU."""
+def reconstruction_sheet(training: TokenizerTraining, pixels: torch.Tensor, names: list[str]) -> Image.Image:
+    """Source, reconstruction and absolute error of images (B, 3, S, S) uint8, with the names of their classes."""
     images = unit_range(pixels)
     reconstruction = training.reconstruct(images)[0].clamp(0, 1)
-    cells = torch.cat([images, reconstruction, (images - reconstruction).abs()], 3).cpu()
-    return make_grid(cells, nrow=math.ceil((len(cells) / 3) ** 0.5), pad_value=1)
+    parts = torch.stack([images, reconstruction, (images - reconstruction).abs()], 1)
+    return draw_sheet(parts, square_columns(len(parts), 3), ['image', 'tokens', 'error'], names)
 
 
-def write_outputs(training: TokenizerTraining, pixels: torch.Tensor, folder: Path) -> None:
+def write_outputs(training: TokenizerTraining, pixels: torch.Tensor, names: list[str], folder: Path) -> None:
     """Write tokenizer, codebook and sheet. Raises InputError."""
     save_tokenizer(training, folder / TOKENIZER)
     save_torch(training.codebook(), folder / CODEBOOK)
+    sheet = reconstruction_sheet(training, pixels, names)
     with atomic_path(folder / SHEET) as temporary:
-        to_pil_image(draw_sheet(training, pixels)).save(temporary, 'PNG')
+        sheet.save(temporary, 'PNG')
 
 
 # ---------------------------------------------------------------- the program
@@ -172,15 +175,23 @@ def main(args: argparse.Namespace) -> int:
             x = torch.where(mirrored, x.flip(-1), x)
         return model(x, torch.rand(args.codes + 1, generator=generator, device=device)).sum()
 
-    spread = np.linspace(0, len(held_out) - 1, min(SHEET_IMAGES, len(held_out)), dtype=np.int64)  # from all over
-    shown = held_out.numbers[spread]
+    source = held_out.source
+    shown = held_out.numbers[spread(source.labels[held_out.numbers], len(held_out), SHEET_IMAGES)]
+
+    def write(model: TokenizerTraining) -> None:
+        batch = next(load_images(source, [shown], args.image_size, skip_bad=args.skip_bad_images,
+                                 max_pixels=args.max_image_pixels))
+        if not len(batch.indices):
+            batch = held_out.next_readable(-1)
+        names = name_labels(source.labels[batch.indices], source.classes)
+        write_outputs(model, batch.pixels.to(device), names, folder.path)
 
     def evaluate_of(model: nn.Module, name: str) -> dict[str, float]:
         batches = held_out.batches(held_out.numbers[rank_indices(len(held_out), True)])
         stats = evaluate_tokenizer(model, batches, amp, name)
         # with --model-ema both sets of weights are evaluated, and the averaged ones are written
         if args.output_dir and bool(name) == args.model_ema:
-            on_main(lambda: write_outputs(model, torch.cat(list(held_out.batches(shown, fill=True))), folder.path))
+            on_main(write, model)
         return stats
 
     # ------------------------------------------------------------ train

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from fileio.figures import pyplot, save_figure
+from fileio.figures import label_points, pyplot, save_figure
 
 COMPACT = ', compact'  # ends the names of lines whose tokens are stored so
 COUNTS = {'files': 'as files', 'without_headers': 'without headers'}
@@ -40,27 +40,39 @@ def points(results: dict[str, Any], count: str) -> list[tuple[str, str, float, f
 def draw_curve(results: dict[str, Any], path: Path) -> None:
     """Draw bytes against top-1 of table 1, twice: as files and without headers. Raises InputError."""
     plt = pyplot()
-    figure, panels = plt.subplots(1, 2, figsize=(13, 5), sharey=True, layout='constrained')
+    figure, panels = plt.subplots(1, 2, figsize=(13, 6), sharey=True, layout='constrained')
+    names = dict.fromkeys(family for count in COUNTS for family, *_ in points(results, count) if family != 'full')
+    colors = {family: f'C{number % 10}' for number, family in enumerate(names)} | {'full': 'black'}
+    labels = []
     for panel, (count, words) in zip(panels, COUNTS.items()):
         panel.set_xscale('log')
         families = {}
         for family, *point in points(results, count):
             families.setdefault(family, []).append(point)
         whole = families.get('full', [])
+        texts = []
         for family, of_family in families.items():
-            curve = sorted(of_family if family in ('full', 'other') else of_family + whole, key=_bytes)
-            if 'tokens' in family:
-                curve = sorted(of_family, key=_bytes)
-            names, sizes, ratios, top1, deviations = zip(*curve)
-            panel.errorbar(sizes, top1, yerr=deviations, marker='o', capsize=3, label=family.replace('full', 'full '
-                           'pixels'), linestyle='none' if family.startswith(('full', 'other')) else '-')
-            for _, size, ratio, accuracy, _ in of_family:
-                panel.annotate(f'{ratio:.1f}x', (size, accuracy), xytext=(4, 4), textcoords='offset points', fontsize=8)
+            alone = family.startswith(('full', 'other'))
+            # curves of pixels end at full pixels, of which the rows are parts
+            curve = sorted(of_family if alone or 'tokens' in family else of_family + whole, key=_bytes)
+            _, sizes, _, top1, deviations = zip(*curve)
+            panel.errorbar(sizes, top1, yerr=deviations, marker='*' if family == 'full' else 'o', capsize=3,
+                           markersize=11 if family == 'full' else 6, color=colors[family],
+                           zorder=5 if family == 'full' else 2, label=family.replace('full', 'full pixels'),
+                           linestyle='none' if alone else '-')
+            texts += [((size, accuracy), f'{ratio:.1f}x', colors[family]) for _, size, ratio, accuracy, _ in of_family]
         panel.set(title=f'bytes {words}', xlabel='bytes of the training set, for each of its images')
+        panel.margins(0.07)
         panel.grid(alpha=0.3, which='both')
-        panel.legend()
+        labels.append((panel, texts))
     panels[0].set_ylabel('top-1 (%)')
+    handles = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels())}
+    # below the panels: within, it covers points
+    figure.legend(handles.values(), handles.keys(), ncols=4, loc='outside lower center')
     figure.suptitle(f'{results["title"]} ({results["preset"]}); labels: how many times less than full pixels')
+    for panel, texts in labels:
+        if texts:
+            label_points(panel, *zip(*texts))
     save_figure(figure, path)
 
 
@@ -121,10 +133,11 @@ def draw_bytes(results: dict[str, Any], path: Path) -> None:
     plt = pyplot()
     rows = learned(results)
     colors = colors_of(rows)
-    figure, panel = plt.subplots(figsize=(8, 5.5), layout='constrained')
+    figure, panel = plt.subplots(figsize=(9, 6.5), layout='constrained')
     arms = {}
     for row in rows.values():
         arms.setdefault(row['arm'], []).append(row)
+    texts = []
     for arm, points in arms.items():
         style = style_of(points[0])
         if not points[0]['memory']:
@@ -134,16 +147,18 @@ def draw_bytes(results: dict[str, Any], path: Path) -> None:
         panel.errorbar([row['memory_bytes'] for row in points], [row['average']['mean'] for row in points],
                        yerr=[row['average']['sd'] or 0 for row in points], marker='o', capsize=3, color=colors[arm],
                        **style)
-        for row in points:
-            panel.annotate(f'{row["memory_images"]:,}', (row['memory_bytes'], row['average']['mean']), xytext=(4, 4),
-                           textcoords='offset points', fontsize=7)
+        texts += [((row['memory_bytes'], row['average']['mean']), f'{row["memory_images"]:,}', colors[arm])
+                  for row in points]
     panel.set(xscale='log', xlabel='memory: data, labels and index (without the tokenizer)',
               ylabel='average incremental top-1 (%)', title=f'{results["title"]} ({results["preset"]}); labels: images')
     memories = memories_of(rows)
     panel.set_xticks(memories, [f'{memory / 1e6:g} MB' for memory in memories])
     panel.minorticks_off()
+    panel.margins(0.1, 0.05)
     panel.grid(alpha=0.3)
     figure.legend(fontsize=8, ncols=3, loc='outside lower center')
+    if texts:
+        label_points(panel, *zip(*texts), size=7)
     save_figure(figure, path)
 
 

@@ -37,6 +37,7 @@ NEVER_PRINTED = {
     ('recipe', 'check_flags', '--eval'): 'main_continual.py refuses it before',
     ('recipe', 'check_flags', '--no-eval'): 'main_continual.py refuses it before',
     ('recipe', 'check_flags', '--output'): 'main_continual.py refuses it before',
+    ('recipe', 'check_flags', '--report'): 'main_continual.py refuses it before',
     ('recipe', 'count_steps', '--epoch-images'): 'only where it is among the flags',
     ('recipe', 'flags_alike', '--token-cache'): 'False on all ranks',
     ('recipe', 'make_state', '--model'): "only timm's models refuse",

@@ -176,7 +176,11 @@ def test_evaluate_counts_by_hand(capsys):
     labels = torch.tensor([0, 5, 6])
     model = torch.nn.Linear(1, 1)
     model.forward = lambda x: x
-    stats = engine.evaluate(model, [(logits[:2], labels[:2]), (logits[2:], labels[2:])], lambda x: x, name='EMA')
+    recorded = []
+    stats = engine.evaluate(model, [(logits[:2], labels[:2]), (logits[2:], labels[2:])], lambda x: x, name='EMA',
+                            record=lambda *batch: recorded.append(batch))
+    assert [[part.tolist() for part in parts] for parts in zip(*recorded)] == [
+        [logits[:2].tolist(), logits[2:].tolist()], [[0, 5], [6]]]
     assert stats['acc1'] == pytest.approx(100 / 3) and stats['acc5'] == pytest.approx(200 / 3)
     assert stats['loss'] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item())
     assert capsys.readouterr().out.startswith('* Acc@1 33.333 Acc@5 66.667 loss ')

@@ -114,6 +114,9 @@ def test_predictions_file(images, checkpoint, tmp_path, capsys):
     in_top = sum(row['label'] in row['top5'].split() for row in rows)
     assert line.startswith(f'* Acc@1 {100 * right / 70:.3f} Acc@5 {100 * in_top / 70:.3f} ')
     assert all(row['top5'].split()[0] == row['prediction'] and 0 < float(row['probability']) <= 1 for row in rows)
+    names = sorted(path.name for path in images.iterdir())
+    assert list(rows[0])[:5] == ['image', 'label', 'prediction', 'probability', 'top5']  # as they always stood
+    assert all(row[f'{part}_name'] == names[int(row[part])] for row in rows for part in ('label', 'prediction'))
 
 
 def in_two_processes(images, checkpoint, *more):
@@ -131,7 +134,7 @@ def test_two_processes_count_each_image_once(images, checkpoint, tmp_path, capsy
     assert code == 0, output
     # the loss may differ in its last digits, summed in another order
     assert [x.split()[:5] for x in accuracy_lines(output)] == [x.split()[:5] for x in alone]
-    one, two = ([row.rsplit(',', 2)[0] for row in (tmp_path / f'{n}.csv').read_text().splitlines()]
+    one, two = ([row.rsplit(',', 4)[0] for row in (tmp_path / f'{n}.csv').read_text().splitlines()]
                 for n in ('one', 'two'))
     assert [row.split(',')[:3] for row in one] == [row.split(',')[:3] for row in two]
 
@@ -307,6 +310,7 @@ def test_a_subset_of_the_classes(images, checkpoint, tmp_path, capsys):
     line, = accuracy_lines(capsys.readouterr().out)
     rows = list(csv.DictReader((tmp_path / 'p.csv').open()))
     assert [row['label'] for row in rows] == ['2'] * 7 + ['5'] * 7 + ['9'] * 7
+    assert [row['label_name'] for row in rows[::7]] == ['2-pullover', '5-sandal', '9-boot']
     assert all(sorted(row['top5'].split()) == ['2', '5', '9'] for row in rows)
     right = sum(row['label'] == row['prediction'] for row in rows)
     assert line.startswith(f'* Acc@1 {100 * right / 21:.3f} Acc@5 100.000 loss ') and 'inf' not in line

@@ -2,7 +2,7 @@
 import numpy as np
 import pytest
 
-from fileio.labels import check_class_names, read_labels
+from fileio.labels import check_class_names, name_labels, read_labels, spread
 from helpers import fails
 
 # ---------------------------------------------------------------- label files
@@ -59,3 +59,18 @@ def test_class_names_where_one_side_knows_none():
     check_class_names(['cat'], None, 'a', 'b')
     check_class_names([], [], 'a', 'b')
     fails(lambda: check_class_names(['x'], [], 'our.json', 'their.json'), 'their.json: class 0 is missing.*our.json')
+
+
+# ---------------------------------------------------------------- what pictures show
+
+@pytest.mark.parametrize('labels, count, chosen', [
+    ([0, 0, 0, 1, 1, 2], 3, [0, 3, 5]), ([0, 0, 0, 1, 1, 2], 5, [0, 1, 3, 4, 5]), ([0, 0, 0, 1, 1, 2], 9, range(6)),
+    ([5, 1, 5, 1, 9], 2, [1, 4]), ([3, 3, 3], 2, [0, 1]), (None, 3, [0, 2, 5]), (None, 1, [0]), ([7] * 6, 1, [0])])
+def test_images_to_show_are_of_as_many_classes_as_can_be(labels, count, chosen):
+    found = spread(None if labels is None else np.array(labels), len(labels or range(6)), count)
+    assert found.dtype == np.int64 and found.tolist() == list(chosen)
+
+
+def test_labels_have_the_names_of_their_classes():
+    assert name_labels(np.array([1, 0, 2]), ['ant', 'bee']) == ['bee', 'ant', '2']
+    assert name_labels(np.array([1]), None) == ['1'] and name_labels(None, ['ant']) == []

@@ -51,8 +51,9 @@ def test_the_sheet_shows_source_tokens_masks_and_predictions(data, tmp_path, cap
     found = re.match(r'1 images, (\d+) of 36 codes masked: (\d+\.\d)% predicted right, cross-entropy (\d+\.\d+)', line)
     assert int(found[1]) == 4 * 6 and float(found[3]) == pytest.approx(np.log(20), abs=1)  # ceil(9 * 0.6) patches
     with Image.open(tmp_path / 'a.png') as picture:
-        sheet = pil_to_tensor(picture)[:, :24] / 255
-    source, tokens, masked, predicted, attended = sheet.split(24, 2)
+        sheet = pil_to_tensor(picture)[:, -99:-3, -5 * 99:] / 255
+    # 24 pixels on a side are enlarged to 96, and three lie between two parts
+    source, tokens, masked, predicted, attended = (part[:, ::4, :96:4] for part in sheet.split(99, 2))
 
     tokenizer, codebook = load_tokenizer(data / 'tokenizer.pt'), load_codebook(data / 'codebook.ckpt')
     model, size = inspect_masked_tokens.load_model(data / 'run' / 'checkpoint-last.pth', {}, 20)
@@ -74,6 +75,19 @@ def test_the_sheet_shows_source_tokens_masks_and_predictions(data, tmp_path, cap
     near = [min(max(abs(a - b) for a, b in zip(each, (patch * 255).round().int().tolist())) for each in decoded)
             for patch in patches.flatten(0, 1)]
     assert max(near) <= 1  # every patch is that of a code
+
+
+def test_the_images_are_of_different_classes(data, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(inspect_masked_tokens, 'draw_sheet',
+                        lambda images, *texts: drawn.append(texts) or Image.new('RGB', (9, 9)))
+    parts = ['tokens', 'masked', 'predicted', 'attention']
+    for words in (['--data-path', data / 'images'], ['--label-file', data / 'x-label.txt'], []):
+        inspect(data, tmp_path / 'a.png', '--images', 3, *words)
+    assert drawn == [(1, ['image', *parts], ['ant', 'bee', 'cat']), (1, parts, ['ant', 'bee', 'cat']), (1, parts, [])]
+    (tmp_path / 'labels.txt').write_text('0\n1\n')
+    fails(lambda: inspect(data, tmp_path / 'b.png', '--label-file', tmp_path / 'labels.txt'),
+          '2 labels, but .* holds 24')
 
 
 def test_attention_is_the_mean_over_heads_of_the_class_tokens_row(data):

@@ -155,25 +155,32 @@ def test_source_bytes_come_from_the_manifest_where_there_is_no_source(fitted, ca
 
 def test_sheet_shows_each_source_beside_its_reconstruction(fitted, tmp_path, capsys):
     inspect(fitted, capsys, '--data-path', fitted / 'images', '--tokenizer-path', fitted / 'tokenizer.pt',
-            '--output', tmp_path / 'sheet.png', '--images', 10)
-    sheet = np.asarray(Image.open(tmp_path / 'sheet.png')).astype(int)
+            '--output', tmp_path / 'sheet.png', '--images', 3)
+    sheet = np.asarray(Image.open(tmp_path / 'sheet.png')).astype(int)[-(3 * 99 + 3):, -(2 * 99):]
     tokenizer, codebook = load_tokenizer(fitted / 'tokenizer.pt'), load_codebook(fitted / 'codebook.ckpt')
-    columns = 3  # 10 pairs are nearest to a square as 4 rows of 3
-    assert sheet.shape == (4 * 34 + 2, columns * 66 + 2, 3)
-    for i, path in enumerate(sorted((fitted / 'images').rglob('*.png'))[:10]):
-        source = published_transform(32)(Image.open(path))
+    for row, name in enumerate(('ant', 'bee', 'cat')):  # the first image of each class, three times as large
+        source = published_transform(32)(Image.open(fitted / 'images' / name / '0.png'))
         decoded = tokenizer.decode(codebook[quantize(tokenizer(source[None]), codebook)])[0].clamp(0, 1)
-        top, left = 2 + i // columns * 34, 2 + i % columns * 66
-        for image, x in ((source, left), (decoded, left + 32)):
-            wanted = (image * 255).permute(1, 2, 0).numpy()
-            assert np.abs(sheet[top:top + 32, x:x + 32] - wanted).max() <= 1, path
+        for part, image in enumerate((source, decoded)):
+            shown = sheet[row * 99:, part * 99:][:96, :96]
+            assert np.abs(shown[::3, ::3] - (image * 255).permute(1, 2, 0).numpy()).max() <= 1, name
+            assert np.array_equal(shown[::3, ::3], shown[2::3, 2::3])
+
+
+def test_images_of_a_sheet_are_of_different_classes(fitted, tmp_path, capsys, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(inspect_tokens, 'draw_sheet', lambda *args: drawn.append(args[1:]) or Image.new('RGB', (9, 9)))
+    (tmp_path / 'labels.txt').write_text('7\n' * 12 + '2\n' * 12)
+    for words in (['--data-path', fitted / 'images'], ['--tokenizer-path', fitted / 'tokenizer.pt'],
+                  ['--tokenizer-path', fitted / 'tokenizer.pt', '--label-file', tmp_path / 'labels.txt']):
+        inspect(fitted, capsys, *words, '--images', 4, '--output', tmp_path / 'sheet.png')
+    assert drawn == [(2, ['image'], ['ant', 'ant', 'bee', 'cat']), (2, ['tokens'], []),
+                     (2, ['tokens'], ['7', '7', '2', '2'])]
 
 
 def test_sheet_of_one_kind_only(fitted, tmp_path, capsys):
-    inspect(fitted, capsys, '--data-path', fitted / 'images', '--output', tmp_path / 'source.png', '--images', 1)
-    assert Image.open(tmp_path / 'source.png').size == (64, 64)  # 8 pixels a code without a tokenizer
     inspect(fitted, capsys, '--tokenizer-path', fitted / 'tokenizer.pt', '--output', tmp_path / 'decoded.png')
-    assert Image.open(tmp_path / 'decoded.png').size == (4 * 34 + 2, 4 * 34 + 2)  # 16 of 24 images
+    assert Image.open(tmp_path / 'decoded.png').size == (4 * 114 - 12, 4 * 99 + 22)  # 16 of 24, no names, one title
     for name, kind in (('sheet.jpg', 'JPEG'), ('sheet.WEBP', 'WEBP'), ('sheet', 'PNG')):  # as the name says
         inspect(fitted, capsys, '--data-path', fitted / 'images', '--output', tmp_path / name, '--images', 1)
         assert Image.open(tmp_path / name).format == kind
@@ -193,7 +200,7 @@ def test_sheet_with_a_vit_vqgan(decodes, fitted, tmp_path, capsys):
             inspect(fitted, capsys, *flags)
     inspect(fitted, capsys, '--data-path', fitted / 'images', *flags)
     sheet = Image.open(tmp_path / 'sheet.png')
-    assert sheet.size == (2 * (66 + 64 * decodes) + 2, 2 * 66 + 2)
+    assert sheet.height == 22 + 131 * (4 if decodes else 2)  # one column of pairs, or two of images
 
 
 def test_quality_is_the_mean_over_the_images(fitted, tmp_path, capsys):
@@ -261,17 +268,19 @@ def test_a_mistake_is_one_line_from_any_folder(tmp_path):
 
 
 @pytest.mark.parametrize('kind', ['list', 'tar', 'parquet'])
-def test_every_kind_of_source_gives_the_same_report(kind, fitted, tmp_path, capsys):
+def test_every_kind_of_source_gives_the_same_report(kind, fitted, tmp_path, capsys, monkeypatch):
     paths = sorted((fitted / 'images').rglob('*.png'))
     members = [member for i, path in enumerate(paths)
-               for member in ((f'{i:03d}.png', path.read_bytes()), (f'{i:03d}.cls', b'0'))]
+               for member in ((f'{i:03d}.png', path.read_bytes()), (f'{i:03d}.cls', b'%d' % (i // 8)))]
     if kind == 'list':
         source = tmp_path / 'l.txt'
-        source.write_text(''.join(f'{path}\t0\n' for path in paths))
+        source.write_text(''.join(f'{path}\t{i // 8}\n' for i, path in enumerate(paths)))
     elif kind == 'tar':
         source = write_tar(tmp_path / 'a.tar', members)
     else:
-        source = write_parquet(tmp_path / 'a.parquet', [(path.read_bytes(), 0) for path in paths])
+        source = write_parquet(tmp_path / 'a.parquet', [(path.read_bytes(), i // 8) for i, path in enumerate(paths)])
+    draw = inspect_tokens.draw_sheet
+    monkeypatch.setattr(inspect_tokens, 'draw_sheet', lambda images, *_: draw(images))  # folders alone name classes
     sheets = []
     reports = []
     for data_path in (fitted / 'images', source):

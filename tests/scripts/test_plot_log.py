@@ -33,6 +33,26 @@ def test_one_or_more_runs_are_drawn(tmp_path, capsys):
     assert sizes[0] != sizes[1]
 
 
+def test_runs_are_named_by_what_tells_them_apart():
+    assert plot_log.run_names(['/a/run/log.txt']) == ['run']
+    assert plot_log.run_names(['/a/x/log.txt', '/b/y/log.txt']) == ['x', 'y']
+    assert plot_log.run_names(['/a/run/log.txt', '/b/run/log.txt']) == ['a/run', 'b/run']
+    assert plot_log.run_names(['/a/run/log.txt', '/a/run/old.txt']) == ['run', 'run']
+
+
+def test_the_legend_covers_no_curve(tmp_path, monkeypatch):
+    pytest.importorskip('matplotlib')
+    figures = []
+    monkeypatch.setattr(plot_log, 'save_figure', lambda figure, path: figures.append(figure))
+    plot(tmp_path, *(write_log(tmp_path / name / 'run' / 'log.txt', ema_test_acc1=5.) for name in 'abc'))
+    figures[0].draw_without_rendering()
+    for panel in figures[0].axes:
+        legend = panel.get_legend().get_window_extent()
+        assert not legend.overlaps(panel.get_window_extent()) and len(panel.get_legend().texts) == len(panel.lines)
+        assert legend.y0 >= 0  # it is not cut off
+    plot_log.pyplot().close(figures[0])
+
+
 def test_a_run_without_evaluation_is_drawn(tmp_path):
     pytest.importorskip('matplotlib')
     (tmp_path / 'log.txt').write_text('{"epoch": 0, "train_loss": 1.5, "train_lr": 0.1}\n')

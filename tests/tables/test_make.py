@@ -581,10 +581,13 @@ def test_what_rows_keep_is_drawn(tmp_path):
              '--image-size', 16]
     call(draw_rows, *words, '--output', tmp_path / 'rows.png')
     with Image.open(tmp_path / 'rows.png') as sheet:
-        pixels = np.asarray(sheet)[::2, ::2]
-    assert pixels.shape == (3 * 18 + 2, 3 * 18 + 2, 3)
-    lines = [pixels[2 + 18 * line:18 + 18 * line] for line in range(3)]
+        pixels = np.asarray(sheet)[-3 * 99 - 3:, -3 * 99:]  # of 16 pixels, six times as large, below a line of titles
+        assert sheet.height == 22 + 3 * 99
+    lines = [pixels[99 * line:99 * line + 96] for line in range(3)]
     assert np.array_equal(lines[0], lines[1]) and not np.array_equal(lines[1], lines[2])
+    call(draw_rows, *words, '--output', tmp_path / 'named.png', '--titles', 'a', 'b', 'c')
+    assert (tmp_path / 'named.png').read_bytes() != (tmp_path / 'rows.png').read_bytes()
+    fails(lambda: call(draw_rows, *words, '--output', tmp_path / 'b.png', '--titles', 'a'), '--titles: 1 for 3 lines')
     fails(lambda: call(draw_rows, '--data-path', data / 'train', *words[3:], '--output', tmp_path / 'b.png'),
           '45 images, but .* holds 9')
     assert not (tmp_path / 'b.png').exists()
