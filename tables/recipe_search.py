@@ -6,7 +6,9 @@
 The trials are 3 learning rates x 2 models x 2 strengths of augmentation, all with the batch and warm-up of the recipe.
 The even validation images choose the best trial, the odd ones tell what it is worth; so no number told was chosen by.
 Three seeds of the best trial and of the recipe are told. The results are written after each run: begun again, the
-command does what is missing.
+command does what is missing. Files of results become the table of docs/results.md:
+
+    python tables/recipe_search.py --report docs/recipe_search/*.json
 """
 import argparse
 import itertools
@@ -41,6 +43,7 @@ STRENGTHS = {
     'light': ('--drop-path', '0', '--rrc-ratio', '0.6', '--token-noise-prob', '0.05', '--mixup-prob', '0.2'),
     'strong': ('--drop-path', '0.1', '--rrc-ratio', '0.35', '--token-noise-prob', '0.25', '--mixup-prob', '0.5'),
 }
+RECIPE = 'small'
 SEEDS = (0, 1, 2)
 EVALUATED = 250  # images of a batch
 
@@ -49,15 +52,24 @@ def get_args_parser() -> Parser:
     """All flags."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add('--tokens', required=True, metavar='DIR', help='folder of token sets, codebook.ckpt and synonyms.json')
-    add('--train', required=True, metavar='NAME', help='the training set there: NAME-token.data.bin and NAME-label.txt')
-    add('--val', required=True, metavar='NAME', help='the validation set there')
-    add('--input-size', type=integer(2), required=True, help='as of main_seit.py')
+    add('--report', nargs='+', default=[], metavar='FILE.json', help='run nothing; print the table of these results')
+    add('--tokens', metavar='DIR', help='folder of token sets, codebook.ckpt and synonyms.json')
+    add('--train', metavar='NAME', help='the training set there: NAME-token.data.bin and NAME-label.txt')
+    add('--val', metavar='NAME', help='the validation set there')
+    add('--input-size', type=integer(2), help='as of main_seit.py')
     add('--epochs', type=integer(1), help='of every run (default: those of the recipe)')
-    add('--recipe', default=True, action=argparse.BooleanOptionalAction,
-        help='also run the recipe; without it the trials and seeds of the best alone')
-    add('--output', required=True, metavar='FILE.json', help='takes the results')
+    add('--output', metavar='FILE.json', help='takes the results')
     return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command line. Raises InputError."""
+    args = get_args_parser().parse_args(argv)
+    needed = ('tokens', 'train', 'val', 'input_size', 'output')
+    missing = [f'--{name.replace("_", "-")}' for name in needed if not getattr(args, name)]
+    if missing and not args.report:
+        raise InputError(f'{", ".join(missing)}: give {"it" if len(missing) == 1 else "them"}, or --report FILE.json')
+    return args
 
 
 def trials() -> dict[str, list[str]]:
@@ -113,36 +125,64 @@ def train(tokens: TokenSet, flags: list[str], seed: int) -> dict[str, Any]:
     return {'even': even, 'odd': odd, 'seconds': round(seconds)}
 
 
-def main(args: argparse.Namespace) -> None:
+def run_all(args: argparse.Namespace) -> None:
     """Run what is missing, and print what came out."""
     cache = os.path.join(os.path.dirname(os.path.abspath(args.output)), 'cache')
     os.makedirs(cache, exist_ok=True)
     tokens = TokenSet(args.tokens, args.train, args.val, cache)
     results = read_json(args.output) if os.path.exists(args.output) else {}
-    results['images'], results['validation images'] = tokens.images, len(tokens.val)
+    results |= {'images': tokens.images, 'validation images': len(tokens.val), 'epochs': args.epochs}
     runs = results.setdefault('runs', {})
     common = ['--input-size', str(args.input_size)] + (['--epochs', str(args.epochs)] if args.epochs else [])
 
     def run_once(name: str, seed: int, flags: list[str]) -> dict[str, Any]:
         key = f'{name}, seed {seed}'
         if key not in runs:
-            runs[key] = train(tokens, [*common, *flags], seed)
+            runs[key] = train(tokens, [*common, '--recipe', 'small', *flags], seed)
             write_text(args.output, json.dumps(results, indent=1) + '\n')
             print(f'{key}: {runs[key]}', flush=True)
         return runs[key]
 
-    recipe = ['--recipe', 'small']
-    chosen = max(trials(), key=lambda name: run_once(name, 0, [*recipe, *trials()[name]])['even'])
-    arms = {chosen: [*recipe, *trials()[chosen]]} | ({'small': recipe} if args.recipe else {})
-    told = {name: [run_once(name, seed, flags)['odd'] for seed in SEEDS] for name, flags in arms.items()}
-    results['best'] = chosen
+    results['best'] = max(trials(), key=lambda name: run_once(name, 0, trials()[name])['even'])
     write_text(args.output, json.dumps(results, indent=1) + '\n')
-    odd = len(tokens.val) // 2
-    for name, values in told.items():
-        mean = statistics.mean(values)
-        print(f'{name}: {mean:.1f} % of {odd} images (seeds: {", ".join(f"{value:.1f}" for value in values)}; '
-              f'standard error of the images {math.sqrt(mean * (100 - mean) / odd):.1f})')
+    for name, flags in {results['best']: trials()[results['best']], RECIPE: []}.items():
+        for seed in SEEDS:
+            run_once(name, seed, flags)
+    print_table([args.output])
+
+
+def told(results: dict[str, Any], name: str) -> list[float]:
+    """Top-1 (%) of the odd images, of each seed of an arm that there is."""
+    return [results['runs'][key]['odd'] for key in (f'{name}, seed {seed}' for seed in SEEDS) if key in results['runs']]
+
+
+def print_table(files: list[str]) -> None:
+    """Print a Markdown table of files of results, in their order. Raises InputError."""
+    print('| set | images | epochs | best of 12 trials | its top-1 | `--recipe small` | behind | standard error |')
+    print('|-----|-------:|-------:|-------------------|----------:|-----------------:|-------:|---------------:|')
+    for file in files:
+        results = read_json(file)
+        odd = results['validation images'] // 2
+        best, recipe = told(results, results['best']), told(results, RECIPE)
+        mean, mean_of_recipe = statistics.mean(best), statistics.mean(recipe)
+        error = math.sqrt(mean * (100 - mean) / odd)
+        print(f'| {Path(file).stem} | {results["images"]:,} | {results["epochs"] or "its own"} | {results["best"]} '
+              f'| {mean:.1f} ({spread(best)}) | {mean_of_recipe:.1f} ({spread(recipe)}) | {mean - mean_of_recipe:.1f} '
+              f'| {error:.1f} |')
+
+
+def spread(values: list[float]) -> str:
+    """The least and the largest of some values, as a text."""
+    return f'{min(values):.1f} to {max(values):.1f}'
+
+
+def main(args: argparse.Namespace) -> None:
+    """Run the search, or print its table."""
+    if args.report:
+        print_table(args.report)
+    else:
+        run_all(args)
 
 
 if __name__ == '__main__':
-    run(main, lambda: get_args_parser().parse_args())
+    run(main, parse_args)
