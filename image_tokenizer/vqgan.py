@@ -328,7 +328,8 @@ class VQGAN(nn.Module):
         with torch.autocast(images.device.type, enabled=False):
             features = features.float()
             codes = largest_products(features, *self.weights_and_biases())
-        return torch.where(features.isfinite().all(-1), codes, -1).view(len(images), -1)
+        codes = torch.where(features.isfinite().all(-1), codes, -1)
+        return codes.view(images.shape[0], -1)  # len() would make the number of images a constant of an export
 
     forward = codes
 
@@ -362,6 +363,17 @@ def largest_products(features: torch.Tensor, rows: torch.Tensor, bias: torch.Ten
 
 
 # ---------------------------------------------------------------- reading state dicts
+
+def weights_of_file(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict that make a VQGAN, under the names of its family: averaged, without prefix and loss.
+
+    Raises:
+        InputError: for none or several.
+    """
+    parts = 'encoder.', 'decoder.', 'quantize.', 'quant_conv.', 'post_quant_conv.'
+    return {key: value for key, value in with_averages(without_prefix(state)).items()
+            if key.startswith(parts) and isinstance(value, torch.Tensor)}
+
 
 def prefixes(state: dict) -> set[str]:
     """What stands before the names of a VQGAN's encoder in `state`: {''} for a plain one, empty for none."""

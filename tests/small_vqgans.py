@@ -45,12 +45,12 @@ class Weights(dict):
             self.conv(f'{name}.{layer}', channels, channels, 1)
 
 
-def small_state(family, seed=0, decoder=True):
+def small_state(family, seed=0, decoder=True, dim=DIM):
     """A state dict of one of FAMILIES, as the file of a plain model has it."""
     state = Weights(seed)
     maskgit = family == 'maskgit'
     llamagen = family in ('llamagen', 'janus')
-    dim = Z if maskgit else DIM
+    dim = Z if maskgit else dim
     blocks = 4 if family == 'ibq' else 2
     last = len(MULTIPLES) - 1
     down, block, attn = ('conv_blocks', 'res', 'attn') if llamagen else ('down', 'block', 'attn')
