@@ -81,7 +81,8 @@ def check_codes(tokenizer: nn.Module, codebook: torch.Tensor, path: str) -> None
     own = tokenizer.codebook
     if len(codebook) != len(own):
         raise InputError(f'{path}: {len(codebook)} codes, but the tokenizer gives the numbers of its own {len(own)}: '
-                         'give the codebook that belongs to it')
+                         'give the codebook that belongs to it, whole (one of tokenize_images.py --limit-codes serves '
+                         'training alone)')
     if not torch.allclose(codebook.float(), own.float().to(codebook.device), rtol=1e-3, atol=1e-3):
         raise InputError(f'{path}: other rows than those of the tokenizer, whose numbers are its codes: give the '
                          'codebook that belongs to it')
