@@ -35,7 +35,7 @@ from flags import DEVICE_HELP, SEED, KeyValues, Parser, add_exif_rotate, add_max
 from image_data.class_subsets import OnlyClasses, match_classes
 from image_data.corruptions import add_robustness_flags, make_corruption
 from image_data.sources import ImageBatch, Source, load_images, open_source
-from image_tokenizer.tokenizers import encode_images, load_tokenizer
+from image_tokenizer.tokenizers import check_codes, compile_tokenizer, encode_images, load_tokenizer
 from inference.models import weights_of
 from inference.report import Report, check_report, class_names
 from models_seit import MODELS, create_model
@@ -44,8 +44,7 @@ from token_files.codebook import load_codebook
 from token_files.made_with import digest_of_entry, identity_of_tokenizer
 from training.checkpoints import check_tokens_of, compare_model_flags, load_checkpoint, load_weights
 from training.run_folder import write_evaluation
-from utils import (InputError, check_same_on_all_ranks, gather, init_distributed, is_main, on_main, print0, run,
-                   world_size)
+from utils import check_same_on_all_ranks, gather, init_distributed, is_main, on_main, print0, run, world_size
 
 NO_EFFECT = {
     '--eval': 'this program only evaluates',
@@ -222,9 +221,7 @@ def main(args: argparse.Namespace) -> None:
     model, names = load_model(checkpoint, args.model_path, args.use_ema, args.model, args.model_kwargs,
                               args.nb_classes, args.vit_input_size, codebook.shape[1])
     tokenizer = load_tokenizer(args.tokenizer_path, args.tokenizer_code_path)
-    if tokenizer.embed_dim != codebook.shape[1]:
-        raise InputError(f'{args.codebook_path}: rows of {codebook.shape[1]} elements, but the tokenizer gives '
-                         f'{tokenizer.embed_dim}: they belong to different tokenizers')
+    check_codes(tokenizer, codebook, args.codebook_path)
     source = open_source(args.data_path, args.exif_rotate)
     source.change = change  # images are corrupted where they are decoded, by the workers
     if world_size() > 1:
@@ -242,7 +239,7 @@ def main(args: argparse.Namespace) -> None:
     codebook = codebook.to(device)
     if args.compile:
         model = torch.compile(model)
-        tokenizer = torch.compile(tokenizer)
+        tokenizer = compile_tokenizer(tokenizer)
     if subset is not None:
         model = OnlyClasses(model, subset, num_classes).to(device)
     indices = rank_indices(len(source), args.dist_eval)

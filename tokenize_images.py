@@ -40,7 +40,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
              "or .parquet files, a folder of them or a glob (labels: column 'label')")
     add('--name', required=True, help='first part of the file names, as in imagenet1k-train')
     add('--output-dir', required=True, metavar='DIR', help='folder that the token sets are written to')
-    add('--tokenizer-path', required=True, metavar='FILE', help='a ViT-VQGAN or a patch tokenizer')
+    add('--tokenizer-path', required=True, metavar='FILE', help='a ViT-VQGAN, a VQGAN or a patch tokenizer')
     add('--tokenizer-code-path', metavar='DIR', help="folder of a pickled tokenizer's code, which is then run")
     add('--codebook-path', metavar='FILE',
         help="the codebook (default: the tokenizer's, which is then written to DIR/codebook.ckpt)")

@@ -39,6 +39,8 @@ class ModuleTokenizer(nn.Module):
     """
     code: 'ForeignCode | None' = None
 
+    kind = 'pickled module'
+
     def __init__(self, module: nn.Module, patch_size: int, embed_dim: int):
         super().__init__()
         self.module = module

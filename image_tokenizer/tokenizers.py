@@ -10,10 +10,19 @@ A tokenizer is any nn.Module with this interface; plug in your own VQ model by g
 The codebook is a (K, embed_dim) tensor of its own. A feature's code is the row of largest cosine
 (`codebook.quantize`); the row as stored, not normalized, is what SeiT trains on.
 
-`load_tokenizer` reads every kind of tokenizer file: the patch tokenizer below; ViT-VQGAN (vitvqgan.py) as a plain state
-dict, as .safetensors or as a public Lightning checkpoint; and SeiT's published module, which runs code when loaded
-(pickled.py).
+A tokenizer that finds codes in another way gives them itself, instead of features:
+
+    codes(images)       (B, 3, H, W) float in input_range  ->  (B, n) int64, row by row; -1 where it can give none
+    codebook            (K, embed_dim) float, whose row numbers they are
+    input_range         (lowest, highest) value of a pixel, also of those that `decode` gives. Optional: (0, 1)
+
+`find_codes` alone asks which of the two ways a tokenizer has. `kind` is what manifests call it, optional too.
+
+`load_tokenizer` reads every kind of tokenizer file: the patch tokenizer below; ViT-VQGAN (vitvqgan.py) and VQGAN
+(vqgan.py) as a plain state dict, as .safetensors or as a public Lightning checkpoint; and SeiT's published module,
+which runs code when loaded (pickled.py).
 """
+import contextlib
 import math
 import pickle
 import re
@@ -29,7 +38,9 @@ from torch import nn
 from fileio.torch_files import load_torch
 from image_tokenizer.kmeans import nearest_rows
 from image_tokenizer.pickled import from_module, load_running_code
+from image_tokenizer import vqgan
 from image_tokenizer.vitvqgan import ViTVQGAN, prefixes
+from image_tokenizer.vqgan import VQGAN
 from token_files.codebook import quantize
 from utils import InputError, first_line
 
@@ -59,6 +70,24 @@ def check_codebook(tokenizer: nn.Module, codebook: torch.Tensor, path: str) -> N
                          f'{tokenizer.embed_dim}: give the codebook that belongs to it')
 
 
+def check_codes(tokenizer: nn.Module, codebook: torch.Tensor, path: str) -> None:
+    """InputError unless the codes of a tokenizer are row numbers of a codebook (K, d), of a file `path`.
+
+    Features are compared with any codebook of their width. Codes that a tokenizer gives are of its own.
+    """
+    check_codebook(tokenizer, codebook, path)
+    if not gives_codes(tokenizer):
+        return
+    own = tokenizer.codebook
+    if len(codebook) != len(own):
+        raise InputError(f'{path}: {len(codebook)} codes, but the tokenizer gives the numbers of its own {len(own)}: '
+                         'give the codebook that belongs to it, whole (one of tokenize_images.py --limit-codes serves '
+                         'training alone)')
+    if not torch.allclose(codebook.float(), own.float().to(codebook.device), rtol=1e-3, atol=1e-3):
+        raise InputError(f'{path}: other rows than those of the tokenizer, whose numbers are its codes: give the '
+                         'codebook that belongs to it')
+
+
 def unit_range(pixels: torch.Tensor) -> torch.Tensor:
     """uint8 pixels -> float32 in [0, 1], rounded as torchvision's ToTensor does, on any device."""
     # Divided by a tensor, since CUDA divides by a plain number by multiplying with its reciprocal, which rounds
@@ -66,8 +95,47 @@ def unit_range(pixels: torch.Tensor) -> torch.Tensor:
     return pixels / torch.full((1,), 255., device=pixels.device)
 
 
+def gives_codes(tokenizer: nn.Module) -> bool:
+    """Whether a tokenizer gives codes itself, and no features."""
+    return callable(getattr(tokenizer, 'codes', None))
+
+
+def find_codes(tokenizer: nn.Module, codebook: torch.Tensor, images: torch.Tensor,
+               precision: contextlib.AbstractContextManager | None = None) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """Codes of images, in the way that the tokenizer has.
+
+    Args:
+        tokenizer: as the module's docstring has it.
+        codebook: (K, d) float32, on the device of the tokenizer.
+        images: (B, 3, H, W) float in [0, 1], there too.
+        precision: what the tokenizer, and not the comparison of features, is computed in.
+
+    Returns:
+        features (B, n, d) float32, None of a tokenizer that gives codes itself, and codes (B, n) int64. Those of
+        features that are not finite mean nothing; a tokenizer that gives codes itself gives -1 then.
+    """
+    own = gives_codes(tokenizer)
+    if own:
+        low, high = getattr(tokenizer, 'input_range', (0, 1))
+        images = images if (low, high) == (0, 1) else images * (high - low) + low
+    with precision or contextlib.nullcontext():
+        found = tokenizer.codes(images) if own else tokenizer(images)
+    if own:
+        return None, found
+    features = found.float()
+    return features, quantize(features, codebook)
+
+
+def compile_tokenizer(tokenizer: nn.Module) -> nn.Module:
+    """A tokenizer by torch.compile, for `find_codes`."""
+    if not gives_codes(tokenizer):
+        return torch.compile(tokenizer)
+    tokenizer.codes = torch.compile(tokenizer.codes)
+    return tokenizer
+
+
 def encode_images(tokenizer: nn.Module, codebook: torch.Tensor, pixels: torch.Tensor,
-                  amp: str = 'off') -> tuple[torch.Tensor, torch.Tensor]:
+                  amp: str = 'off') -> tuple[torch.Tensor | None, torch.Tensor]:
     """Images to codes, on the device of the tokenizer and the codebook.
 
     Args:
@@ -77,13 +145,11 @@ def encode_images(tokenizer: nn.Module, codebook: torch.Tensor, pixels: torch.Te
         amp: 'off' or 'bf16', for the tokenizer alone: codes are compared in float32.
 
     Returns:
-        features (B, n, d) float32 and codes (B, n) int64.
+        features and codes, see `find_codes`.
     """
     images = unit_range(pixels.to(codebook.device, non_blocking=True))
-    with torch.autocast(codebook.device.type, torch.bfloat16, enabled=amp == 'bf16'):
-        features = tokenizer(images)
-    features = features.float()
-    return features, quantize(features, codebook)
+    return find_codes(tokenizer, codebook, images,
+                      torch.autocast(codebook.device.type, torch.bfloat16, enabled=amp == 'bf16'))
 
 
 @torch.inference_mode()
@@ -101,7 +167,9 @@ def decode_codes(tokenizer: nn.Module, codebook: torch.Tensor, codes: torch.Tens
     if not hasattr(tokenizer, 'decode') or getattr(tokenizer, 'decoder', True) is None:
         return None
     parts = codebook[codes.to(codebook.device)].split(DECODED_AT_ONCE)
-    return torch.cat([tokenizer.decode(part) for part in parts]).clamp(0, 1)
+    images = torch.cat([tokenizer.decode(part) for part in parts])
+    low, high = getattr(tokenizer, 'input_range', (0, 1))
+    return (images if (low, high) == (0, 1) else (images - low) / (high - low)).clamp(0, 1)
 
 
 # ---------------------------------------------------------------- tokenizers
@@ -119,6 +187,8 @@ class PatchTokenizer(nn.Module):
         scale: () what components are multiplied by, so that those of codebook rows have standard deviation 1.
         rows: (K, d + 1) the codebook: scaled components, then LIFT. Or None, as in files made before 2026-11-25.
     """
+
+    kind = 'patch tokenizer'
 
     def __init__(self, mean: torch.Tensor, basis: torch.Tensor, scale: torch.Tensor, rows: torch.Tensor | None = None):
         super().__init__()
@@ -239,15 +309,20 @@ def build_tokenizer(path: str | Path, value: Any) -> nn.Module:
     state = value
     if isinstance(state, dict) and isinstance(state.get('state_dict'), dict):
         state = state['state_dict']  # Lightning
+    elif isinstance(state, dict) and isinstance(state.get('model'), dict) and vqgan.prefixes(state['model']):
+        state = state['model']  # LlamaGen
     if not isinstance(state, dict):
         raise InputError(f'{path}: a tokenizer file of no known kind (found: {type(state).__name__})')
     if {'mean', 'basis', 'scale'} <= state.keys():
         return patch_tokenizer(path, state)
-    if not prefixes(state):
+    kind = VQGAN if vqgan.prefixes(state) else ViTVQGAN if prefixes(state) else None
+    if kind is None:
         names = ', '.join(str(key)[:40] for key in list(state)[:5]) or 'nothing'
-        raise InputError(f'{path}: a tokenizer file of no known kind (found: {names})')
+        near = vqgan.nearest_family(state)
+        raise InputError(f'{path}: a tokenizer file of no known kind (found: {names}'
+                         + (f'; nearest to a {near})' if near else ')'))
     try:
-        return ViTVQGAN.from_state_dict(state)
+        return kind.from_state_dict(state)
     except InputError as error:
         raise InputError(f'{path}: {error}') from None
 

@@ -29,7 +29,7 @@ from fileio.files import atomic_path, identity
 from fileio.stamps import Stamp
 from fileio.torch_files import digest_of
 from image_data.sources import ImageBatch, Source, load_images
-from image_tokenizer.tokenizers import check_codebook, encode_images, load_tokenizer
+from image_tokenizer.tokenizers import check_codes, compile_tokenizer, encode_images, load_tokenizer
 from token_files.codebook import load_codebook
 from token_files.made_with import identity_of_tokenizer, seen_from
 from token_files.parts import FinishedCodes, OutputFiles, PartsFolder, remaining_parts, write_sets
@@ -103,9 +103,10 @@ def tokenize(source: Source, output: OutputFiles, options: EncodingOptions, devi
            f'{len(parts) - len(missing_parts)} of {len(parts)} parts done')
 
     # images to codes
+    kind = getattr(tokenizer, 'kind', type(tokenizer).__name__)
     tokenizer = tokenizer.to(device)
     if options.compiled:
-        tokenizer = torch.compile(tokenizer)
+        tokenizer = compile_tokenizer(tokenizer)
     encoder = Encoder(tokenizer, codebook.to(device), options.amp, options.tokenizer_path)
     rank_parts = missing_parts[rank()::world_size()]  # every n-th one, so that ranks end at about the same time
     batches = [batch for part in rank_parts for batch in parts.batches(part)]
@@ -121,7 +122,7 @@ def tokenize(source: Source, output: OutputFiles, options: EncodingOptions, devi
     if is_main():
         finished = FinishedCodes(parts)
         check_skipped(finished, source, skip_bad)
-        print0(finish(source, output, options, finished, codebook, run_id, stamp))
+        print0(finish(source, output, options, finished, codebook, kind, run_id, stamp))
         parts.remove()
 
 
@@ -135,7 +136,7 @@ def load_models(tokenizer_path: str | Path, code_path: str | Path | None, codebo
     codebook = load_codebook(codebook_path) if codebook_path else getattr(tokenizer, 'codebook', None)
     if codebook is None:
         raise InputError(f'{tokenizer_path}: has no codebook of its own: give one to --codebook-path')
-    check_codebook(tokenizer, codebook, source)
+    check_codes(tokenizer, codebook, source)
     if len(codebook) > MAX_CODES and not limit_codes:
         raise InputError(f'{source}: {len(codebook)} codes, but token files hold {MAX_CODES}: tokenize_images.py '
                          '--limit-codes keeps those in use')
@@ -218,7 +219,7 @@ class Encoder:
     def codes(self, pixels: torch.Tensor, amp: str) -> torch.Tensor:
         """(B, 3, S, S) uint8 on any device -> (B, n) int32 on the device; -1 where features are not finite."""
         features, codes = encode_images(self.tokenizer, self.codebook, pixels, amp)
-        return torch.where(features.isfinite().all(-1), codes.int(), -1)
+        return codes.int() if features is None else torch.where(features.isfinite().all(-1), codes.int(), -1)
 
     def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.codes(pixels, self.amp)
@@ -320,8 +321,11 @@ def write_codebook(codebook: torch.Tensor, path: Path) -> dict[str, str]:
 
 
 def finish(source: Source, output: OutputFiles, options: EncodingOptions, finished: FinishedCodes,
-           codebook: torch.Tensor, run_id: dict[str, Any], stamp: Stamp) -> str:
-    """Write the final files from the parts; returns the line that says what was made. Raises InputError."""
+           codebook: torch.Tensor, kind: str, run_id: dict[str, Any], stamp: Stamp) -> str:
+    """Write the final files from the parts; returns the line that says what was made. Raises InputError.
+
+    `kind`: of the tokenizer. It follows from its file, so that runs are told apart without it.
+    """
     new_codes = None
     codebook_id = run_id['codebook']
     if options.limit_codes:
@@ -334,7 +338,7 @@ def finish(source: Source, output: OutputFiles, options: EncodingOptions, finish
     manifest = {'format': name, 'grid': grid, 'codes': len(codebook), 'image_size': options.image_size,
                 'classes': source.classes, 'labels_from': source.labels_from, 'skipped_in_run': skipped,
                 'precision': run_id['precision'],
-                'tokenizer': run_id['tokenizer'] | {'path': str(options.tokenizer_path)},
+                'tokenizer': run_id['tokenizer'] | {'kind': kind, 'path': str(options.tokenizer_path)},
                 'codebook': codebook_id | {'values_sha256': digest_of(codebook.float())},
                 'run': run_id, 'source_sizes': stamp.sizes}
     manifest = seen_from(manifest, output.folder)

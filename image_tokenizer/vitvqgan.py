@@ -173,6 +173,8 @@ class ViTVQGAN(nn.Module):
         patch_size: pixels a code covers, on each side.
     """
 
+    kind = 'ViT-VQGAN'
+
     def __init__(self, encoder: Size, decoder: Size | None = None, codebook_size: int = 0, embed_dim: int = 32,
                  image_size: int = 256, patch_size: int = 8):
         super().__init__()
@@ -298,8 +300,11 @@ def read_config(state: dict[str, Any]) -> dict[str, Any]:
             'image_size': image_size, 'patch_size': patch_size}
 
 
-def check_names_and_shapes(state: dict[str, Any], expected: dict[str, torch.Tensor]) -> None:
-    """InputError unless `state` has every name of `expected` in its shape, and no unknown one in encoder or decoder."""
+def check_names_and_shapes(state: dict[str, Any], expected: dict[str, torch.Tensor], what: str = 'a ViT-VQGAN') -> None:
+    """InputError unless `state` has every name of `expected` in its shape, and no unknown one in encoder or decoder.
+
+    `what`: the kind of tokenizer, for the message.
+    """
     problems = []
     for key, value in expected.items():
         if not isinstance(state.get(key), torch.Tensor) or not state[key].is_floating_point():
@@ -311,4 +316,4 @@ def check_names_and_shapes(state: dict[str, Any], expected: dict[str, torch.Tens
                  if key.startswith(('encoder.', 'decoder.')) and key not in expected]
     if problems:
         more = f' (and {len(problems) - 3} more)' if len(problems) > 3 else ''
-        raise InputError(f'not a ViT-VQGAN: {"; ".join(problems[:3])}{more}')
+        raise InputError(f'not {what}: {"; ".join(problems[:3])}{more}')

@@ -20,11 +20,11 @@ from fileio.files import is_address
 from fileio.torch_files import digest_of
 from image_data.dataset import Normalize, eval_transform
 from image_data.decoding import resize_square, upright
-from image_tokenizer.tokenizers import check_codebook, load_tokenizer, unit_range
+from image_tokenizer.tokenizers import check_codes, find_codes, load_tokenizer, unit_range
 from inference.models import PIXELS, TrainedModel, load_model, program_of
 from seitpp.mtm_recipe import canonical_codes
 from token_augment import center_crop, check_crop
-from token_files.codebook import load_codebook, look_up, quantize
+from token_files.codebook import load_codebook, look_up
 from token_files.made_with import digest_of_entry, file_of, identity_of_tokenizer
 from training.checkpoints import (FINETUNE, PRETRAIN, SEEN, check_tokens_of, load_checkpoint, said_of_the_model,
                                   saved_flags)
@@ -95,7 +95,7 @@ class Classifier(nn.Module):
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels -> what a model of tokens reads: embeddings (B, d, g, g), or codes (B, g, g) int64 in SeiT++."""
-        codes = quantize(self.tokenizer(unit_range(pixels)), self.codebook)  # (B, n)
+        _, codes = find_codes(self.tokenizer, self.codebook, unit_range(pixels))  # (B, n)
         side = self.size // self.tokenizer.patch_size
         codes = center_crop(codes.view(-1, side, side), self.grid_size)
         return look_up(codes, self.codebook) if self.canonical is None else self.canonical[codes]
@@ -168,7 +168,7 @@ def load_classifier(path: str | Path, device: str | torch.device = 'cpu', *, use
                 raise InputError(f'{path}: does not say with which {name} it was trained: give it to --{name}-path')
         codebook = load_codebook(codebook_path)
         tokenizer = load_tokenizer(tokenizer_path, tokenizer_code_path)
-        check_codebook(tokenizer, codebook, codebook_path)
+        check_codes(tokenizer, codebook, codebook_path)
     trained = load_model(checkpoint, path, codebook, use_ema, model, model_kwargs, input_size, eval_crop_ratio)
     if tokenizer is not None:
         tokenizer_input_size = tokenizer_input_size or image_size_of(checkpoint, path, trained, tokenizer)

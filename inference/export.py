@@ -13,6 +13,7 @@ import torch
 
 from fileio.files import atomic_path
 from image_tokenizer.vitvqgan import ViTVQGAN
+from image_tokenizer.vqgan import VQGAN
 from inference.classifier import Classifier
 from utils import InputError, device_of, first_line
 
@@ -20,6 +21,7 @@ KINDS = '.pt2', '.onnx'
 CLASSES, PREPARATION = 'classes', 'preparation'  # what a file holds beside the model: a JSON list, and a sentence
 PT2_FILES = {CLASSES: 'classes.json', PREPARATION: 'preparation.txt'}  # their names among torch.export's extra files
 BATCHES = 1, 5  # that are compared
+DECODING = {ViTVQGAN: ('decoder', 'post_quant', 'quantizer'), VQGAN: ('decoder', 'post_quant_conv')}  # parts of them
 TOLERANCE = 1e-4  # by which probabilities may differ
 
 
@@ -70,9 +72,10 @@ def export_classifier(classifier: Classifier, path: str | Path) -> float:
 
 def _without_decoder(classifier: Classifier) -> Classifier:
     """A classifier without the weights that decode codes, which a file would hold for nothing."""
-    if isinstance(classifier.tokenizer, ViTVQGAN):
+    names = DECODING.get(type(classifier.tokenizer))
+    if names:
         classifier = copy.deepcopy(classifier)
-        for name in ('decoder', 'post_quant', 'quantizer'):
+        for name in names:
             setattr(classifier.tokenizer, name, None)
     return classifier
 

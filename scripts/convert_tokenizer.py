@@ -2,11 +2,12 @@
 
     python scripts/convert_tokenizer.py --input weights/tokenizer.ckpt --output weights/tokenizer.safetensors
 
-Reads a pickled ViT-VQGAN module (SeiT's tokenizer.ckpt) or a Lightning checkpoint; writes the tensors under the names
-of image_tokenizer/vitvqgan.py. No code of the file is run: each class it asks for is replaced by an empty container,
-and tensors are found by the ends of their names and by their shapes. So names and shapes are all that is checked.
-With --tokenizer-code-path the file is loaded by running its code instead, and the features of the module it holds are
-compared with those of the converted tokenizer.
+Reads a pickled ViT-VQGAN module (SeiT's tokenizer.ckpt), or a Lightning checkpoint of a ViT-VQGAN or a VQGAN. Writes
+the tensors of the first under the names of image_tokenizer/vitvqgan.py, those of a VQGAN under their own, and averaged
+ones where there are any. No code of the file is run: each class it asks for is replaced by an empty container, and
+tensors are found by the ends of their names and by their shapes. So names and shapes are all that is checked. With
+--tokenizer-code-path the file is loaded by running its code instead, and the features of a ViT-VQGAN module that it
+holds are compared with those of the converted tokenizer.
 """
 import argparse
 import sys
@@ -22,9 +23,11 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import atomic_path, check_writable, identity, save_torch
 from flags import Parser
+from image_tokenizer import vqgan
 from image_tokenizer.pickled import features_of, load_running_code, same_features
 from image_tokenizer.tokenizers import CodeNeeded, read_file
 from image_tokenizer.vitvqgan import ViTVQGAN
+from image_tokenizer.vqgan import VQGAN
 from token_files.made_with import CONVERTED
 from utils import InputError, print0, run
 
@@ -179,15 +182,22 @@ def find_parts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 # ---------------------------------------------------------------- the program
 
-def convert(path: str | Path, value: Any) -> ViTVQGAN:
-    """The tokenizer in what was read from `path`. Where that is a living module, their features must agree.
+def convert(path: str | Path, value: Any) -> tuple[ViTVQGAN | VQGAN, dict[str, torch.Tensor]]:
+    """The tokenizer in what was read from `path`, and the tensors to write.
+
+    Where a ViT-VQGAN is a living module, their features must agree.
 
     Raises:
-        InputError: it is no ViT-VQGAN.
+        InputError: it is neither a ViT-VQGAN nor a VQGAN.
     """
     source = value['state_dict'] if isinstance(value, dict) and 'state_dict' in value else value
     tensors = {name: tensor for name, tensor in tensors_of(source) if not name.startswith('loss.')}
     try:
+        if vqgan.prefixes(tensors):
+            state = vqgan.weights_of_file(tensors)  # the names say which family it is of, so they are kept
+            model = VQGAN.from_state_dict(state)
+            print0(f'{model.kind}: {len(state)} of {len(tensors)} tensors')
+            return model, state
         model = ViTVQGAN.from_state_dict(find_parts(tensors))
         if isinstance(value, nn.Module):
             module_features = features_of(value.eval(), model.image_size)
@@ -196,24 +206,24 @@ def convert(path: str | Path, value: Any) -> ViTVQGAN:
             print0('the features of the module and of the converted tokenizer agree')
     except InputError as error:
         raise InputError(f'{path}: {error}') from None
-    return model
+    return model, model.state_dict()
 
 
 def main(args: argparse.Namespace) -> None:
     check_writable(args.output, inputs=[args.input])
     if args.tokenizer_code_path:
-        model = load_running_code(args.input, args.tokenizer_code_path, convert)
+        model, state = load_running_code(args.input, args.tokenizer_code_path, convert)
     else:
-        model = convert(args.input, read_inert(args.input))
-    state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in model.state_dict().items()}
+        model, state = convert(args.input, read_inert(args.input))
+    state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
     if args.output.lower().endswith('.safetensors'):
         with atomic_path(args.output) as temporary:
             safetensors.torch.save_file(state, temporary, {CONVERTED: identity(args.input)['sha256']})
     else:
         save_torch(state, args.output)
     count = sum(tensor.numel() for tensor in state.values()) / 1e6
-    print0(f'{args.output}: {count:.1f} M numbers, {model.image_size}x{model.image_size} images, patches of '
-           f'{model.patch_size}, features of {model.embed_dim}')
+    size = f'{model.image_size}x{model.image_size} images, ' if isinstance(model, ViTVQGAN) else ''
+    print0(f'{args.output}: {count:.1f} M numbers, {size}patches of {model.patch_size}, features of {model.embed_dim}')
 
 
 if __name__ == '__main__':

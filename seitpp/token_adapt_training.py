@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from fileio.files import save_torch, write_text
-from image_tokenizer.tokenizers import unit_range
+from image_tokenizer.tokenizers import find_codes, unit_range
 from seitpp.token_adapt import (ANGLE, FINER, SHEAR, SHIFT, Geometry, RandomGeometry, TokenAdapt, apply_geometry,
                                 manifest_of)
-from token_files.codebook import look_up, quantize
+from token_files.codebook import look_up
 from utils import InputError, autocast, device_of_sums, print0, rank, seed_step, sum_over_ranks
 
 IMAGES_PER_CHANGE = 16  # images that are measured under the same maps
@@ -68,7 +68,7 @@ class CodePairs:
     def codes_of(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, S, S) float in [0, 1] -> (B, S/patch, S/patch) int64, in float32 also under autocast."""
         with torch.autocast(images.device.type, enabled=False):
-            codes = quantize(self.tokenizer(images).float(), self.codebook)
+            _, codes = find_codes(self.tokenizer, self.codebook, images)
         return codes.view(len(images), images.shape[2] // self.tokenizer.patch_size, -1)
 
     @torch.no_grad()

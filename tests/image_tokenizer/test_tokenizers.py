@@ -66,6 +66,31 @@ def test_codes_become_images_where_there_is_a_decoder():
     assert decode_codes(ModuleTokenizer(tokenizer, 4, 8), codebook, codes) is None
 
 
+class Brightness(torch.nn.Module):
+    """A tokenizer of one's own that gives codes: a patch's brightness, of images in [-2, 2]."""
+    patch_size = 4
+    embed_dim = 1
+    input_range = (-2., 2.)
+    codebook = torch.linspace(-2, 2, 5)[:, None]
+
+    def codes(self, images):
+        return (torch.nn.functional.avg_pool2d(images.mean(1), 4).flatten(1) + 2).round().long()
+
+    def decode(self, rows):
+        side = int(rows.shape[1] ** 0.5)
+        return rows.view(-1, 1, side, side).repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1)
+
+
+def test_a_tokenizer_of_ones_own_may_give_codes():
+    tokenizer = Brightness()
+    values = torch.tensor([[0, 64, 128, 255]], dtype=torch.uint8).view(1, 1, 2, 2)
+    pixels = values.repeat_interleave(4, 2).repeat_interleave(4, 3).expand(-1, 3, -1, -1)
+    features, codes = encode_images(tokenizer, tokenizer.codebook, pixels)
+    assert features is None and codes.tolist() == [[0, 1, 2, 4]]
+    made = decode_codes(tokenizer, tokenizer.codebook, codes)
+    assert made[0, 0, ::4, ::4].tolist() == [[0, 0.25], [0.5, 1]]
+
+
 def test_images_that_patches_do_not_divide():
     with pytest.raises(InputError, match='30x32 do not divide into patches of 4'):
         patch_tokenizer()(torch.zeros(1, 3, 30, 32))

@@ -11,6 +11,7 @@ from helpers import GOLDEN_SIZE, Bomb, call, fails, same_weights
 from image_tokenizer.pickled import load_running_code
 from image_tokenizer.tokenizers import load_tokenizer
 from image_tokenizer.vitvqgan import ViTVQGAN
+from small_vqgans import small_state
 from utils import InputError
 
 
@@ -103,3 +104,23 @@ def test_an_output_that_cannot_be_written_is_refused_before_the_work(state, tmp_
         fails(lambda: call(convert_tokenizer, '--input', tmp_path / 'a.pt', '--output', tmp_path / output),
               'cannot be written')
     assert [path.name for path in tmp_path.iterdir()] == ['a.pt']
+
+
+class ModelCheckpoint:
+    """Stands for Lightning's callback, which checkpoints of before 2022 name."""
+
+
+@pytest.mark.parametrize('family', ['taming', 'llamagen', 'ibq', 'maskgit'])
+@pytest.mark.parametrize('ending', ['pt', 'safetensors'])
+def test_a_vqgan_keeps_its_names_and_so_its_family(family, ending, tmp_path):
+    state = small_state(family)
+    names = {f'model_ema.{key.replace(".", "")}': value + 1 for key, value in state.items()} if family == 'ibq' else {}
+    torch.save({'state_dict': state | names | {'loss.x': torch.zeros(2)}, 'callbacks': {ModelCheckpoint: {'best': 1.}}},
+               tmp_path / 'last.ckpt')
+    with pytest.raises(InputError, match='runs code when loaded.*ModelCheckpoint.*scripts/convert_tokenizer.py'):
+        load_tokenizer(tmp_path / 'last.ckpt')
+    call(convert_tokenizer, '--input', tmp_path / 'last.ckpt', '--output', tmp_path / f'plain.{ending}')
+    torch.save(state | names, tmp_path / 'expected.pt')
+    plain, expected = load_tokenizer(tmp_path / f'plain.{ending}'), load_tokenizer(tmp_path / 'expected.pt')
+    assert plain.kind == expected.kind
+    same_weights(plain, expected.state_dict())
