@@ -273,7 +273,8 @@ def test_blocks_that_need_only_the_demo_run_as_they_stand(tmp_path):
     printed = outputs_of('bash', '-euo', 'pipefail', '-c',
                          '\n'.join(code for language, code in blocks if language != 'python'))
     assert len(re.findall(r'^\* Acc@1 \d', printed, re.MULTILINE)) > 20
-    assert re.search(r'^demo/images/val/7-sneaker/\d+.png +\d-\w+ +[\d.]+ %', printed, re.MULTILINE), 'a class has a name'
+    # a class has a name
+    assert re.search(r'^demo/images/val/7-sneaker/\d+.png +\d-\w+ +[\d.]+ %', printed, re.MULTILINE)
     for path in ('output/mine/sheet.png', 'output/mine/classifier.pt2', 'output/masked/sheet.png'):
         assert (tmp_path / path).exists()
     for code in (code for language, code in blocks if language == 'python'):
