@@ -53,7 +53,9 @@ class TrainedModel:
 
 def program_of(checkpoint: dict[str, Any]) -> str:
     """The program that wrote a checkpoint. What is of no model of tokens counts as one of main_pixels.py."""
-    return origin(checkpoint['model']) or PIXELS
+    # codes of three elements look like pixels of three channels; only main_seit.py has these flags
+    is_of_tokens = {'train_token_file', 'noise_recipe'} <= saved_flags(checkpoint).keys()
+    return origin(checkpoint['model']) or (SEIT if is_of_tokens else PIXELS)
 
 
 def load_model(checkpoint: dict[str, Any], path: str, codebook: torch.Tensor | None = None, use_ema: bool = False,

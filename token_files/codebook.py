@@ -7,12 +7,13 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from fileio.files import check_writable, read_json, write_text
-from fileio.torch_files import load_torch
+from token_files.codebook_sources import find_table, fit_rows, is_formula, read_file, rows_of_formula
 from utils import InputError, print0
 
 SYNONYMS = 5  # of a code: as many as training uses
@@ -23,14 +24,34 @@ COLUMNS_AT_ONCE = 256  # cosines of which `nearest_codes` takes the largest to s
 EQUAL = 1e-12  # cosines of a large codebook that differ by less are equal: the order of a sum decides more
 
 
+class Codebook(NamedTuple):
+    """Rows (K, d) float32, and whether they are `as_stored` in a file that holds a codebook alone."""
+    rows: torch.Tensor
+    as_stored: bool
+
+
 def load_codebook(path: str | Path) -> torch.Tensor:
-    """The (K, d) float32 codebook in a torch file. Raises InputError."""
-    codebook = load_torch(path, 'a codebook')
+    """The rows of `read_codebook`, (K, d) float32. Raises InputError."""
+    return read_codebook(path).rows
+
+
+def read_codebook(path: str | Path) -> Codebook:
+    """The codebook of a path: a torch file with a tensor, weights of a tokenizer, or a formula. Raises InputError.
+
+    A tensor is taken as it is. Rows of the other two are scaled, and get a constant element where they need it: see
+    codebook_sources.py.
+    """
+    if is_formula(path):
+        return Codebook(fit_rows(rows_of_formula(str(path)), path), False)
+    value = read_file(path)
+    as_stored = not isinstance(value, dict)
+    codebook = value if as_stored else find_table(value, path)
     if not isinstance(codebook, torch.Tensor) or codebook.ndim != 2 or not codebook.is_floating_point():
         raise InputError(f'{path}: expected a float tensor (codes, code_dim) as codebook')
     if not codebook.numel() or not codebook.isfinite().all() or not codebook.any():
         raise InputError(f'{path}: its elements are not finite, all zero, or none; fetch or make it again')
-    return codebook.float().detach()
+    codebook = codebook.float().detach()
+    return Codebook(codebook if as_stored else fit_rows(codebook, path), as_stored)
 
 
 def quantize(features: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
