@@ -142,11 +142,14 @@ def weights_of(checkpoint: dict[str, Any], path: str, use_ema: bool) -> dict[str
 
 
 def grid_size_of(weights: dict[str, Any], path: str, model_kwargs: dict[str, Any]) -> int:
-    """Codes on a side that a model of tokens reads: its patches are of 2x2. Raises InputError."""
+    """Codes on a side that a model of tokens reads: its patches are of 2x2 codes, or of one. Raises InputError."""
     prefix = prefix_positions(weights, bool(model_kwargs.get('no_embed_class')))
     if prefix is None:
         raise InputError(f'{path}: has no position embeddings of a square grid: give another checkpoint')
-    return 2 * math.isqrt(weights[POSITIONS].shape[1] - prefix)
+    stem = weights.get('patch_embed.proj.weight')
+    # of 2x2 codes with or without their neighbors, 4 or 2 on a side; of one code 3 or 1
+    is_single = isinstance(stem, torch.Tensor) and stem.ndim == 4 and stem.shape[2] % 2
+    return (1 if is_single else 2) * math.isqrt(weights[POSITIONS].shape[1] - prefix)
 
 
 def size_and_crop(flags: dict[str, Any], path: str, input_size: int | None,
