@@ -40,7 +40,7 @@ from inference.models import weights_of
 from inference.report import Report, check_report, class_names
 from models_seit import MODELS, create_model
 from token_augment import EvalTransform
-from token_files.codebook import load_codebook
+from token_files.codebook import read_codebook
 from token_files.made_with import digest_of_entry, identity_of_tokenizer
 from training.checkpoints import check_tokens_of, compare_model_flags, load_checkpoint, load_weights
 from training.run_folder import write_evaluation
@@ -211,7 +211,9 @@ def main(args: argparse.Namespace) -> None:
     # model, tokenizer and images, which must belong together: a wrong codebook has the right shape, and gives chance
     checkpoint = load_checkpoint(args.model_path)
     args = recipe.from_checkpoint(args, checkpoint, args.model_path)
-    codebook = load_codebook(args.codebook_path)
+    table = read_codebook(args.codebook_path)
+    codebook = table.rows
+    args = recipe.as_wide_as(table, args)
     facts = {'codebook': digest_of(codebook), 'size of tokenized images': args.tokenizer_input_size,
              'tokenizer': digest_of_entry(identity_of_tokenizer(args.tokenizer_path))}
     check_tokens_of(checkpoint, args.model_path, facts,

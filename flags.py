@@ -361,7 +361,8 @@ def add_token_flags(parser: Parser) -> Callable:
     add('--train-token-file', default='tokens/imagenet1k-train-token.data.bin.gz', metavar='FILE', of_a_rank=True,
         help='training tokens: a file, a glob or a comma-separated list of shards')
     add('--codebook-path', default='tokens/codebook.ckpt', metavar='FILE', of_a_rank=True,
-        help='the codebook of the tokens: one embedding for each code')
+        help='the codebook of the tokens: one embedding for each code, in a file; or weights of another VQ tokenizer, '
+        'or fsq:8,8,8,5,5,5 or lfq:10 (docs/tokenizers.md)')
     add('--token-synonym-dict', default=SYNONYMS, metavar='FILE', of_a_rank=True,
         help='for each code a list of codes near it; it is read where --eda-rc-prob is above 0')
     add('--token-cache', default='', metavar='DIR', of_a_rank=True,

@@ -37,7 +37,7 @@ from continual.task_flags import NOT_HERE, add_task_flags, check_not_here, check
 from continual.task_tokens import TokenFiles, fit_tokenizer, hold_tokens, open_token_store, tokenize_splits
 from continual.tasks import Tasks, make_tasks, step_batches, step_draws, task_seed
 from engine import evaluate_models, rank_indices
-from fileio.files import check_same, sha256
+from fileio.files import check_same
 from fileio.labels import check_class_names, count_classes
 from flags import Parser, advice
 from image_data.dataset import ImageDataset, Normalize, random_erasing
@@ -46,9 +46,9 @@ from image_data.sources import open_source
 from image_tokenizer.tokenizing import check_folder
 from token_augment import EvalTransform
 from token_dataset import TokenDataset, choose_data_device, open_splits
-from token_files.codebook import load_codebook
+from token_files.codebook import read_codebook
 from token_files.published import codec_for
-from token_files.made_with import made_with
+from token_files.made_with import identity_of_codebook, made_with
 from training.checkpoints import SEEN, compare_flags, load_checkpoint, load_weights
 from training.preemption import REQUEUE, StopSignal
 from training.pretrained import freeze_all_but_attention, load_pretrained
@@ -133,7 +133,7 @@ def make_tasks_of(args: argparse.Namespace, labels: dict[str, np.ndarray]) -> Ta
 
 def token_modality(args: argparse.Namespace, device: torch.device) -> tuple[Modality, Tasks]:
     """Training on tokens, as in main_seit.py."""
-    codebook = load_codebook(args.codebook_path)
+    codebook = read_codebook(args.codebook_path).rows
     size = args.input_size // args.token_patch_size
     datasets = open_splits(recipe.split_files(args), codebook, args.codebook_path, args.token_cache, size, device)
     train_data, val_data = datasets['train'], datasets['val']
@@ -381,7 +381,8 @@ def identity_of(args: argparse.Namespace, modality: Modality, tasks: Tasks, toke
     sets = {name: data.source.digest() if args.new == 'pixels' else digest_of(data.codes, tasks.order[data.labels])
             for name, data in (('training images', modality.train), ('validation images', modality.val))}
     return {**{f'--{name.replace("_", "-")}': getattr(args, name) for name in flags}, 'classes': len(tasks.order),
-            **sets, 'tokenizer': tokenizer, 'codebook': sha256(args.codebook_path) if args.codebook_path else None}
+            **sets, 'tokenizer': tokenizer,
+            'codebook': identity_of_codebook(args.codebook_path)['sha256'] if args.codebook_path else None}
 
 
 def facts_of_data(args: argparse.Namespace, modality: Modality) -> dict[str, Any]:
@@ -398,6 +399,8 @@ def main(args: argparse.Namespace) -> int:
     args, files, tokenizer = make_tokens(args, device)
     if args.tokenize_only:
         return 0
+    if args.new == 'tokens':
+        args = recipe.as_wide_as(read_codebook(args.codebook_path), args)
     recipe.set_up_torch(args)
     modality, tasks = (token_modality if args.new == 'tokens' else pixel_modality)(args, device)
     check_tasks(args, modality, tasks, device)  # run.json is written only once the last task is known to be possible

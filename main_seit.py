@@ -34,7 +34,7 @@ from seitpp.halves import open_halves
 from token_augment import (EraseRectangle, EvalTransform, RandomCrop, RandomResizedCrop, ReplaceSynonyms, SwapPatches,
                            TokenEDA)
 from token_dataset import choose_data_device, facts_of, open_splits
-from token_files.codebook import load_codebook, load_synonyms, look_up
+from token_files.codebook import load_synonyms, look_up, read_codebook
 from token_files.made_with import made_with
 from training.checkpoints import head_size, load_checkpoint
 from training.pretrained import freeze_all_but_attention, load_pretrained
@@ -147,7 +147,8 @@ def main(args: argparse.Namespace) -> int:
         args = recipe.from_checkpoint(args, checkpoint, path)
 
     # ------------------------------------------------------------ data
-    codebook = load_codebook(args.codebook_path)
+    table = read_codebook(args.codebook_path)
+    codebook = table.rows
     size = size_of(args)
     files = recipe.split_files(args)
     datasets = open_splits(files, codebook, args.codebook_path, args.token_cache, size, device)
@@ -167,6 +168,7 @@ def main(args: argparse.Namespace) -> int:
     pretrained = load_checkpoint(args.finetune) if args.finetune else None
     if pretrained:
         args = recipe.model_of_start(args, pretrained, MODELS.__contains__)
+    args = recipe.as_wide_as(table, args)
 
     # ------------------------------------------------------------ model
     model = create_model(args.model, args.model_kwargs, classes, size, codebook.shape[1],

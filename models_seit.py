@@ -23,7 +23,8 @@ from utils import InputError
 class StemAdaptor(PatchEmbed):
     """timm's PatchEmbed with patches that overlap by a code on every side: a 4x4 convolution, stride 2, padding 1.
 
-    (B, in_chans, H, W) embeddings -> (B, H/2 · W/2, embed_dim) tokens.
+    (B, in_chans, H, W) embeddings -> (B, H/2 · W/2, embed_dim) tokens. With patch_size=1, for grids of 16x16 or 14x14
+    codes, a 3x3 convolution of stride 1 makes a token of each code.
     """
 
     def __init__(self, img_size: int | tuple[int, int] = 28, patch_size: int = 2, **kwargs: Any) -> None:
@@ -79,10 +80,13 @@ class TokenVisionTransformer(VisionTransformer):
     Tokens are never normalized by the final norm: `norm=True` of `forward_intermediates` has no effect, as in all
     of timm's models that pool before the norm, and its final features are those of `forward_features`.
     `norm_layer` chooses the norms of the blocks; the final norm is a LayerNorm.
+    `patch_size` is 2, or 1 for grids of half as many codes on a side, such as those of tokenizers of 16 pixels a code.
     """
 
-    def __init__(self, embed_layer: type[nn.Module] = StemAdaptor, **kwargs: Any) -> None:
-        super().__init__(patch_size=2, embed_layer=embed_layer, global_pool='avg', fc_norm=False, **kwargs)
+    def __init__(self, embed_layer: type[nn.Module] = StemAdaptor, patch_size: int = 2, **kwargs: Any) -> None:
+        if patch_size not in (1, 2):
+            raise ValueError(f'patch_size={patch_size}: a patch has 1 or 2 codes on a side')
+        super().__init__(patch_size=patch_size, embed_layer=embed_layer, global_pool='avg', fc_norm=False, **kwargs)
         self.in_chans = self.patch_embed.proj.in_channels  # timm 1.0.15 does not set it
         identity = isinstance(self.norm, nn.Identity)  # as it is with final_norm=False
         self.norm = NoNorm() if identity else PooledNorm(self.embed_dim, eps=1e-6).to(self.norm.weight)
@@ -151,7 +155,10 @@ def deit_base_token_4(pretrained: bool = False, **kwargs: Any) -> nn.Module:
 # ---------------------------------------------------------------- without the Stem-adaptor: the paper's ablation
 
 class PatchStem(StemAdaptor):
-    """A 2x2 convolution, stride 2: (B, in_chans, H, W) embeddings -> (B, H/2 · W/2, embed_dim) tokens."""
+    """A 2x2 convolution, stride 2: (B, in_chans, H, W) embeddings -> (B, H/2 · W/2, embed_dim) tokens.
+
+    With patch_size=1 it is a linear map of each code.
+    """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -21,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from engine import StepOptions, train
 from fileio.files import identity, is_address
 from flags import Flags, print_no_effect
+from token_files.codebook import Codebook
 from token_files.made_with import file_of, seen_from
 from training import run_info
 from training.checkpoints import (TrainState, check_tokens_of, compare_model_flags, flags_to_save, progress_of, resume,
@@ -165,6 +166,17 @@ def model_of_start(args: Flags, checkpoint: dict[str, Any], names: Callable[[str
     kwargs = args.model_kwargs if 'model_kwargs' in args.given else kwargs
     print0(f'{args.finetune}: {words_of("model", name)} {words_of("model_kwargs", kwargs) if kwargs else ""}')
     return args.replaced(model=name, model_kwargs=kwargs)
+
+
+def as_wide_as(codebook: Codebook, args: Flags) -> Flags:
+    """The flags with a model that reads rows of a codebook, where they are not as stored and --model-kwargs is silent.
+
+    Models are named after the published codebooks, and one of another width is a mistake there. Formulas and weights of
+    other tokenizers have any width: for them in_chans is added, which checkpoints then hold.
+    """
+    if codebook.as_stored or ('model_kwargs' in args.given and 'in_chans' in args.model_kwargs):
+        return args
+    return args.replaced(model_kwargs={**args.model_kwargs, 'in_chans': codebook.rows.shape[1]})
 
 
 def check_evaluated(args: Flags, checkpoint: dict[str, Any], path: str, facts: dict[str, Any] | None = None) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from fileio.files import check_writable  # noqa: E402
+from fileio.files import check_writable, write_text  # noqa: E402
 from flags import Parser, integer  # noqa: E402
 from image_data.sources import open_source  # noqa: E402
 from image_tokenizer.patch_fit import FitOptions, fit_to_folder  # noqa: E402
@@ -29,6 +29,7 @@ from token_files.published import open_gzip  # noqa: E402
 from utils import InputError, run  # noqa: E402
 
 CLASSES = ['tshirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag', 'boot']
+LISTED = 10  # images of a class in the list of validation
 SIDE = 28  # of an image, in pixels
 
 
@@ -75,6 +76,17 @@ def export(images: np.ndarray, labels: np.ndarray, folder: Path) -> None:
         Image.fromarray(image).save(path, optimize=True)
 
 
+def write_lists(folder: Path, name: str) -> None:
+    """Write train.txt and val.txt, lists of the images in the class folders of `name`: val has the last of each class."""
+    lines = {'train': [], 'val': []}
+    for path in sorted((folder / name).iterdir()):
+        images = sorted(path.iterdir())
+        for split, part in (('train', images[:-LISTED]), ('val', images[-LISTED:])):
+            lines[split] += [f'{image.relative_to(folder).as_posix()}\t{path.name}\n' for image in part]
+    for split, listed in lines.items():
+        write_text(folder / f'{split}.txt', ''.join(listed))
+
+
 def main(args: argparse.Namespace) -> None:
     source = Path(args.fashion_mnist)
     output = Path(args.output_dir)
@@ -98,6 +110,7 @@ def main(args: argparse.Namespace) -> None:
             tokenize(open_source(images / split), OutputFiles(output, f'fashion-{split}', format='compact'), options,
                      torch.device('cpu'))
     export(val[0][:args.png_images], val[1][:args.png_images], output / 'images' / 'val')
+    write_lists(output / 'images', 'val')
 
 
 if __name__ == '__main__':

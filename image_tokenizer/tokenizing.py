@@ -31,7 +31,7 @@ from fileio.torch_files import digest_of
 from image_data.sources import ImageBatch, Source, load_images
 from image_tokenizer.tokenizers import check_codes, compile_tokenizer, encode_images, load_tokenizer
 from token_files.codebook import load_codebook
-from token_files.made_with import identity_of_tokenizer, seen_from
+from token_files.made_with import identity_of_codebook, identity_of_tokenizer, seen_from
 from token_files.parts import FinishedCodes, OutputFiles, PartsFolder, remaining_parts, write_sets
 from token_files.token_file import MAX_CODES, format_for, largest_grid
 from utils import InputError, check_same_on_all_ranks, is_main, on_main, print0, rank, world_size
@@ -182,7 +182,7 @@ def identify_run(source: Source, output: OutputFiles, options: EncodingOptions, 
                  codebook: torch.Tensor, device: torch.device) -> dict[str, Any]:
     """All that the token files depend on, as the manifest has it. Raises InputError for files that cannot be read."""
     if options.codebook_path:
-        codebook_id = identity(options.codebook_path)
+        codebook_id = identity_of_codebook(options.codebook_path)
     else:
         codebook_id = {'file': output.codebook.name, 'sha256': hashlib.sha256(torch_bytes(codebook)).hexdigest()}
     precision = 'fp32' if options.amp == 'off' else options.amp

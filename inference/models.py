@@ -53,7 +53,9 @@ class TrainedModel:
 
 def program_of(checkpoint: dict[str, Any]) -> str:
     """The program that wrote a checkpoint. What is of no model of tokens counts as one of main_pixels.py."""
-    return origin(checkpoint['model']) or PIXELS
+    # codes of three elements look like pixels of three channels; only main_seit.py has these flags
+    is_of_tokens = {'train_token_file', 'noise_recipe'} <= saved_flags(checkpoint).keys()
+    return origin(checkpoint['model']) or (SEIT if is_of_tokens else PIXELS)
 
 
 def load_model(checkpoint: dict[str, Any], path: str, codebook: torch.Tensor | None = None, use_ema: bool = False,
@@ -140,11 +142,14 @@ def weights_of(checkpoint: dict[str, Any], path: str, use_ema: bool) -> dict[str
 
 
 def grid_size_of(weights: dict[str, Any], path: str, model_kwargs: dict[str, Any]) -> int:
-    """Codes on a side that a model of tokens reads: its patches are of 2x2. Raises InputError."""
+    """Codes on a side that a model of tokens reads: its patches are of 2x2 codes, or of one. Raises InputError."""
     prefix = prefix_positions(weights, bool(model_kwargs.get('no_embed_class')))
     if prefix is None:
         raise InputError(f'{path}: has no position embeddings of a square grid: give another checkpoint')
-    return 2 * math.isqrt(weights[POSITIONS].shape[1] - prefix)
+    stem = weights.get('patch_embed.proj.weight')
+    # of 2x2 codes with or without their neighbors, 4 or 2 on a side; of one code 3 or 1
+    is_single = isinstance(stem, torch.Tensor) and stem.ndim == 4 and stem.shape[2] % 2
+    return (1 if is_single else 2) * math.isqrt(weights[POSITIONS].shape[1] - prefix)
 
 
 def size_and_crop(flags: dict[str, Any], path: str, input_size: int | None,

@@ -8,6 +8,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -200,14 +201,24 @@ def training_differs(whole: Path, other: Path, checkpoints: Sequence[str] = CHEC
     differing += [name for name in outputs if (whole / name).read_bytes() != (other / name).read_bytes()]
     for name in checkpoints:
         a, b = (torch.load(folder / name, weights_only=True) for folder in (whole, other))
+        for entry in (entry for saved in (a, b) for entry in (saved.get('made_with') or {}).values()):
+            if isinstance(entry, dict):
+                entry.pop('path')  # which starts from the folder of the run
         differing += [f'{name}: {key}' for key in a.keys() | b.keys()
                       if key != 'args' and not (key in a and key in b and same(a[key], b[key]))]
     return differing + leftovers(other)
 
 
+def without_path(path: Path) -> bytes:
+    """The bytes of a file; of a manifest without the path of the tokenizer, which starts from its folder."""
+    data = path.read_bytes()
+    return re.sub(rb', "path": "[^"]*"', b'', data, count=1) if path.suffix == '.json' else data
+
+
 def tokens_differ(whole: Path, other: Path) -> list[str]:
     """Names of the files that differ between two folders."""
-    a, b = ({path.name: path.read_bytes() for path in folder.rglob('*') if path.is_file()} for folder in (whole, other))
+    a, b = ({path.name: without_path(path) for path in folder.rglob('*') if path.is_file()}
+            for folder in (whole, other))
     return [name for name in a.keys() | b.keys() if a.get(name) != b.get(name)]
 
 

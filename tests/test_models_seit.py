@@ -274,7 +274,8 @@ def test_create_model():
 @pytest.mark.parametrize('name, model_kwargs, options, message', [
     ('resnet50', {}, {}, '--model resnet50 is none of deit'),
     ('deit_tiny_token_32', {'layers': 3}, {}, "--model-kwargs {'layers': 3}: .*unexpected keyword argument 'layers'"),
-    ('deit_tiny_token_32', {'patch_size': 4}, {}, 'patch_size'),
+    ('deit_tiny_token_32', {'patch_size': 4}, {}, 'patch_size=4: a patch has 1 or 2 codes on a side'),
+    ('deit_tiny_token_32', {'patch_size': 'x'}, {}, 'patch_size=x'),
     ('deit_tiny_token_32', {'embed_dim': 34}, {}, 'embed_dim'),
     ('deit_tiny_token_32', {'embed_dim': -3}, {}, 'embed_dim'),
     ('deit_tiny_token_32', {'num_heads': 0}, {}, 'num_heads'),
@@ -292,6 +293,30 @@ def test_create_model_says_what_is_wrong(name, model_kwargs, options, message):
     with pytest.raises(InputError, match=message) as error:
         create_model(name, model_kwargs, **{'num_classes': 10, 'img_size': 28, 'in_chans': 32, **options})
     assert '\n' not in str(error.value)
+
+
+# ---------------------------------------------------------------- a patch of each code
+
+def test_a_stem_of_stride_1():
+    stem = StemAdaptor(16, patch_size=1, in_chans=4, embed_dim=8)
+    assert (stem.proj.kernel_size, stem.proj.stride, stem.proj.padding) == ((3, 3), (1, 1), (1, 1))
+    assert stem.grid_size == (16, 16) and stem(torch.randn(2, 4, 16, 16)).shape == (2, 256, 8)
+
+
+@pytest.mark.parametrize('name, side', [('deit_tiny_token_32', 3), ('deit_tiny_token_32_patch', 1)])
+@pytest.mark.parametrize('size', [16, 14, 7])
+def test_patches_of_one_code(name, side, size):
+    small = {'depth': 2, 'embed_dim': 32, 'num_heads': 2}
+    model = create_model(name, {**small, 'patch_size': 1}, 10, size, 32)
+    usual = create_model(name, small, 10, 2 * size, 32)
+    shapes, usual_shapes = ({key: tuple(value.shape) for key, value in m.state_dict().items()} for m in (model, usual))
+    assert list(shapes) == list(usual_shapes)
+    assert {key for key in shapes if shapes[key] != usual_shapes[key]} == {'patch_embed.proj.weight'}
+    assert shapes['patch_embed.proj.weight'] == (32, 32, side, side)
+    model(torch.randn(2, 32, size, size)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    model.set_input_size(9)
+    assert model(torch.zeros(1, 32, 9, 9)).shape == (1, 10)
 
 
 # ---------------------------------------------------------------- without the Stem-adaptor

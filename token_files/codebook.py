@@ -4,26 +4,54 @@ A codebook is a (K, d) tensor. Codes are its row numbers: `look_up` takes codes 
 to codes. Synonyms of a code are the rows of the most similar direction (SeiT, arXiv 2303.11114, sec. 3).
 """
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from fileio.files import check_writable, read_json, write_text
-from fileio.torch_files import load_torch
+from token_files.codebook_sources import find_table, fit_rows, is_formula, read_file, rows_of_formula
 from utils import InputError, print0
 
 SYNONYMS = 5  # of a code: as many as training uses
+SMALL_CODEBOOK = 4096  # rows up to which all are compared at once; larger codebooks go in blocks
+ROWS_AT_ONCE = 1024  # of a large codebook, in a block of `quantize`
+NUMBERS_AT_ONCE = 1 << 21  # cosines of a block of `nearest_codes`: 8 MB, which caches hold
+COLUMNS_AT_ONCE = 256  # cosines of which `nearest_codes` takes the largest to see which rows can be near
+EQUAL = 1e-12  # cosines of a large codebook that differ by less are equal: the order of a sum decides more
+
+
+class Codebook(NamedTuple):
+    """Rows (K, d) float32, and whether they are `as_stored` in a file that holds a codebook alone."""
+    rows: torch.Tensor
+    as_stored: bool
 
 
 def load_codebook(path: str | Path) -> torch.Tensor:
-    """The (K, d) float32 codebook in a torch file. Raises InputError."""
-    codebook = load_torch(path, 'a codebook')
+    """The rows of `read_codebook`, (K, d) float32. Raises InputError."""
+    return read_codebook(path).rows
+
+
+def read_codebook(path: str | Path) -> Codebook:
+    """The codebook of a path: a torch file with a tensor, weights of a tokenizer, or a formula. Raises InputError.
+
+    A tensor is taken as it is. Rows of the other two are scaled, and get a constant element where they need it: see
+    codebook_sources.py.
+    """
+    if is_formula(path):
+        return Codebook(fit_rows(rows_of_formula(str(path)), path), False)
+    value = read_file(path)
+    as_stored = not isinstance(value, dict)
+    codebook = value if as_stored else find_table(value, path)
     if not isinstance(codebook, torch.Tensor) or codebook.ndim != 2 or not codebook.is_floating_point():
         raise InputError(f'{path}: expected a float tensor (codes, code_dim) as codebook')
     if not codebook.numel() or not codebook.isfinite().all() or not codebook.any():
         raise InputError(f'{path}: its elements are not finite, all zero, or none; fetch or make it again')
-    return codebook.float().detach()
+    codebook = codebook.float().detach()
+    return Codebook(codebook if as_stored else fit_rows(codebook, path), as_stored)
 
 
 def quantize(features: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
@@ -31,7 +59,18 @@ def quantize(features: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
 
     Features (..., d) and codebook (K, d), float -> (...) int64 in [0, K). Ties go to the lowest code.
     """
-    return (F.normalize(features, dim=-1) @ F.normalize(codebook, dim=-1).T).argmax(-1)
+    features = F.normalize(features, dim=-1)
+    codebook = F.normalize(codebook, dim=-1)
+    if len(codebook) <= SMALL_CODEBOOK:
+        return (features @ codebook.T).argmax(-1)
+    # With all rows at once, 100 thousand positions and 64,000 codes would take 26 GB. The rows are cut, and not the
+    # positions, because their number is known when a model is exported.
+    best, codes = (features @ codebook[:ROWS_AT_ONCE].T).max(-1)
+    for start in range(ROWS_AT_ONCE, len(codebook), ROWS_AT_ONCE):
+        cosine, code = (features @ codebook[start:start + ROWS_AT_ONCE].T).max(-1)
+        codes = torch.where(cosine > best, code + start, codes)  # of equal ones the first stays
+        best = torch.maximum(cosine, best)
+    return codes
 
 
 def look_up(codes: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
@@ -52,11 +91,16 @@ def nearest_codes_of(embeddings: torch.Tensor, codebook: torch.Tensor) -> torch.
     Returns:
         (B, h, w) int64. The embeddings of codes get these codes back, but for rows of the same direction.
     """
+    with _full_precision(), torch.autocast(embeddings.device.type, enabled=False):
+        return quantize(embeddings.float().movedim(1, -1), codebook.float())
+
+
+@contextmanager
+def _full_precision() -> Iterator[None]:
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision('highest')
     try:
-        with torch.autocast(embeddings.device.type, enabled=False):
-            return quantize(embeddings.float().movedim(1, -1), codebook.float())
+        yield
     finally:
         torch.set_float32_matmul_precision(precision)
 
@@ -64,8 +108,41 @@ def nearest_codes_of(embeddings: torch.Tensor, codebook: torch.Tensor) -> torch.
 def nearest_codes(codebook: torch.Tensor, top_k: int) -> torch.Tensor:
     """(K, top_k) int64: for each row of the codebook the other rows by falling cosine; equal ones by rising code."""
     unit = F.normalize(codebook.double(), dim=-1)  # in float64, so that every machine ranks near ties alike
+    if len(codebook) > SMALL_CODEBOOK:
+        with _full_precision():
+            return _nearest_in_blocks(unit, top_k)
     similarity = (unit @ unit.T).fill_diagonal_(-torch.inf)
     return similarity.argsort(dim=1, descending=True, stable=True)[:, :top_k]
+
+
+def _nearest_in_blocks(unit: torch.Tensor, top_k: int) -> torch.Tensor:
+    """`nearest_codes` of many unit rows (K, d) float64."""
+    count, dim = unit.shape
+    # Sorting all cosines would take many minutes. The k-th largest of the largest ones of groups of columns is no
+    # larger than the k-th largest cosine, and little smaller: few are as large, and only those are computed in float64.
+    width = min(COLUMNS_AT_ONCE, count // top_k)
+    groups = -(-count // width)
+    columns = F.pad(unit.float().T, (0, groups * width - count)).contiguous()
+    rounding = 2 * (dim + 2) * torch.finfo(torch.float32).eps
+    rows_at_once = max(1, NUMBERS_AT_ONCE // count)
+    parts = []
+    for block in torch.arange(count).split(rows_at_once):
+        similarity = columns[:, block].T @ columns
+        similarity[torch.arange(len(block)), block] = -torch.inf
+        similarity[:, count:] = -torch.inf
+        similarity = similarity.view(-1, width)
+        largest = similarity.amax(1).view(-1, groups)
+        least = largest.topk(top_k).values[:, -1:] - rounding
+        row, group = (largest >= least).nonzero(as_tuple=True)
+        near, column = (similarity[row * groups + group] >= least[row]).nonzero(as_tuple=True)
+        row, code = row[near], group[near] * width + column  # by rising row, then by rising code
+        cosine = ((unit[block[row]] * unit[code]).sum(1) / EQUAL).round()
+        order = cosine.argsort(descending=True, stable=True)
+        order = order[row[order].argsort(stable=True)]
+        ends = torch.bincount(row, minlength=len(block)).cumsum(0)
+        first = F.pad(ends[:-1], (1, 0))
+        parts.append(code[order[first[:, None] + torch.arange(top_k)]])
+    return torch.cat(parts)
 
 
 def build_synonyms(codebook_path: str | Path, output: str | Path, top_k: int = SYNONYMS) -> None:

@@ -5,6 +5,7 @@ badly. A manifest states the SHA-256 of the tokenizer's file, and of the codeboo
 tokenizer is. A set without a manifest states nothing, and is compared with nothing. A checkpoint states the same of the
 tokens that it was trained on (`made_with`), so that whoever has it finds codebook and tokenizer again (`file_of`).
 """
+import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from fileio.files import identity, is_address
 from fileio.torch_files import digest_of
 from token_files.codebook import load_codebook
+from token_files.codebook_sources import is_formula
 from token_files.token_file import TokenFile
 from utils import InputError, print0
 
@@ -37,6 +39,13 @@ def identity_of_tokenizer(path: str) -> dict[str, str]:
     return entry
 
 
+def identity_of_codebook(path: str | Path) -> dict[str, str]:
+    """Name and SHA-256 of a codebook's file; a formula has no file, and is its own name. Raises InputError."""
+    if is_formula(path):
+        return {'file': str(path), 'sha256': hashlib.sha256(str(path).encode()).hexdigest()}
+    return identity(path)
+
+
 def entry_of(manifest: dict[str, Any], name: str) -> dict[str, Any] | None:
     """What a manifest states of its 'tokenizer' or 'codebook', or None."""
     entry = manifest.get(name)
@@ -55,7 +64,7 @@ def named(entry: dict[str, Any]) -> str:
 
 def entry_of_codebook(codebook: torch.Tensor, path: str) -> dict[str, str]:
     """What a manifest is to state of a codebook (K, d) float32 in the file `path`."""
-    return identity(path) | {'values_sha256': digest_of(codebook)}
+    return identity_of_codebook(path) | {'values_sha256': digest_of(codebook)}
 
 
 def tokenizer_of(files: Sequence[TokenFile]) -> dict[str, Any] | None:
@@ -82,7 +91,7 @@ def is_codebook_of(entry: dict[str, Any], codebook: torch.Tensor, path: str) -> 
     """Whether an entry of a manifest is of the codebook (K, d) float32 of the file `path`."""
     if isinstance(entry.get('values_sha256'), str):
         return entry['values_sha256'] == digest_of(codebook)
-    return entry['sha256'] == identity(path)['sha256']  # manifests of before state the file alone
+    return entry['sha256'] == identity_of_codebook(path)['sha256']  # manifests of before state the file alone
 
 
 def check_codebook_of(entry: dict[str, Any] | None, owner: str, codebook: torch.Tensor, path: str) -> None:
@@ -151,8 +160,9 @@ def made_with(files: Sequence[TokenFile], codebook: torch.Tensor, codebook_path:
 def seen_from(entries: dict[str, Any], folder: str | Path) -> dict[str, Any]:
     """Entries whose paths start from the folder of the file that is to hold them: so the whole can be moved."""
     def moved(path: str) -> str:
-        return path if not path or is_address(path) else os.path.relpath(os.path.realpath(path),
-                                                                         os.path.realpath(folder))
+        if not path or is_address(path) or is_formula(path):
+            return path
+        return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
     return {name: {**entry, 'path': moved(entry['path'])} if isinstance(entry, dict) and 'path' in entry else entry
             for name, entry in entries.items()}
 
@@ -160,6 +170,9 @@ def seen_from(entries: dict[str, Any], folder: str | Path) -> dict[str, Any]:
 def find(entry: dict[str, Any], folder: str | Path) -> str:
     """The file of an entry that is held in a folder: where its path says, else of its name in there; '' if neither."""
     path, name = (entry.get(key) if isinstance(entry.get(key), str) else '' for key in ('path', 'file'))
+    for candidate in (path, name):
+        if is_formula(candidate):
+            return candidate
     if is_address(path):
         return path
     for candidate in filter(None, (path, os.path.basename(name))):
@@ -195,4 +208,6 @@ def file_of(checkpoint: dict[str, Any], name: str, path: str, flag: str) -> str:
         places = [str(entry[key]) for key in ('path', 'file') if entry.get(key)]
         raise InputError(f'{path}: was trained with the {name} {named(entry)}, which is not at {places[0]} from there, '
                          f'nor beside it: give it to {flag}')
-    return os.path.relpath(found) if len(os.path.relpath(found)) < len(found) and not is_address(found) else found
+    if is_address(found) or is_formula(found):
+        return found
+    return os.path.relpath(found) if len(os.path.relpath(found)) < len(found) else found

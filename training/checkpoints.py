@@ -361,7 +361,7 @@ def origin(weights: dict[str, Any]) -> str:
     if CODES in weights:
         return FINETUNE
     stem = weights.get('patch_embed.proj.weight')
-    if isinstance(stem, torch.Tensor) and stem.ndim == 4 and stem.shape[1] != 3 and stem.shape[2] in (2, 4):
+    if isinstance(stem, torch.Tensor) and stem.ndim == 4 and stem.shape[1] != 3 and stem.shape[2] <= 4:
         return SEIT  # images have 3 channels
     return ''
 

@@ -179,3 +179,20 @@ def test_weights_that_are_averaged_must_be_there(runs):
     checkpoint = load_checkpoint(path)
     assert weights_of(checkpoint, path, False) is checkpoint['model']
     fails(lambda: weights_of(checkpoint, path, True), 'checkpoint-last.pth: holds no EMA weights; leave --use-ema out')
+
+
+def test_patches_of_one_code(tmp_path, capsys):
+    """Trained, resumed, evaluated, read from its checkpoint, and a start for patches of 2x2 codes."""
+    data = make_data(tmp_path)
+    at = SEIT_FLAGS.index('depth=1')
+    words = [*SEIT_FLAGS[:at], 'patch_size=1', *SEIT_FLAGS[at:], *data, '--output-dir', tmp_path / 'run']
+    run_here(*words, '--epochs', 1)
+    run_here(*words, '--epochs', 2, '--resume', 'auto')
+    path = str(tmp_path / 'run' / 'checkpoint.pth')
+    trained = loaded(path, load_codebook(tmp_path / 'codebook.ckpt'))
+    assert (trained.program, trained.input_size, trained.model.patch_embed.num_patches) == ('main_seit.py', 8, 64)
+    run_here('--eval', '--resume', path, '--device', 'cpu', *data)
+    capsys.readouterr()
+    run_here(*SEIT_FLAGS, *data, '--epochs', 1, '--finetune', path)
+    out = capsys.readouterr().out
+    assert 'resampled from 8x8 to 4x4' in out and 'patch_embed.proj.* (another shape)' in out

@@ -55,7 +55,7 @@ def test_all_kinds_of_checkpoints_and_of_pictures(program, here, images, tmp_pat
 def test_the_table_on_the_terminal(here, images, capsys):
     call(predict, here['main_seit.py'], *images[:2], *CPU, '--top-k', 2)
     *_, header, first, second, last = capsys.readouterr().out.splitlines()
-    width = len(str(images[0]))
+    width = min(predict.MOST_WIDE, len(str(images[0])))
     assert header == f'{"picture":<{width}}  class  probability, and others in %'
     (best, p), (other, q) = expected(here['main_seit.py'], images[:1])[0][:2]
     assert first == f'{images[0]}  {best:<5}  {100 * p:5.1f} %  {other} {100 * q:.1f}'

@@ -410,11 +410,17 @@ def slow_list(data):
         end = line.rstrip()
         gap = end.rfind('\t' if '\t' in line else ' ')
         name = end[:max(gap, 0)].strip()
-        label = end[gap + 1:]
-        if gap < 0 or not name or not label.isascii() or not label.isdigit() or len(label) > 18 or int(label) > 10 ** 6:
+        label = end[gap + 1:].strip()
+        is_number = label.isascii() and label.isdigit() and len(label) <= 18
+        if gap < 0 or not name or '\0' in name or not label or (is_number and int(label) > 10 ** 6):
             return REFUSED
-        pairs.append((name, int(label)))
-    return pairs or REFUSED
+        if not is_number and '\t' not in line:  # names of classes stand behind a tab
+            return REFUSED
+        pairs.append((name, int(label) if is_number else label))
+    classes = sorted({label for _, label in pairs if isinstance(label, str)})
+    if classes and any(isinstance(label, int) for _, label in pairs):
+        return REFUSED
+    return [(name, classes.index(label) if classes else label) for name, label in pairs] or REFUSED
 
 
 def synonyms(draw, folder):

@@ -39,6 +39,29 @@ def test_a_code_is_never_its_own_synonym_and_ties_go_to_the_lowest_code():
         [1, 2, 3, 4], [0, 2, 3, 4], [0, 1, 3, 4], [0, 1, 2, 4], [0, 1, 2, 3]]
 
 
+@pytest.mark.parametrize('rows, top_k', [(9, 1), (30, 5), (30, 29), (101, 7)])
+def test_large_codebooks_go_in_blocks(rows, top_k, monkeypatch):
+    generator = torch.Generator().manual_seed(1)
+    codebook = torch.randn(rows, 4, generator=generator)
+    codebook[7] = codebook[3] * 2  # one direction: rounding decides which is found
+    features = torch.cat([torch.randn(50, 4, generator=generator), codebook])
+    canonical = torch.arange(rows).where(torch.arange(rows) != 7, 3)
+    small = canonical[cb.quantize(features, codebook)], cb.nearest_codes(codebook, top_k)
+    monkeypatch.setattr(cb, 'SMALL_CODEBOOK', 8)
+    for block, numbers in ((2, 1), (7, 64), (rows, 1 << 20)):
+        monkeypatch.setattr(cb, 'ROWS_AT_ONCE', block)
+        monkeypatch.setattr(cb, 'NUMBERS_AT_ONCE', numbers)
+        assert torch.equal(canonical[cb.quantize(features, codebook)], small[0])
+        assert torch.equal(cb.nearest_codes(codebook, top_k), small[1])
+
+
+def test_ties_of_large_codebooks_go_to_the_lowest_code(monkeypatch):
+    monkeypatch.setattr(cb, 'SMALL_CODEBOOK', 2)
+    codebook = torch.tensor([[1., 0], [2, 0], [4, 0], [0, 1], [0, 0]])
+    assert cb.nearest_codes(codebook, 4).tolist() == [
+        [1, 2, 3, 4], [0, 2, 3, 4], [0, 1, 3, 4], [0, 1, 2, 4], [0, 1, 2, 3]]
+
+
 # ---------------------------------------------------------------- files
 
 def test_a_codebook_is_read_as_float32(tmp_path):
