@@ -36,15 +36,17 @@ from image_data.class_subsets import OnlyClasses, match_classes
 from image_data.corruptions import add_robustness_flags, make_corruption
 from image_data.sources import ImageBatch, Source, load_images, open_source
 from image_tokenizer.tokenizers import check_codes, compile_tokenizer, encode_images, load_tokenizer
-from inference.models import weights_of
+from inference.models import PIXELS, program_of, weights_of
 from inference.report import Report, check_report, class_names
 from models_seit import MODELS, create_model
 from token_augment import EvalTransform
 from token_files.codebook import read_codebook
 from token_files.made_with import digest_of_entry, identity_of_tokenizer
-from training.checkpoints import check_tokens_of, compare_model_flags, load_checkpoint, load_weights
+from training.checkpoints import (SEIT, check_tokens_of, compare_model_flags, load_checkpoint, load_weights,
+                                  saved_flags)
 from training.run_folder import write_evaluation
-from utils import check_same_on_all_ranks, gather, init_distributed, is_main, on_main, print0, run, world_size
+from utils import (InputError, check_same_on_all_ranks, gather, init_distributed, is_main, on_main, print0, run,
+                   world_size)
 
 NO_EFFECT = {
     '--eval': 'this program only evaluates',
@@ -210,6 +212,10 @@ def main(args: argparse.Namespace) -> None:
 
     # model, tokenizer and images, which must belong together: a wrong codebook has the right shape, and gives chance
     checkpoint = load_checkpoint(args.model_path)
+    program = program_of(checkpoint)
+    if program != SEIT and (program != PIXELS or 'train_path' in saved_flags(checkpoint)):
+        raise InputError(f'{args.model_path}: is of {program}, and this program evaluates those of {SEIT}: evaluate it '
+                         f'with {program}, or name the classes of images with scripts/predict.py')
     args = recipe.from_checkpoint(args, checkpoint, args.model_path)
     table = read_codebook(args.codebook_path)
     codebook = table.rows

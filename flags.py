@@ -602,4 +602,5 @@ def add_classifier_flags(parser: Parser) -> None:
     add('--input-size', type=integer(1), metavar='N', help='pixels on a side of what a model of images reads')
     add('--eval-crop-ratio', type=number(0.01, 1), metavar='R',
         help='images are resized to --input-size divided by this, and their middle is cropped')
-    add('--device', default='auto', help='auto (CUDA where there is a GPU), cuda, cuda:N or cpu')
+    add_exif_rotate(add)
+    add('--device', default='auto', help=DEVICE_HELP)

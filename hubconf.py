@@ -31,6 +31,7 @@ import inference.classifier  # noqa: E402
 import inference.models  # noqa: E402
 import models_seit  # noqa: E402
 import training.checkpoints  # noqa: E402
+import utils  # noqa: E402
 
 
 def classifier(checkpoint: str, device: str = 'cpu', **options: typing.Any) -> nn.Module:
@@ -47,6 +48,10 @@ def _entry(name: str) -> typing.Callable:
             return timm.create_model(name, **model_kwargs)
         path = inference.classifier.find_file(str(checkpoint), use_ema)
         state = training.checkpoints.load_checkpoint(path)
+        program = inference.models.program_of(state)
+        if program != training.checkpoints.SEIT:
+            raise utils.InputError(f"{path}: is of {program}, whose model is none of {training.checkpoints.SEIT}: load "
+                                   "'classifier'")
         # the checkpoint's own arguments are taken where it is of a model of this name, so it is not named once more
         same = training.checkpoints.saved_flags(state).get('model') == name
         return inference.models.load_model(state, path, None, use_ema, '' if same else name, model_kwargs or None).model

@@ -117,7 +117,7 @@ def create_model(args: argparse.Namespace, classes: int) -> nn.Module:
 
 def small_model(input_size: int) -> dict[str, Any]:
     """The model of --recipe small: of as many patches as that of tokens, for 8 pixels to a code."""
-    patch_size = 8 if input_size < 160 else 16
+    patch_size = 16 if input_size >= 160 and input_size % 16 == 0 else 8
     return {'model': 'deit_tiny_patch16_224',
             'model_kwargs': {**recipe.SMALL_VIT, 'patch_size': patch_size, 'global_pool': 'avg'}}
 

@@ -4,6 +4,7 @@ A program is `start`, then its data, model, evaluation and loss, then `make_stat
 here, in the programs and in seitpp/mtm_recipe.py: other modules never see `args`, and `args` is never changed.
 """
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -140,7 +141,7 @@ def from_checkpoint(args: Flags, checkpoint: dict[str, Any], path: str) -> Flags
     for name in ('codebook', 'tokenizer'):
         flag = f'{name}_path'
         if flag in vars(args) and flag not in args.given:
-            file = file_of(checkpoint, name, path, f'--{name}-path')
+            file = file_of(checkpoint, name, path, f'--{name}-path', vars(args)[flag])
             if not file and not os.path.exists(vars(args)[flag]):
                 raise InputError(f'{path}: does not say with which {name} it was trained, and {vars(args)[flag]} is '
                                  f'not there: give it to --{name}-path')
@@ -215,28 +216,33 @@ MOST_PARAMETERS = 50_000  # for an image of training
 SMALL_VIT = {'depth': 4, 'embed_dim': 128, 'num_heads': 4}
 
 
-def small_values(images: int, grid: int, steps_of: Callable[[int], int], given: dict[str, Any]) -> dict[str, Any]:
+def moving_decay(steps: int) -> float:
+    """The decay of an EMA that averages over about a tenth of a run of so many steps, over ten steps at least."""
+    return math.floor(1e5 * max(0., 1 - 10 / steps)) / 1e5
+
+
+def small_values(images: int, grid: int, accum_iter: int, given: dict[str, Any]) -> dict[str, Any]:
     """--recipe small: what it sets, by name of the flag. The rule stands in docs/flags.md, with what it is worth.
 
     Args:
         images: of training.
         grid: codes on a side that the model reads; for pixels, what is left of it with 8 pixels to a code.
-        steps_of: images of a batch of one process -> steps of the optimizer in an epoch.
+        accum_iter: batches of a step.
         given: flags that the user set: what depends on them follows them.
     """
     epochs = given.get('epochs') or min(60, max(10, round(150 / images ** 0.25)))
     batch = 32 if images < 1000 else 64 if images < 5000 else 128
-    batch = given.get('batch_size') or max(2, min(batch // world_size(), images) // 2 * 2)
+    parts = world_size() * accum_iter  # of a step; Mixup wants each to be even
+    batch = given.get('batch_size') or max(2, min(batch, images) // parts // 2 * 2)
     lr = given.get('lr', 1e-3)
-    steps = max(1, epochs * steps_of(batch))
+    steps = max(1, epochs * (images // (batch * parts)))
     return {
         'epochs': epochs, 'batch_size': batch, 'unscale_lr': True, 'lr': lr,
         'warmup_epochs': min(max(1, round(epochs / 10)), epochs - 1), 'warmup_lr': lr / 10,
         'token_noise_prob': 0.05, 'drop_path': 0., 'mixup_prob': 0.2,
         # the smallest crop has about eleven codes on a side, where the grid has so many
         'rrc_ratio': round(min(0.6, max(0.08, (11 / grid) ** 2)), 2),
-        # averages over about a tenth of the run
-        'model_ema_decay': round(min(0.99996, max(0.9, 1 - 10 / steps)), 5),
+        'model_ema_decay': min(0.99996, moving_decay(steps)),
     }
 
 
@@ -256,8 +262,9 @@ def choose(args: Flags, model: dict[str, Any], images: int, grid: int, classes: 
         InputError: for too few validation images.
     """
     before = saved_flags(checkpoint) if checkpoint else {}
-    if before.get('recipe', args.recipe) != args.recipe:
-        raise InputError(f'--recipe is {args.recipe}, but the run that is resumed had {before["recipe"]}: give that')
+    recipe_before = before.get('recipe', 'published')  # runs of before there was another do not say
+    if checkpoint and recipe_before != args.recipe:
+        raise InputError(f'--recipe is {args.recipe}, but the run that is resumed had {recipe_before}: give that')
     if args.recipe != 'small':
         return args
     if validation and validation[1] < classes:
@@ -265,8 +272,7 @@ def choose(args: Flags, model: dict[str, Any], images: int, grid: int, classes: 
                          '--recipe small, which keeps what is best on them; give one of each class at least, or '
                          '--no-eval')
     flags = vars(args)
-    values = small_values(images, grid, lambda batch: images // (batch * args.accum_iter * world_size()),
-                          {name: flags[name] for name in args.given})
+    values = small_values(images, grid, args.accum_iter, {name: flags[name] for name in args.given})
     if not args.finetune and 'model' not in args.given:  # arguments of a model belong to no other one
         values |= model
     chosen = {name: before.get(name, value) for name, value in values.items()
@@ -344,7 +350,8 @@ def print_model(args: Flags, name: str, model: nn.Module, device: torch.device) 
 
 def print_recipe_batch(args: Flags) -> None:
     """Say what another effective batch than the published recipe's means."""
-    run_info.print_recipe_batch(effective_batch(args), args.unscale_lr)
+    if args.recipe == 'published':
+        run_info.print_recipe_batch(effective_batch(args), args.unscale_lr)
 
 
 def make_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
@@ -442,14 +449,16 @@ def warn_of_small_sets(args: Flags, state: TrainState, steps: int) -> None:
                'rate never reaches its value')
     images = steps * args.batch_size * world_size()
     size = sum(weight.numel() for weight in state.model.parameters() if weight.requires_grad)
-    if size > MOST_PARAMETERS * images:
+    # where an epoch has so many images as it is told, the set has more
+    if size > MOST_PARAMETERS * images and not flags.get('epoch_images'):
         print0(f'warning: {size / 1e6:.1f} M parameters are trained on {images:,} images, {size // images:,} for each: '
-               f'expect it to learn them by heart; choose {"--recipe small, or " if "recipe" in flags else ""}'
-               'a smaller model')
+               'expect it to learn them by heart; choose '
+               f'{"--recipe small, or " if flags.get("recipe") == "published" else ""}a smaller model')
     updates = args.epochs * steps // args.accum_iter
     if state.ema and updates * (1 - args.model_ema_decay) < 1:
+        choice = f'choose {moving_decay(updates):g} or less, or ' if updates > 10 else 'choose '
         print0(f'warning: --model-ema-decay {args.model_ema_decay:g}: in {updates} steps the EMA hardly leaves the '
-               f'initial weights: choose {max(0., 1 - 10 / updates):.2g} or less, or --no-model-ema')
+               f'initial weights: {choice}--no-model-ema')
 
 
 # ---------------------------------------------------------------- resuming, and the training that ends a program

@@ -16,7 +16,7 @@ import main_seit
 import recipe
 from benchmarks import common
 from benchmarks.one_hot import OneHot
-from flags import integer
+from flags import DEVICE_HELP, integer
 from samplers import shuffled
 from token_augment import RandomResizedCrop
 from token_dataset import choose_data_device, open_splits
@@ -29,7 +29,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = common.make_parser('Measure token file to model input, beside a plain one-hot implementation.', 7,
                                 clock=True)
     add = parser.add_argument
-    add('--device', default='auto', help='auto (CUDA where there is one), cuda, cuda:N or cpu')
+    add('--device', default='auto', help=DEVICE_HELP)
     add('--batch-size', type=integer(1), default=128, help='images in a batch')
     add('--batches', type=integer(1), default=8, help='batches a round')
     add('--one-hot-images', type=integer(1), default=32, help='images a round of the one-hot implementation')

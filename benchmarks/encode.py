@@ -15,7 +15,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import common
-from flags import integer
+from flags import DEVICE_HELP, integer
 from image_data.sources import Source, load_images, open_source
 from image_tokenizer.tokenizers import load_tokenizer
 from image_tokenizer.tokenizing import Encoder, encode_part
@@ -28,7 +28,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
     parser = common.make_parser('Measure images to codes, with and without decoding the images.', 5)
     add = parser.add_argument
-    add('--device', default='auto', help='auto (CUDA where there is one), cuda, cuda:N or cpu')
+    add('--device', default='auto', help=DEVICE_HELP)
     add('--tokenizer', default='base', choices=common.TOKENIZERS, help='ViT-VQGAN of that size, or patches')
     add('--tokenizer-path', metavar='FILE', help='a tokenizer that is there, instead; with --codebook-path')
     add('--codebook-path', metavar='FILE')

@@ -19,7 +19,7 @@ import main_seit
 import recipe
 from benchmarks import common
 from engine import train_one_epoch
-from flags import KeyValues, integer
+from flags import DEVICE_HELP, KeyValues, integer
 from image_tokenizer.vitvqgan import HEAD_DIM
 from models_seit import create_model as create_seit
 from samplers import shuffled
@@ -49,7 +49,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='sizes of the decoder of pre-training')
     add('--width', type=integer(HEAD_DIM), default=SIZE.dim, help=f'width of TokenAdapt, a multiple of {HEAD_DIM}')
     add('--amp', choices=['bf16', 'fp16', 'off'], help='mixed precision')
-    add('--device', default='auto', help='auto (CUDA where there is one), cuda, cuda:N or cpu')
+    add('--device', default='auto', help=DEVICE_HELP)
     return parser.parse_args(argv)
 
 

@@ -77,7 +77,7 @@ def export(images: np.ndarray, labels: np.ndarray, folder: Path) -> None:
 
 
 def write_lists(folder: Path, name: str) -> None:
-    """Write train.txt and val.txt, lists of the images in the class folders of `name`: val has the last of each class."""
+    """Write train.txt and val.txt, lists of the images in the class folders of `name`: val has the last of each."""
     lines = {'train': [], 'val': []}
     for path in sorted((folder / name).iterdir()):
         images = sorted(path.iterdir())

@@ -18,6 +18,7 @@ never classes, images or members.
 Tar shards are read in place, by offset: nothing is extracted. Parquet needs pyarrow (requirements-formats.txt).
 """
 import hashlib
+import itertools
 import os
 import re
 import sys
@@ -116,7 +117,10 @@ class OrientedImages:
     rank waits for another.
     """
 
+    numbers = itertools.count()  # ranks open the same sources in the same order
+
     def __init__(self) -> None:
+        self.number = next(self.numbers)
         self.images = set()
         self.done = False
 
@@ -128,7 +132,7 @@ class OrientedImages:
         if not last:
             return
         self.done = True
-        found = union_over_ranks(f'oriented images of {source.digest()}' if world_size() > 1 else '', self.images)
+        found = union_over_ranks(f'oriented images of source {self.number}' if world_size() > 1 else '', self.images)
         if found:
             how = 'are turned by it' if source.exif_rotate else 'are read as they are stored; --exif-rotate turns them'
             print_line(f'note: {source.data_path}: {len(found):,} of the images read have an EXIF orientation other '

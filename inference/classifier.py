@@ -61,6 +61,7 @@ class Classifier(nn.Module):
         self.model = trained.model
         self.classes = list(classes)
         self.exif_rotate = exif_rotate
+        turned = 'turned as its EXIF orientation says, ' if exif_rotate else ''
         self.tokenizer = tokenizer
         self.register_buffer('codebook', codebook)
         self.register_buffer('canonical', None)
@@ -68,12 +69,13 @@ class Classifier(nn.Module):
             self.size = trained.input_size
             self.transform = eval_transform(self.size, trained.crop_ratio)
             self.normalize = Normalize(CPU)
-            self.preparation = (f'RGB, short side resized to {int(self.size / trained.crop_ratio)} pixels (bicubic), '
-                                f'middle {self.size} x {self.size} pixels')
+            side = int(self.size / trained.crop_ratio)
+            self.preparation = (f'{turned}RGB, short side resized to {side} pixels (bicubic), middle {self.size} x '
+                                f'{self.size} pixels')
             return
         self.size = image_size
         self.grid_size = trained.input_size
-        self.preparation = f'RGB, both sides resized to {self.size} pixels (bicubic)'
+        self.preparation = f'{turned}RGB, both sides resized to {self.size} pixels (bicubic)'
         if trained.program == FINETUNE:
             # models of masked tokens have seen only the first of codebook rows of one direction
             self.canonical = canonical_codes(codebook)
@@ -133,7 +135,7 @@ def load_classifier(path: str | Path, device: str | torch.device = 'cpu', *, use
                     codebook_path: str | Path = '', tokenizer_path: str | Path = '',
                     tokenizer_code_path: str | Path | None = None, tokenizer_input_size: int | None = None,
                     model: str = '', model_kwargs: dict[str, Any] | None = None, input_size: int | None = None,
-                    eval_crop_ratio: float | None = None) -> Classifier:
+                    eval_crop_ratio: float | None = None, exif_rotate: bool | None = None) -> Classifier:
     """The classifier of a checkpoint of main_seit.py, main_pixels.py, main_mtm_finetune.py or a task's of a continual
     run, or of a published one. Options have the names of the flags of scripts/predict.py.
 
@@ -148,6 +150,7 @@ def load_classifier(path: str | Path, device: str | torch.device = 'cpu', *, use
             says, or 256 for the published model's 28 x 28 codes.
         model, model_kwargs: default: as the checkpoint says. Published checkpoints do not.
         input_size, eval_crop_ratio: of a model of images; default: as the checkpoint says.
+        exif_rotate: turn images as their EXIF orientation says; default: as the checkpoint says, else not.
 
     Raises:
         InputError: for a checkpoint of no classifier, one that does not say enough, and files that are not there or do
@@ -176,8 +179,10 @@ def load_classifier(path: str | Path, device: str | torch.device = 'cpu', *, use
         facts = {'codebook': digest_of(codebook), 'size of tokenized images': tokenizer_input_size,
                  'tokenizer': digest_of_entry(identity_of_tokenizer(tokenizer_path))}
         check_tokens_of(checkpoint, path, facts, {'codebook': codebook_path, 'tokenizer': tokenizer_path})
+    if exif_rotate is None:
+        exif_rotate = said_of_the_model(checkpoint).get('exif_rotate', False)
     classifier = Classifier(trained, class_names(checkpoint, path, trained), tokenizer, codebook, tokenizer_input_size,
-                            said_of_the_model(checkpoint).get('exif_rotate', False))
+                            exif_rotate)
     return classifier.eval().to(device)
 
 

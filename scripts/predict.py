@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import atomic_path, check_writable
 from flags import Parser, add_classifier_flags, add_max_pixels, integer
 from image_data.pictures import open_pictures
-from image_data.sources import Source, load_images
+from image_data.sources import OrientedImages, Source, load_images
 from inference.classifier import Classifier, load_classifier
 from utils import InputError, device_of, device_of_rank, print0, run
 
@@ -64,6 +64,7 @@ def predictions(classifier: Classifier, source: Source, top_k: int, batch_size: 
     """
     device = device_of(classifier.model)
     source.exif_rotate = classifier.exif_rotate
+    source.oriented = OrientedImages()
     batches = [range(start, min(start + batch_size, len(source))) for start in range(0, len(source), batch_size)]
     images = load_images(source, batches, classifier.size, workers=workers if len(batches) > 1 else 0,
                          skip_bad=True if skip_bad else None, pin_memory=device.type == 'cuda', max_pixels=max_pixels,
@@ -156,7 +157,7 @@ def main(args: argparse.Namespace) -> None:
         args.checkpoint, device, use_ema=args.use_ema, codebook_path=args.codebook_path,
         tokenizer_path=args.tokenizer_path, tokenizer_code_path=args.tokenizer_code_path,
         tokenizer_input_size=args.tokenizer_input_size, model=args.model, model_kwargs=args.model_kwargs,
-        input_size=args.input_size, eval_crop_ratio=args.eval_crop_ratio)
+        input_size=args.input_size, eval_crop_ratio=args.eval_crop_ratio, exif_rotate=args.exif_rotate or None)
     top_k = min(args.top_k, len(classifier.classes))
     pictures = sum(map(len, sources))
     read = 0

@@ -34,7 +34,7 @@ from samplers import in_order
 from token_dataset import TokenDataset, facts_of, note_shared_files
 from token_files.codebook import load_codebook
 from token_files.made_with import check_made_with, file_of
-from training.checkpoints import FINETUNE, check_tokens_of, load_checkpoint
+from training.checkpoints import FINETUNE, check_tokens_of, load_checkpoint, said_of_the_model
 from training.run_info import print_model
 from utils import InputError, init_distributed, print0, run
 
@@ -295,10 +295,13 @@ def main(args: argparse.Namespace) -> None:
         model.reset_classifier(0)  # only its features are read
     prepare = make_prepare(trained, device, codebook)
     if program == PIXELS:
+        exif_rotate = said_of_the_model(checkpoint).get('exif_rotate', False)
+        if args.exif_rotate and not exif_rotate:
+            print0(f'note: images are read with --exif-rotate; those that {args.checkpoint} was trained on were not')
         paths = {'train': args.train_path, 'val': args.val_path}
         transform = eval_transform(trained.input_size, trained.crop_ratio)
         data = {split: ImageDataset(path, trained.input_size, transform, args.num_workers, args.max_image_pixels,
-                                   args.exif_rotate)
+                                   args.exif_rotate or exif_rotate)
                 for split, path in paths.items()}
         note_shared_images(data['train'].source, data['val'].source)
     else:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import write_text
-from flags import SEED, Parser, byte_count, integer, number
+from flags import DEVICE_HELP, SEED, Parser, byte_count, integer, number
 from image_data.sources import FolderImages, open_source
 from tables import class_incremental, cluster, pretraining, report
 from tables.figures import COMPACT
@@ -252,7 +252,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument_group('how rows are run').add_argument
     add('--jobs', type=integer(1), default=1, help='rows at a time, each with --threads')
     add('--threads', type=integer(1), default=max(1, cores() // 2), help='of a program on the CPU')
-    add('--device', default='auto', help='auto (CUDA where there is one), cuda, cuda:N or cpu')
+    add('--device', default='auto', help=DEVICE_HELP)
     add('--cluster', default='local', choices=['local', 'slurm'],
         help='slurm: submit each row as a job, through submitit')
     add('--slurm', nargs='+', default=[], metavar='NAME=VALUE',

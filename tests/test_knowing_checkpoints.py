@@ -141,8 +141,21 @@ class Quiet:
 
 def test_another_codebook_in_its_place_is_not_taken(moved):
     torch.save(load_codebook(moved / 'codebook.ckpt').flip(0), moved / 'codebook.ckpt')
-    fails(lambda: evaluation(moved, Quiet()), 'nor beside it: give it to --codebook-path$')
+    fails(lambda: evaluation(moved, Quiet()), 'codebook.ckpt from there is another file by now: give it to --codebook')
     fails(lambda: evaluation(moved, Quiet(), '--codebook-path', moved / 'codebook.ckpt'), 'another')
+
+
+def test_the_file_that_a_default_names_is_tried_last(moved, monkeypatch, tmp_path, capsys):
+    before = evaluation(moved, capsys)
+    (tmp_path / 'elsewhere' / 'tokens').mkdir(parents=True)
+    (moved / 'codebook.ckpt').rename(tmp_path / 'elsewhere' / 'tokens' / 'codebook.ckpt')
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    assert evaluation(moved, capsys) == before
+
+
+def test_an_entry_without_a_name_is_one_line():
+    checkpoint = {'made_with': {'codebook': {'sha256': 'a' * 64, 'path': ''}}}
+    fails(lambda: file_of(checkpoint, 'codebook', 'c.pth', '--codebook-path'), 'does not say where it is')
 
 
 def test_a_codebook_saved_again_is_the_same(moved, capsys):

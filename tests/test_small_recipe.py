@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import main_continual
 import main_pixels
@@ -23,7 +24,7 @@ def data(tmp_path_factory):
 
 def rule(images, grid=14, **given):
     """`small_values` for one process."""
-    return recipe.small_values(images, grid, lambda batch: images // batch, given)
+    return recipe.small_values(images, grid, 1, given)
 
 
 @pytest.mark.parametrize('images, epochs, batch', [
@@ -43,13 +44,22 @@ def test_crops_follow_the_grid():
 def test_what_depends_on_a_flag_that_was_given_follows_it():
     values = rule(400, epochs=300, lr=4e-3, batch_size=10)
     assert values['warmup_epochs'] == 30 and values['warmup_lr'] == 4e-4
-    assert values['model_ema_decay'] == round(1 - 10 / (300 * 40), 5)
+    assert values['model_ema_decay'] == 0.99916
     assert rule(400, epochs=1)['warmup_epochs'] == 0
 
 
 def test_processes_divide_the_batch(monkeypatch):
     monkeypatch.setattr(recipe, 'world_size', lambda: 4)
     assert rule(10_000)['batch_size'] == 32 and rule(400)['batch_size'] == 8
+    monkeypatch.setattr(recipe, 'world_size', lambda: 2)
+    assert rule(20)['batch_size'] == 10, 'each process has ten images'
+    assert recipe.small_values(10_000, 14, 4, {})['batch_size'] == 16
+
+
+@pytest.mark.parametrize('updates, decay', [(5, 0), (10, 0), (20, 0.5), (1500, 0.99333), (25_000, 0.9996)])
+def test_a_decay_that_is_advised_moves(updates, decay):
+    assert recipe.moving_decay(updates) == pytest.approx(decay, abs=1e-9)
+    assert updates * (1 - recipe.moving_decay(updates)) >= min(10, updates) - 1e-6
 
 
 def test_published_and_no_recipe_give_the_same_bytes(data, tmp_path, capsys):
@@ -101,6 +111,11 @@ def test_a_resumed_run_keeps_its_values(data, tmp_path, monkeypatch, capsys):
         capsys.readouterr().out)
     line = mistake(*BARE, *data, *out[:-1], 4, '--resume', 'auto')
     assert line == '--recipe is published, but the run that is resumed had small: give that'
+    old = states(tmp_path / 'out' / 'checkpoint.pth')
+    del old['args']['recipe']  # as a run of before there was one
+    torch.save(old, tmp_path / 'out' / 'checkpoint.pth')
+    line = mistake(*BARE, *data, '--recipe', 'small', *out[:-1], 4, '--resume', 'auto')
+    assert line == '--recipe is small, but the run that is resumed had published: give that'
 
 
 def test_too_few_validation_images(data):

@@ -188,13 +188,14 @@ def _is_file_of(entry: dict[str, Any], path: str) -> bool:
     return digest_of_entry(identity_of_tokenizer(path)) == digest_of_entry(entry)
 
 
-def file_of(checkpoint: dict[str, Any], name: str, path: str, flag: str) -> str:
+def file_of(checkpoint: dict[str, Any], name: str, path: str, flag: str, default: str = '') -> str:
     """The 'codebook' or 'tokenizer' that a checkpoint was trained with; '' where it states none.
 
     Args:
         checkpoint, path: of the model.
         name: of the entry.
         flag: with which the user can name the file.
+        default: a path that is tried last.
 
     Raises:
         InputError: where it states one that is not there.
@@ -205,9 +206,13 @@ def file_of(checkpoint: dict[str, Any], name: str, path: str, flag: str) -> str:
     folder = '' if is_address(path) else os.path.dirname(os.path.realpath(path))
     found = find(entry, folder)
     if not found:
-        places = [str(entry[key]) for key in ('path', 'file') if entry.get(key)]
-        raise InputError(f'{path}: was trained with the {name} {named(entry)}, which is not at {places[0]} from there, '
-                         f'nor beside it: give it to {flag}')
+        if default and os.path.isfile(default) and _is_file_of(entry, default):
+            return default
+        stated = entry.get('path') or entry.get('file')
+        where = f'which is not at {stated} from there, nor beside it' if stated else 'and does not say where it is'
+        if stated and os.path.isfile(os.path.join(folder, stated)):
+            where = f'and {stated} from there is another file by now'
+        raise InputError(f'{path}: was trained with the {name} {named(entry)}, {where}: give it to {flag}')
     if is_address(found) or is_formula(found):
         return found
     return os.path.relpath(found) if len(os.path.relpath(found)) < len(found) else found
