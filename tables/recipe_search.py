@@ -23,17 +23,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before installed packages of the same names
 from fileio.files import read_json, write_text
 from flags import Parser, integer
-from inference.models import load_model, make_prepare
-from token_dataset import TokenDataset
-from token_files.codebook import load_codebook
-from training.checkpoints import load_checkpoint
-from utils import CPU, InputError, run
+from token_files.cache import open_codes
+from token_files.token_file import labels_of, open_token_file, write_set
+from utils import InputError, run
 
 ROOT = Path(__file__).resolve().parents[1]
 RATES = ('5e-4', '1e-3', '2e-3')
@@ -45,7 +40,6 @@ STRENGTHS = {
 }
 RECIPE = 'small'
 SEEDS = (0, 1, 2)
-EVALUATED = 250  # images of a batch
 
 
 def get_args_parser() -> Parser:
@@ -81,57 +75,63 @@ def trials() -> dict[str, list[str]]:
 
 
 class TokenSet:
-    """Training files, and the validation set in memory.
+    """Training files, and the validation set in two halves.
 
     Args:
         folder, train, val: as --tokens, --train and --val.
-        cache: folder of decoded tokens.
+        work: folder of decoded tokens and of the halves.
+
+    Attributes:
+        images, val_images: how many there are.
+        flags: main_seit.py's for training.
+        halves: main_seit.py's for evaluating the 'even' or the 'odd' images.
     """
 
-    def __init__(self, folder: str, train: str, val: str, cache: str):
-        self.codebook_path = f'{folder}/codebook.ckpt'
-        self.codebook = load_codebook(self.codebook_path)
-        self.cache = cache
-        self.flags = ['--codebook-path', self.codebook_path, '--token-synonym-dict', f'{folder}/synonyms.json',
-                      '--train-token-file', f'{folder}/{train}-token.data.bin',
-                      '--train-label-file', f'{folder}/{train}-label.txt', '--token-cache', cache]
-        self.images = len(TokenDataset(f'{folder}/{train}-token.data.bin', None, len(self.codebook), cache))
-        self.val = TokenDataset(f'{folder}/{val}-token.data.bin', f'{folder}/{val}-label.txt', len(self.codebook),
-                                cache)
+    def __init__(self, folder: str, train: str, val: str, work: Path):
+        codebook = ['--codebook-path', f'{folder}/codebook.ckpt', '--token-cache', str(work)]
+        self.flags = [*codebook, '--token-synonym-dict', f'{folder}/synonyms.json', '--train-token-file',
+                      f'{folder}/{train}-token.data.bin', '--train-label-file', f'{folder}/{train}-label.txt']
+        self.images = len(open_token_file(f'{folder}/{train}-token.data.bin'))
+        val_file = open_token_file(f'{folder}/{val}-token.data.bin')
+        codes, labels = open_codes([val_file], str(work)), labels_of(val_file, f'{folder}/{val}-label.txt')
+        self.val_images = len(labels)
+        self.halves = {}
+        for start, half in enumerate(('even', 'odd')):
+            paths = work / f'{half}-token.data.bin.gz', work / f'{half}-label.txt'
+            if not all(map(os.path.exists, paths)):
+                write_set(paths[0], [codes[start::2]], len(labels[start::2]), paths[1], labels[start::2])
+            self.halves[half] = [*codebook, '--val-token-file', str(paths[0]), '--val-label-file', str(paths[1])]
 
-    def right(self, checkpoint: str) -> np.ndarray:
-        """Which validation images the model of a checkpoint gets right, (N,) bool."""
-        trained = load_model(load_checkpoint(checkpoint), checkpoint, self.codebook)
-        prepare = make_prepare(trained, CPU, self.codebook)
-        right = []
-        with torch.inference_mode():
-            for codes, labels in self.val.batches(np.arange(len(self.val)), EVALUATED, CPU):
-                right.append(trained.model(prepare(codes)).argmax(1) == labels)
-        return torch.cat(right).numpy()
+
+def call(*words: str) -> None:
+    """Run main_seit.py. Raises InputError with the last line of one that failed."""
+    done = subprocess.run([sys.executable, str(ROOT / 'main_seit.py'), '--device', 'cpu', *words],
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise InputError(f'main_seit.py: {(done.stdout.splitlines() or [""])[-1]}')
 
 
 def train(tokens: TokenSet, flags: list[str], seed: int) -> dict[str, Any]:
     """Train once, and evaluate its end. Returns top-1 (%) of the even and of the odd images, and seconds."""
     with tempfile.TemporaryDirectory() as output:
         begun = time.monotonic()
-        done = subprocess.run([sys.executable, str(ROOT / 'main_seit.py'), '--no-eval', *tokens.flags, *flags, '--seed',
-                               str(seed), '--output-dir', output, '--device', 'cpu'], stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, text=True)
-        if done.returncode:
-            raise InputError(f'main_seit.py: {done.stdout.splitlines()[-1]}')
+        call('--no-eval', *tokens.flags, *flags, '--seed', str(seed), '--output-dir', output)
         seconds = time.monotonic() - begun
-        right = tokens.right(os.path.join(output, 'checkpoint.pth'))
-    even, odd = (round(100 * float(half.mean()), 2) for half in (right[::2], right[1::2]))
-    return {'even': even, 'odd': odd, 'seconds': round(seconds)}
+        result = {}
+        for half, words in tokens.halves.items():
+            call('--eval', '--resume', f'{output}/checkpoint.pth', '--no-model-ema', *words, '--output',
+                 f'{output}/{half}.json')
+            result[half] = round(read_json(f'{output}/{half}.json')['acc1'], 2)
+    return result | {'seconds': round(seconds)}
 
 
 def run_all(args: argparse.Namespace) -> None:
     """Run what is missing, and print what came out."""
-    cache = os.path.join(os.path.dirname(os.path.abspath(args.output)), 'cache')
-    os.makedirs(cache, exist_ok=True)
-    tokens = TokenSet(args.tokens, args.train, args.val, cache)
+    work = Path(args.output).resolve().with_suffix('.work')
+    work.mkdir(parents=True, exist_ok=True)
+    tokens = TokenSet(args.tokens, args.train, args.val, work)
     results = read_json(args.output) if os.path.exists(args.output) else {}
-    results |= {'images': tokens.images, 'validation images': len(tokens.val), 'epochs': args.epochs}
+    results |= {'images': tokens.images, 'validation images': tokens.val_images, 'epochs': args.epochs}
     runs = results.setdefault('runs', {})
     common = ['--input-size', str(args.input_size)] + (['--epochs', str(args.epochs)] if args.epochs else [])
 

@@ -42,7 +42,6 @@ NEVER_PRINTED = {
     ('recipe', 'flags_alike', '--token-cache'): 'False on all ranks',
     ('recipe', 'make_state', '--model'): "only timm's models refuse",
     ('recipe', 'warn_of_small_sets', '--model-ema-decay'): 'they keep no average',
-    ('recipe', 'warn_of_small_sets', '--no-model-ema'): 'they keep no average',
     ('recipe', 'warn_of_small_sets', '--recipe'): 'only where it is among the flags',
     ('seitpp.models_mtm', 'create_model', '--model'): 'inspect_masked_tokens.py takes one of the names',
     ('token_files.cache', 'build_cache', '--token-cache'): 'they make no cache',
