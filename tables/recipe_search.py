@@ -93,7 +93,7 @@ class TokenSet:
                       f'{folder}/{train}-token.data.bin', '--train-label-file', f'{folder}/{train}-label.txt']
         self.images = len(open_token_file(f'{folder}/{train}-token.data.bin'))
         val_file = open_token_file(f'{folder}/{val}-token.data.bin')
-        codes, labels = open_codes([val_file], str(work)), labels_of(val_file, f'{folder}/{val}-label.txt')
+        codes, labels = open_codes([val_file], str(work)), labels_of(val_file, Path(folder, f'{val}-label.txt'))
         self.val_images = len(labels)
         self.halves = {}
         for start, half in enumerate(('even', 'odd')):
