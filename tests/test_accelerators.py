@@ -36,6 +36,7 @@ FLOAT64 = {
     ('seitpp/models_mtm.py', 'masks_of'): 'device_of_sums',
     ('seitpp/token_adapt_training.py', 'evaluate_token_adapt'): 'device_of_sums',
     ('token_augment.py', 'swap_table'): 'on the CPU', ('token_files/codebook.py', 'nearest_codes'): 'on the CPU',
+    ('token_files/codebook_sources.py', 'fit_rows'): 'on the CPU',
     ('utils.py', 'uniform_float64'): 'device_of_sums'}
 
 
