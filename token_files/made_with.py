@@ -68,11 +68,17 @@ def entry_of_codebook(codebook: torch.Tensor, path: str) -> dict[str, str]:
 
 
 def tokenizer_of(files: Sequence[TokenFile]) -> dict[str, Any] | None:
-    """The tokenizer that shards or sets have in common, None where no manifest states one. 'path' is from here.
+    """The tokenizer that shards or sets have in common, None where no manifest states one.
 
     Raises:
         InputError: where two state different ones.
     """
+    first = _first_with_tokenizer(files)
+    return first[1] if first else None
+
+
+def _first_with_tokenizer(files: Sequence[TokenFile]) -> tuple[TokenFile, dict[str, Any]] | None:
+    """The first file whose manifest states a tokenizer, and that entry; see `tokenizer_of`."""
     first = None
     for file in files:
         entry = entry_of(file.manifest, 'tokenizer')
@@ -81,10 +87,7 @@ def tokenizer_of(files: Sequence[TokenFile]) -> dict[str, Any] | None:
                              f'{named(first[1])}: their codes mean different things; give sets of one tokenizer')
         if entry and not first:
             first = file, entry
-    if not first:
-        return None
-    file, entry = first
-    return {**entry, 'path': find(entry, file.stream.parent)}
+    return first
 
 
 def is_codebook_of(entry: dict[str, Any], codebook: torch.Tensor, path: str) -> bool:
@@ -149,10 +152,11 @@ def made_with(files: Sequence[TokenFile], codebook: torch.Tensor, codebook_path:
         'image_size', to which images were resized.
     """
     entries = {'codebook': entry_of_codebook(codebook, codebook_path) | {'path': str(codebook_path)}}
-    tokenizer = tokenizer_of(files)
-    if tokenizer:
-        entries['tokenizer'] = {key: tokenizer[key] for key in ('file', 'sha256', CONVERTED, 'path')
-                                if key in tokenizer}
+    first = _first_with_tokenizer(files)
+    if first:
+        file, tokenizer = first
+        stated = {key: tokenizer[key] for key in ('file', 'sha256', CONVERTED) if key in tokenizer}
+        entries['tokenizer'] = stated | {'path': find(tokenizer, file.stream.parent)}
     sizes = [file.manifest['image_size'] for file in files if type(file.manifest.get('image_size')) is int]
     return entries | ({'image_size': sizes[0]} if sizes else {})
 
