@@ -209,7 +209,7 @@ class ViTVQGAN(nn.Module):
         Raises:
             InputError: naming what is missing, of another shape, or unknown.
         """
-        state = without_prefix(state)
+        state = drop_prefix(state, prefixes(state), 'ViT-VQGAN encoder', 'ViT-VQGAN encoders')
         with torch.device('meta'):  # names and shapes only; the tensors are those of `state`
             model = cls(**read_config(state))
         expected = model.state_dict()
@@ -239,11 +239,18 @@ class ViTVQGAN(nn.Module):
 
         The decoder was trained on normalized rows (section 3.2), so they are normalized here.
         """
-        if self.decoder is None:
-            raise InputError('this tokenizer has no decoder: codes cannot be turned back into images')
-        if math.isqrt(embeddings.shape[1]) ** 2 != embeddings.shape[1]:
-            raise InputError(f'{embeddings.shape[1]} codes are no square grid: only square images can be decoded')
+        grid_side(self.decoder, embeddings)
         return self.decoder(self.post_quant(F.normalize(embeddings, dim=-1)))
+
+
+def grid_side(decoder: nn.Module | None, embeddings: torch.Tensor) -> int:
+    """Codes on a side of embeddings (B, n, d) that are to be decoded. Raises InputError where that cannot be."""
+    if decoder is None:
+        raise InputError('this tokenizer has no decoder: codes cannot be turned back into images')
+    side = math.isqrt(embeddings.shape[1])
+    if side ** 2 != embeddings.shape[1]:
+        raise InputError(f'{embeddings.shape[1]} codes are no square grid: only square images can be decoded')
+    return side
 
 
 # ---------------------------------------------------------------- reading state dicts
@@ -254,14 +261,20 @@ def prefixes(state: dict) -> set[str]:
     return {match.group(1) for match in map(name.match, map(str, state)) if match}
 
 
-def without_prefix(state: dict) -> dict[str, Any]:
-    """`state` with the prefix common to the tokenizer's names dropped. Raises InputError for none or several."""
-    choices = sorted(prefixes(state))  # '' first
+def drop_prefix(state: dict, found: set[str], one: str, several: str) -> dict[str, Any]:
+    """`state` with the prefix common to the tokenizer's names dropped. Raises InputError for none or several.
+
+    Args:
+        state: of any names.
+        found: its prefixes, as `prefixes` finds them.
+        one, several: what has them, for errors.
+    """
+    choices = sorted(found)  # '' first
     if not choices:
-        raise InputError('holds no ViT-VQGAN encoder')
+        raise InputError(f'holds no {one}')
     prefix = choices[0]
     if prefix and len(choices) > 1:
-        raise InputError(f'holds several ViT-VQGAN encoders, under {" and ".join(choices)}')
+        raise InputError(f'holds several {several}, under {" and ".join(choices)}')
     return {str(key)[len(prefix):]: value for key, value in state.items() if str(key).startswith(prefix)}
 
 

@@ -9,7 +9,6 @@ attention are read off the names and shapes of a state dict; the rest is a `Fami
 Names within are those of taming; `rename` turns the others into them. All names of encoder and decoder must fit,
 since a layer that is silently left out would give other codes.
 """
-import math
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from image_tokenizer.vitvqgan import check_names_and_shapes, shape_of
+from image_tokenizer.vitvqgan import check_names_and_shapes, drop_prefix, grid_side, shape_of
 from utils import InputError
 
 GROUPS = 32  # of every normalization
@@ -343,11 +342,7 @@ class VQGAN(nn.Module):
 
     def decode(self, embeddings: torch.Tensor) -> torch.Tensor:
         """(B, n, embed_dim) rows of `codebook`, n a square -> (B, 3, H, W) float in `input_range`, unclamped."""
-        if self.decoder is None:
-            raise InputError('this tokenizer has no decoder: codes cannot be turned back into images')
-        side = math.isqrt(embeddings.shape[1])
-        if side ** 2 != embeddings.shape[1]:
-            raise InputError(f'{embeddings.shape[1]} codes are no square grid: only square images can be decoded')
+        side = grid_side(self.decoder, embeddings)
         rows = rearrange(embeddings / self.scale, 'b (h w) d -> b d h w', h=side)
         return self.decoder(self.post_quant_conv(rows))
 
@@ -382,13 +377,7 @@ def prefixes(state: dict) -> set[str]:
 
 def without_prefix(state: dict) -> dict[str, Any]:
     """`state` with the prefix of the tokenizer's names dropped. Raises InputError for none or several."""
-    choices = sorted(prefixes(state))  # '' first
-    if not choices:
-        raise InputError('holds no encoder of a VQGAN')
-    prefix = choices[0]
-    if prefix and len(choices) > 1:
-        raise InputError(f'holds several encoders of VQGANs, under {" and ".join(choices)}')
-    return {str(key)[len(prefix):]: value for key, value in state.items() if str(key).startswith(prefix)}
+    return drop_prefix(state, prefixes(state), 'encoder of a VQGAN', 'encoders of VQGANs')
 
 
 def family_of(state: dict[str, Any]) -> Family:
