@@ -31,19 +31,20 @@ import recipe
 from engine import evaluate, rank_indices
 from fileio.files import check_writable, write_text
 from fileio.torch_files import digest_of
-from flags import DEVICE_HELP, SEED, KeyValues, Parser, add_exif_rotate, add_max_pixels, integer, print_no_effect
+from flags import (DEVICE_HELP, SEED, KeyValues, Parser, add_exif_rotate, add_max_pixels, add_stem, integer,
+                   print_no_effect)
 from image_data.class_subsets import OnlyClasses, match_classes
 from image_data.corruptions import add_robustness_flags, make_corruption
 from image_data.sources import ImageBatch, Source, load_images, open_source
 from image_tokenizer.tokenizers import check_codes, compile_tokenizer, encode_images, load_tokenizer
-from inference.models import PIXELS, program_of, weights_of
+from inference.models import weights_of
 from inference.report import Report, check_report, class_names
-from models_seit import MODELS, create_model
+from models_seit import MODELS, STEMS, classifier_of, create_model
 from token_augment import EvalTransform
 from token_files.codebook import read_codebook
 from token_files.made_with import digest_of_entry, identity_of_tokenizer
-from training.checkpoints import (SEIT, check_tokens_of, compare_model_flags, load_checkpoint, load_weights,
-                                  saved_flags)
+from training.checkpoints import (PIXELS, SEIT, check_tokens_of, compare_model_flags, load_checkpoint, load_weights,
+                                  program_of, saved_flags)
 from training.run_folder import write_evaluation
 from utils import (InputError, check_same_on_all_ranks, gather, init_distributed, is_main, on_main, print0, run,
                    world_size)
@@ -60,9 +61,11 @@ def make_parser() -> Parser:
     add = parser.add_group('what a checkpoint of this project says itself is taken from there, unless it is given here')
     add('--data-path', required=True, metavar='PATH',
         help='class folders of images, a list file .txt, tar shards or parquet files: see image_data/sources.py')
-    add('--model', default='deit_base_token_32', help='one of ' + ', '.join(MODELS), of_the_model=True)
+    add('--model', default='deit_base_token_32', of_the_model=True,
+        help=f'one of {", ".join(MODELS)}, or any other model of timm')
     add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', of_the_model=True,
         help='arguments of the model, as they were given in training')
+    add_stem(add, STEMS)
     add('--model-path', default='weights/trained-vit.ckpt', metavar='FILE', help='the checkpoint of the model')
     add('--use-ema', action='store_true', help="take the checkpoint's EMA of the weights")
     add('--codebook-path', default='weights/codebook.ckpt', metavar='FILE',
@@ -76,6 +79,9 @@ def make_parser() -> Parser:
         help='pixels to which both sides of an image are resized')
     add('--vit-input-size', type=integer(2), default=28, of_the_model=True,
         help='codes on a side of what the model reads')
+    add('--token-patch-size', type=integer(1), default=8, of_the_model=True,
+        help='side of the square of pixels that one code stands for, as it was given in training; it matters for a '
+        '--stem alone')
     add('--nb-classes', type=integer(1),
         help='number of classes (default: as many as the checkpoint has, 1000 in the published ones)')
     add('--batch-size', type=integer(1), default=64, help='images of a batch of one process')
@@ -116,7 +122,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 # ---------------------------------------------------------------- the model
 
 def load_model(checkpoint: dict[str, Any], path: str, use_ema: bool, name: str, model_kwargs: dict[str, Any],
-               num_classes: int | None, input_size: int, code_dim: int) -> tuple[nn.Module, list[str] | None]:
+               num_classes: int | None, input_size: int, code_dim: int, stem: str | None = None,
+               token_patch_size: int = 8) -> tuple[nn.Module, list[str] | None]:
     """The ViT with a checkpoint's weights, and its class names where the checkpoint has them. Raises InputError.
 
     Unlike inference/models.py, which reads sizes off the checkpoint, this takes them as the flags say, as published.
@@ -127,11 +134,12 @@ def load_model(checkpoint: dict[str, Any], path: str, use_ema: bool, name: str, 
         num_classes: None for as many as the checkpoint has.
         input_size: codes on a side that the model reads.
         code_dim: elements of a codebook row, which the model must read.
+        stem, token_patch_size: as of `create_model`.
     """
     weights = weights_of(checkpoint, path, use_ema)
-    bias = weights.get('head.bias')
+    bias = weights.get(f'{classifier_of(name)}.bias')
     num_classes = num_classes or (bias.numel() if isinstance(bias, torch.Tensor) else 0)
-    model = create_model(name, model_kwargs, num_classes, input_size, code_dim)
+    model = create_model(name, model_kwargs, num_classes, input_size, code_dim, stem, token_patch_size)
     load_weights(model, weights, path)
     return model, checkpoint.get('classes')
 
@@ -219,7 +227,8 @@ def main(args: argparse.Namespace) -> None:
     args = recipe.from_checkpoint(args, checkpoint, args.model_path)
     table = read_codebook(args.codebook_path)
     codebook = table.rows
-    args = recipe.as_wide_as(table, args)
+    if args.model in MODELS:
+        args = recipe.as_wide_as(table, args)
     facts = {'codebook': digest_of(codebook), 'size of tokenized images': args.tokenizer_input_size,
              'tokenizer': digest_of_entry(identity_of_tokenizer(args.tokenizer_path))}
     check_tokens_of(checkpoint, args.model_path, facts,
@@ -227,7 +236,8 @@ def main(args: argparse.Namespace) -> None:
     compare_model_flags(checkpoint, {name: vars(args)[name] for name in sorted(args.rules.of_the_model)},
                         args.model_path)
     model, names = load_model(checkpoint, args.model_path, args.use_ema, args.model, args.model_kwargs,
-                              args.nb_classes, args.vit_input_size, codebook.shape[1])
+                              args.nb_classes, args.vit_input_size, codebook.shape[1], args.stem,
+                              args.token_patch_size)
     tokenizer = load_tokenizer(args.tokenizer_path, args.tokenizer_code_path)
     check_codes(tokenizer, codebook, args.codebook_path)
     source = open_source(args.data_path, args.exif_rotate)

@@ -417,8 +417,11 @@ def add_token_augmentation_flags(parser: Parser) -> Callable:
     return add
 
 
-def add_model_flags(parser: Parser, default: str, names: str) -> None:
-    """The model, its regularization and its EMA. `names` is the help text of --model: which models there are."""
+def add_model_flags(parser: Parser, default: str, names: str) -> Callable:
+    """The model, its regularization and its EMA. `names` is the help text of --model: which models there are.
+
+    Returns the group's add.
+    """
     add = parser.add_group('model')
     add('--recipe', default='published', choices=['published', 'small'], exact=True,
         help='published: the defaults of all flags, for 300 epochs of ImageNet; small: for hundreds to tens of '
@@ -434,6 +437,14 @@ def add_model_flags(parser: Parser, default: str, names: str) -> None:
     add('--finetune', default='', metavar='FILE', of_a_rank=True,
         help='start from the weights of this checkpoint (a path, or an https address, which may end in #sha256=HEX)')
     add('--attn-only', action='store_true', help='train only attention, head and position embeddings')
+    return add
+
+
+def add_stem(add: Callable, stems: Sequence[str]) -> None:
+    """How models that are no ViT read tokens, added by a group's add."""
+    add('--stem', choices=stems, exact=True, of_the_model=True,
+        help='for models of timm that are no ViT: native upsamples codes to the grids that pixels would give the '
+        'model, fast to half of that on a side, for a quarter of the compute (default: native)')
 
 
 def add_average_flags(add: Callable) -> None:

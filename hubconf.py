@@ -48,7 +48,7 @@ def _entry(name: str) -> typing.Callable:
             return timm.create_model(name, **model_kwargs)
         path = inference.classifier.find_file(str(checkpoint), use_ema)
         state = training.checkpoints.load_checkpoint(path)
-        program = inference.models.program_of(state)
+        program = training.checkpoints.program_of(state)
         if program != training.checkpoints.SEIT:
             raise utils.InputError(f"{path}: is of {program}, whose model is none of {training.checkpoints.SEIT}: load "
                                    "'classifier'")

@@ -146,8 +146,7 @@ def token_modality(args: argparse.Namespace, device: torch.device) -> tuple[Moda
     # the head has all classes from the first task on, so that weights and EMA keep their shapes from task to task
     def make_model() -> nn.Module:
         return models_seit.create_model(args.model, args.model_kwargs, len(tasks.order), size, codebook.shape[1],
-                                        drop_path_rate=args.drop_path, pos_drop_rate=args.drop,
-                                        proj_drop_rate=args.drop)
+                                        args.stem, args.token_patch_size, args.drop, args.drop_path)
 
     def make_augment(mixup: Callable | None) -> Callable:
         augment = main_seit.make_augment(args, codebook, train_data.grid_size, size, device, mixup)

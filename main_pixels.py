@@ -34,7 +34,7 @@ from image_data.dataset import ImageDataset, Normalize, eval_transform, random_e
 from image_data.overlap import note_shared_images
 from inference.pixel_models import create_pixel_model
 from inference.report import Report, check_report, class_names
-from models_seit import MODELS
+from models_seit import MODELS, classifier_of
 from samplers import REPEATS, repeated_augmentation, shuffled
 from training.checkpoints import head_size, load_checkpoint
 from training.pretrained import freeze_all_but_attention, load_pretrained
@@ -185,8 +185,7 @@ def evaluate_only(args: argparse.Namespace, checkpoint: dict[str, Any], path: st
     data.source.change = make_corruption(args.corruption, args.severity, args.seed)
     if data.source.change:
         print0(f'corrupted by {data.source.change}')
-    cfg = timm.get_pretrained_cfg(args.model)
-    classes = args.nb_classes or head_size(checkpoint['model'], cfg.classifier if cfg else 'head', path)
+    classes = args.nb_classes or head_size(checkpoint['model'], classifier_of(args.model), path)
     data.labels, _, subset = match_classes(data.source, checkpoint.get('classes'), classes, path, args.classes)
     model = create_model(args, classes).to(device)
     amp = recipe.print_model(args, args.model, model, device)

@@ -26,7 +26,7 @@ import recipe
 from engine import evaluate, evaluate_checkpoint, rank_indices
 from fileio.labels import check_class_names, count_classes
 from flags import Parser
-from models_seit import MODELS, create_model
+from models_seit import MODELS, STEMS, classifier_of, create_model
 from samplers import repeated_augmentation, shuffled
 from inference.report import Report, check_report, class_names, token_images
 from seitpp.color_adapt import color_recipe
@@ -36,7 +36,7 @@ from token_augment import (EraseRectangle, EvalTransform, RandomCrop, RandomResi
 from token_dataset import choose_data_device, facts_of, open_splits
 from token_files.codebook import load_synonyms, look_up, read_codebook
 from token_files.made_with import made_with
-from training.checkpoints import head_size, load_checkpoint
+from training.checkpoints import SEIT, head_size, load_checkpoint, program_of
 from training.pretrained import freeze_all_but_attention, load_pretrained
 from utils import InputError, rank, run, world_size
 
@@ -56,7 +56,8 @@ def get_args_parser() -> Parser:
     """All flags."""
     parser = Parser('Train and evaluate SeiT on token files.')
     flags.add_token_label_flags(flags.add_token_flags(parser))
-    flags.add_model_flags(parser, 'deit_base_token_32', ', '.join(MODELS))
+    add = flags.add_model_flags(parser, 'deit_base_token_32', f'{", ".join(MODELS)}, or any other model of timm')
+    flags.add_stem(add, STEMS)
     flags.add_optimization_flags(parser)
     add = flags.add_token_augmentation_flags(parser)
     add('--eda-erase-prob', type=flags.FRACTION, default=0.,
@@ -154,7 +155,9 @@ def main(args: argparse.Namespace) -> int:
     datasets = open_splits(files, codebook, args.codebook_path, args.token_cache, size, device)
     train_data, val_data = datasets.get('train'), datasets.get('val')
     # the labels of a validation set need not reach the last class, so under --eval the checkpoint's head counts
-    trained = head_size(checkpoint['model'], 'head', path) if args.eval and not args.nb_classes else None
+    trained = None
+    if args.eval and not args.nb_classes:
+        trained = head_size(checkpoint['model'], classifier_of(args.model), path)
     classes = count_classes({files[split][1]: data.labels for split, data in datasets.items()}, args.nb_classes,
                             trained)
     names = (train_data or val_data).classes
@@ -167,12 +170,14 @@ def main(args: argparse.Namespace) -> int:
                              size, classes, (args.val_token_file, len(val_data)) if val_data else None, checkpoint)
     pretrained = load_checkpoint(args.finetune) if args.finetune else None
     if pretrained:
-        args = recipe.model_of_start(args, pretrained, MODELS.__contains__)
-    args = recipe.as_wide_as(table, args)
+        # a ViT of images has arguments that one of tokens has not, so its name is the user's to give
+        args = recipe.model_of_start(args, pretrained, lambda name: program_of(pretrained) == SEIT)
+    if args.model in MODELS:
+        args = recipe.as_wide_as(table, args)
 
     # ------------------------------------------------------------ model
-    model = create_model(args.model, args.model_kwargs, classes, size, codebook.shape[1],
-                         drop_path_rate=args.drop_path, pos_drop_rate=args.drop, proj_drop_rate=args.drop)
+    model = create_model(args.model, args.model_kwargs, classes, size, codebook.shape[1], args.stem,
+                         args.token_patch_size, args.drop, args.drop_path)
     if pretrained:
         load_pretrained(model, args.finetune, names, codebook=facts['codebook'], checkpoint=pretrained)
     if args.attn_only:

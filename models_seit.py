@@ -7,6 +7,7 @@ The state dict has timm 0.5.4's names (`norm.*` for the final norm), so publishe
 `load_state_dict`, and weights from here load in the published program. All else is timm's: intermediate features,
 other input sizes, layer decay. It can be exported by torch.export, ONNX, torch.jit.script and torch.fx.
 """
+import difflib
 from typing import Any
 
 import timm
@@ -192,37 +193,164 @@ def deit_base_token_32_patch(pretrained: bool = False, **kwargs: Any) -> nn.Modu
     return _patch_stem('deit_base_token_32_patch', pretrained, kwargs)
 
 
+# ---------------------------------------------------------------- any other model of timm
+
+STEMS = 'native', 'fast'
+LEAST_PATCH = 8  # pixels on a side of a patch: a model of larger ones, all of one size, is a plain ViT
+
+# the user's arguments go into timm and torch as they are, so a mistake in them may surface as any of these
+MISTAKES = ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError
+
+
+class UpsampledConv2d(nn.Conv2d):
+    """A model's first convolution, for tokens: (B, d, H, W) -> (B, width, scale · H, scale · W).
+
+    Nearest upsampling, then a 3x3 convolution of stride 1. Its weights have the names of those that it replaces.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, scale: int, bias: bool) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=3, padding=1, bias=bias)
+        self.scale = scale
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.scale > 1:
+            x = F.interpolate(x, scale_factor=float(self.scale), mode='nearest')
+        return self._conv_forward(x, self.weight, self.bias)
+
+
+def create_backbone(name: str, model_kwargs: dict[str, Any], num_classes: int, img_size: int, in_chans: int,
+                    stem: str | None, token_patch_size: int, rates: dict[str, float | None]) -> nn.Module:
+    """A model of timm that was made for images, reading (B, in_chans, img_size, img_size) embeddings of codes.
+
+    A plain ViT gets the Stem-adaptor. In any other model its first convolution is replaced by `UpsampledConv2d`, with
+    which all later grids are those that pixels would give it, or, with the fast stem, half of that on a side.
+
+    Args:
+        name, model_kwargs, num_classes, img_size, in_chans, token_patch_size: as of `create_model`.
+        stem: one of STEMS, None for the first of them; a ViT has none.
+        rates: timm's drop rates.
+
+    Raises:
+        InputError: where a stem cannot be had.
+        MISTAKES: of timm, for arguments that do not fit.
+    """
+    cfg = timm.get_pretrained_cfg(name)
+    patch_size = model_kwargs.get('patch_size', 2)
+    # A model is what its module is made of, which no list of timm says. This one is only looked at.
+    with torch.random.fork_rng(devices=[]):
+        kwargs = {key: value for key, value in model_kwargs.items() if key != 'patch_size'}
+        first, parent = first_convolution(timm.create_model(name, **kwargs), name, cfg, cfg.input_size[0] if cfg else 3)
+    if isinstance(parent, PatchEmbed) and first.stride[0] >= LEAST_PATCH:
+        if stem:
+            raise InputError(f'--stem {stem}: {name} is a ViT, and has the Stem-adaptor: omit it')
+        if patch_size not in (1, 2):
+            raise ValueError(f'patch_size={patch_size}: a patch has 1 or 2 codes on a side')
+        if img_size % patch_size:
+            raise ValueError(f'an input size of {img_size} codes is no multiple of the patch size, {patch_size}')
+        model = timm.create_model(name, num_classes=num_classes, in_chans=in_chans, img_size=img_size, **rates,
+                                  **{'patch_size': 2, **model_kwargs})
+        first, parent = first_convolution(model, name, cfg, in_chans)
+        adapted = nn.Conv2d(in_chans, first.out_channels, kernel_size=patch_size + 2, stride=patch_size, padding=1,
+                            bias=first.bias is not None)
+    else:
+        pixels = token_patch_size if stem != 'fast' else token_patch_size / 2  # that a code stands for
+        scale, rest = divmod(pixels, first.stride[0])
+        if rest or not scale:
+            raise InputError(f'--model {name}: its first convolution has stride {first.stride[0]}, so it cannot read '
+                             f'codes of {token_patch_size} pixels with --stem {stem or STEMS[0]}: choose another '
+                             'stem or model')
+        # models whose positions or windows belong to a size are told that of pixels
+        size = {'img_size': int(img_size * pixels)} if cfg.fixed_input_size else {}
+        model = timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **rates, **(size | model_kwargs))
+        first, parent = first_convolution(model, name, cfg, in_chans)
+        adapted = UpsampledConv2d(in_chans, first.out_channels, int(scale), first.bias is not None)
+        if isinstance(parent, PatchEmbed):
+            parent.img_size = None  # it would refuse what is not of this size; the grid is that of this size
+    model.set_submodule(cfg.first_conv, adapted)
+    return model
+
+
+def first_convolution(model: nn.Module, name: str, cfg: Any, in_chans: int) -> tuple[nn.Conv2d, nn.Module]:
+    """The convolution that reads (B, in_chans, H, W), and the module that holds it. InputError for a model without."""
+    path = cfg.first_conv if cfg else None
+    module = dict(model.named_modules()).get(path) if isinstance(path, str) else None
+    # TResNet rearranges pixels into channels before its first convolution
+    if not isinstance(module, nn.Conv2d) or module.in_channels != in_chans:
+        found = ' and '.join(path) if isinstance(path, (list, tuple)) else path or 'none that timm names'
+        raise InputError(f'--model {name}: has no single first convolution to be replaced ({found}), so it cannot read '
+                         'tokens: choose another model')
+    return module, model.get_submodule(path.rpartition('.')[0])
+
+
 # ---------------------------------------------------------------- from the command line
 
 MODELS = timm.list_models(module='models_seit')
 
 
-def create_model(name: str, model_kwargs: dict[str, Any], num_classes: int, img_size: int,
-                 in_chans: int | None = None, **rates: float) -> nn.Module:
-    """The model of --model and --model-kwargs.
+def classifier_of(name: str) -> str:
+    """How the names of the head's weights begin in a model of timm, without the dot."""
+    cfg = timm.get_pretrained_cfg(name)
+    classifier = cfg.classifier if cfg else None
+    return 'head' if not classifier else classifier if isinstance(classifier, str) else classifier[0]
+
+
+def create_model(name: str, model_kwargs: dict[str, Any], num_classes: int, img_size: int, in_chans: int | None = None,
+                 stem: str | None = None, token_patch_size: int = 8, drop: float = 0.,
+                 drop_path: float = 0.) -> nn.Module:
+    """The model of --model and the flags beside it: (B, in_chans, img_size, img_size) -> (B, num_classes).
 
     Args:
-        name: one of MODELS.
-        model_kwargs: the user's arguments for timm's VisionTransformer.
+        name: one of MODELS, or any other model of timm.
+        model_kwargs: the user's arguments for timm.
         num_classes: 0 for no head.
         img_size: side of the input in codes.
-        in_chans: elements of a codebook row, which must be what the model reads; None for no check.
-        **rates: timm's drop rates, such as drop_path_rate.
+        in_chans: elements of a codebook row. A model of MODELS must be one that reads so many; None for no check.
+            Others are made to read them.
+        stem: 'native' or 'fast', of models that are no ViT; None: native.
+        token_patch_size: pixels on a side that a code stands for: what 'native' makes of a code.
+        drop, drop_path: rates of dropout and of stochastic depth.
 
     Raises:
-        InputError: for an unknown name, wrong arguments or size, or a codebook of another width.
+        InputError: for an unknown name, wrong arguments or size, a stem that the model cannot have, or a codebook of
+            another width.
     """
-    if name not in MODELS:
-        raise InputError(f'--model {name} is none of {", ".join(MODELS)}')
+    if not timm.is_model(name):
+        similar = difflib.get_close_matches(name, timm.list_models(), 3)
+        raise InputError(f'--model {name} is none of {", ".join(MODELS)}, and timm has no such model'
+                         + (f'; near it are {", ".join(similar)}' if similar else ''))
+    values = {'--model-kwargs': model_kwargs, '--drop': drop, '--drop-path': drop_path, '--stem': stem}
+    flags = ' with '.join([f'--model {name}', ', '.join(f'{flag} {value}' for flag, value in values.items() if value)])
     try:
-        model = timm.create_model(name, num_classes=num_classes, img_size=img_size, **rates, **model_kwargs)
-        if not isinstance(model, TokenVisionTransformer):
-            raise TypeError('this makes no classifier')  # features_only=True
-    # the user's arguments go into timm and torch as they are, so a mistake in them may surface as any of these
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        flags = f'--model {name} with --model-kwargs {model_kwargs}' if model_kwargs else f'--model {name}'
-        raise InputError(f'{flags}: {str(error) or repr(error)}') from None
+        if name in MODELS:
+            if stem:
+                raise InputError(f'--stem {stem}: {name} is a ViT, and has the Stem-adaptor: omit it')
+            model = timm.create_model(name, num_classes=num_classes, img_size=img_size, drop_path_rate=drop_path,
+                                      pos_drop_rate=drop, proj_drop_rate=drop, **model_kwargs)
+            if not isinstance(model, TokenVisionTransformer):
+                raise TypeError('this makes no classifier')  # features_only=True
+        else:
+            rates = {'drop_rate': drop or None, 'drop_path_rate': drop_path or None}
+            channels = model_kwargs.get('in_chans', in_chans) or 32
+            kwargs = {key: value for key, value in model_kwargs.items() if key != 'in_chans'}
+            model = create_backbone(name, kwargs, num_classes, img_size, channels, stem, token_patch_size, rates)
+            check_forward(model, channels, img_size, num_classes)
+            model.in_chans = channels
+    except MISTAKES as error:
+        why = ' '.join(str(error).split()) or repr(error)
+        why = 'it has no stochastic depth: give --drop-path 0' if "argument 'drop_path_rate'" in why else why
+        raise InputError(f'{flags.removesuffix(" with ")}: {why}') from None
     if in_chans not in (None, model.in_chans):
         raise InputError(f"the codebook's rows have {in_chans} elements, but {name} reads {model.in_chans}: choose the "
                          'codebook or the model of the tokens')
     return model
+
+
+def check_forward(model: nn.Module, in_chans: int, img_size: int, num_classes: int) -> None:
+    """TypeError, or what torch raises, unless a model gives (1, num_classes) for an input: sizes that do not fit."""
+    training = model.training
+    with torch.no_grad():
+        output = model.eval()(torch.zeros(1, in_chans, img_size, img_size))
+    model.train(training)
+    shape = tuple(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+    if num_classes and shape != (1, num_classes):
+        raise TypeError(f'gives {shape} for an image')

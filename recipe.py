@@ -137,7 +137,8 @@ def from_checkpoint(args: Flags, checkpoint: dict[str, Any], path: str) -> Flags
     known = {name: before[name] for name in args.rules.of_the_model
              if name not in args.given and type(before.get(name)) in (str, int, float, bool, dict)}
     if 'model' in args.given and args.model != before.get('model'):
-        known.pop('model_kwargs', None)  # arguments of a model belong to no other one
+        known.pop('model_kwargs', None)  # arguments of a model belong to no other one, nor does its stem
+        known.pop('stem', None)
     for name in ('codebook', 'tokenizer'):
         flag = f'{name}_path'
         if flag in vars(args) and flag not in args.given:
@@ -158,15 +159,17 @@ def model_of_start(args: Flags, checkpoint: dict[str, Any], names: Callable[[str
     Args:
         args: the command line.
         checkpoint: of --finetune.
-        names: whether a model of a name can be trained here; one that was trained on pixels cannot be on tokens.
+        names: whether a model of a name can be trained here; a ViT that was trained on pixels cannot be on tokens.
     """
     before = saved_flags(checkpoint)
     name, kwargs = before.get('model'), before.get('model_kwargs')
     if 'model' in args.given or not isinstance(name, str) or not isinstance(kwargs, dict) or not names(name):
         return args
-    kwargs = args.model_kwargs if 'model_kwargs' in args.given else kwargs
-    print0(f'{args.finetune}: {words_of("model", name)} {words_of("model_kwargs", kwargs) if kwargs else ""}')
-    return args.replaced(model=name, model_kwargs=kwargs)
+    taken = {'model': name} | ({} if 'model_kwargs' in args.given else {'model_kwargs': kwargs})
+    if 'stem' in vars(args) and 'stem' not in args.given:
+        taken['stem'] = before.get('stem')
+    print0(f'{args.finetune}: {" ".join(words_of(name, value) for name, value in taken.items() if value)}')
+    return args.replaced(**taken)
 
 
 def as_wide_as(codebook: Codebook, args: Flags) -> Flags:

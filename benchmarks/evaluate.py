@@ -52,7 +52,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     choose_data_device({'val': data}, main_args.data_device, device)
     keep_freed_memory(device)
     model = create_model(main_args.model, main_args.model_kwargs, main_args.nb_classes, size,
-                         codebook.shape[1]).to(device)
+                         codebook.shape[1], main_args.stem, main_args.token_patch_size).to(device)
 
     # images and tokenizer, as evaluate_on_images.main does
     common.make_images(folder / 'images', args.images, classes)

@@ -78,8 +78,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     keep_freed_memory(device)
     data = datasets['train']
     model = create_model(main_args.model, main_args.model_kwargs, main_args.nb_classes, size, codebook.shape[1],
-                         drop_path_rate=main_args.drop_path, pos_drop_rate=main_args.drop,
-                         proj_drop_rate=main_args.drop).to(device)
+                         main_args.stem, main_args.token_patch_size, main_args.drop, main_args.drop_path).to(device)
     flops = forward_flops(model, input_shape)
     mixup, criterion = recipe.make_loss(main_args, main_args.nb_classes)
     unmixed, augment = (main_seit.make_augment(main_args, codebook, data.grid_size, size, device, mixing)

@@ -21,13 +21,13 @@ from fileio.torch_files import digest_of
 from image_data.dataset import Normalize, eval_transform
 from image_data.decoding import resize_square, upright
 from image_tokenizer.tokenizers import check_codes, find_codes, load_tokenizer, unit_range
-from inference.models import PIXELS, TrainedModel, load_model, program_of
+from inference.models import TrainedModel, load_model
 from seitpp.mtm_recipe import canonical_codes
 from token_augment import center_crop, check_crop
 from token_files.codebook import load_codebook, look_up
 from token_files.made_with import digest_of_entry, file_of, identity_of_tokenizer
-from training.checkpoints import (FINETUNE, PRETRAIN, SEEN, check_tokens_of, load_checkpoint, said_of_the_model,
-                                  saved_flags)
+from training.checkpoints import (FINETUNE, PIXELS, PRETRAIN, SEEN, check_tokens_of, load_checkpoint, program_of,
+                                  said_of_the_model, saved_flags)
 from training.run_folder import FILES, CheckpointFiles
 from utils import CPU, InputError, device_of, print0
 

@@ -19,12 +19,12 @@ from inference.pixel_models import create_pixel_model
 from seitpp.models_mtm_finetune import create_model as create_code_model, encoder_weights, kwargs_of_encoder
 from seitpp.mtm_recipe import canonical_codes
 from token_augment import EvalTransform, center_crop, check_crop
-from training.checkpoints import (CODES, PRETRAIN, SEIT, check_codes, compare_model_flags, head_size, load_weights,
-                                  note_average, origin, saved_flags, without_token_adapt)
+from training.checkpoints import (CODES, PIXELS, PRETRAIN, SEIT, check_codes, compare_model_flags, head_size,
+                                  load_weights, note_average, program_of, said_of_the_model, saved_flags,
+                                  without_token_adapt)
 from training.pretrained import POSITIONS, prefix_positions, prefixes
 from utils import InputError
 
-PIXELS = 'main_pixels.py'
 CLASSIFIER = 'deit_base_token_32'  # what main_mtm_finetune.py makes of main_mtm_pretrain.py's one model
 CROP_RATIO = 0.875  # for images, where a checkpoint does not say
 
@@ -49,13 +49,6 @@ class TrainedModel:
     crop_ratio: float | None
     classes: int
     class_names: list[str] | None
-
-
-def program_of(checkpoint: dict[str, Any]) -> str:
-    """The program that wrote a checkpoint. What is of no model of tokens counts as one of main_pixels.py."""
-    # codes of three elements look like pixels of three channels; only main_seit.py has these flags
-    is_of_tokens = {'train_token_file', 'noise_recipe'} <= saved_flags(checkpoint).keys()
-    return origin(checkpoint['model']) or (SEIT if is_of_tokens else PIXELS)
 
 
 def load_model(checkpoint: dict[str, Any], path: str, codebook: torch.Tensor | None = None, use_ema: bool = False,
@@ -91,10 +84,12 @@ def load_model(checkpoint: dict[str, Any], path: str, codebook: torch.Tensor | N
         classes = pixel_classes(weights, path, name, kwargs, size)
         model = create_pixel_model(name, kwargs, classes, size)
     elif program == SEIT:
-        size, crop_ratio = grid_size_of(weights, path, kwargs), None
-        classes = head_size(weights, 'head', path)
+        size, crop_ratio = token_grid_of(checkpoint, weights, path, name, kwargs), None
+        classes = head_size(weights, models_seit.classifier_of(name), path)
         code_dim = None if codebook is None else codebook.shape[1]
-        model = models_seit.create_model(name, kwargs, classes, size, code_dim)
+        said = flags if name == flags.get('model') else {}  # a stem belongs to its model, too
+        model = models_seit.create_model(name, kwargs, classes, size, code_dim, said.get('stem'),
+                                         said.get('token_patch_size', 8))
     else:
         size, crop_ratio = grid_size_of(weights, path, kwargs), None
         codes = count_codes(weights, path, codebook)
@@ -150,6 +145,17 @@ def grid_size_of(weights: dict[str, Any], path: str, model_kwargs: dict[str, Any
     # of 2x2 codes with or without their neighbors, 4 or 2 on a side; of one code 3 or 1
     is_single = isinstance(stem, torch.Tensor) and stem.ndim == 4 and stem.shape[2] % 2
     return (1 if is_single else 2) * math.isqrt(weights[POSITIONS].shape[1] - prefix)
+
+
+def token_grid_of(checkpoint: dict[str, Any], weights: dict[str, Any], path: str, name: str,
+                  model_kwargs: dict[str, Any]) -> int:
+    """Codes on a side that a model of main_seit.py reads, by its positions, or as its flags say. Raises InputError."""
+    if name in models_seit.MODELS:
+        return grid_size_of(weights, path, model_kwargs)
+    size = said_of_the_model(checkpoint).get('vit_input_size')
+    if type(size) is not int or size < 1:
+        raise InputError(f'{path}: does not say how many codes its model reads: give a checkpoint of {SEIT}')
+    return size
 
 
 def size_and_crop(flags: dict[str, Any], path: str, input_size: int | None,

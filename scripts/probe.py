@@ -29,12 +29,12 @@ from fileio.labels import check_class_names, count_classes
 from flags import DEVICE_HELP, KeyValues, Parser, add_exif_rotate, add_max_pixels, integer, number
 from image_data.dataset import ImageDataset, eval_transform
 from image_data.overlap import note_shared_images
-from inference.models import PIXELS, load_model, make_prepare, program_of
+from inference.models import load_model, make_prepare
 from samplers import in_order
 from token_dataset import TokenDataset, facts_of, note_shared_files
 from token_files.codebook import load_codebook
 from token_files.made_with import check_made_with, file_of
-from training.checkpoints import FINETUNE, check_tokens_of, load_checkpoint, said_of_the_model
+from training.checkpoints import FINETUNE, PIXELS, check_tokens_of, load_checkpoint, program_of, said_of_the_model
 from training.run_info import print_model
 from utils import InputError, init_distributed, print0, run
 

@@ -264,7 +264,7 @@ def test_onnx_export(tmp_path):
 
 def test_create_model():
     small = {'depth': 1, 'embed_dim': 32, 'num_heads': 2}
-    model = create_model('deit_tiny_token_32', small, num_classes=7, img_size=14, in_chans=32, drop_path_rate=0.1)
+    model = create_model('deit_tiny_token_32', small, num_classes=7, img_size=14, in_chans=32, drop_path=0.1)
     assert model(torch.zeros(1, 32, 14, 14)).shape == (1, 7)
     model = create_model('deit_small_token_4', small, 7, 14)
     assert model.in_chans == 4
@@ -272,7 +272,7 @@ def test_create_model():
 
 
 @pytest.mark.parametrize('name, model_kwargs, options, message', [
-    ('resnet50', {}, {}, '--model resnet50 is none of deit'),
+    ('resnet5', {}, {}, '--model resnet5 is none of deit.*near it are resnet'),
     ('deit_tiny_token_32', {'layers': 3}, {}, "--model-kwargs {'layers': 3}: .*unexpected keyword argument 'layers'"),
     ('deit_tiny_token_32', {'patch_size': 4}, {}, 'patch_size=4: a patch has 1 or 2 codes on a side'),
     ('deit_tiny_token_32', {'patch_size': 'x'}, {}, 'patch_size=x'),

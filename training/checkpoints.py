@@ -33,6 +33,7 @@ WRAPPERS = ('module.', '_orig_mod.')  # what DDP and torch.compile put before th
 SEIT = 'main_seit.py'
 PRETRAIN = 'main_mtm_pretrain.py'
 FINETUNE = 'main_mtm_finetune.py'
+PIXELS = 'main_pixels.py'
 CODES = 'token_emb.word_embeddings.weight'
 SEEN = 'classes seen'  # in TrainState.data of main_continual.py: how many of the outputs have been trained by then
 TOKEN_ADAPT = ('conversion_function.', 'reverse_transform.')  # how the names of TokenAdapt's weights begin
@@ -349,6 +350,16 @@ def head_size(weights: dict[str, Any], classifier: str | tuple[str, ...], path: 
         raise InputError(f'{path}: no {classifier}.bias among its weights ({names}, ...): of another kind of model'
                          + origin_note(weights, {}))
     return len(bias)
+
+
+def program_of(checkpoint: dict[str, Any]) -> str:
+    """The program that wrote a checkpoint: as its flags say, else as its weights do; what says nothing is of pixels."""
+    flags = saved_flags(checkpoint).keys()
+    # a task of main_continual.py has the flags of the program whose models it trains
+    for program, own in ((SEIT, {'train_token_file', 'noise_recipe'}), (PIXELS, {'train_path', 'aug'})):
+        if own <= flags:
+            return program
+    return origin(checkpoint['model']) or PIXELS
 
 
 def origin(weights: dict[str, Any]) -> str:
