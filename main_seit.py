@@ -81,6 +81,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError, also for values that cannot work together."""
     args = get_args_parser().parse_args(argv)
     recipe.check_flags(args)
+    recipe.check_val_share(args)
     if not args.eval:
         size_of(args)
     # with no whole code between the sides, CutMix would draw from an empty range and end in a traceback

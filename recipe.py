@@ -47,13 +47,17 @@ def check_flags(args: Flags) -> None:
         (args.output and not args.eval, '--output belongs to --eval; training writes to --output-dir'),
         (args.report and not args.eval, '--report belongs to --eval; training writes to --output-dir'),
     ]
-    if vars(args).get('val_share'):  # of the programs that read tokens
-        checks.append((args.given & {'val_token_file', 'val_label_file'}, '--val-share holds images of '
-                       '--train-token-file out: give it, or --val-token-file, but not both'))
     for wrong, message in checks:
         if wrong:
             raise InputError(message)
     check_output_flags(args)
+
+
+def check_val_share(args: Flags) -> None:
+    """InputError where validation tokens are given, and are to be held out of those of training, too."""
+    if args.val_share and args.given & {'val_token_file', 'val_label_file'}:
+        raise InputError('--val-share holds images of --train-token-file out: give it, or --val-token-file, but not '
+                         'both')
 
 
 def check_output_flags(args: Flags) -> None:

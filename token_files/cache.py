@@ -137,7 +137,7 @@ def labels_inside(files: Sequence[TokenFile], cache: str = '') -> np.ndarray:
     if cache != 'none' and all(file.is_foreign for file in files):
         path = labels_path(cache_path(files, cache))
         if path.exists():
-            labels = _load(path)
+            labels = map_array(path)
             if labels.dtype == np.int64 and labels.shape == (sum(map(len, files)),):
                 return np.array(labels)
             raise InputError(f'{path}: no cache of labels; delete it, and it is made again')
@@ -217,13 +217,13 @@ def in_memory(shape: tuple[int, int]) -> np.ndarray:
 
 def map_cache(path: Path) -> np.ndarray:
     """The codes in a cache, mapped. Raises InputError."""
-    codes = _load(path)
+    codes = map_array(path)
     if codes.dtype != np.uint16 or codes.ndim != 2 or not codes.size:
         raise InputError(f'{path}: no cache of codes; delete it, and it is made again')
     return codes
 
 
-def _load(path: Path) -> np.ndarray:
+def map_array(path: Path) -> np.ndarray:
     """The array in a cache, mapped. Raises InputError."""
     try:
         array = np.load(path, mmap_mode='r', allow_pickle=False)

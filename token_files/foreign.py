@@ -228,7 +228,7 @@ def _as_cache(array: np.ndarray, n: int) -> np.ndarray | None:
 
 def _open_safetensors(path: Path, part: str, codes: str, labels: str | None) -> ForeignSet:
     header = read_header(path)
-    names = ', '.join(header)[:200] or 'none'
+    names = ', '.join(sorted(header))[:200] or 'none'
     if codes not in header:
         raise InputError(f'{path}: no tensor {codes!r} in it (there are {names}); name codes and labels as in '
                          f'{path.name}#codes+labels')
@@ -356,7 +356,7 @@ def _open_parquet(path: Path, part: str, codes: str, labels: str | None) -> Fore
     file = open_parquet(path)
     types = types_of(file)
     names = ', '.join(types)[:200] or 'none'
-    if list_depth(types.get(codes)) not in (1, 2):
+    if codes not in types or list_depth(types[codes]) not in (1, 2):
         found = f'is of type {str(types[codes])[:80]}' if codes in types else f'is not there (there are {names})'
         raise InputError(f'{path}: column {codes!r} {found}; codes are lists of integers, or lists of rows of them: '
                          f'name the columns as in {path.name}#codes+labels')
