@@ -194,6 +194,7 @@ FRACTION = number(0, 1)
 POSITIVE = number(1e-12)  # `number` has no open bounds, so this stands for 'above 0'
 SEED = integer(0, 2 ** 63 - 1)  # torch's generators take no more
 SYNONYMS = 'tokens/synonyms.json'
+LABELS = {'train': 'tokens/imagenet1k-train-label.txt', 'val': 'tokens/imagenet1k-val-label.txt'}
 DEVICE_HELP = 'auto (CUDA where there is a GPU), cuda, cuda:N, cpu, or another accelerator of torch, such as mps'
 
 
@@ -206,6 +207,15 @@ def byte_count(text: str) -> int:
     if not 1 <= value < 1 << 50 or value != int(value):
         raise argparse.ArgumentTypeError(f'{text}: give a whole number of bytes, as in 1000000 or 1e6')
     return int(value)
+
+
+def views(text: str) -> tuple[int, int]:
+    """An argparse type: '2' -> (2, 1), pairs of rows; '2:128' -> (2, 128), see token_files/views.py."""
+    parts = text.split(':')
+    if len(parts) > 2:
+        raise argparse.ArgumentTypeError(f'{text}: give a number, or two as in 2:128')
+    count, batch = integer(1, 1000)(parts[0]), integer(1, 10 ** 6)(parts[-1]) if len(parts) == 2 else 1
+    return count, batch
 
 
 class KeyValues(ParseKwargs):
@@ -355,18 +365,30 @@ def advice(given: Sequence[str], known: Collection[str], no_effect: dict[str, st
 
 # ---------------------------------------------------------------- groups that programs share
 
-def add_token_flags(parser: Parser) -> Callable:
-    """The training tokens, their codebook, and how they are read. Returns the group's add."""
+def add_token_flags(parser: Parser, synonyms: str = SYNONYMS) -> Callable:
+    """The training tokens, their codebook, and how they are read. Returns the group's add.
+
+    `synonyms` is the published path, which is taken where none is given, see `recipe.files_by_default`.
+    """
     add = parser.add_group('data')
     add('--train-token-file', default='tokens/imagenet1k-train-token.data.bin.gz', metavar='FILE', of_a_rank=True,
-        help='training tokens: a file, a glob or a comma-separated list of shards')
+        help='training tokens: a file, a glob or a comma-separated list of shards; also .safetensors, .npy, .npz, '
+        '.parquet, .jsonl and folders of .npy of other projects (docs/token_format.md)')
     add('--codebook-path', default='tokens/codebook.ckpt', metavar='FILE', of_a_rank=True,
         help='the codebook of the tokens: one embedding for each code, in a file; or weights of another VQ tokenizer, '
         'or fsq:8,8,8,5,5,5 or lfq:10 (docs/tokenizers.md)')
-    add('--token-synonym-dict', default=SYNONYMS, metavar='FILE', of_a_rank=True,
-        help='for each code a list of codes near it; it is read where --eda-rc-prob is above 0')
+    add('--token-synonym-dict', metavar='FILE', of_a_rank=True,
+        help='for each code a list of codes near it; it is read where --eda-rc-prob is above 0 (default: '
+        f'{synonyms} if it is there; else, and with a codebook of another project, they are made from the codebook)')
     add('--token-cache', default='', metavar='DIR', of_a_rank=True,
         help="where decoded tokens are kept: in a folder, '' for beside the token file, 'none' for in memory only")
+    add('--views', type=views, exact=True, metavar='V[:B]',
+        help='each image is in the token file V times, and each epoch draws one of them: V rows that follow each '
+        'other, or with V:B batches of B images, first all in their first view, then all in the next (default: as the '
+        'files say)')
+    add('--val-share', type=number(0, 0.9), default=0., exact=True,
+        help='hold this share of the images of --train-token-file out of training, always the same ones; validation '
+        'is on them')
     add('--data-device', default='auto', choices=['auto', 'cpu', 'cuda'],
         help='where tokens stay while training: cuda, all on the GPU; cpu, in the memory map on disk; auto, on the GPU '
         'if they take at most a quarter of its free memory')
@@ -381,12 +403,14 @@ def add_token_flags(parser: Parser) -> Callable:
 
 def add_token_label_flags(add: Callable) -> None:
     """Labels and the validation set, added by a group's add."""
-    add('--train-label-file', default='tokens/imagenet1k-train-label.txt', metavar='FILE', of_a_rank=True,
-        help='labels of the training tokens: one file for each token file, in the same order')
+    add('--train-label-file', metavar='FILE', of_a_rank=True,
+        help='labels of the training tokens: one file for each token file, in the same order (default: '
+        f'{LABELS["train"]}; for files of other projects the labels in them)')
     add('--val-token-file', default='tokens/imagenet1k-val-token.data.bin.gz', metavar='FILE', of_a_rank=True,
         help='validation tokens, given as those of training')
-    add('--val-label-file', default='tokens/imagenet1k-val-label.txt', metavar='FILE', of_a_rank=True,
-        help='labels of the validation tokens')
+    add('--val-label-file', metavar='FILE', of_a_rank=True,
+        help=f'labels of the validation tokens (default: {LABELS["val"]}; for files of other projects the labels in '
+        'them)')
     add('--nb-classes', type=integer(1),
         help='number of classes (default: the largest label + 1; with --eval as many as the checkpoint has)')
 

@@ -34,7 +34,8 @@ from continual.memory import MAX_CLASSES, ReplayMemory, Sample, check_room, fill
 from continual.results import (MEMORY, RUN, add_result, check_new, digest_of, evaluate_seen, open_memory, read_results,
                                task_folder, write_results)
 from continual.task_flags import NOT_HERE, add_task_flags, check_not_here, check_program_flags, check_task_flags
-from continual.task_tokens import TokenFiles, fit_tokenizer, hold_tokens, open_token_store, tokenize_splits
+from continual.task_tokens import (TokenFiles, check_one_view, fit_tokenizer, hold_tokens, open_token_store,
+                                   tokenize_splits)
 from continual.tasks import Tasks, make_tasks, step_batches, step_draws, task_seed
 from engine import evaluate_models, rank_indices
 from fileio.files import check_same
@@ -137,6 +138,8 @@ def token_modality(args: argparse.Namespace, device: torch.device) -> tuple[Moda
     size = args.input_size // args.token_patch_size
     datasets = open_splits(recipe.split_files(args), codebook, args.codebook_path, args.token_cache, size, device)
     train_data, val_data = datasets['train'], datasets['val']
+    for data in datasets.values():
+        check_one_view(data)
     tasks = make_tasks_of(args, {args.train_label_file: train_data.labels, args.val_label_file: val_data.labels})
     for data in datasets.values():
         data.labels = tasks.positions(data.labels)  # from here on labels are positions in the order of the classes
@@ -399,7 +402,8 @@ def main(args: argparse.Namespace) -> int:
     if args.tokenize_only:
         return 0
     if args.new == 'tokens':
-        args = recipe.as_wide_as(read_codebook(args.codebook_path), args)
+        table = read_codebook(args.codebook_path)
+        args = recipe.as_wide_as(table, recipe.files_by_default(args, table))
     recipe.set_up_torch(args)
     modality, tasks = (token_modality if args.new == 'tokens' else pixel_modality)(args, device)
     check_tasks(args, modality, tasks, device)  # run.json is written only once the last task is known to be possible

@@ -28,7 +28,7 @@ from engine import evaluate, evaluate_checkpoint, rank_indices
 from fileio.labels import check_class_names, count_classes
 from flags import Parser, number
 from inference.report import Report, check_report, class_names, token_images
-from samplers import shuffled
+from samplers import draw_views, shuffled
 from seitpp.halves import check_halves
 from seitpp.models_mtm import keep_token_adapt
 from seitpp.models_mtm_finetune import MODELS, CodeVisionTransformer, create_model, kwargs_of_encoder, load_encoder
@@ -36,14 +36,15 @@ from seitpp.mtm_recipe import (NO_EFFECT_ON_MTM, add_augmentation_flags, add_per
                                add_token_flags, canonical_codes, check_sizes, make_input, make_state, open_token_adapt,
                                resume_run)
 from token_augment import center_crop
-from token_dataset import TokenDataset, choose_data_device, facts_of, open_splits
-from token_files.codebook import load_codebook
+from token_dataset import TokenDataset, choose_data_device, facts_of, labels_by_file, open_splits
+from token_files.codebook import read_codebook
 from token_files.made_with import made_with
 from training.checkpoints import (FINETUNE, PRETRAIN, check_codes, check_origin, head_size, load_checkpoint,
                                   note_average, origin, saved_flags, without_token_adapt)
 from training.run_folder import checkpoint_files
 from utils import print0, rank, run, world_size
 
+SYNONYMS = 'tokens/codebook-synonyms.json'
 NO_EFFECT = {
     '--global-pool': 'the head always reads the mean of the patches',
     '--cls-token': 'the head always reads the mean of the patches, as in the published program',
@@ -54,7 +55,7 @@ NO_EFFECT = {
 def get_args_parser() -> Parser:
     """All flags."""
     parser = Parser('Fine-tune a classifier on token files, from masked-token pre-training.')
-    flags.add_token_label_flags(add_token_flags(parser))
+    flags.add_token_label_flags(add_token_flags(parser, SYNONYMS))
     add = add_step_flags(parser, MODELS)
     add('--finetune', default='', metavar='FILE', of_a_rank=True,
         help='start from the encoder of this checkpoint of main_mtm_pretrain.py')
@@ -72,7 +73,7 @@ def get_args_parser() -> Parser:
     add_periods_flag(parser.add_group('checkpoints'), 'last2', 'best')
     parser.add_no_effect(NO_EFFECT, switches=['--global-pool', '--cls-token', '--dist-on-itp'])
     parser.set_defaults(model='deit_base_token_32', batch_size=64, epochs=50, blr=1e-3, min_lr=1e-6, warmup_epochs=5,
-                        weight_decay=0.1, rrc_ratio=0.08, token_synonym_dict='tokens/codebook-synonyms.json',
+                        weight_decay=0.1, rrc_ratio=0.08,
                         token_coloradapt_prob=0.25, token_noise_prob=0.75, output_dir='./output_dir', bce_loss=False)
     return parser
 
@@ -81,6 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError, also for values that cannot work together."""
     args = get_args_parser().parse_args(argv)
     recipe.check_flags(args)
+    recipe.check_val_share(args)
     check_sizes(args)
     if args.tokenadapt_path and not args.eval:  # only training goes by halves of a batch
         check_halves(args.batch_size, recipe.mixes(args))
@@ -112,13 +114,16 @@ def make_evaluate(args: argparse.Namespace, data: TokenDataset, codebook: torch.
 
 def evaluate_only(args: argparse.Namespace, checkpoint: dict[str, Any], path: str, device: torch.device) -> None:
     """--eval: evaluate a checkpoint. Raises InputError."""
-    codebook = load_codebook(args.codebook_path)
+    table = read_codebook(args.codebook_path)
+    args = recipe.files_by_default(args, table, SYNONYMS)
+    codebook = table.rows
     size = check_sizes(args)
     check_checkpoint(checkpoint, path, codebook)
-    datasets = open_splits(recipe.split_files(args), codebook, args.codebook_path, args.token_cache, size, device)
+    datasets = open_splits(recipe.split_files(args), codebook, args.codebook_path, args.token_cache, size, device,
+                           args.views, args.val_share)
     data = datasets['val']
     recipe.check_evaluated(args, checkpoint, path, recipe.check_data(args, facts_of(datasets, codebook), checkpoint))
-    classes = count_classes({args.val_label_file: data.labels}, args.nb_classes,
+    classes = count_classes(labels_by_file(datasets), args.nb_classes,
                             head_size(checkpoint['model'], 'head', path))
     check_class_names(checkpoint.get('classes'), data.classes, path, args.val_token_file)
     choose_data_device({'val': data}, args.data_device, device)
@@ -167,12 +172,15 @@ def main(args: argparse.Namespace) -> int:
         return 0
 
     # data
-    codebook = load_codebook(args.codebook_path)
+    table = read_codebook(args.codebook_path)
+    args = recipe.files_by_default(args, table, SYNONYMS)
+    codebook = table.rows
     size = check_sizes(args)
     files = recipe.split_files(args)
-    datasets = open_splits(files, codebook, args.codebook_path, args.token_cache, size, device)
+    datasets = open_splits(files, codebook, args.codebook_path, args.token_cache, size, device, args.views,
+                           args.val_share)
     train_data = datasets['train']
-    classes = count_classes({files[split][1]: data.labels for split, data in datasets.items()}, args.nb_classes, None)
+    classes = count_classes(labels_by_file(datasets), args.nb_classes, None)
     if checkpoint:
         check_checkpoint(checkpoint, path, codebook)
         check_class_names(checkpoint.get('classes'), train_data.classes, path, args.train_token_file)
@@ -208,7 +216,8 @@ def main(args: argparse.Namespace) -> int:
         return shuffled(len(train_data), world_size(), rank(), args.seed, epoch)
 
     def batches_of(indices: np.ndarray, epoch: int, start: int) -> Iterator:
-        return train_data.batches(indices, args.batch_size, device, args.pin_mem)
+        views = draw_views(len(train_data), train_data.views, args.seed, epoch)
+        return train_data.batches(indices, args.batch_size, device, args.pin_mem, views)
 
     # train
     # an example of a batch, with which DDP makes its buckets

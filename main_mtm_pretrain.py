@@ -25,14 +25,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # before installed pac
 import flags
 import recipe
 from flags import Parser, integer, number
-from samplers import shuffled
+from samplers import draw_views, shuffled
 from seitpp.halves import check_halves
 from seitpp.models_mtm import MODELS, PATCH, MaskRatio, create_model, draw_masks, keep_token_adapt, masked_token_loss
 from seitpp.mtm_recipe import (NO_EFFECT_ON_MTM, add_augmentation_flags, add_periods_flag, add_step_flags,
                                add_token_flags, check_sizes, make_input, make_state, open_token_adapt, resume_run)
 from token_augment import check_crop
-from token_dataset import TokenDataset, choose_data_device, facts_of
-from token_files.codebook import load_codebook
+from token_dataset import TokenDataset, choose_data_device, describe, facts_of
+from token_files.codebook import read_codebook
 from token_files.made_with import check_made_with, made_with
 from training.checkpoints import PRETRAIN, check_codes, check_origin
 from training.run_folder import checkpoint_files
@@ -104,15 +104,20 @@ def main(args: argparse.Namespace) -> int:
     device, folder, checkpoint, path = recipe.start(args, NO_EFFECT, files=files)
 
     # data
-    codebook = load_codebook(args.codebook_path)
+    table = read_codebook(args.codebook_path)
+    args = recipe.files_by_default(args, table)
+    codebook = table.rows
     size = check_sizes(args)
     if checkpoint:
         check_origin(checkpoint['model'], (PRETRAIN,), path)
         check_codes(checkpoint['model'], len(codebook), path)
     token_adapt = open_token_adapt(args.tokenadapt_path, codebook, device)
-    data = TokenDataset(args.train_token_file, None, len(codebook), args.token_cache, device)
+    data = TokenDataset(args.train_token_file, None, len(codebook), args.token_cache, device, args.views)
+    if args.val_share:
+        data, held_out = data.split(args.val_share)
+        print0(f'{data.files[0].name}: {len(held_out):,} of its {len(data) + len(held_out):,} images are held out')
     check_crop(size, data.grid_size, args.train_token_file)
-    print0(f'train: {len(data):,} images of {data.grid_size}x{data.grid_size} codes, {size}x{size} codes are read')
+    print0(f'train: {describe(data)}, {size}x{size} codes are read')
     check_made_with(data.files, codebook, args.codebook_path)
     facts = recipe.check_data(args, facts_of({'train': data}, codebook), checkpoint)
     choose_data_device({'train': data}, args.data_device, device)
@@ -134,7 +139,8 @@ def main(args: argparse.Namespace) -> int:
         return shuffled(len(data), world_size(), rank(), args.seed, epoch)
 
     def batches_of(indices: np.ndarray, epoch: int, start: int) -> Iterator:
-        return data.batches(indices, args.batch_size, device, args.pin_mem)
+        views = draw_views(len(data), data.views, args.seed, epoch)
+        return data.batches(indices, args.batch_size, device, args.pin_mem, views)
 
     # train
     lr = args.blr * recipe.effective_batch(args) / 256 if args.lr is None else args.lr  # as in MAE

@@ -27,14 +27,14 @@ from engine import evaluate, evaluate_checkpoint, rank_indices
 from fileio.labels import check_class_names, count_classes
 from flags import Parser
 from models_seit import MODELS, STEMS, classifier_of, create_model
-from samplers import repeated_augmentation, shuffled
+from samplers import draw_views, repeated_augmentation, shuffled
 from inference.report import Report, check_report, class_names, token_images
 from seitpp.color_adapt import color_recipe
 from seitpp.halves import open_halves
 from token_augment import (EraseRectangle, EvalTransform, RandomCrop, RandomResizedCrop, ReplaceSynonyms, SwapPatches,
                            TokenEDA)
-from token_dataset import choose_data_device, facts_of, open_splits
-from token_files.codebook import load_synonyms, look_up, read_codebook
+from token_dataset import choose_data_device, facts_of, labels_by_file, open_splits
+from token_files.codebook import look_up, read_codebook
 from token_files.made_with import made_with
 from training.checkpoints import SEIT, head_size, load_checkpoint, program_of
 from training.pretrained import freeze_all_but_attention, load_pretrained
@@ -82,6 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError, also for values that cannot work together."""
     args = get_args_parser().parse_args(argv)
     recipe.check_flags(args)
+    recipe.check_val_share(args)
     if not args.eval:
         size_of(args)
     # with no whole code between the sides, CutMix would draw from an empty range and end in a traceback
@@ -113,7 +114,7 @@ def make_augment(args: argparse.Namespace, codebook: torch.Tensor, grid_size: in
     """
     changes = []
     if args.eda_rc_prob:
-        synonyms = load_synonyms(args.token_synonym_dict, len(codebook), args.token_synonym_thres)
+        synonyms = recipe.synonyms_of(args, codebook)
         changes.append((args.eda_rc_prob, ReplaceSynonyms(*synonyms, args.replace_token_prob, device)))
     if args.eda_sc_prob:
         changes.append((args.eda_sc_prob, SwapPatches(grid_size, args.swap_token_scale, device)))
@@ -149,17 +150,18 @@ def main(args: argparse.Namespace) -> int:
 
     # ------------------------------------------------------------ data
     table = read_codebook(args.codebook_path)
+    args = recipe.files_by_default(args, table)
     codebook = table.rows
     size = size_of(args)
     files = recipe.split_files(args)
-    datasets = open_splits(files, codebook, args.codebook_path, args.token_cache, size, device)
+    datasets = open_splits(files, codebook, args.codebook_path, args.token_cache, size, device, args.views,
+                           args.val_share)
     train_data, val_data = datasets.get('train'), datasets.get('val')
     # the labels of a validation set need not reach the last class, so under --eval the checkpoint's head counts
     trained = None
     if args.eval and not args.nb_classes:
         trained = head_size(checkpoint['model'], classifier_of(args.model), path)
-    classes = count_classes({files[split][1]: data.labels for split, data in datasets.items()}, args.nb_classes,
-                            trained)
+    classes = count_classes(labels_by_file(datasets), args.nb_classes, trained)
     names = (train_data or val_data).classes
     if checkpoint:
         check_class_names(checkpoint.get('classes'), names, path, next(iter(files.values()))[0])
@@ -167,7 +169,7 @@ def main(args: argparse.Namespace) -> int:
     choose_data_device(datasets, args.data_device, device)
     if train_data:
         args = recipe.choose(args, {'model': 'deit_tiny_token_32', 'model_kwargs': recipe.SMALL_VIT}, len(train_data),
-                             size, classes, (args.val_token_file, len(val_data)) if val_data else None, checkpoint)
+                             size, classes, (val_data.files[0].name, len(val_data)) if val_data else None, checkpoint)
     pretrained = load_checkpoint(args.finetune) if args.finetune else None
     if pretrained:
         # a ViT of images has arguments that one of tokens has not, so its name is the user's to give
@@ -221,7 +223,8 @@ def main(args: argparse.Namespace) -> int:
         return sampler(len(train_data), world_size(), rank(), args.seed, epoch)
 
     def batches_of(indices: np.ndarray, epoch: int, start: int) -> Iterator:
-        return train_data.batches(indices, args.batch_size, device, args.pin_mem)
+        views = draw_views(len(train_data), train_data.views, args.seed, epoch)
+        return train_data.batches(indices, args.batch_size, device, args.pin_mem, views)
 
     # ------------------------------------------------------------ train
     steps = recipe.count_steps(args, len(order_of(0)), args.train_token_file)  # all epochs are equally long

@@ -21,9 +21,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine import StepOptions, train
 from fileio.files import identity, is_address
-from flags import Flags, print_no_effect
-from token_files.codebook import Codebook
+from flags import LABELS, SYNONYMS, Flags, print_no_effect
+from token_files.codebook import Codebook, load_synonyms, made_synonyms
 from token_files.made_with import file_of, seen_from
+from token_files.token_file import expand_token_files, holds_foreign
 from training import run_info
 from training.checkpoints import (TrainState, check_tokens_of, compare_model_flags, flags_to_save, progress_of, resume,
                                   said_of_the_model, saved_flags)
@@ -50,6 +51,13 @@ def check_flags(args: Flags) -> None:
         if wrong:
             raise InputError(message)
     check_output_flags(args)
+
+
+def check_val_share(args: Flags) -> None:
+    """InputError where validation tokens are given, and are to be held out of those of training, too."""
+    if args.val_share and args.given & {'val_token_file', 'val_label_file'}:
+        raise InputError('--val-share holds images of --train-token-file out: give it, or --val-token-file, but not '
+                         'both')
 
 
 def check_output_flags(args: Flags) -> None:
@@ -196,9 +204,45 @@ def check_evaluated(args: Flags, checkpoint: dict[str, Any], path: str, facts: d
         check_tokens_of(checkpoint, path, facts, {'codebook': args.codebook_path, 'tokenizer': args.val_token_file})
 
 
+def files_by_default(args: Flags, codebook: Codebook, synonyms: str = SYNONYMS) -> Flags:
+    """The flags with the files of labels and synonyms that were not given: the published ones where they can fit.
+
+    Sets of other projects have labels of their own: '' stands for those, because published ones of as many images, in
+    another order, would be taken in silence. Likewise '' stands for synonyms made from the codebook.
+
+    Args:
+        args: the command line.
+        codebook: of --codebook-path.
+        synonyms: the published path of the program.
+    """
+    known = {}
+    flags = vars(args)
+    for split, published in LABELS.items() if 'val_label_file' in flags else ():
+        if flags[f'{split}_label_file'] is None:
+            own = holds_foreign(flags[f'{split}_token_file'])
+            known[f'{split}_label_file'] = '' if own else published
+    if args.token_synonym_dict is None:
+        fits = codebook.as_stored and os.path.exists(synonyms)
+        known['token_synonym_dict'] = synonyms if fits or not args.eda_rc_prob else ''
+    return args.replaced(**known)
+
+
+def synonyms_of(args: Flags, codebook: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The tables of `load_synonyms`, of a file or made from the codebook (K, d). Collective. Raises InputError."""
+    if args.token_synonym_dict:
+        return load_synonyms(args.token_synonym_dict, len(codebook), args.token_synonym_thres)
+    folder = args.token_cache or os.path.dirname(expand_token_files(args.train_token_file)[0])
+    return made_synonyms(codebook, args.codebook_path, args.token_synonym_thres, None if folder == 'none' else folder)
+
+
 def split_files(args: Flags) -> dict[str, tuple[str, str]]:
-    """Token file and label file of the splits that a run needs: 'train' unless under --eval, 'val' unless --no-eval."""
+    """Token file and label file of the splits that a run needs: 'train' unless under --eval, 'val' unless --no-eval.
+
+    With --val-share both are those of training, see `token_dataset.open_splits`.
+    """
     files = {'train': (args.train_token_file, args.train_label_file), 'val': (args.val_token_file, args.val_label_file)}
+    if args.val_share:
+        files['val'] = files['train']
     left_out = 'train' if args.eval else 'val' if args.no_eval else None
     return {split: paths for split, paths in files.items() if split != left_out}
 

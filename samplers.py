@@ -45,6 +45,18 @@ def repeated_augmentation(n: int, world_size: int, rank: int, seed: int, epoch: 
     return indices[:int(n // 256 * 256 / world_size) or len(indices) // repeats]
 
 
+def draw_views(n: int, views: int, seed: int, epoch: int) -> np.ndarray | None:
+    """Which view of each of n images an epoch reads, (n,) int64 in [0, views); None where there is one view.
+
+    The same for all ranks, however many there are, so an image has one view in an epoch even where it is read twice.
+    """
+    if views == 1:
+        return None
+    # another seed than the order's, or an image's place in the epoch would tell its view
+    mixed = int(np.random.SeedSequence((seed, epoch, views)).generate_state(1)[0])
+    return torch.randint(views, (n,), generator=torch.Generator().manual_seed(mixed)).numpy()
+
+
 def in_order(n: int, world_size: int, rank: int) -> np.ndarray:
     """A rank's images for evaluation, int64: each on exactly one rank. No padding: it would count twice."""
     return torch.arange(n)[rank::world_size].numpy()

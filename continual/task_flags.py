@@ -18,6 +18,8 @@ NOT_HERE = {
     'severity': 'each task is evaluated on images as they are',
     'classes': 'each task is evaluated on all classes seen',
     'start_epoch': 'tasks begin where they were left',
+    'views': 'a memory keeps one grid of an image: convert the set by scripts/convert_tokens.py',
+    'val_share': 'a validation set is given',
     'nb_classes': 'the tasks must divide the classes of the labels',
     'repeated_aug': 'steps draw from two sources, each without repeats; beside --aug deit give --no-repeated-aug',
 }
@@ -135,7 +137,7 @@ def check_program_flags(flags: dict[str, Any]) -> None:
         raise InputError(f'--recipe {flags["recipe"]} is not for main_continual.py: give --epochs, --lr and the '
                          'others; tasks are smaller than the set that a recipe would be chosen by')
     if (flags['new'] == 'tokens' and not flags['train_token_file'] and
-            flags['token_synonym_dict'] != SYNONYMS):
+            flags['token_synonym_dict'] not in (None, SYNONYMS)):
         raise InputError('--token-synonym-dict: synonyms are made with the tokens; give it beside --train-token-file')
     if not flags['output_dir']:
         raise InputError('--output-dir: give one; tasks pass weights and memory on in files')

@@ -145,6 +145,7 @@ def open_token_store(images: dict[str, ImageDataset], files: dict[str, tuple[str
     codes = {}
     for split, (token_file, label_file) in files.items():
         tokens = TokenDataset(token_file, label_file, len(codebook), device=device)
+        check_one_view(tokens)
         check_same_images(tokens, images[split], token_file, images[split].source.data_path)
         check_made_with(tokens.files, codebook, codebook_path, tokenizer_path)
         codes[split] = tokens.codes
@@ -152,6 +153,13 @@ def open_token_store(images: dict[str, ImageDataset], files: dict[str, tuple[str
             raise InputError(f'{token_file}: grids of {tokens.codes.shape[1]} codes, but {files["train"][0]} has '
                              f'{codes["train"].shape[1]}: give tokens of one tokenizer and image size')
     return TokenStore(images, codes, tokenizer.to(device), codebook.to(device), tokenizer_path)
+
+
+def check_one_view(tokens: TokenDataset) -> None:
+    """InputError for a set that holds several views of an image, of which a memory keeps one."""
+    if tokens.views > 1:
+        raise InputError(f'{tokens.files[0].name}: holds {tokens.views} views of each image: convert it by '
+                         'scripts/convert_tokens.py, which keeps the first')
 
 
 def check_same_images(tokens: TokenDataset, images: ImageDataset, token_file: str, path: str) -> None:

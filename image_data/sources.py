@@ -34,12 +34,12 @@ from tqdm import tqdm
 
 from fileio.files import expand_files
 from fileio.labels import MAX_CLASS, check_class_names
+from fileio.parquet import class_names, read_column, read_labels_of
 from fileio.stamps import Stamp, stamp_of
 from image_data.decoding import (UPRIGHT, BadImage, IgnoredFiles, decode_oriented, image_formats, is_hidden,
                                  resize_square)
 from image_data.folders import holds_class_folders, read_folder, read_regular_file
-from image_data.parquet_files import (check_one_split, class_names, image_bytes, open_parquet, read_column,
-                                      read_labels_of)
+from image_data.parquet_files import check_one_split, image_bytes, open_images
 from image_data.tar_shards import read_tar
 from image_data.workers import plan_workers
 from utils import InputError, cores, print0, print_line, union_over_ranks, world_size
@@ -345,7 +345,7 @@ class ParquetImages(Source):
         locations = []
         named_path = None  # the first file with class names
         for number, (path, shard) in enumerate(zip(paths, shard_names(paths))):
-            file = open_parquet(path, labeled)
+            file = open_images(path, labeled)
             classes = class_names(file) if labeled else None
             check_class_names(self.classes, classes, named_path, path)
             if self.classes is None and classes is not None:
@@ -367,7 +367,7 @@ class ParquetImages(Source):
         number, group, row = self.locations[i].tolist()
         if self.group is None or self.group[:2] != (number, group):
             path = self.paths[number]
-            self.group = number, group, read_column(path, open_parquet(path, self.labeled), 'image', [group])
+            self.group = number, group, read_column(path, open_images(path, self.labeled), 'image', [group])
         return image_bytes(self.group[2][row])
 
     def read(self, i: int) -> bytes:

@@ -1,12 +1,14 @@
-"""Convert token sets between the published format and the compact one, and check that every code is the same.
+"""Convert token sets to the published format or the compact one, and check that every code is the same.
 
     python scripts/convert_tokens.py --token-file tokens/x-train-token.data.bin.gz --format compact --output-dir compact
     python scripts/convert_tokens.py --token-file 'tokens/imagenet1k-train-token-*.data.bin' --format published \\
         --output-dir published
+    python scripts/convert_tokens.py --token-file imagenet_di8x8_val.safetensors --format compact --output-dir compact
 
-Shards are converted together, and compact ones get one model. Labels (beside a token file, with 'label' in place of
-'token' and .txt, unless --label-file says where) are copied. The files appear in --output-dir when all of them are
-written, read again and compared. See docs/token_format.md.
+Sets of other projects are read too (docs/token_format.md); of several views of an image the first is kept. Shards are
+converted together, and compact ones get one model. Labels (beside a token file, with 'label' in place of 'token' and
+.txt, or inside a set of another project, unless --label-file says where) are copied. The files appear in --output-dir
+when all of them are written, read again and compared. See docs/token_format.md.
 """
 import argparse
 import hashlib
@@ -24,10 +26,12 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import expand_files, hold_folder
-from flags import Parser
+from flags import Parser, views
 from token_files.made_with import entry_of, find, seen_from
 from token_files.token_file import (FORMATS, MAX_CODES, TokenFile, bytes_on_disk, decode, format_for, labels_of,
-                                    largest_grid, open_token_file, paths_beside, stream_ending, write_model, write_set)
+                                    largest_grid, open_token_file, open_token_files, paths_beside, stream_ending,
+                                    write_model, write_set)
+from token_files.views import Images, check_classes, group_images
 from utils import InputError, print0, run
 
 
@@ -38,7 +42,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--token-file', required=True, metavar='FILE',
         help='the set: a path, a glob or a comma-separated list of shards')
     add('--label-file', metavar='FILE',
-        help='label files in the order of the token files; default: those beside them')
+        help='label files in the order of the token files; default: those beside them, or the labels inside')
+    add('--views', type=views, metavar='V[:B]',
+        help='the set holds each image V times, as in main_seit.py (default: as the files say)')
+    add('--all-views', action='store_true', help='keep all views, as rows of their own; default: the first')
     add('--format', required=True, choices=FORMATS, help='the format to write')
     add('--output-dir', required=True, metavar='DIR', help='folder of the new files')
     return parser.parse_args(argv)
@@ -52,20 +59,34 @@ class Shard:
 
     Attributes:
         file: the old set.
-        labels: (N,) int64, or None.
+        labels: (N,) int64 of the images, or None.
+        images: which of its rows are kept, in their first view; None for all.
         stream: name of the new stream.
         largest: its largest code, as `read_all` leaves it.
         digest: SHA-256 of its codes, as `read_all` leaves it.
     """
     file: TokenFile
     labels: np.ndarray | None
+    images: Images | None
     stream: str
     largest: int = 0
     digest: str = ''
 
+    def __len__(self) -> int:
+        """Number of images that are kept."""
+        return len(self.images.first) if self.images else len(self.file)
+
     def codes(self) -> Iterator[np.ndarray]:
         """Yield the codes (m, n) uint16, run after run. Raises InputError."""
-        return (codes for _, codes in decode(self.file))
+        if not self.images:
+            yield from (codes for _, codes in decode(self.file))
+            return
+        kept = np.zeros(len(self.file), bool)
+        kept[self.images.first] = True  # first views stand in the order of the images
+        for first, codes in decode(self.file):
+            chosen = codes[kept[first:first + len(codes)]]
+            if len(chosen):
+                yield chosen
 
 
 def label_name(stream: str) -> str:
@@ -75,22 +96,43 @@ def label_name(stream: str) -> str:
 
 def open_shards(args: argparse.Namespace) -> list[Shard]:
     """The sets to convert, with their labels. Raises InputError where they are unreadable, or of one name."""
-    files = [open_token_file(path) for path in expand_files(args.token_file)]
+    files = open_token_files(args.token_file)
     if args.label_file:
         paths = expand_files(args.label_file)
         if len(paths) != len(files):
             raise InputError(f'{len(files)} token files, but {len(paths)} label files: give one for each')
     else:
         beside = [file.stream.with_name(label_name(file.stream.name)) for file in files]
-        paths = [path if path.exists() else None for path in beside]
+        paths = [path if path.exists() and not file.is_foreign else None for file, path in zip(files, beside)]
     ending = stream_ending(args.format)
-    shards = [Shard(file, labels_of(file, path) if path else None,
-                    re.sub(r'data\.bin(\.gz)?$', ending, file.stream.name))
-              for file, path in zip(files, paths)]
+    shards = [open_shard(file, path, args.views, args.all_views, ending) for file, path in zip(files, paths)]
     names = [shard.stream for shard in shards]
     if len(set(names)) < len(names):
         raise InputError(f'{args.token_file}: two files have one name; convert them one by one, to two folders')
     return shards
+
+
+def open_shard(file: TokenFile, label_file: Path | None, views: tuple[int, int] | None, all_views: bool,
+               ending: str) -> Shard:
+    """What is converted of a token file. Raises InputError."""
+    labels = None
+    if label_file or (file.is_foreign and file.content.read_labels):
+        labels = labels_of(file, label_file)
+    images = group_images([file], views)
+    if images and labels is not None:
+        check_classes(images, labels, file.name)
+    if images and all_views:
+        print0(f'{file.name}: all {images.views} views of its {len(images.first):,} images are kept, each as a row')
+        images = None
+    elif images:
+        print0(f'{file.name}: of {images.views} views of its {len(images.first):,} images the first is kept; '
+               '--all-views keeps all')
+        labels = None if labels is None else labels[images.first]
+    if file.is_foreign:
+        stream = f'{re.sub("_codes$", "", file.stream.name.removesuffix(file.stream.suffix))}-token.{ending}'
+    else:
+        stream = re.sub(r'data\.bin(\.gz)?$', ending, file.stream.name)
+    return Shard(file, labels, images, stream)
 
 
 def check_free(shards: Sequence[Shard], folder: Path, format_name: str) -> None:
@@ -142,15 +184,15 @@ def write_shards(shards: Sequence[Shard], folder: Path, format_name: str, goal: 
     # The rows of the codebook count too, not only the codes that occur, so that all splits get one format.
     name = format_for(format_name, max(max(shard.largest + 1, codebook_rows(shard.file)) for shard in shards))
     all_codes = (codes for shard in shards for codes in shard.codes())
-    images = sum(len(shard.file) for shard in shards)
+    images = sum(map(len, shards))
     model = write_model(folder / shards[0].stream, name, all_codes, images)
     for shard in shards:
         kept = entries_to_keep(shard.file, format_name, goal)
         manifest = {'codes': shard.largest + 1} | kept | {'format': name} | model
-        write_set(folder / shard.stream, shard.codes(), len(shard.file), folder / label_name(shard.stream),
+        write_set(folder / shard.stream, shard.codes(), len(shard), folder / label_name(shard.stream),
                   shard.labels, manifest)
         compare(shard, folder / shard.stream)
-        print0(f'{shard.file.stream}: {len(shard.file):,} images compared, all codes are the same')
+        print0(f'{shard.file.stream}: {len(shard):,} images compared, all codes are the same')
 
 
 def codebook_rows(file: TokenFile) -> int:
@@ -162,6 +204,8 @@ def codebook_rows(file: TokenFile) -> int:
 def entries_to_keep(file: TokenFile, format_name: str, goal: Path) -> dict[str, Any]:
     """What the manifest says, but for its format and files; paths start from the folder `goal`."""
     entries = {key: value for key, value in file.manifest.items() if key not in ('format', 'model', 'files')}
+    if file.is_foreign and file.classes:
+        entries['classes'] = file.classes
     if entry_of(entries, 'tokenizer'):
         entries['tokenizer'] = {**entries['tokenizer'], 'path': find(entries['tokenizer'], file.stream.parent)}
         entries = seen_from(entries, goal)
@@ -199,7 +243,7 @@ def main(args: argparse.Namespace) -> None:
         lock.close()
     before = bytes_on_disk(shard.file for shard in shards)
     after = bytes_on_disk(open_token_file(folder / shard.stream) for shard in shards)
-    images = sum(len(shard.file) for shard in shards)
+    images = sum(map(len, shards))
     labels = '' if all(shard.labels is not None for shard in shards) else '; no labels were found to go with them'
     print0(f'{images:,} images, {before:,} bytes before, {after:,} bytes now ({after / images:.1f} an image, '
            f'{after / before - 1:+.1%}): {folder}{labels}')

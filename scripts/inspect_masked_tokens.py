@@ -32,7 +32,7 @@ from token_augment import center_crop, check_crop
 from token_files.cache import open_codes
 from token_files.codebook import load_codebook
 from token_files.made_with import check_made_with, note_rotation
-from token_files.token_file import open_token_file
+from token_files.token_file import open_token_files
 from training.checkpoints import (PRETRAIN, check_codes, check_origin, load_checkpoint, load_weights, saved_flags,
                                   without_token_adapt)
 from utils import InputError, print0, run
@@ -114,7 +114,7 @@ def class_attention(model: MaskedTokenModel, codes: torch.Tensor) -> torch.Tenso
 def main(args: argparse.Namespace) -> None:
     picture = picture_format(args.output)
     codebook = load_codebook(args.codebook_path)
-    files = [open_token_file(path) for path in expand_files(args.token_file)]
+    files = open_token_files(args.token_file)
     check_made_with(files, codebook, args.codebook_path, args.tokenizer_path)
     inputs = [args.checkpoint, args.codebook_path, args.tokenizer_path, args.data_path, args.label_file]
     check_writable(args.output, inputs=[*filter(None, inputs), *(file.stream for file in files)])

@@ -36,10 +36,10 @@ from flags import DEVICE_HELP, Parser, add_exif_rotate, integer
 from image_data.quality import psnr, ssim
 from image_data.sources import Source, load_images, open_source, source_images
 from image_tokenizer.tokenizers import decode_codes, load_tokenizer, unit_range
-from token_files.cache import open_codes
+from token_files.cache import labels_inside, open_codes
 from token_files.codebook import load_codebook
 from token_files.made_with import check_made_with, note_rotation
-from token_files.token_file import TokenFile, bytes_per_image, count_codes, entropy_bits, open_token_file
+from token_files.token_file import TokenFile, bytes_per_image, count_codes, entropy_bits, open_token_files
 from utils import InputError, cores, device_of_rank, print0, run
 
 BATCH = 64  # images decoded at a time
@@ -50,7 +50,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError for values that cannot be."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add('--token-file', required=True, metavar='FILE', help='NAME.data.bin.gz, or a glob of shards')
+    add('--token-file', required=True, metavar='FILE', help='NAME.data.bin.gz, a glob of shards, or a set of another '
+        'project (docs/token_format.md)')
     add('--codebook-path', required=True, metavar='FILE', help='the codebook of the tokens')
     add('--label-file', metavar='FILE', help='labels of the images: adds the number of images of each class, and the '
         'contact sheet shows images of different classes')
@@ -213,7 +214,7 @@ def contact_sheet(args: argparse.Namespace, codes: np.ndarray, codebook: torch.T
 
 def main(args: argparse.Namespace) -> None:
     codebook = load_codebook(args.codebook_path)
-    files = [open_token_file(path) for path in expand_files(args.token_file)]
+    files = open_token_files(args.token_file)
     check_made_with(files, codebook, args.codebook_path, args.tokenizer_path or '')
     if args.output:
         if not args.output.endswith('.json'):
@@ -233,8 +234,8 @@ def main(args: argparse.Namespace) -> None:
                          'images that the tokens were made from')
     summary = summarize(files, source, codes, counts)
     labels = source.labels if source else None
-    if args.label_file:
-        labels = labels_of_images(args.label_file, len(codes))
+    if args.label_file or all(file.is_foreign and file.content.read_labels for file in files):
+        labels = labels_of_images(args.label_file, len(codes)) if args.label_file else labels_inside(files, 'none')
         summary['class_counts'] = count_classes(labels)
     if args.quality:
         device = device_of_rank(args.device)

@@ -26,7 +26,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import check_writable, write_text
 from fileio.labels import check_class_names, count_classes
-from flags import DEVICE_HELP, KeyValues, Parser, add_exif_rotate, add_max_pixels, integer, number
+from flags import DEVICE_HELP, KeyValues, Parser, add_exif_rotate, add_max_pixels, integer, number, views
 from image_data.dataset import ImageDataset, eval_transform
 from image_data.overlap import note_shared_images
 from inference.models import load_model, make_prepare
@@ -34,6 +34,7 @@ from samplers import in_order
 from token_dataset import TokenDataset, facts_of, note_shared_files
 from token_files.codebook import load_codebook
 from token_files.made_with import check_made_with, file_of
+from token_files.token_file import holds_foreign
 from training.checkpoints import FINETUNE, PIXELS, check_tokens_of, load_checkpoint, program_of, said_of_the_model
 from training.run_info import print_model
 from utils import InputError, init_distributed, print0, run
@@ -60,7 +61,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='sizes of --model, as given in training')
     for flag in TOKEN_FLAGS:
         add(f'--{flag.replace("_", "-")}', default='', metavar='FILE',
-            help='a path, a glob or a comma-separated list of shards')
+            help='a path, a glob or a comma-separated list of shards; sets of other projects have labels inside')
+    add('--views', type=views, metavar='V[:B]',
+        help='each image is in the token files V times, as in main_seit.py; the first view is read')
     add('--codebook-path', default='', metavar='FILE',
         help='the codebook of the tokens (default: as the checkpoint says)')
     add('--token-cache', default='', metavar='DIR', help='where token files are decoded to, as in main_seit.py')
@@ -80,10 +83,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--output', metavar='FILE.json', help='also write the results to this file')
     args = parser.parse_args(argv)
     # either all flags of tokens or all flags of images
-    given = [[flag for flag in flags if getattr(args, flag)] for flags in (TOKEN_FLAGS, IMAGE_FLAGS)]
+    inside = {flag for flag in TOKEN_FLAGS if flag.endswith('_label_file')
+              and holds_foreign(getattr(args, flag.replace('label', 'token')))}
+    given = [[flag for flag in flags if getattr(args, flag) or flag in inside] for flags in (TOKEN_FLAGS, IMAGE_FLAGS)]
     if [len(flags) for flags in given] not in ([len(TOKEN_FLAGS), 0], [0, len(IMAGE_FLAGS)]):
         raise InputError('give ' + ', or '.join(', '.join(f'--{flag.replace("_", "-")}' for flag in flags)
                                                 for flags in (IMAGE_FLAGS, TOKEN_FLAGS)))
+    if args.views and args.train_path:
+        raise InputError('--views belongs to tokens: give it beside --train-token-file')
     if args.codebook_path and args.train_path:
         raise InputError('--codebook-path belongs to tokens: give it beside --train-token-file')
     return args
@@ -306,7 +313,8 @@ def main(args: argparse.Namespace) -> None:
         note_shared_images(data['train'].source, data['val'].source)
     else:
         paths = {'train': args.train_token_file, 'val': args.val_token_file}
-        data = {split: TokenDataset(path, getattr(args, f'{split}_label_file'), len(codebook), args.token_cache, device)
+        data = {split: TokenDataset(path, getattr(args, f'{split}_label_file'), len(codebook), args.token_cache, device,
+                                    args.views)
                 for split, path in paths.items()}
         check_made_with([file for split in data.values() for file in split.files], codebook, codebook_path)
         check_tokens_of(checkpoint, args.checkpoint, facts_of(data, codebook),

@@ -4,8 +4,8 @@
         --label-file tokens/my-train-label.txt --codebook-path tokens/codebook.ckpt \\
         --token-synonym-dict tokens/synonyms.json
 
-Files may be globs or comma-separated lists, as in training. Prints one line when all is right; else every problem
-found, one a line, and exits with 1. Nothing is written.
+Files may be globs or comma-separated lists, as in training, and sets of other projects (docs/token_format.md). Prints
+one line when all is right; else every problem found, one a line, and exits with 1. Nothing is written.
 """
 import argparse
 import math
@@ -21,11 +21,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import expand_files
 from fileio.labels import check_class_names, read_labels
-from flags import Parser
+from flags import Parser, views
 from token_files.codebook import load_codebook, load_synonyms
+from token_files.foreign import is_foreign
 from token_files.made_with import entry_of, is_codebook_of
-from token_files.token_file import (MAX_CODES, TokenFile, check_checksums, decode, manifest_path, open_token_file,
-                                    read_manifest)
+from token_files.token_file import (MAX_CODES, TokenFile, check_checksums, decode, expand_token_files, holds_foreign,
+                                    labels_of, manifest_path, open_token_file, read_manifest)
+from token_files.views import check_classes, group_images
 from utils import InputError, print0, run
 
 MAX_SYNONYMS = 5  # of each code, which training reads
@@ -36,10 +38,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     add = parser.add_argument
     add('--token-file', required=True, metavar='FILE', help='the token files: a path, a glob or a comma-separated list')
-    add('--label-file', required=True, metavar='FILE', help='as many label files, in the same order')
+    add('--label-file', metavar='FILE', help='as many label files, in the same order (default: the labels inside, as '
+        'sets of other projects have them)')
+    add('--views', type=views, metavar='V[:B]', help='the set holds each image V times, as in main_seit.py')
     add('--codebook-path', metavar='FILE', help='the codebook, to check it and the codes')
     add('--token-synonym-dict', metavar='FILE', help='the synonyms, to check them; needs --codebook-path')
     args = parser.parse_args(argv)
+    if not args.label_file and not holds_foreign(args.token_file):
+        raise InputError('--label-file: give one, the labels of these token files are in files of their own')
     if args.token_synonym_dict and not args.codebook_path:
         raise InputError('--token-synonym-dict: give --codebook-path too, synonyms are of its rows')
     return args
@@ -104,31 +110,41 @@ def check_manifest(file: TokenFile, summary: StreamSummary, labels: np.ndarray |
                         'classes')
 
 
-def check_set(token_file: Path, label_file: Path, codebook: Codebook | None,
+def check_set(token_file: Path, label_file: Path | None, codebook: Codebook | None, views: tuple[int, int] | None,
               problems: Problems) -> tuple[TokenFile | None, StreamSummary | None]:
     """Check one set, and note its problems.
 
     Returns:
         The token file and what it holds, each None where it is unreadable.
     """
-    labels = problems.attempt(read_labels, label_file)
+    labels = problems.attempt(read_labels, label_file) if label_file else None
     file = problems.attempt(open_token_file, token_file)
+    if file is None and is_foreign(token_file):
+        return None, None
     if file is None:
         manifest = problems.attempt(read_manifest, token_file)
         if manifest:  # its checksums tell which files are damaged
-            paths = {token_file, label_file, *(token_file.with_name(name) for name in manifest.get('files', {}))}
+            named = (token_file.with_name(name) for name in manifest.get('files', {}))
+            paths = {token_file, *filter(None, [label_file]), *named}
             check_files(sorted(paths), manifest, manifest_path(token_file), problems)
         return None, None
-    check_files([*file.files, label_file], file.manifest, file.manifest_path, problems)
+    if file.manifest:
+        check_files([*file.files, *filter(None, [label_file])], file.manifest, file.manifest_path, problems)
+    if not label_file:
+        labels = problems.attempt(labels_of, file, None)
+    images = problems.attempt(group_images, [file], views)
     summary = problems.attempt(read_stream, file)
     if labels is not None and len(labels) != len(file):
         problems.append(f'{label_file}: {len(labels)} labels for the {len(file)} images of {token_file}')
+    elif images and labels is not None:
+        problems.attempt(check_classes, images, labels, file.name)
     if summary is None:
         return file, None
     if codebook and summary.largest >= len(codebook.rows):
         problems.append(f'{token_file}: holds code {summary.largest}, but {codebook.path} has {len(codebook.rows)} '
                         'rows')
-    check_manifest(file, summary, labels, codebook, problems)
+    if file.manifest:
+        check_manifest(file, summary, labels, codebook, problems)
     return file, summary
 
 
@@ -154,13 +170,13 @@ def read_codebook(path: str, synonyms: str | None, problems: Problems) -> Codebo
 
 
 def main(args: argparse.Namespace) -> int:
-    token_files = expand_files(args.token_file)
-    label_files = expand_files(args.label_file)
+    token_files = expand_token_files(args.token_file)
+    label_files = expand_files(args.label_file) if args.label_file else [None] * len(token_files)
     if len(token_files) != len(label_files):
         raise InputError(f'{len(token_files)} token files, but {len(label_files)} label files: give one for each')
     problems = Problems()
     codebook = read_codebook(args.codebook_path, args.token_synonym_dict, problems) if args.codebook_path else None
-    sets = [check_set(*pair, codebook, problems) for pair in zip(token_files, label_files)]
+    sets = [check_set(*pair, codebook, args.views, problems) for pair in zip(token_files, label_files)]
     # what can be read is still checked together, so that one run names all problems
     files = [file for file, _ in sets if file]
     summary = [one for _, one in sets if one]

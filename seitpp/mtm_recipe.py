@@ -17,14 +17,14 @@ from torch.optim import Optimizer
 import flags
 import recipe
 from fileio.files import is_address
-from flags import Flags, KeyValues, Parser, integer, number
+from flags import SYNONYMS, Flags, KeyValues, Parser, integer, number
 from recipe import parallel
 from seitpp.color_adapt import ColorChange
 from seitpp.halves import TokenHalves
 from seitpp.models_mtm import PATCH
 from seitpp.token_adapt import FINER, TokenAdapt, crop_embeddings, load_token_adapt
 from token_augment import RandomCrop, RandomResizedCrop, ReplaceSynonyms, SwapPatches, TokenEDA
-from token_files.codebook import load_synonyms, look_up, nearest_codes_of
+from token_files.codebook import look_up, nearest_codes_of
 from training.checkpoints import TrainState, without_token_adapt
 from utils import InputError
 
@@ -38,9 +38,9 @@ NO_EFFECT_ON_MTM = {
 }
 
 
-def add_token_flags(parser: Parser) -> Callable:
-    """Tokens and TokenAdapt. Returns the group's add."""
-    add = flags.add_token_flags(parser)
+def add_token_flags(parser: Parser, synonyms: str = SYNONYMS) -> Callable:
+    """Tokens and TokenAdapt. Returns the group's add. For `synonyms` see there."""
+    add = flags.add_token_flags(parser, synonyms)
     add('--tokenadapt-path', default='weights/tokenadapt.ckpt', metavar='FILE', of_a_rank=True,
         help="a trained TokenAdapt, by which half of each batch is augmented (scripts/fit_token_adapt.py makes one); "
              "'' for none")
@@ -104,11 +104,11 @@ def make_color_change(args: Flags) -> ColorChange:
     return ColorChange(args.token_noise_prob, args.token_coloradapt_prob, args.token_noise_scale, args.token_noise_std)
 
 
-def make_token_eda(args: Flags, codes: int, grid_size: int, device: torch.device) -> TokenEDA:
+def make_token_eda(args: Flags, codebook: torch.Tensor, grid_size: int, device: torch.device) -> TokenEDA:
     """Token-EDA of the flags."""
     changes = []
     if args.eda_rc_prob:
-        synonyms = load_synonyms(args.token_synonym_dict, codes, args.token_synonym_thres)
+        synonyms = recipe.synonyms_of(args, codebook)
         changes.append((args.eda_rc_prob, ReplaceSynonyms(*synonyms, args.replace_token_prob, device)))
     if args.eda_sc_prob:
         changes.append((args.eda_sc_prob, SwapPatches(grid_size, args.swap_token_scale, device)))
@@ -139,7 +139,7 @@ def make_input(args: Flags, codebook: torch.Tensor, grid_size: int, size: int,
     the nearest codes are taken. With TokenAdapt this happens to the first half of a batch, see TokenHalves.
     """
     device = codebook.device
-    token_eda = make_token_eda(args, len(codebook), grid_size, device)
+    token_eda = make_token_eda(args, codebook, grid_size, device)
     color = make_color_change(args)
     # A codebook may hold several rows of one direction, and rounding would decide which of them is the nearest code. So
     # the masked model reads and predicts the first of them: else it would be asked to guess how numbers were rounded.

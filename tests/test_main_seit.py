@@ -7,12 +7,14 @@ import timm
 import torch
 
 import main_seit
+import recipe
 from benchmarks.common import free_port
 from helpers import (ROOT, SMALL, Killed, accuracy_lines, before_step, clean_environment, flag_values, kill,
                      make_data, mistake, read_log, run_here, seit, states, words_of)
 from image_tokenizer.vitvqgan import Size
 from processes import Job, training_differs
 from seitpp.token_adapt import TokenAdapt
+from token_files.codebook import Codebook
 
 
 @pytest.fixture(scope='module')
@@ -51,8 +53,14 @@ def test_published_defaults():
         'attn_only': False, 'output_dir': '', 'device': 'auto', 'seed': 0, 'resume': '', 'start_epoch': 0,
         'eval': False, 'dist_eval': False, 'no_eval': False, 'bce_loss': False, 'unscale_lr': False, 'pin_mem': True,
         'train_token_file': 'tokens/imagenet1k-train-token.data.bin.gz',
-        'val_label_file': 'tokens/imagenet1k-val-label.txt', 'codebook_path': 'tokens/codebook.ckpt'}
+        'codebook_path': 'tokens/codebook.ckpt', 'val_token_file': 'tokens/imagenet1k-val-token.data.bin.gz',
+        'views': None, 'val_share': 0}
     assert {k: getattr(args, k) for k in expected} == expected
+    # what is not given is the published file, once it is known that the token file is one of ours
+    args = recipe.files_by_default(args.replaced(eda_rc_prob=0.), Codebook(torch.zeros(2, 2), True))
+    files = {'train_label_file': 'tokens/imagenet1k-train-label.txt',
+             'val_label_file': 'tokens/imagenet1k-val-label.txt', 'token_synonym_dict': 'tokens/synonyms.json'}
+    assert {k: getattr(args, k) for k in files} == files
 
 
 def test_both_spellings():

@@ -161,20 +161,24 @@ TASKS = {*PATHS, *LABELS, 'train_token_file', 'codebook_path', 'tokenizer_path',
 EVALUATING = {'finetune', 'output'}
 EVAL = {'eval', 'output', 'report'}
 EXACT = {'batch_size', 'accum_iter', 'seed'}
+EXACT_TOKENS = {'views', 'val_share'}
 OF_TASKS = ['--base-classes', '2', '--output-dir', 'x']
 OF_THE_MODEL = {kind: {'model', 'model_kwargs', 'input_size', *more} for kind, more in (
     ('seit', ['token_patch_size']), ('tokens', ['token_patch_size']), ('mtm', ['token_patch_size']),
     ('pixels', ['eval_crop_ratio', 'exif_rotate']))}
 # program, least words; files that may lie elsewhere on each node, flags of a start, and those a resumed run must keep
 PROGRAMS = {
-    'seit': (main_seit, [], NODE | TOKENS | LABELS | EVALUATING, START | EVAL, EXACT | {'repeated_aug', 'recipe'}),
+    'seit': (main_seit, [], NODE | TOKENS | LABELS | EVALUATING, START | EVAL,
+             EXACT | EXACT_TOKENS | {'repeated_aug', 'recipe'}),
     'pixels': (main_pixels, ['--train-path', 'x', '--val-path', 'y'], NODE | PATHS | EVALUATING, START | EVAL,
                EXACT | {'repeated_aug', 'recipe', 'exif_rotate'}),
-    'mtm pretrain': (main_mtm_pretrain, [], NODE | TOKENS, START, EXACT),
-    'mtm finetune': (main_mtm_finetune, [], NODE | TOKENS | LABELS | EVALUATING, START | EVAL, EXACT),
+    'mtm pretrain': (main_mtm_pretrain, [], NODE | TOKENS, START, EXACT | EXACT_TOKENS),
+    'mtm finetune': (main_mtm_finetune, [], NODE | TOKENS | LABELS | EVALUATING, START | EVAL,
+                     EXACT | EXACT_TOKENS),
     'continual tokens': (main_continual, [*OF_TASKS, '--codebook-path', 'x'] + [
         word for name in ('train-token', 'train-label', 'val-token', 'val-label') for word in (f'--{name}-file', 'x')],
-        NODE | TOKENS | TASKS | EVALUATING, START | EVAL, EXACT | {'repeated_aug', 'recipe', 'exif_rotate'}),
+        NODE | TOKENS | TASKS | EVALUATING, START | EVAL,
+        EXACT | EXACT_TOKENS | {'repeated_aug', 'recipe', 'exif_rotate'}),
     'continual pixels': (main_continual, [*OF_TASKS, '--new', 'pixels', '--train-path', 'x', '--val-path', 'y'],
                          NODE | TASKS | EVALUATING, START | EVAL, EXACT | {'repeated_aug', 'recipe', 'exif_rotate'}),
     'train tokenizer': (train_tokenizer, ['--data-path', 'x'], NODE | {'data_path', 'val_path', 'vgg_path'}, START,

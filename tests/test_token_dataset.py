@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from foreign_sets import codes_of, labels_of, write_folder, write_jsonl, write_safetensors
 from helpers import (codes_of_kind, fails, make_checked_set, make_compact_set, make_set, make_shards, make_wide_set,
                      npy, refused, write_manifest, write_raw_set)
-from token_dataset import TokenDataset, note_shared_files, open_splits
+from samplers import draw_views, shuffled
+from token_dataset import (TokenDataset, choose_data_device, facts_of, labels_by_file, note_shared_files,
+                           open_splits)
 from token_files.codebook import load_codebook
 from token_files.published import companion_path
 from token_files.token_file import manifest_path
@@ -283,3 +286,86 @@ def test_copies_of_token_files_are_known_by_their_manifests(tmp_path, capsys):
     train = TokenDataset(path, labels, 256, 'none')
     note_shared_files(train, TokenDataset(tmp_path / 'b' / path.name, labels, 256, 'none'))
     assert f'note: {tmp_path / "b" / path.name}: its images are those of {path}, ' in capsys.readouterr().out
+
+
+# ---------------------------------------------------------------- sets of others
+
+def test_labels_inside_and_beside(tmp_path):
+    path = write_safetensors(tmp_path / 'a.safetensors', codes_of().astype('u2'), labels_of())
+    data = TokenDataset(str(path), '', 65536)
+    assert data.labels.tolist() == labels_of().tolist() and (len(data), data.grid_size, data.views) == (6, 3, 1)
+    assert isinstance(data.codes, np.memmap) and data.codes.filename == path
+    codes, labels = data.batch([4, 1])
+    assert codes.dtype == torch.uint16 and codes.tolist() == codes_of()[[4, 1]].tolist() and labels.tolist() == [0, 1]
+    (tmp_path / 'labels.txt').write_text('7\n' * 6)
+    assert TokenDataset(str(path), str(tmp_path / 'labels.txt'), 65536).labels.tolist() == [7] * 6
+    assert TokenDataset(str(path), None, 65536).labels.tolist() == [0] * 6
+    fails(lambda: TokenDataset(str(path), '', 65535), 'holds code 65535, but the codebook has 65535 rows')
+    (tmp_path / 'labels.txt').write_text('7\n' * 5)
+    fails(lambda: TokenDataset(str(path), str(tmp_path / 'labels.txt'), 65536), '5 labels for the 6 images')
+    files, *_ = make_set(tmp_path)
+    fails(lambda: TokenDataset(str(files[0]), '', 391, 'none'), 'its labels are in a file of their own; name that')
+
+
+@pytest.mark.parametrize('resident', [False, True])
+@pytest.mark.parametrize('views, rows', [((2, 1), [[0, 2, 4], [1, 3, 5]]), ((2, 2), [[0, 1, 4], [2, 3, 5]])])
+def test_a_view_of_each_image(tmp_path, views, rows, resident):
+    rows = np.array(rows)
+    labels = np.zeros(6, int)
+    labels[rows] = [3, 1, 2]
+    path = write_jsonl(tmp_path / 'a.jsonl', codes_of(), labels)
+    data = TokenDataset(str(path), '', 65536, views=views)
+    if resident:
+        data.keep_on(CPU)
+    assert (len(data), data.views, data.labels.tolist()) == (3, 2, [3, 1, 2])
+    drawn = np.array([1, 0, 1])
+    for chosen, which in (None, [0, 0]), (drawn, [1, 1]):
+        (codes, found), = data.batches(np.array([2, 0]), 5, CPU, views=chosen)
+        expected = [codes_of()[rows[view, image]].tolist() for view, image in zip(which, [2, 0])]
+        assert codes.tolist() == expected and found.tolist() == [2, 3]
+    wrong = (2, 2) if views == (2, 1) else (2, 1)
+    for label_file in '', None:  # pre-training looks at classes for this alone
+        fails(lambda: TokenDataset(str(path), label_file, 65536, views=wrong), 'would be views of one image')
+    fails(lambda: TokenDataset(str(path), '', 65536, views=(4, 1)), 'its 6 rows are no images of 4 views')
+
+
+def test_views_of_folders_are_known(tmp_path):
+    codes = codes_of(12 * 10, 2, 999).reshape(12, 10, 4)
+    path = write_folder(tmp_path, codes, labels_of(12))
+    data = TokenDataset(str(path), '', 999)
+    assert (len(data), data.views, data.labels.tolist()) == (12, 10, labels_of(12).tolist())
+    views = draw_views(12, 10, 0, 3)
+    got = torch.cat([codes for codes, _ in data.batches(np.arange(12), 5, CPU, views=views)])
+    assert got.reshape(12, 4).tolist() == [codes[i, view].tolist() for i, view in enumerate(views)]
+    # on two ranks each image has the view that it has on one
+    parts = [shuffled(12, 2, rank, 0, 3) for rank in range(2)]
+    for part in parts:
+        (found, _), = data.batches(part, 12, CPU, views=views)
+        assert found.tolist() == got[part].tolist()
+
+
+def test_images_are_held_out_with_all_their_views(tmp_path):
+    path = write_folder(tmp_path, codes_of(20, 2, 999).reshape(10, 2, 4), labels_of(10))
+    train, val = TokenDataset(str(path), '', 999).split(0.3)
+    assert (len(train), len(val), train.views, val.views) == (7, 3, 2, 2) and train.codes is val.codes
+    rows = [set(data.rows(np.arange(len(data)), np.full(len(data), view)).tolist()) for data in (train, val)
+            for view in range(2)]
+    assert sum(map(len, rows)) == 20 and set().union(*rows) == set(range(20))
+    assert rows[2] == {4, 8, 16} and rows[3] == {5, 9, 17} and val.labels.tolist() == labels_of(10)[[2, 4, 8]].tolist()
+
+
+def test_splits_of_one_file(tmp_path, capsys):
+    path = str(write_safetensors(tmp_path / 'a.safetensors', codes_of(20).astype('u2'), labels_of(20)))
+    files = {'train': (path, ''), 'val': (path, '')}
+    data = open_splits(files, torch.zeros(65536, 4), '', '', 2, CPU, None, 0.1)
+    assert (len(data['train']), len(data['val'])) == (18, 2)
+    out = capsys.readouterr().out
+    assert f'{path}: 2 of its 20 images are held out' in out and 'train: 18 images of' in out and 'val: 2 images' in out
+    assert 'note:' not in out
+    labels, = labels_by_file(data).values()
+    assert sorted(labels.tolist()) == sorted(labels_of(20).tolist())
+    facts = facts_of(data, torch.zeros(2, 2))
+    assert facts['training tokens'] == facts['validation tokens'] and facts['training images'] == 18
+    only = open_splits({'val': files['val']}, torch.zeros(65536, 4), '', '', 2, CPU, None, 0.1)
+    assert only['val'].labels.tolist() == data['val'].labels.tolist()
+    choose_data_device(data, 'cpu', CPU)

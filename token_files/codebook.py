@@ -3,18 +3,20 @@
 A codebook is a (K, d) tensor. Codes are its row numbers: `look_up` takes codes to embeddings, `quantize` takes features
 to codes. Synonyms of a code are the rows of the most similar direction (SeiT, arXiv 2303.11114, sec. 3).
 """
+import contextlib
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from fileio.files import check_writable, read_json, write_text
+from fileio.files import atomic_path, check_writable, read_json, write_text
+from fileio.torch_files import digest_of
 from token_files.codebook_sources import find_table, fit_rows, is_formula, read_file, rows_of_formula
-from utils import InputError, print0
+from utils import InputError, on_main, print0
 
 SYNONYMS = 5  # of a code: as many as training uses
 SMALL_CODEBOOK = 4096  # rows up to which all are compared at once; larger codebooks go in blocks
@@ -95,7 +97,7 @@ def nearest_codes_of(embeddings: torch.Tensor, codebook: torch.Tensor) -> torch.
         return quantize(embeddings.float().movedim(1, -1), codebook.float())
 
 
-@contextmanager
+@contextlib.contextmanager
 def _full_precision() -> Iterator[None]:
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision('highest')
@@ -156,6 +158,39 @@ def build_synonyms(codebook_path: str | Path, output: str | Path, top_k: int = S
     rows = ',\n'.join(f'"{code}": {json.dumps(row)}' for code, row in enumerate(lists))
     write_text(output, '{\n' + rows + '\n}\n')
     print0(f'{len(lists)} codes, {top_k} synonyms each: {output}')
+
+
+def made_synonyms(codebook: torch.Tensor, path: str, top_k: int,
+                  folder: str | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Synonyms made from a codebook (K, d) of `path`, as `load_synonyms` gives them; a line says so. Collective.
+
+    Those of a large codebook take minutes, and are kept in a folder, None for none. Raises InputError.
+    """
+    count = min(top_k, len(codebook) - 1)
+    if not count:
+        raise InputError(f'{path}: a codebook of one row has no synonyms')
+    rows = codebook.detach().cpu()
+    table = on_main(_find_synonyms, rows, path, count, folder)  # the ranks of a node would take each other's cores
+    return table, torch.full((len(rows),), count)
+
+
+def _find_synonyms(rows: torch.Tensor, path: str, count: int, folder: str | None) -> torch.Tensor:
+    """(K, count) int64, from a file in the folder, or computed, and then written there if that takes long."""
+    large = len(rows) > SMALL_CODEBOOK and folder is not None
+    cached = Path(folder or '', f'synonyms-{digest_of(rows)[:16]}-{count}.npy')
+    if large and cached.exists():
+        with contextlib.suppress(OSError, ValueError):  # a damaged one is made again
+            table = np.load(cached, allow_pickle=False)
+            if table.dtype == np.int64 and table.shape == (len(rows), count):
+                print0(f'synonyms: {cached}, made from {path}')
+                return torch.from_numpy(table)
+    print0(f'synonyms: {count} for each code are made from {path}')
+    table = nearest_codes(rows, count)
+    if large:
+        # where the folder cannot be written, the next start makes them again
+        with contextlib.suppress(InputError), atomic_path(cached) as temporary, open(temporary, 'wb') as file:
+            np.save(file, table.numpy())
+    return table
 
 
 def load_synonyms(path: str | Path, codes: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:

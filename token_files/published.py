@@ -181,7 +181,8 @@ def companion_path(token_file: str | Path) -> Path:
     """Path of the index of a stream. Raises InputError for a name without 'data.bin'."""
     path = Path(token_file)
     if 'data.bin' not in path.name:
-        raise InputError(f'{path}: a token file is named NAME.data.bin.gz (its index is found by that name)')
+        raise InputError(f'{path}: a token file is named NAME.data.bin.gz (its index is found by that name), one of '
+                         'other projects NAME.safetensors, .npy, .npz, .parquet or .jsonl')
     return path.with_name(path.name.replace('data.bin', 'index.npy'))
 
 

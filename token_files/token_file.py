@@ -6,7 +6,8 @@ The published files (SeiT, arXiv 2303.11114, sec. 3), see published.py:
     NAME.index.npy.gz   where the codes of each image begin
     labels              text, one integer class a line
 
-The compact format has a model in place of the index, see compact.py. What this project adds is said in a manifest
+The compact format has a model in place of the index, see compact.py; sets of other projects are read, and not written,
+see foreign.py. What this project adds is said in a manifest
 beside the stream, NAME.json, as tokenize_images.py writes it: format, grid, class names, checksums. A set without one
 is a published one. A set may also come as shards, each a whole set.
 
@@ -28,9 +29,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from fileio.files import read_json, sha256, write_text
+from fileio.files import expand_files, read_json, sha256, write_text
 from fileio.labels import read_labels, write_labels
-from token_files import compact, published
+from token_files import compact, foreign, published
 from utils import CPU, InputError
 
 FORMATS = 'published', 'compact'  # as the flag --format names them
@@ -44,13 +45,13 @@ class TokenFile:
     """A token file whose manifest and index have been read and checked.
 
     Attributes:
-        stream: path of NAME.data.bin.gz, or of a compact set's NAME.data.bin.
+        stream: path of NAME.data.bin.gz, or of a compact set's NAME.data.bin, or of a set of others.
         manifest: the JSON object beside the stream, {} where there is none.
         content: what is in the stream and in the file that belongs to it.
     """
     stream: Path
     manifest: dict[str, Any]
-    content: published.Stream | compact.Stream
+    content: published.Stream | compact.Stream | foreign.ForeignSet
 
     def __len__(self) -> int:
         """Number of images."""
@@ -59,10 +60,25 @@ class TokenFile:
     @property
     def format(self) -> str:
         """Name of the format."""
-        return format_of(self.manifest)
+        return self.content.format if self.is_foreign else format_of(self.manifest)
 
     @property
-    def files(self) -> tuple[Path, Path]:
+    def is_foreign(self) -> bool:
+        """Whether the set is one of others, with labels of its own, views, and codes that may be mapped."""
+        return isinstance(self.content, foreign.ForeignSet)
+
+    @property
+    def name(self) -> str:
+        """Path of the stream, with the names behind '#' of a set of others: for messages, and to tell sets apart."""
+        return f'{self.stream}{self.content.part}' if self.is_foreign else str(self.stream)
+
+    @property
+    def views(self) -> int:
+        """Rows of one image, which follow each other, as far as the files say so."""
+        return self.content.views if self.is_foreign else 1
+
+    @property
+    def files(self) -> tuple[Path, ...]:
         """The stream, and its index or its model, which shards share."""
         return self.content.files
 
@@ -74,7 +90,7 @@ class TokenFile:
     @property
     def classes(self) -> list[str] | None:
         """Class names in the order of the labels, where the manifest has them."""
-        names = self.manifest.get('classes')
+        names = self.content.classes if self.is_foreign else self.manifest.get('classes')
         return names if isinstance(names, list) else None
 
     def check_checksums(self, path: Path) -> None:
@@ -128,6 +144,34 @@ def paths_beside(token_file: str | Path, name: str) -> tuple[Path, Path]:
 
 # ---------------------------------------------------------------- opening
 
+def expand_token_files(spec: str) -> list[Path]:
+    """The token files that a path, a glob or a comma-separated list names, each with the names behind '#', if any.
+
+    Raises InputError when a glob matches nothing.
+    """
+    if '#' not in str(spec) or os.path.exists(spec):
+        return expand_files(spec)
+    paths = []
+    for item in filter(None, map(str.strip, str(spec).split(','))):
+        name, part = foreign.split_name(item)
+        paths += [Path(f'{path}#{part}') if part else path for path in expand_files(name)]
+    return paths
+
+
+def holds_foreign(spec: str) -> bool:
+    """Whether a set of other projects is among the files that a path, a glob or a list names; False if none is there.
+    """
+    try:
+        return any(map(foreign.is_foreign, expand_token_files(spec)))
+    except InputError:  # it is said where the set is read
+        return False
+
+
+def open_token_files(spec: str) -> list[TokenFile]:
+    """`open_token_file` of each file that `expand_token_files` finds. Raises InputError."""
+    return [open_token_file(path) for path in expand_token_files(spec)]
+
+
 def manifest_path(token_file: str | Path) -> Path:
     """Path of the manifest that may lie beside a token file. Raises InputError for a name without 'data.bin'."""
     published.companion_path(token_file)
@@ -143,6 +187,9 @@ def format_of(manifest: dict[str, Any]) -> str:
 def open_token_file(path: str | Path) -> TokenFile:
     """Read the manifest and the index of a token file; the stream is left for `decode`. Raises InputError."""
     path = Path(path)
+    if foreign.is_foreign(path):
+        content = foreign.open_set(path)
+        return TokenFile(content.path, {}, content)
     manifest = read_manifest(path)
     try:
         path.stat()
@@ -157,7 +204,15 @@ def open_token_file(path: str | Path) -> TokenFile:
 
 def bytes_on_disk(files: Iterable[TokenFile]) -> int:
     """Size in bytes of streams and what belongs to them; a model that shards share counts once."""
-    return sum(os.path.getsize(path) for path in {path for file in files for path in file.files})
+    return sum(_size_of(path) for path in {path for file in files for path in file.files})
+
+
+def _size_of(path: Path) -> int:
+    """Size in bytes of a file, or of the files in a folder."""
+    if not path.is_dir():
+        return os.path.getsize(path)
+    with os.scandir(path) as entries:
+        return sum(entry.stat().st_size for entry in entries)
 
 
 def read_manifest(token_file: str | Path) -> dict[str, Any]:
@@ -177,8 +232,12 @@ def read_manifest(token_file: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def labels_of(file: TokenFile, path: Path) -> np.ndarray:
-    """The labels of one token file, as many as it has images. Raises InputError."""
+def labels_of(file: TokenFile, path: Path | None) -> np.ndarray:
+    """The labels (N,) int64 of one token file, from a file of labels, or with None its own. Raises InputError."""
+    if path is None:
+        if not file.is_foreign:
+            raise InputError(f'{file.stream}: its labels are in a file of their own; name that')
+        return file.content.labels()
     if path.name in file.manifest.get('files', {}):  # else they are labels that the user made
         file.check_checksums(path)
     labels = read_labels(path)

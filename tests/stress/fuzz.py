@@ -17,6 +17,7 @@ import json
 import math
 import random
 import resource
+import shutil
 import sys
 import tarfile
 import tempfile
@@ -28,6 +29,7 @@ from collections import Counter, OrderedDict
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 import safetensors.torch
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
@@ -45,10 +47,10 @@ from helpers import (CODE_KINDS, codes_of_kind, limits, make_compact_set, npy, o
 from image_data.sources import open_source  # noqa: E402
 from image_tokenizer.tokenizers import PatchTokenizer, load_tokenizer  # noqa: E402
 from training.run_folder import RunLog  # noqa: E402
-from token_files.cache import map_cache  # noqa: E402
+from token_files.cache import labels_inside, map_cache, open_codes as open_files  # noqa: E402
 from token_files.published import CODECS, encode  # noqa: E402
 from token_files.published import gzip_bytes, companion_path, read_index  # noqa: E402
-from token_files.token_file import manifest_path, write_set as write_files  # noqa: E402
+from token_files.token_file import decode, manifest_path, open_token_file, write_set as write_files  # noqa: E402
 from fileio.labels import read_labels  # noqa: E402
 from twins import SLOW_DECODERS, slow_decode_compact  # noqa: E402
 from utils import InputError, run  # noqa: E402
@@ -349,6 +351,219 @@ def cache(draw, folder):
     return found
 
 
+# ---------------------------------------------------------------- token sets of others
+
+INTEGERS = ['<u2', '<i2', '<u2', '<i2', '<i8', '<i4', '<u1', '<u8', '>i2', '<f4']
+
+
+def foreign_arrays(draw):
+    """Codes and labels that are right, or wrong by type, shape or a number."""
+    images = draw(st.integers(1, 4))
+    grid = draw(st.integers(1, 3))
+    shape = draw(st.sampled_from([(images, grid ** 2), (images, grid, grid)] * 3 + [
+        (images, grid ** 2 + 1), (images,), (images, grid, grid + 1), (0, 4), (images, 0)]))
+    numbers = draw(st.sampled_from([st.integers(0, 255)] * 3 + [NUMBERS]))
+    values = draw(st.lists(numbers, min_size=math.prod(shape), max_size=math.prod(shape)))
+    codes = np.array(values, object).reshape(shape).astype('<i8').astype(draw(st.sampled_from(INTEGERS)))
+    numbers = draw(st.sampled_from([st.integers(0, 999)] * 3 + [NUMBERS]))
+    labels = draw(st.lists(numbers, min_size=images, max_size=images + draw(st.sampled_from([0, 0, 0, 1]))))
+    return codes, np.array(labels, '<i8').astype(draw(st.sampled_from(['<i8', '<i8', '<i2', '<f4'])))
+
+
+def slow_codes(codes):
+    """The rows of codes in an array as lists, REFUSED where it holds none."""
+    if codes.dtype.kind not in 'iu' or codes.ndim not in (2, 3) or not codes.size:
+        return REFUSED
+    if codes.ndim == 3 and codes.shape[1] != codes.shape[2]:
+        return REFUSED
+    if math.isqrt(math.prod(codes.shape[1:])) ** 2 != math.prod(codes.shape[1:]):
+        return REFUSED
+    rows = [[int(code) for code in row.ravel()] for row in codes]
+    if codes.dtype.itemsize == 2:
+        rows = [[code % 65536 for code in row] for row in rows]
+    return rows if all(0 <= code <= 65535 for row in rows for code in row) else REFUSED
+
+
+def slow_labels(labels, images):
+    """The labels in an array as a list, REFUSED where they are none of so many images."""
+    if labels is None or labels.dtype.kind not in 'iu' or labels.shape != (images,):
+        return REFUSED
+    return labels.tolist() if all(0 <= label <= 10 ** 6 for label in labels.tolist()) else REFUSED
+
+
+def check_foreign(path, slow, paths=(), exact=True):
+    """Read a set of others, mapped or decoded, and compare with (codes, labels) of a slow reader.
+
+    Without `exact` a set may be refused that the slow reader takes.
+    """
+    def read():
+        files = [open_token_file(path)]
+        codes = open_files(files, 'none').tolist()
+        return codes, [*decode(files[0])], labels_inside(files, 'none').tolist()
+
+    found = outcome([path, *paths], read)
+    right = REFUSED if REFUSED in slow else tuple(slow)
+    if found is not REFUSED:
+        codes, runs, found_labels = found
+        found = codes, found_labels
+        assert np.concatenate([run for _, run in runs]).tolist() == codes
+        assert found == right, 'taken though wrong'
+    assert not exact or (found is REFUSED) == (right is REFUSED), 'refused though right'
+    return found
+
+
+def foreign_safetensors(draw, folder):
+    path = folder / 'a.safetensors'
+    codes, labels = foreign_arrays(draw)
+    codes = np.ascontiguousarray(codes.astype(codes.dtype.newbyteorder('<')))
+    data = safetensors.numpy.save({'indices': codes, draw(st.sampled_from(['labels'] * 9 + ['l'])): labels})
+    size = 8 + int.from_bytes(data[:8], 'little')
+    kind = draw(st.sampled_from(['whole', 'whole', 'bytes', 'header']))
+    if kind == 'header':
+        header = draw(damaged(data[8:size]))
+        data = len(header).to_bytes(8, 'little') + header + data[size:]
+    path.write_bytes(draw(damaged(data)) if kind == 'bytes' else data)
+    try:
+        tensors = safetensors.numpy.load(path.read_bytes())
+        codes, labels = tensors['indices'], tensors.get('labels')
+    except Exception:
+        codes = None
+    return check_foreign(path, [REFUSED] if codes is None else [slow_codes(codes), slow_labels(labels, len(codes))
+                                                                if codes.ndim else REFUSED])
+
+
+def foreign_npz(draw, folder):
+    path = folder / 'a.npz'
+    codes, labels = foreign_arrays(draw)
+    save = draw(st.sampled_from([np.savez, np.savez_compressed]))
+    save(path, **{'indices': codes, draw(st.sampled_from(['labels'] * 9 + ['l'])): labels})
+    if draw(st.integers(0, 2)) == 0:
+        path.write_bytes(draw(damaged(path.read_bytes())))
+    try:
+        with limits(), np.load(path, allow_pickle=False) as arrays:
+            codes, labels = arrays['indices'], arrays.get('labels')
+        slow = [slow_codes(codes), slow_labels(labels, len(codes)) if codes.ndim else REFUSED]
+    except Exception:
+        slow = [REFUSED]
+    return check_foreign(path, slow, exact=False)  # damage that no number of ours depends on may be refused
+
+
+def foreign_npy(draw, folder):
+    """An array without labels, or the folders that hold one for each image."""
+    codes, labels = foreign_arrays(draw)
+    if draw(st.booleans()):
+        path = folder / 'a.npy'
+        path.write_bytes(draw(damaged(npy(codes))) if draw(st.booleans()) else npy(codes))
+        found = outcome([path], open_codes, path, 'none')
+        slow = slow_npy(path)
+        slow = REFUSED if slow is None else slow_codes(slow)
+        assert found is REFUSED or found.tolist() == slow
+        assert (found is REFUSED) == (slow is REFUSED)
+        return found
+    path, beside = folder / 'x8_codes', folder / 'x8_labels'
+    for each in path, beside:
+        shutil.rmtree(each, ignore_errors=True)
+        each.mkdir()
+    views = draw(st.integers(1, 2))
+    codes = codes.astype('<i8').reshape(len(codes), -1).repeat(views, 0).reshape(len(codes), views, -1)
+    for i, (image, label) in enumerate(zip(codes, labels.astype('<i8'))):
+        (path / f'{i}.npy').write_bytes(npy(image[None]))
+        (beside / f'{i}.npy').write_bytes(npy(label[None]))
+    files = sorted([*path.iterdir(), *beside.iterdir()])
+    if files and draw(st.booleans()):
+        file = draw(st.sampled_from(files))
+        if draw(st.integers(0, 4)) == 0:
+            file.unlink()
+        else:
+            file.write_bytes(draw(damaged(file.read_bytes())))
+    return check_foreign(path, slow_folders(path, beside), [beside])
+
+
+def slow_npy(path):
+    """The array in a .npy, None where there is none."""
+    data = io.BytesIO(path.read_bytes())
+    try:
+        with limits():
+            array = np.load(data, allow_pickle=False)
+    except Exception:
+        return None
+    return None if data.read(1) or not isinstance(array, np.ndarray) else array
+
+
+def slow_folders(path, beside):
+    """Codes and labels of two folders as lists, with REFUSED for what is wrong."""
+    names = sorted((int(file.stem), file.name) for file in path.iterdir())
+    images = [slow_npy(path / name) for _, name in names]
+    if not images or any(image is None or image.ndim != 3 or image.shape != images[0].shape or image.shape[0] != 1
+                         or image.flags.fnc for image in images):
+        return [REFUSED]
+    codes = [slow_codes(image[0]) for image in images]
+    labels = [slow_npy(beside / name) if (beside / name).exists() else None for _, name in names]
+    if REFUSED in codes or len(labels) != len(list(beside.iterdir())) or any(
+            label is None or REFUSED is slow_labels(label, 1) for label in labels):
+        return [REFUSED]
+    views = images[0].shape[1]
+    return [[row for image in codes for row in image], [int(label[0]) for label in labels for _ in range(views)]]
+
+
+def foreign_lines(draw, folder):
+    path = folder / 'a.jsonl'
+    codes, labels = foreign_arrays(draw)
+    lines = [{'class_id': label, 'tokens': row.ravel().tolist()} for row, label in zip(codes, labels.tolist())]
+    if lines and draw(st.integers(0, 2)) == 0:
+        line = draw(st.sampled_from(lines))
+        line[draw(st.sampled_from(['class_id', 'tokens', 'more']))] = draw(JSON | st.lists(NUMBERS, max_size=4))
+    text = '\n'.join(map(json.dumps, lines)).encode() + draw(st.sampled_from([b'', b'\n', b'\r\n\n']))
+    path.write_bytes(draw(damaged(text)) if draw(st.integers(0, 2)) == 0 else text)
+    return check_foreign(path, slow_lines(path))
+
+
+def slow_lines(path):
+    rows = []
+    for line in path.read_bytes().split(b'\n'):
+        if line.strip(b' \t\n\r\x0b\f'):
+            try:
+                rows.append(json.loads(line.decode()))
+            except (ValueError, RecursionError):
+                return [REFUSED]
+    right = all(isinstance(row, dict) and type(row.get('class_id')) is int and 0 <= row['class_id'] <= 10 ** 6
+                and isinstance(row.get('tokens'), list) and all(type(code) is int for code in row['tokens'])
+                and row['tokens'] and len(row['tokens']) == len(rows[0].get('tokens', [])) for row in rows)
+    if not right or not rows or any(not 0 <= code <= 65535 for row in rows for code in row['tokens']):
+        return [REFUSED]
+    return [slow_codes(np.array([row['tokens'] for row in rows])), [row['class_id'] for row in rows]]
+
+
+def foreign_parquet(draw, folder):
+    import pyarrow
+    from pyarrow import parquet
+    path = folder / 'a.parquet'
+    codes, labels = foreign_arrays(draw)
+    columns = {'tokens': codes.astype(codes.dtype.newbyteorder('=')).tolist(), 'label': labels.tolist()[:len(codes)]}
+    if codes.size and draw(st.integers(0, 2)) == 0:
+        cells = columns[draw(st.sampled_from(['tokens', 'label']))]
+        cells[draw(st.integers(0, len(cells) - 1))] = draw(st.sampled_from([None, cells[0], -1, [], [1, 2], [[1]],
+                                                                              [None], [0.5], 'x']))
+    try:
+        parquet.write_table(pyarrow.table(columns), path, row_group_size=draw(st.integers(1, 4)))
+    except (pyarrow.ArrowException, TypeError, OverflowError, ValueError):
+        path.write_bytes(b'PAR1PAR1')
+    if draw(st.integers(0, 2)) == 0:
+        path.write_bytes(draw(damaged(path.read_bytes())))
+    return check_foreign(path, slow_parquet(path), exact=False)
+
+
+def slow_parquet(path):
+    from pyarrow import parquet
+    try:
+        with limits():
+            columns = parquet.read_table(path, use_threads=False).to_pydict()
+        codes, labels = np.array(columns['tokens']), np.array(columns['label'])
+    except Exception:
+        return [REFUSED]
+    return [slow_codes(codes), slow_labels(labels, len(codes))]
+
+
 # ---------------------------------------------------------------- text
 
 def labels(draw, folder):
@@ -617,7 +832,8 @@ def slow_tar(path):
 
 READERS = {'stream': stream, 'compact': compact, 'index': index, 'labels': labels, 'synonyms': synonyms,
            'codebook': codebook, 'checkpoint': checkpoint, 'tokenizer': tokenizer, 'manifest': manifest, 'log': log,
-           'cache': cache, 'tar': tar, 'list': listed}
+           'cache': cache, 'tar': tar, 'list': listed, 'safetensors': foreign_safetensors, 'npz': foreign_npz,
+           'npy': foreign_npy, 'lines': foreign_lines, 'parquet': foreign_parquet}
 
 
 # ---------------------------------------------------------------- the program
