@@ -1,11 +1,21 @@
-"""Judge frozen features of a checkpoint: k nearest neighbors and a linear probe, on tokens or on images.
+"""Judge frozen features of a checkpoint, or codes themselves: k nearest neighbors, a linear probe, a small head.
 
     python scripts/probe.py --checkpoint output/run/checkpoint.pth --train-path IMAGES/train --val-path IMAGES/val
     python scripts/probe.py --checkpoint output/run/checkpoint.pth \\
         --train-token-file tokens/my-train-token.data.bin.gz --train-label-file tokens/my-train-label.txt \\
         --val-token-file tokens/my-val-token.data.bin.gz --val-label-file tokens/my-val-label.txt
 
-Takes checkpoints of main_seit.py, main_mtm_pretrain.py and main_mtm_finetune.py on tokens, and of main_pixels.py on
+Without a checkpoint it judges codes: are those of a token set, or of a tokenizer, good for understanding?
+
+    python scripts/probe.py --codebook-path fsq:8,8,8,5,5,5 --train-token-file train.safetensors \\
+        --val-token-file val.safetensors
+    python scripts/probe.py --codebook-path weights/codebook.ckpt --tokenizer-path weights/tokenizer.safetensors \\
+        --tokenizer-input-size 256 --train-path IMAGES/train --val-path IMAGES/val
+
+Then the features of an image are the mean of the rows of its codes, and `head` is a small network, trained on the rows
+in their grid: two convolutions of stride 2 and a linear layer, without augmentation, always from the same seed.
+
+Checkpoints may be of main_seit.py, main_mtm_pretrain.py and main_mtm_finetune.py on tokens, and of main_pixels.py on
 images. The classes may be others than those of the training. Features are what the head reads, of images as they are
 evaluated: without augmentation, in float32.
 
@@ -14,11 +24,15 @@ The linear probe is multinomial logistic regression on standardized features, by
 which tenth of the training features is held out to choose the weight decay, always the same one.
 """
 import argparse
+import functools
 import json
+import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -28,18 +42,20 @@ from fileio.files import check_writable, write_text
 from fileio.labels import check_class_names, count_classes
 from flags import DEVICE_HELP, KeyValues, Parser, add_exif_rotate, add_max_pixels, integer, number, views
 from image_data.dataset import ImageDataset, eval_transform
+from image_data.decoding import resize_square
 from image_data.overlap import note_shared_images
+from image_tokenizer.tokenizers import check_codes, check_sizes, encode_images, load_tokenizer
 from inference.models import load_model, make_prepare
-from samplers import in_order
+from samplers import in_order, shuffled
 from token_dataset import TokenDataset, facts_of, note_shared_files
-from token_files.codebook import load_codebook
+from token_files.codebook import load_codebook, look_up
 from token_files.made_with import check_made_with, file_of
 from token_files.token_file import holds_foreign
 from training.checkpoints import FINETUNE, PIXELS, check_tokens_of, load_checkpoint, program_of, said_of_the_model
 from training.run_info import print_model
 from utils import InputError, init_distributed, print0, run
 
-PROBES = ('knn', 'linear')
+PROBES = ('knn', 'linear', 'head')
 TOKEN_FLAGS = ('train_token_file', 'train_label_file', 'val_token_file', 'val_label_file')
 IMAGE_FLAGS = ('train_path', 'val_path')
 TEMPERATURE = 0.07
@@ -48,13 +64,17 @@ MAX_ITERATIONS = 200  # of L-BFGS
 CHUNK_ELEMENTS = 1 << 26  # of similarities or logits in memory at a time
 ROUNDING = 2. ** -18  # 32 times that of one operation in float32
 HELD_OUT = 10  # one training feature in so many
+HEAD_WIDTH = 128  # channels of the small head
+HEAD_EPOCHS = 20
+HEAD_BATCH = 128
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add('--checkpoint', required=True, metavar='FILE', help='the checkpoint to judge')
+    add('--checkpoint', default='', metavar='FILE',
+        help='the checkpoint to judge; without one the codes themselves are judged')
     add('--use-ema', action='store_true', help="judge the checkpoint's averaged weights")
     add('--model', default='', help='name of the model; default: as the checkpoint says, with its arguments')
     add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
@@ -66,6 +86,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='each image is in the token files V times, as in main_seit.py; the first view is read')
     add('--codebook-path', default='', metavar='FILE',
         help='the codebook of the tokens (default: as the checkpoint says)')
+    add('--tokenizer-path', default='', metavar='FILE',
+        help='judge the codes that this tokenizer makes of --train-path and --val-path')
+    add('--tokenizer-code-path', metavar='DIR',
+        help='folder of the code that a pickled tokenizer runs when it is loaded')
+    add('--tokenizer-input-size', type=integer(1), default=256,
+        help='pixels to which both sides of an image are resized for --tokenizer-path')
     add('--token-cache', default='', metavar='DIR', help='where token files are decoded to, as in main_seit.py')
     for flag in IMAGE_FLAGS:
         add(f'--{flag.replace("_", "-")}', default='', metavar='PATH', help='images: see image_data/sources.py')
@@ -75,7 +101,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--num-workers', type=integer(), default=10, help='processes that decode images; never more than the cores')
     add_max_pixels(add)
     add_exif_rotate(add)
-    add('--probes', nargs='+', choices=PROBES, default=list(PROBES), help='which probes to run')
+    add('--probes', nargs='+', choices=PROBES, help='which probes to run (default: all; head is for codes alone)')
     add('--neighbors', type=integer(1), default=20, help='how many nearest neighbors vote')
     add('--temperature', type=number(1e-6), default=TEMPERATURE, help="temperature of the neighbors' votes")
     add('--batch-size', type=integer(1), default=64, help='images in a batch')
@@ -91,15 +117,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                                                 for flags in (IMAGE_FLAGS, TOKEN_FLAGS)))
     if args.views and args.train_path:
         raise InputError('--views belongs to tokens: give it beside --train-token-file')
-    if args.codebook_path and args.train_path:
+    if args.codebook_path and args.train_path and not args.tokenizer_path:
         raise InputError('--codebook-path belongs to tokens: give it beside --train-token-file')
+    if args.tokenizer_path and not (args.train_path and args.codebook_path):
+        raise InputError('--tokenizer-path makes codes of images: give --train-path, --val-path and --codebook-path')
+    if args.tokenizer_path and args.checkpoint:
+        raise InputError('--tokenizer-path judges codes alone: omit --checkpoint, or tokenize the images and give '
+                         '--train-token-file')
+    if not args.checkpoint and not args.codebook_path:
+        raise InputError('--checkpoint: give the checkpoint to judge, or --codebook-path to judge codes')
+    if args.checkpoint and 'head' in (args.probes or ()):
+        raise InputError('--probes head: is for codes; a checkpoint has a head of its own kind: give knn and linear')
+    args.probes = args.probes or [name for name in PROBES if name != 'head' or not args.checkpoint]
     return args
 
 
 # ---------------------------------------------------------------- features
 
 @torch.no_grad()
-def features_of(model: nn.Module, data: TokenDataset | ImageDataset, prepare: Callable, batch_size: int,
+def features_of(model: nn.Module, data: 'TokenDataset | ImageDataset | Codes', prepare: Callable, batch_size: int,
                 device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """What the head of a model reads, (N, D) float32, and the labels (N,) int64, on the device. Raises InputError."""
     model.eval()
@@ -243,6 +279,99 @@ def linear_probe(train: torch.Tensor, labels: torch.Tensor, queries: torch.Tenso
     return scores_of(weights, queries), best
 
 
+# ---------------------------------------------------------------- codes themselves
+
+class Codes:
+    """Codes in memory, fetched as those of a TokenDataset.
+
+    Attributes:
+        codes: (N, g, g) uint16.
+        labels: (N,) int64.
+        classes: names of the classes, or None.
+    """
+
+    def __init__(self, codes: np.ndarray, labels: np.ndarray, classes: list[str] | None):
+        self.codes = codes
+        self.labels = labels
+        self.classes = classes
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def batches(self, indices: np.ndarray, batch_size: int,
+                device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield codes (B, g, g) int32 and labels (B,) int64 on `device`."""
+        for start in range(0, len(indices), batch_size):
+            part = indices[start:start + batch_size]
+            yield (torch.from_numpy(self.codes[part].astype(np.int32)).to(device),
+                   torch.from_numpy(self.labels[part]).to(device))
+
+
+@torch.no_grad()
+def tokenized(data: ImageDataset, tokenizer: nn.Module, codebook: torch.Tensor, batch_size: int,
+              device: torch.device) -> Codes:
+    """The codes of all images. Raises InputError for a tokenizer that gives none."""
+    codes = []
+    for pixels, _ in data.batches(in_order(len(data), 1, 0), batch_size, device):
+        _, part = encode_images(tokenizer, codebook, pixels)  # (B, n)
+        if part.min() < 0:
+            raise InputError('the tokenizer gives no codes for some images: its weights are damaged')
+        codes.append(part.cpu().numpy().astype(np.uint16))
+    codes = np.concatenate(codes)
+    side = math.isqrt(codes.shape[1])
+    return Codes(codes.reshape(-1, side, side), data.labels, data.classes)
+
+
+class MeanRow(nn.Module):
+    """What timm's models have for their features, of the rows of codes: (B, d, g, g) -> (B, d)."""
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        return x.mean((2, 3))
+
+
+class Head(nn.Module):
+    """A small network on rows of codes, (B, d, g, g) -> (B, classes)."""
+
+    def __init__(self, dim: int, classes: int, width: int = HEAD_WIDTH):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(dim, width, 3, stride=2, padding=1), nn.GELU(),
+                                    nn.Conv2d(width, width, 3, stride=2, padding=1), nn.GELU())
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(self.layers(x).mean((2, 3))))
+
+
+def train_head(splits: dict[str, TokenDataset | Codes], prepare: Callable, dim: int, classes: int,
+               device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scores (M, classes) that a `Head`, trained on 'train', gives 'val', and its labels (M,), on the device.
+
+    AdamW, 1e-3 falling to 0 by a cosine, over HEAD_EPOCHS. What is random in it is the same in each call.
+    """
+    train, val = splits['train'], splits['val']
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        head = Head(dim, classes).to(device)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=0.05)
+    steps = HEAD_EPOCHS * -(-len(train) // HEAD_BATCH)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    for epoch in range(HEAD_EPOCHS):
+        for codes, labels in train.batches(shuffled(len(train), 1, 0, 0, epoch), HEAD_BATCH, device):
+            F.cross_entropy(head(prepare(codes)), labels).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    with torch.no_grad():
+        parts = [(head(prepare(codes)), labels) for codes, labels
+                 in val.batches(in_order(len(val), 1, 0), HEAD_BATCH, device)]
+    scores, labels = zip(*parts)
+    return torch.cat(scores), torch.cat(labels)
+
+
 # ---------------------------------------------------------------- results
 
 def accuracies(scores: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
@@ -277,12 +406,26 @@ def print_result(name: str, result: dict[str, float]) -> None:
 
 # ---------------------------------------------------------------- the program
 
-def main(args: argparse.Namespace) -> None:
-    """Probe a checkpoint."""
-    if args.output:
-        inputs = [args.checkpoint, args.codebook_path, *(getattr(args, flag) for flag in (*TOKEN_FLAGS, *IMAGE_FLAGS))]
-        check_writable(args.output, inputs=list(filter(None, inputs)))
-    device = init_distributed(args.device)
+def open_images(args: argparse.Namespace, size: int, transform: Callable, exif_rotate: bool) -> dict[str, ImageDataset]:
+    """The images of --train-path and --val-path."""
+    data = {split: ImageDataset(getattr(args, f'{split}_path'), size, transform, args.num_workers,
+                                args.max_image_pixels, exif_rotate) for split in ('train', 'val')}
+    note_shared_images(data['train'].source, data['val'].source)
+    return data
+
+
+def open_tokens(args: argparse.Namespace, codebook: torch.Tensor, codebook_path: str,
+                device: torch.device) -> dict[str, TokenDataset]:
+    """The token sets of --train-token-file and --val-token-file. Raises InputError where they are of other codes."""
+    data = {split: TokenDataset(getattr(args, f'{split}_token_file'), getattr(args, f'{split}_label_file'),
+                                len(codebook), args.token_cache, device, args.views) for split in ('train', 'val')}
+    check_made_with([file for split in data.values() for file in split.files], codebook, codebook_path)
+    note_shared_files(data['train'], data['val'])
+    return data
+
+
+def open_checkpoint(args: argparse.Namespace, device: torch.device) -> tuple[str, nn.Module, Callable, dict[str, Any]]:
+    """What is judged of --checkpoint: its name, the model, what prepares its input, and the data."""
     checkpoint = load_checkpoint(args.checkpoint)
     program = program_of(checkpoint)
     if bool(args.train_path) != (program == PIXELS):
@@ -300,26 +443,47 @@ def main(args: argparse.Namespace) -> None:
     model = trained.model
     if program == FINETUNE:
         model.reset_classifier(0)  # only its features are read
-    prepare = make_prepare(trained, device, codebook)
     if program == PIXELS:
         exif_rotate = said_of_the_model(checkpoint).get('exif_rotate', False)
         if args.exif_rotate and not exif_rotate:
             print0(f'note: images are read with --exif-rotate; those that {args.checkpoint} was trained on were not')
-        paths = {'train': args.train_path, 'val': args.val_path}
-        transform = eval_transform(trained.input_size, trained.crop_ratio)
-        data = {split: ImageDataset(path, trained.input_size, transform, args.num_workers, args.max_image_pixels,
-                                   args.exif_rotate or exif_rotate)
-                for split, path in paths.items()}
-        note_shared_images(data['train'].source, data['val'].source)
+        data = open_images(args, trained.input_size, eval_transform(trained.input_size, trained.crop_ratio),
+                           args.exif_rotate or exif_rotate)
     else:
-        paths = {'train': args.train_token_file, 'val': args.val_token_file}
-        data = {split: TokenDataset(path, getattr(args, f'{split}_label_file'), len(codebook), args.token_cache, device,
-                                    args.views)
-                for split, path in paths.items()}
-        check_made_with([file for split in data.values() for file in split.files], codebook, codebook_path)
+        data = open_tokens(args, codebook, codebook_path, device)
         check_tokens_of(checkpoint, args.checkpoint, facts_of(data, codebook),
                         {'codebook': codebook_path, 'tokenizer': args.train_token_file})
-        note_shared_files(data['train'], data['val'])
+    return f'{program} {trained.name}', model, make_prepare(trained, device, codebook), data
+
+
+def open_codes(args: argparse.Namespace, device: torch.device) -> tuple[str, nn.Module, Callable, dict[str, Any]]:
+    """What is judged of codes themselves, as `open_checkpoint` returns it."""
+    codebook = load_codebook(args.codebook_path)
+    name = f'codes of {args.tokenizer_path or args.train_token_file}'
+    if args.tokenizer_path:
+        tokenizer = load_tokenizer(args.tokenizer_path, args.tokenizer_code_path)
+        check_codes(tokenizer, codebook, args.codebook_path)
+        check_sizes(args.tokenizer_input_size, tokenizer.patch_size)
+        images = open_images(args, args.tokenizer_input_size,
+                             functools.partial(resize_square, size=args.tokenizer_input_size), args.exif_rotate)
+        tokenizer = tokenizer.to(device).eval()
+        data = {split: tokenized(part, tokenizer, codebook.to(device), args.batch_size, device)
+                for split, part in images.items()}
+    else:
+        data = open_tokens(args, codebook, args.codebook_path, device)
+    table = codebook.to(device)
+    return name, MeanRow(), lambda codes: look_up(codes.long(), table), data
+
+
+def main(args: argparse.Namespace) -> None:
+    """Probe a checkpoint, or codes."""
+    if args.output:
+        inputs = [args.checkpoint, args.codebook_path, args.tokenizer_path,
+                  *(getattr(args, flag) for flag in (*TOKEN_FLAGS, *IMAGE_FLAGS))]
+        check_writable(args.output, inputs=list(filter(None, inputs)))
+    device = init_distributed(args.device)
+    name, model, prepare, data = (open_checkpoint if args.checkpoint else open_codes)(args, device)
+    paths = {split: getattr(args, f'{split}_path') or getattr(args, f'{split}_token_file') for split in data}
     check_class_names(data['train'].classes, data['val'].classes, paths['train'], paths['val'])
     classes = count_classes({paths[split]: data[split].labels for split in data}, None, None, 'fix the labels')
     if 'knn' in args.probes and args.neighbors > len(data['train']):
@@ -328,18 +492,24 @@ def main(args: argparse.Namespace) -> None:
         raise InputError(f'--probes linear: holds one training image in {HELD_OUT} out, but {paths["train"]} has '
                          f'{len(data["train"])}: give more, or --probes knn')
 
-    print_model(f'{program} {trained.name}', model.to(device), device, 'off')
+    if args.checkpoint:
+        print_model(name, model.to(device), device, 'off')
     splits = {split: features_of(model, data[split], prepare, args.batch_size, device) for split in data}
     if not all(features.isfinite().all() for features, _ in splits.values()):
-        raise InputError(f'{args.checkpoint}: gives features that are not finite: its weights are damaged, or '
-                         'its training went wrong')
+        raise InputError(f'{args.checkpoint or args.codebook_path}: gives features that are not finite: its weights '
+                         'are damaged, or its training went wrong')
     facts = {split: len(labels) for split, (_, labels) in splits.items()}
     facts |= {'classes': classes, 'dim': splits['train'][0].shape[1]}
     print0(f'features: {facts["train"]:,} for training and {facts["val"]:,} for validation, {facts["dim"]} numbers '
            f'each, {classes} classes')
     results = judge(splits, classes, args.probes, args.neighbors, args.temperature)
+    if 'head' in args.probes:
+        results['head'] = accuracies(*train_head(data, prepare, facts['dim'], classes, device)) | {
+            'epochs': HEAD_EPOCHS, 'width': HEAD_WIDTH}
+        print_result('head', results['head'])
     if args.output:
-        write_text(args.output, json.dumps({'checkpoint': args.checkpoint, **facts, **results}) + '\n')
+        judged = {'checkpoint': args.checkpoint} if args.checkpoint else {'codes': name}
+        write_text(args.output, json.dumps({**judged, **facts, **results}) + '\n')
 
 
 if __name__ == '__main__':

@@ -12,8 +12,9 @@ from sklearn.neighbors import KNeighborsClassifier
 
 import main_mtm_pretrain
 import main_pixels
+import tokenize_images
 from helpers import SMALL, call, fails, make_data, run_here, smooth_images, states
-from scripts import probe
+from scripts import fit_patch_tokenizer, probe
 from masked import DECODER, SIZES
 from scripts.probe import accuracies, fit_linear, linear_probe, neighbor_votes, scores_of, standardize
 from seitpp.models_mtm import create_model as create_masked
@@ -296,3 +297,57 @@ def test_accuracies():
     assert accuracies(scores, torch.tensor([0, 5, 0])) == pytest.approx({'acc1': 200 / 3, 'acc5': 200 / 3})
     assert accuracies(scores, torch.tensor([4, 1, 5])) == pytest.approx({'acc1': 100 / 3, 'acc5': 100})
     assert accuracies(scores[:, :3], torch.tensor([2, 2, 0])) == pytest.approx({'acc1': 100 / 3, 'acc5': 100})
+
+
+# ---------------------------------------------------------------- codes themselves
+
+def judged(*words):
+    return call(probe, '--device', 'cpu', '--num-workers', 0, *words)
+
+
+def test_codes_of_a_token_set_are_judged_without_a_checkpoint(tokens, tmp_path, capsys):
+    words, _ = tokens
+    judged(*words, '--neighbors', 5, '--output', tmp_path / 'p.json')
+    found = json.loads((tmp_path / 'p.json').read_text())
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('* ')]
+    assert [line.split()[1] for line in lines] == ['kNN', 'linear', 'head'] == [
+        'kNN' if name == 'knn' else name for name in found if name in probe.PROBES]
+    assert found['dim'] == 32 and found['train'] == 40 and found['codes'].startswith('codes of ')
+    # the class shows in which codes there are
+    assert min(found[name]['acc1'] for name in ('knn', 'linear', 'head')) > 60
+    judged(*words, '--probes', 'head', '--output', tmp_path / 'again.json')
+    assert json.loads((tmp_path / 'again.json').read_text())['head'] == found['head'], 'nothing in it is random'
+
+    pairs = dict(zip(words[::2], words[1::2]))
+    codebook = load_codebook(pairs['--codebook-path'])
+    data = TokenDataset(pairs['--val-token-file'], pairs['--val-label-file'], len(codebook), 'none')
+    features, labels = probe.features_of(probe.MeanRow(), data, lambda codes: probe.look_up(codes.long(), codebook), 4,
+                                         torch.device('cpu'))
+    np.testing.assert_allclose(features, codebook[data.codes.astype(int)].mean(1), atol=1e-5)
+    assert torch.equal(labels, torch.from_numpy(data.labels))
+
+
+def test_codes_of_a_tokenizer_are_those_of_the_tokens_it_makes(images, tmp_path):
+    folder = images[0][1]
+    call(fit_patch_tokenizer, '--data-path', folder, '--output-dir', tmp_path, '--image-size', 32, '--patch-size', 4,
+         '--dim', 32, '--codes', 40, '--iterations', 3)
+    files = ['--tokenizer-path', tmp_path / 'tokenizer.pt', '--codebook-path', tmp_path / 'codebook.ckpt']
+    call(tokenize_images, '--data-path', folder, '--name', 'my', '--output-dir', tmp_path, '--image-size', 32, *files,
+         '--num-workers', 0, '--device', 'cpu')
+    judged(*images[0], *files, '--tokenizer-input-size', 32, '--neighbors', 3, '--output', tmp_path / 'images.json')
+    words = [word for split in ('train', 'val') for word in (
+        f'--{split}-token-file', tmp_path / 'my-token.data.bin.gz', f'--{split}-label-file', tmp_path / 'my-label.txt')]
+    judged(*words, *files[2:], '--neighbors', 3, '--output', tmp_path / 'tokens.json')
+    of_images, of_tokens = (json.loads((tmp_path / f'{kind}.json').read_text()) for kind in ('images', 'tokens'))
+    assert of_images.pop('codes') != of_tokens.pop('codes') and of_images == of_tokens
+    fails(lambda: judged(*images[0], *files, '--tokenizer-input-size', 30), '--image-size 30|30: images of it do not')
+
+
+@pytest.mark.parametrize('words, message', [
+    (['--checkpoint', 'x.pth', '--probes', 'head'], '--probes head: is for codes'),
+    ([], '--checkpoint: give the checkpoint to judge, or --codebook-path'),
+    (['--tokenizer-path', 'x.pt'], '--tokenizer-path makes codes of images'),
+])
+def test_what_does_not_go_together(words, message):
+    files = [word for flag in FILES[1:] for word in (flag, 'x')]
+    fails(lambda: probe.parse_args([*files, *words]), message)
