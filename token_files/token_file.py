@@ -29,6 +29,7 @@ import numpy as np
 import torch
 
 from fileio.files import read_json, sha256, write_text
+from fileio.hub import fetch_beside, local_path
 from fileio.labels import read_labels, write_labels
 from token_files import compact, published
 from utils import CPU, InputError
@@ -142,7 +143,7 @@ def format_of(manifest: dict[str, Any]) -> str:
 
 def open_token_file(path: str | Path) -> TokenFile:
     """Read the manifest and the index of a token file; the stream is left for `decode`. Raises InputError."""
-    path = Path(path)
+    path = Path(local_path(path))
     manifest = read_manifest(path)
     try:
         path.stat()
@@ -163,6 +164,7 @@ def bytes_on_disk(files: Iterable[TokenFile]) -> int:
 def read_manifest(token_file: str | Path) -> dict[str, Any]:
     """The manifest of a token file, {} where there is none. Raises InputError unless it is of a known format."""
     path = manifest_path(token_file)
+    fetch_beside(path)
     if not os.path.exists(path):
         return {}
     manifest = read_json(path)
