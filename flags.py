@@ -459,7 +459,8 @@ def add_model_flags(parser: Parser, default: str, names: str) -> Callable:
         help='rate of stochastic depth: the chance of an image to skip the last block')
     add_average_flags(add)
     add('--finetune', default='', metavar='FILE', of_a_rank=True,
-        help='start from the weights of this checkpoint (a path, or an https address, which may end in #sha256=HEX)')
+        help='start from the weights of this checkpoint (a path, or an https or hf:// address, which may end in '
+        '#sha256=HEX)')
     add('--attn-only', action='store_true', help='train only attention, head and position embeddings')
     return add
 
@@ -570,8 +571,8 @@ def add_output_flags(parser: Parser) -> Callable:
     add('--output-dir', default='', metavar='DIR', of_a_rank=True, of_a_start=True,
         help="folder for checkpoints and log.txt; '' saves nothing")
     add('--resume', default='', metavar='FILE', of_a_rank=True, of_a_start=True,
-        help="resume the run of a checkpoint (a path, or an https address, which may end in #sha256=HEX); 'auto' takes "
-             'the newest in --output-dir')
+        help='resume the run of a checkpoint (a path, or an https or hf:// address, which may end in #sha256=HEX); '
+        "'auto' takes the newest in --output-dir")
     add('--allow-inexact-resume', action='store_true', of_a_start=True,
         help='resume although the number of processes, the batch or the seed differs from before')
     add('--save-every', type=save_interval, metavar='N',

@@ -16,6 +16,7 @@ import torch
 
 from continual.forms import TokenStore
 from fileio.files import check_same, hold_folder, sha256
+from fileio.hub import local_path
 from fileio.labels import check_class_names
 from image_data.dataset import ImageDataset
 from image_data.sources import Source
@@ -62,7 +63,7 @@ class TokenFiles(NamedTuple):
 
     def sizes(self) -> dict[str, int | None]:
         """Bytes of the tokenizer and of the codebook, None where there is no file."""
-        return {f'{name}_bytes': Path(path).stat().st_size if path else None
+        return {f'{name}_bytes': Path(local_path(path)).stat().st_size if path else None
                 for name, path in (('tokenizer', self.tokenizer), ('codebook', self.codebook))}
 
 

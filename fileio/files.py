@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from fileio.hub import is_on_hub, local_path
 from utils import InputError, first_line, is_main
 
 # What a file may claim before memory is taken for it. Damaged or hostile ones would have us allocate anything.
@@ -43,7 +44,8 @@ def expand_files(spec: str) -> list[Path]:
     """The files that a path, a glob (sorted) or a comma-separated list of both names.
 
     '{000..146}' counts, as in the names of tar shards. What exists under a name with such characters is that file or
-    folder; within a list, no name has a comma. Raises InputError when a glob matches nothing.
+    folder; within a list, no name has a comma. An hf:// address is fetched. Raises InputError when a glob matches
+    nothing.
     """
     spec = str(spec)
     if os.path.exists(spec):
@@ -63,6 +65,8 @@ def _match(pattern: str) -> list[Path]:
     """The sorted files that a glob with counting braces matches; a name without magic as it is."""
     if os.path.exists(pattern):
         return [Path(pattern)]
+    if is_on_hub(pattern):
+        return [Path(local_path(name)) for name in _count_braces(pattern)]
     folder = next((str(parent) for parent in Path(pattern).parents if os.path.isdir(parent)), '')  # is no pattern
     rest = os.path.relpath(pattern, folder) if folder else pattern
     files = []
@@ -91,7 +95,7 @@ def _count_braces(pattern: str) -> list[str]:
 def read_bytes(path: str | Path, limit: int) -> bytes:
     """The content of a file. Raises InputError when it cannot be read or has more than `limit` bytes."""
     try:
-        with open(path, 'rb') as file:
+        with open(local_path(path), 'rb') as file:
             data = file.read(limit + 1)
     except OSError as error:
         raise InputError(f'{path}: {error.strerror}') from None
@@ -121,7 +125,7 @@ def sha256(path: str | Path) -> str:
     """SHA-256 of a file, in hexadecimal. Raises InputError."""
     digest = hashlib.sha256()
     try:
-        with open(path, 'rb') as file:
+        with open(local_path(path), 'rb') as file:
             for block in iter(lambda: file.read(1 << 20), b''):
                 digest.update(block)
     except OSError as error:
@@ -354,12 +358,12 @@ def _wait_for_lock(file: BinaryIO, seconds: float) -> bool:
 # ---------------------------------------------------------------- the web
 
 def is_address(path: str | Path) -> bool:
-    """Whether a path is an http(s) address."""
-    return str(path).startswith(('https://', 'http://'))
+    """Whether a path is an http(s) address, or an hf:// address of the Hugging Face Hub (fileio/hub.py)."""
+    return str(path).startswith(('https://', 'http://')) or is_on_hub(path)
 
 
 def download(url: str, folder: str | Path) -> str:
-    """Fetch `url` into `folder`; returns the path.
+    """Fetch `url` into `folder`, or a file of the Hub into its own cache; returns the path.
 
     An address may end in '#sha256=' and 64 hexadecimal digits: a file with another SHA-256 is refused.
 
@@ -372,8 +376,11 @@ def download(url: str, folder: str | Path) -> str:
     if fragment and not expected:
         raise InputError(f'{url}: after # may stand sha256= and 64 hexadecimal digits, and nothing else')
     try:
-        path = os.path.join(folder, Path(urllib.parse.urlparse(address).path).name or 'file')
-        torch.hub.download_url_to_file(address, path, progress=is_main() and sys.stderr.isatty())
+        if is_on_hub(address):
+            path = str(local_path(address))
+        else:
+            path = os.path.join(folder, Path(urllib.parse.urlparse(address).path).name or 'file')
+            torch.hub.download_url_to_file(address, path, progress=is_main() and sys.stderr.isatty())
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise InputError(f'{url}: cannot be fetched ({error})') from None
     if expected and sha256(path) != expected.group(1):

@@ -110,7 +110,7 @@ def check_tensors(value: Any, limit: int) -> None:
 def load_torch(path: str | Path, what: str) -> Any:
     """torch.load on the CPU without running code from the file (`weights_only=True`).
 
-    argparse.Namespace is allowed, because the published checkpoints hold one. `path` may be an http(s) address, see
+    argparse.Namespace is allowed, because the published checkpoints hold one. `path` may be an address, see
     `files.download`; `what` is what errors call the file, as in 'a checkpoint'.
 
     Raises:

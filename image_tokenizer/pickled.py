@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fileio.hub import local_path
 from image_tokenizer.vitvqgan import ViTVQGAN
 from utils import InputError, first_line
 
@@ -157,7 +158,7 @@ def load_running_code(path: str | Path, code_path: str | Path, use: Callable[[st
     code = ForeignCode(code_path)
     with code.running():
         try:
-            value = torch.load(path, map_location='cpu', weights_only=False)
+            value = torch.load(local_path(path), map_location='cpu', weights_only=False)
         except (ImportError, AttributeError) as error:
             raise InputError(f'{path}: its code cannot be imported from {code_path} ({first_line(error)}): give '
                              '--tokenizer-code-path the folder its classes are imported from, or convert the file '

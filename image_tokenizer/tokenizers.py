@@ -35,6 +35,7 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from fileio.hub import local_path
 from fileio.torch_files import load_torch
 from image_tokenizer.kmeans import nearest_rows
 from image_tokenizer.pickled import from_module, load_running_code
@@ -239,7 +240,7 @@ def load_tokenizer(path: str | Path, code_path: str | Path | None = None) -> nn.
     """Read a tokenizer file of any kind, for use in eval mode on the CPU.
 
     Args:
-        path: a .safetensors, or a torch file (which may be an http(s) address).
+        path: a .safetensors, or a torch file; an hf:// address of either, or an http(s) address of a torch file.
         code_path: a folder with the code of a pickled module. Giving it is the user's consent to run what the file
             says; it is used only for a file that cannot be read without.
 
@@ -271,7 +272,7 @@ def read_file(path: str | Path) -> Any:
     if str(path).lower().endswith('.safetensors'):
         try:
             check_version(path)
-            return safetensors.torch.load_file(path)
+            return safetensors.torch.load_file(local_path(path))
         except OSError as error:
             raise InputError(f'{path}: cannot read a tokenizer ({error.strerror or error})') from None
         except safetensors.SafetensorError as error:
@@ -289,7 +290,7 @@ def read_file(path: str | Path) -> Any:
 
 def check_version(path: str | Path) -> None:
     """InputError for a .safetensors that a later version of this project wrote; others may be anything."""
-    with safetensors.safe_open(path, 'pt') as file:
+    with safetensors.safe_open(local_path(path), 'pt') as file:
         metadata = file.metadata() or {}
     version = metadata.get('version', '')
     if metadata.get('format') == FORMAT and version != str(VERSION):

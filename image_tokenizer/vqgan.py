@@ -19,12 +19,12 @@ from einops import rearrange
 from torch import nn
 
 from image_tokenizer.vitvqgan import check_names_and_shapes, drop_prefix, grid_side, shape_of
+from token_files.codebook_sources import EMA, UNIT_ROWS, deviation, fit_rows, unit_rows
 from utils import InputError
 
 GROUPS = 32  # of every normalization
 MAX_PARTS = 64  # levels, or blocks of a level; published are 5 and 5. More a damaged or hostile file claims
 PRODUCTS_AT_ONCE = 1 << 25  # of features with rows of the codebook: 128 MB
-EMA = 'model_ema.'  # before the names, without their points, of averaged weights
 TABLE = 'quantize.embedding.weight'
 ENCODER = re.compile(r'((?:.*\.)?)encoder\.(down\.0\.block|conv_blocks\.0\.res)\.0\.(?:norm1|conv1)\.weight')
 IBQ_BLOCKS = 4  # a level, where taming and latent diffusion publish 2
@@ -249,7 +249,9 @@ class VQGAN(nn.Module):
     Attributes:
         kind: the family's name.
         input_range: lowest and highest value of a pixel.
-        scale: of `codebook`, relative to the rows of the file.
+        codebook: (K, embed_dim) float, the rows as `--codebook-path` reads them from the same file: scaled, since
+            embedding noise would drown them as they are published, and with one more element where directions are not
+            enough (token_files/codebook_sources.py).
     """
 
     def __init__(self, family: Family, encoder: Half, decoder: Half | None, z: int, codes: int, embed_dim: int):
@@ -271,7 +273,8 @@ class VQGAN(nn.Module):
         if decoder:
             self.post_quant_conv = nn.Identity() if maskgit else nn.Conv2d(embed_dim, z, 1)
             self.decoder = Decoder(decoder, z, maskgit)
-        self.scale = 1.
+        self.register_buffer('codebook', None, persistent=False)
+        self.deviation = 1.  # of the rows of the file, which is 1 in `codebook`
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> 'VQGAN':
@@ -297,22 +300,15 @@ class VQGAN(nn.Module):
         rows = model.rows()
         if not rows.isfinite().all() or not rows.any():
             raise InputError(f'a {family.name} whose codebook is not finite, or all zero: a damaged file')
-        deviation = (rows - rows.mean(0)).square().mean().sqrt().item()
-        model.scale = 1 / deviation if deviation else 1.
+        model.codebook = fit_rows(rows, f'a {family.name}')
+        model.embed_dim = model.codebook.shape[1]
+        model.deviation = deviation(rows)
         return model
 
     def rows(self) -> torch.Tensor:
-        """(K, embed_dim) the codebook as the decoder knows it: of unit length where the rule is 'cosine'."""
+        """(K, d) the codebook as encoder and decoder know it: of unit length where the rule is 'cosine'."""
         rows = self.quantize['embed' if self.rule == 'logits' else 'embedding'].weight.detach()
-        return F.normalize(rows, dim=-1) if self.rule == 'cosine' else rows
-
-    @property
-    def codebook(self) -> torch.Tensor:
-        """(K, embed_dim) float, scaled so that elements differ by 1 from the mean row (root mean square).
-
-        Embedding noise has deviation 1, and would drown the rows as they are published.
-        """
-        return self.rows() * self.scale
+        return unit_rows(rows) if self.rule == 'cosine' else rows
 
     def codes(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) float in `input_range` -> (B, n) int64, row by row; -1 where features are not finite.
@@ -343,7 +339,8 @@ class VQGAN(nn.Module):
     def decode(self, embeddings: torch.Tensor) -> torch.Tensor:
         """(B, n, embed_dim) rows of `codebook`, n a square -> (B, 3, H, W) float in `input_range`, unclamped."""
         side = grid_side(self.decoder, embeddings)
-        rows = rearrange(embeddings / self.scale, 'b (h w) d -> b d h w', h=side)
+        width = self.rows().shape[1]  # without a constant element
+        rows = rearrange(embeddings[..., :width] * self.deviation, 'b (h w) d -> b d h w', h=side)
         return self.decoder(self.post_quant_conv(rows))
 
 
@@ -382,7 +379,7 @@ def without_prefix(state: dict) -> dict[str, Any]:
 
 def family_of(state: dict[str, Any]) -> Family:
     """Whose weights these are, by their names."""
-    if any(key.startswith('encoder.conv_blocks.') for key in state):
+    if any(key.startswith(UNIT_ROWS) for key in state):
         return LLAMAGEN
     if any(key.startswith('encoder.mid.0.') for key in state):
         return MASKGIT

@@ -21,7 +21,8 @@ KINDS = '.pt2', '.onnx'
 CLASSES, PREPARATION = 'classes', 'preparation'  # what a file holds beside the model: a JSON list, and a sentence
 PT2_FILES = {CLASSES: 'classes.json', PREPARATION: 'preparation.txt'}  # their names among torch.export's extra files
 BATCHES = 1, 5  # that are compared
-DECODING = {ViTVQGAN: ('decoder', 'post_quant', 'quantizer'), VQGAN: ('decoder', 'post_quant_conv')}  # parts of them
+# parts of tokenizers
+DECODING = {ViTVQGAN: ('decoder', 'post_quant', 'quantizer'), VQGAN: ('decoder', 'post_quant_conv', 'codebook')}
 TOLERANCE = 1e-4  # by which probabilities may differ
 
 

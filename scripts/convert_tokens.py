@@ -26,6 +26,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import expand_files, hold_folder
+from fileio.hub import fetch_beside
 from flags import Parser, views
 from token_files.made_with import entry_of, find, seen_from
 from token_files.token_file import (FORMATS, MAX_CODES, TokenFile, bytes_on_disk, decode, format_for, labels_of,
@@ -103,6 +104,8 @@ def open_shards(args: argparse.Namespace) -> list[Shard]:
             raise InputError(f'{len(files)} token files, but {len(paths)} label files: give one for each')
     else:
         beside = [file.stream.with_name(label_name(file.stream.name)) for file in files]
+        for path in beside:
+            fetch_beside(path)
         paths = [path if path.exists() and not file.is_foreign else None for file, path in zip(files, beside)]
     ending = stream_ending(args.format)
     shards = [open_shard(file, path, args.views, args.all_views, ending) for file, path in zip(files, paths)]

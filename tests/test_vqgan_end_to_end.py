@@ -64,6 +64,40 @@ def test_evaluation_on_images_is_that_on_tokens(made, tmp_path, capsys):
     assert abs(stats['loss'] - log['test_loss']) < 1e-4 and stats['acc1'] == pytest.approx(log['test_acc1'])
 
 
+def test_the_weights_file_serves_as_codebook(made, tmp_path):
+    """Of a run on codebook.ckpt: the evaluation, the classifier, and a training that goes on."""
+    evaluate(made, '--codebook-path', made / 'vq.pt', '--output', tmp_path / 'x.json')
+    log = json.loads((made / 'run' / 'log.txt').read_text().splitlines()[-1])
+    assert json.loads((tmp_path / 'x.json').read_text())['acc1'] == pytest.approx(log['test_acc1'])
+    classify = load_classifier(made / 'run' / 'checkpoint.pth', codebook_path=made / 'vq.pt',
+                               tokenizer_path=made / 'vq.pt')
+    assert torch.equal(classify.codebook, load_codebook(made / 'tokens' / 'codebook.ckpt'))
+    tokens = made / 'tokens'
+    call(main_seit, *SIZES, '--codebook-path', made / 'vq.pt', '--token-synonym-dict', tokens / 'synonyms.json',
+         '--train-token-file', tokens / 'my-token.data.bin.gz', '--train-label-file', tokens / 'my-label.txt',
+         '--no-eval', '--token-patch-size', 4, '--input-size', 32, '--epochs', 2, '--resume',
+         made / 'run' / 'checkpoint.pth')
+
+
+def test_limited_codes_are_trained_on_and_not_evaluated(made, tmp_path):
+    """--limit-codes renumbers the codes, and the tokenizer gives the old numbers."""
+    call(tokenize_images, '--data-path', made / 'images', '--name', 'few', '--output-dir', tmp_path, '--image-size', 32,
+         '--tokenizer-path', made / 'vq.pt', '--limit-codes', '--num-workers', 0, '--device', 'cpu')
+    manifest = json.loads((tmp_path / 'few-token.json').read_text())
+    rows = load_codebook(tmp_path / 'codebook.ckpt')
+    assert len(rows) == manifest['codes'] == len(manifest['kept_codes']) < CODES
+    assert torch.equal(rows, load_tokenizer(made / 'vq.pt').codebook[manifest['kept_codes']])
+    call(build_synonyms, '--codebook-path', tmp_path / 'codebook.ckpt', '--output', tmp_path / 'synonyms.json')
+    call(main_seit, *SIZES, '--codebook-path', tmp_path / 'codebook.ckpt', '--token-synonym-dict',
+         tmp_path / 'synonyms.json', '--train-token-file', tmp_path / 'few-token.data.bin.gz', '--train-label-file',
+         tmp_path / 'few-label.txt', '--no-eval', '--token-patch-size', 4, '--input-size', 32, '--epochs', 1,
+         '--output-dir', tmp_path / 'run')
+    fails(lambda: call(evaluate_on_images, '--model-path', tmp_path / 'run' / 'checkpoint.pth', '--data-path',
+                       made / 'images', '--num-workers', 0, '--device', 'cpu'),
+          f'codebook.ckpt: {len(rows)} codes, but the tokenizer gives the numbers of its own {CODES}')
+    fails(lambda: load_classifier(tmp_path / 'run' / 'checkpoint.pth'), 'codebook.ckpt: .* the numbers of its own')
+
+
 def test_a_codebook_of_fewer_rows_is_refused(made, tmp_path):
     torch.save(load_codebook(made / 'tokens' / 'codebook.ckpt')[:-1].clone(), tmp_path / 'few.ckpt')
     fails(lambda: call(tokenize_images, '--data-path', made / 'images', '--name', 'x', '--output-dir', tmp_path / 'x',

@@ -5,7 +5,8 @@
 
 Tokenizers were not made for embedding noise of deviation 1, nor always for codes that are told apart by direction, as
 all codes are here. So `fit_rows` scales the rows of both kinds, and gives them a constant element where directions are
-not enough.
+not enough. image_tokenizer/vqgan.py makes the codebook of a tokenizer by the same functions: its tokens are trained on,
+and evaluated, with the weights file in place of a codebook.
 """
 import difflib
 import math
@@ -28,6 +29,8 @@ KINDS = 'fsq:', 'lfq:'
 # Of taming, latent diffusion, LlamaGen, Janus, IBQ, MaskGIT-VQGAN, diffusers; of taming's Gumbel tokenizers; and of
 # ViT-VQGAN. Larger models hold their tokenizer under a further name, as in 'vqmodel.quantize.embedding.weight'.
 TABLES = 'quantize.embedding.weight', 'quantize.embed.weight', 'quantizer.embedding.weight'
+EMA = 'model_ema.'  # before the names, without their points, of averaged weights
+UNIT_ROWS = 'encoder.conv_blocks.'  # names of LlamaGen and Janus, whose rows are of unit length wherever they are used
 PARTS = 'state_dict', 'model'  # of a checkpoint, that hold the weights: Lightning's, and LlamaGen's
 DIRECTION = 1e-6  # elements of unit rows that differ by less are equal
 
@@ -90,7 +93,8 @@ def read_file(path: str | Path) -> Any:
     try:
         with safetensors.safe_open(path, 'pt') as file:  # of large weights the table alone is read
             names = list(file.keys())
-            return {name: file.get_tensor(name) if is_table_name(name) else None for name in names}
+            return {name: file.get_tensor(name) if is_table_name(name) or is_average_of_table(name) else None
+                    for name in names}
     except OSError as error:
         raise InputError(f'{path}: cannot read a codebook ({error.strerror or error})') from None
     except safetensors.SafetensorError as error:
@@ -102,8 +106,17 @@ def is_table_name(name: Any) -> bool:
     return isinstance(name, str) and any(name == table or name.endswith(f'.{table}') for table in TABLES)
 
 
+def is_average_of_table(name: Any) -> bool:
+    """Whether weights of this name are the average (EMA) of such a table."""
+    return isinstance(name, str) and name.endswith(tuple(EMA + table.replace('.', '') for table in TABLES))
+
+
 def find_table(value: Any, path: str | Path) -> torch.Tensor:
-    """The table (K, d), float, in what a weights file holds. Raises InputError where there is none, or several."""
+    """The table (K, d) float32 in what a weights file holds, as its encoder compares features with it.
+
+    Averaged rows are preferred, and rows that are normalized in use are of unit length. Raises InputError where there
+    is no table, or several.
+    """
     for part in PARTS:
         if isinstance(value, dict) and isinstance(value.get(part), dict):
             value = value[part]
@@ -117,13 +130,26 @@ def find_table(value: Any, path: str | Path) -> torch.Tensor:
     if len(tables) > 1:
         raise InputError(f'{path}: holds {len(tables)} tables ({", ".join(name[:80] for name in tables[:3])}): save '
                          'the one of the tokens alone, as a tensor')
-    table = value[tables[0]]
+    end = next(table for table in TABLES if tables[0].endswith(table))
+    prefix = tables[0].removesuffix(end)
+    table = value.get(f'{prefix}{EMA}{end.replace(".", "")}', value[tables[0]])
     if not isinstance(table, torch.Tensor) or table.ndim != 2 or not table.is_floating_point():
         raise InputError(f'{path}: its {tables[0][:80]} is no float tensor (codes, code_dim)')
-    return table
+    return unit_rows(table) if any(str(name).startswith(prefix + UNIT_ROWS) for name in names) else table
+
+
+def unit_rows(rows: torch.Tensor) -> torch.Tensor:
+    """Rows (K, d) in float32 and of unit length."""
+    return F.normalize(rows.detach().float(), dim=-1)
 
 
 # ---------------------------------------------------------------- scale and directions
+
+def deviation(rows: torch.Tensor) -> float:
+    """Root mean square of what elements of rows (K, d) differ from the mean row."""
+    rows = rows.double()
+    return (rows - rows.mean(0)).square().mean().sqrt().item()
+
 
 def fit_rows(rows: torch.Tensor, path: str | Path) -> torch.Tensor:
     """Rows (K, d) float32 as tokens are trained on; raises InputError where all are equal.
@@ -132,11 +158,10 @@ def fit_rows(rows: torch.Tensor, path: str | Path) -> torch.Tensor:
     Where rows that differ have one direction, or a row is zero and has none, CONSTANT is one more element of each:
     (K, d + 1).
     """
-    rows = rows.double()
-    spread = (rows - rows.mean(0)).square().mean().sqrt()
+    spread = deviation(rows)
     if not spread:
         raise InputError(f'{path}: all rows of its codebook are equal')
-    rows = rows / spread
+    rows = rows.double() / spread
     directions = (F.normalize(rows, dim=1) / DIRECTION).round() + 0.  # no -0.
     is_zero = not rows.any(1).all()
     if is_zero or len(directions.unique(dim=0)) < len(rows.unique(dim=0)):

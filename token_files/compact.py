@@ -26,6 +26,7 @@ import numpy as np
 import torch
 
 from fileio.files import MAX_IMAGES, atomic_path, read_bytes
+from fileio.hub import fetch_beside
 from token_files.context_model import MAX_SYMBOLS, ContextModel, fit
 from token_files.prefetching import prefetch
 from token_files.rans import decode_blocks, decode_blocks_on, encode_blocks
@@ -153,6 +154,7 @@ def open_stream(path: Path, manifest: dict[str, Any], manifest_path: Path) -> St
     """Read header and index of a stream, and the model that the manifest names. Raises InputError."""
     header, lengths = _read_header(path)
     model_path = _model_path(path, manifest, manifest_path)
+    fetch_beside(model_path)
     data = read_bytes(model_path, MAX_MODEL_BYTES)
     # A wrong model decodes without complaint to wrong codes, so each stream holds the hash of its model.
     if identity_of(data) != header['model'].tobytes():

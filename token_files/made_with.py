@@ -15,6 +15,7 @@ import safetensors
 import torch
 
 from fileio.files import identity, is_address
+from fileio.hub import local_path
 from fileio.torch_files import digest_of
 from token_files.codebook import load_codebook
 from token_files.codebook_sources import is_formula
@@ -27,6 +28,7 @@ SHOWN = 12  # hexadecimal digits of a SHA-256 in messages
 
 def identity_of_tokenizer(path: str) -> dict[str, str]:
     """Name and SHA-256 of a tokenizer's file, and of the one that it was converted from. Raises InputError."""
+    path = local_path(path)
     entry = identity(path)
     if str(path).lower().endswith('.safetensors') and not is_address(path):
         try:

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from fileio.files import MAX_GZIP_RATIO, MAX_IMAGES, MAX_IMAGE_BYTES, MAX_INDEX_RATIO, SMALL, atomic_path
+from fileio.hub import fetch_beside
 from token_files.prefetching import prefetch
 from utils import CPU, InputError, first_line
 
@@ -245,6 +246,7 @@ def read_index(path: Path) -> np.ndarray:
 def open_stream(path: Path, manifest: dict[str, Any], manifest_path: Path) -> Stream:
     """Read the index of a stream, which is in the format that the manifest states. Raises InputError."""
     codec = CODECS[manifest.get('format', PUBLISHED.name)]
+    fetch_beside(companion_path(path))
     return Stream(path, read_index(companion_path(path)), codec)
 
 

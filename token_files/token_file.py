@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 from fileio.files import expand_files, read_json, sha256, write_text
+from fileio.hub import fetch_beside, local_path
 from fileio.labels import read_labels, write_labels
 from token_files import compact, foreign, published
 from utils import CPU, InputError
@@ -186,7 +187,7 @@ def format_of(manifest: dict[str, Any]) -> str:
 
 def open_token_file(path: str | Path) -> TokenFile:
     """Read the manifest and the index of a token file; the stream is left for `decode`. Raises InputError."""
-    path = Path(path)
+    path = Path(local_path(path))
     if foreign.is_foreign(path):
         content = foreign.open_set(path)
         return TokenFile(content.path, {}, content)
@@ -218,6 +219,7 @@ def _size_of(path: Path) -> int:
 def read_manifest(token_file: str | Path) -> dict[str, Any]:
     """The manifest of a token file, {} where there is none. Raises InputError unless it is of a known format."""
     path = manifest_path(token_file)
+    fetch_beside(path)
     if not os.path.exists(path):
         return {}
     manifest = read_json(path)

@@ -12,6 +12,7 @@ from image_tokenizer.tokenizers import (check_codes, compile_tokenizer, decode_c
                                         load_tokenizer, unit_range)
 from image_tokenizer.vqgan import VQGAN, largest_products
 from small_vqgans import CODES, DIM, FAMILIES, SIDE, small_state
+from token_files.codebook import load_codebook
 
 pytestmark = pytest.mark.usefixtures('one_thread')
 KINDS = {'taming': 'taming or latent diffusion', 'ldm': 'taming or latent diffusion', 'llamagen': 'LlamaGen or Janus',
@@ -157,6 +158,37 @@ def test_codes_and_images_are_those_of_the_reference(family, tmp_path):
     made = decode_codes(tokenizer, codebook, codes)
     torch.testing.assert_close(made, reference_images(state, family, codes), atol=1e-4, rtol=1e-4)
     assert made.std() > 0.01
+
+
+@pytest.mark.parametrize('ending', ['.ckpt', '.safetensors'])
+@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('rows', ['', 'averaged', 'of one direction', 'with a zero row'])
+def test_the_file_as_codebook_gives_the_rows_of_the_tokenizer(rows, family, ending, tmp_path):
+    """--codebook-path and --tokenizer-path of one file: equal bit by bit, since manifests state a SHA-256 of rows."""
+    state = small_state(family)
+    table = 'quantize.embed.weight' if family == 'gumbel' else 'quantize.embedding.weight'
+    if rows == 'averaged':
+        state |= {f'model_ema.{key.replace(".", "")}': value for key, value in small_state(family, 1).items()}
+    elif rows:
+        state[table][3] = 2 * state[table][7] if rows == 'of one direction' else 0.
+    if family in ('janus', 'ldm'):
+        state = {f'some.{key}': value for key, value in state.items()}
+    path = tmp_path / f'a{ending}'
+    if ending == '.safetensors':
+        safetensors.torch.save_file(state, path)
+    else:
+        torch.save({'model' if family == 'llamagen' else 'state_dict': state}, path)
+    tokenizer, codebook = load_tokenizer(path), load_codebook(path)
+    assert torch.equal(tokenizer.codebook, codebook)
+    check_codes(tokenizer, codebook, path)
+    # unit rows of one direction are equal, and no constant keeps them apart
+    more = rows == 'with a zero row' or (rows == 'of one direction' and family not in ('llamagen', 'janus'))
+    assert codebook.shape[1] == tokenizer.embed_dim == tokenizer.rows().shape[1] + more
+    _, codes = encode_images(tokenizer, codebook, pixels())
+    plain = small_state(family, 1) if rows == 'averaged' else {k.removeprefix('some.'): v for k, v in state.items()}
+    assert torch.equal(codes, reference_codes(plain, family, unit_range(pixels())))
+    torch.testing.assert_close(decode_codes(tokenizer, codebook, codes), reference_images(plain, family, codes),
+                               atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize('size', [20, 32])
