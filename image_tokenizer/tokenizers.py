@@ -38,6 +38,7 @@ from torch import nn
 from fileio.hub import local_path
 from fileio.torch_files import load_torch
 from image_tokenizer.kmeans import nearest_rows
+from image_tokenizer.latents import LatentTokenizer, is_latent_tokenizer
 from image_tokenizer.pickled import from_module, load_running_code
 from image_tokenizer import vqgan
 from image_tokenizer.vitvqgan import ViTVQGAN, prefixes
@@ -316,12 +317,19 @@ def build_tokenizer(path: str | Path, value: Any) -> nn.Module:
         raise InputError(f'{path}: a tokenizer file of no known kind (found: {type(state).__name__})')
     if {'mean', 'basis', 'scale'} <= state.keys():
         return patch_tokenizer(path, state)
+    if is_latent_tokenizer(state):
+        return from_state(LatentTokenizer, path, state)
     kind = VQGAN if vqgan.prefixes(state) else ViTVQGAN if prefixes(state) else None
     if kind is None:
         names = ', '.join(str(key)[:40] for key in list(state)[:5]) or 'nothing'
         near = vqgan.nearest_family(state)
         raise InputError(f'{path}: a tokenizer file of no known kind (found: {names}'
                          + (f'; nearest to a {near})' if near else ')'))
+    return from_state(kind, path, state)
+
+
+def from_state(kind: type[nn.Module], path: str | Path, state: dict[str, Any]) -> nn.Module:
+    """The tokenizer of a kind in a state dict of the file `path`. Raises InputError."""
     try:
         return kind.from_state_dict(state)
     except InputError as error:
