@@ -31,8 +31,8 @@ import recipe
 from engine import evaluate, rank_indices
 from fileio.files import check_writable, write_text
 from fileio.torch_files import digest_of
-from flags import (DEVICE_HELP, SEED, KeyValues, Parser, add_exif_rotate, add_max_pixels, add_stem, integer,
-                   print_no_effect)
+from flags import (DEVICE_HELP, SEED, KeyValues, Parser, add_allow_torchscript, add_exif_rotate, add_max_pixels,
+                   add_stem, integer, print_no_effect)
 from image_data.class_subsets import OnlyClasses, match_classes
 from image_data.corruptions import add_robustness_flags, make_corruption
 from image_data.sources import ImageBatch, Source, load_images, open_source
@@ -75,6 +75,7 @@ def make_parser() -> Parser:
     add('--tokenizer-code-path', metavar='DIR',
         help='folder of the code that a pickled tokenizer runs when it is loaded; files of '
         'scripts/convert_tokenizer.py need none')
+    add_allow_torchscript(add)
     add('--tokenizer-input-size', type=integer(1), default=256, of_the_model=True,
         help='pixels to which both sides of an image are resized')
     add('--vit-input-size', type=integer(2), default=28, of_the_model=True,
@@ -238,7 +239,7 @@ def main(args: argparse.Namespace) -> None:
     model, names = load_model(checkpoint, args.model_path, args.use_ema, args.model, args.model_kwargs,
                               args.nb_classes, args.vit_input_size, codebook.shape[1], args.stem,
                               args.token_patch_size)
-    tokenizer = load_tokenizer(args.tokenizer_path, args.tokenizer_code_path)
+    tokenizer = load_tokenizer(args.tokenizer_path, args.tokenizer_code_path, args.allow_torchscript)
     check_codes(tokenizer, codebook, args.codebook_path)
     source = open_source(args.data_path, args.exif_rotate)
     source.change = change  # images are corrupted where they are decoded, by the workers

@@ -148,6 +148,12 @@ def add_exif_rotate(add: Callable, **rules: bool) -> None:
         help='turn images as their EXIF orientation says; without it they are read as they are stored')
 
 
+def add_allow_torchscript(add: Callable, **rules: bool) -> None:
+    """--allow-torchscript, by a parser's add_argument, or a group's add with its rules."""
+    add('--allow-torchscript', action='store_true', **rules,
+        help='take a tokenizer that is a TorchScript program (encoder.jit), and run it')
+
+
 def _with_dashes(argument: str) -> str:
     # only the name: an underscore in a value is the user's, as in --output-dir=my_run
     flag, equals, value = argument.partition('=')
@@ -630,6 +636,7 @@ def add_classifier_flags(parser: Parser) -> None:
     add('--codebook-path', default='', metavar='FILE', help='the codebook that the model was trained with')
     add('--tokenizer-path', default='', metavar='FILE', help='the tokenizer that made the training tokens')
     add('--tokenizer-code-path', metavar='DIR', help='folder of the code that a pickled tokenizer runs')
+    add_allow_torchscript(add)
     add('--tokenizer-input-size', type=integer(1), metavar='N',
         help='pixels to which both sides of an image are resized for the tokenizer')
     add('--model', default='', help='name of the model')

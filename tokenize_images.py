@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # before installed packages of the same names
-from flags import DEVICE_HELP, Parser, add_exif_rotate, add_max_pixels, integer
+from flags import DEVICE_HELP, Parser, add_allow_torchscript, add_exif_rotate, add_max_pixels, integer
 from image_data.sources import open_source
 from image_tokenizer.tokenizing import EncodingOptions, tokenize
 from token_files.parts import OutputFiles
@@ -40,8 +40,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
              "or .parquet files, a folder of them or a glob (labels: column 'label')")
     add('--name', required=True, help='first part of the file names, as in imagenet1k-train')
     add('--output-dir', required=True, metavar='DIR', help='folder that the token sets are written to')
-    add('--tokenizer-path', required=True, metavar='FILE', help='a ViT-VQGAN, a VQGAN or a patch tokenizer')
+    add('--tokenizer-path', required=True, metavar='FILE', help='a tokenizer of any kind of docs/tokenizers.md')
     add('--tokenizer-code-path', metavar='DIR', help="folder of a pickled tokenizer's code, which is then run")
+    add_allow_torchscript(add)
     add('--codebook-path', metavar='FILE',
         help="the codebook (default: the tokenizer's, which is then written to DIR/codebook.ckpt)")
     add('--limit-codes', action='store_true',
@@ -78,7 +79,8 @@ def main(args: argparse.Namespace) -> None:
     device = init_distributed(args.device)
     output = OutputFiles(Path(args.output_dir), args.name, args.shard_size, args.format)
     options = EncodingOptions(args.tokenizer_path, args.image_size, args.codebook_path,
-                              code_path=args.tokenizer_code_path, batch_size=args.batch_size, amp=args.amp,
+                              code_path=args.tokenizer_code_path,
+                              allow_torchscript=args.allow_torchscript, batch_size=args.batch_size, amp=args.amp,
                               compiled=args.compile, limit_codes=args.limit_codes)
     source = open_source(args.data_path, args.exif_rotate)
     tokenize(source, output, options, device, args.num_workers, args.skip_bad_images, args.max_image_pixels)

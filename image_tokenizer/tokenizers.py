@@ -13,14 +13,16 @@ The codebook is a (K, embed_dim) tensor of its own. A feature's code is the row 
 A tokenizer that finds codes in another way gives them itself, instead of features:
 
     codes(images)       (B, 3, H, W) float in input_range  ->  (B, n) int64, row by row; -1 where it can give none
-    codebook            (K, embed_dim) float, whose row numbers they are
+    codebook            (K, embed_dim) float, whose row numbers they are; None where another file has it
     input_range         (lowest, highest) value of a pixel, also of those that `decode` gives. Optional: (0, 1)
+
+    images_of(codes)    (B, n) int64 -> (B, 3, H, W), in place of `decode`, where the decoder reads no rows
 
 `find_codes` alone asks which of the two ways a tokenizer has. `kind` is what manifests call it, optional too.
 
 `load_tokenizer` reads every kind of tokenizer file: the patch tokenizer below; ViT-VQGAN (vitvqgan.py) and VQGAN
-(vqgan.py) as a plain state dict, as .safetensors or as a public Lightning checkpoint; and SeiT's published module,
-which runs code when loaded (pickled.py).
+(vqgan.py) as a plain state dict, as .safetensors or as a public Lightning checkpoint; weights of diffusers' VQModel
+(diffusers_vq.py); and what runs code: SeiT's published module (pickled.py), and TorchScript programs (torchscript.py).
 """
 import contextlib
 import math
@@ -37,10 +39,12 @@ from torch import nn
 
 from fileio.hub import local_path
 from fileio.torch_files import load_torch
+from image_tokenizer.diffusers_vq import is_vq_model, load_vq_model
 from image_tokenizer.kmeans import nearest_rows
 from image_tokenizer.latents import LatentTokenizer, is_latent_tokenizer
 from image_tokenizer.pickled import from_module, load_running_code
 from image_tokenizer import vqgan
+from image_tokenizer.torchscript import is_torchscript, load_torchscript
 from image_tokenizer.vitvqgan import ViTVQGAN, prefixes
 from image_tokenizer.vqgan import VQGAN
 from token_files.codebook import quantize
@@ -66,8 +70,11 @@ def check_sizes(image_size: int, patch_size: int) -> None:
 
 
 def check_codebook(tokenizer: nn.Module, codebook: torch.Tensor, path: str) -> None:
-    """InputError unless a codebook (K, d), of a file `path`, has as many elements as a tokenizer's features."""
-    if codebook.shape[1] != tokenizer.embed_dim:
+    """InputError unless a codebook (K, d), of a file `path`, has as many elements as a tokenizer's features.
+
+    One that gives codes and has no codebook takes any.
+    """
+    if tokenizer.embed_dim is not None and codebook.shape[1] != tokenizer.embed_dim:
         raise InputError(f'{path}: rows of {codebook.shape[1]} elements, but the tokenizer gives '
                          f'{tokenizer.embed_dim}: give the codebook that belongs to it')
 
@@ -78,9 +85,9 @@ def check_codes(tokenizer: nn.Module, codebook: torch.Tensor, path: str) -> None
     Features are compared with any codebook of their width. Codes that a tokenizer gives are of its own.
     """
     check_codebook(tokenizer, codebook, path)
-    if not gives_codes(tokenizer):
+    own = tokenizer.codebook if gives_codes(tokenizer) else None
+    if own is None:
         return
-    own = tokenizer.codebook
     if len(codebook) != len(own):
         raise InputError(f'{path}: {len(codebook)} codes, but the tokenizer gives the numbers of its own {len(own)}: '
                          'give the codebook that belongs to it, whole (one of tokenize_images.py --limit-codes serves '
@@ -115,6 +122,9 @@ def find_codes(tokenizer: nn.Module, codebook: torch.Tensor, images: torch.Tenso
     Returns:
         features (B, n, d) float32, None of a tokenizer that gives codes itself, and codes (B, n) int64. Those of
         features that are not finite mean nothing; a tokenizer that gives codes itself gives -1 then.
+
+    Raises:
+        InputError: for a code beyond the codebook, of a tokenizer that has none of its own.
     """
     own = gives_codes(tokenizer)
     if own:
@@ -123,6 +133,9 @@ def find_codes(tokenizer: nn.Module, codebook: torch.Tensor, images: torch.Tenso
     with precision or contextlib.nullcontext():
         found = tokenizer.codes(images) if own else tokenizer(images)
     if own:
+        if tokenizer.codebook is None and found.numel() and int(found.max()) >= len(codebook):
+            raise InputError(f'the tokenizer gives code {int(found.max())}, but the codebook has {len(codebook)} rows: '
+                             'give the codebook that belongs to it')
         return None, found
     features = found.float()
     return features, quantize(features, codebook)
@@ -166,10 +179,11 @@ def decode_codes(tokenizer: nn.Module, codebook: torch.Tensor, codes: torch.Tens
     Returns:
         (B, 3, S, S) float32 in [0, 1], or None where the tokenizer has no decoder.
     """
-    if not hasattr(tokenizer, 'decode') or getattr(tokenizer, 'decoder', True) is None:
+    of_codes = hasattr(tokenizer, 'images_of')
+    if not (of_codes or hasattr(tokenizer, 'decode')) or getattr(tokenizer, 'decoder', True) is None:
         return None
-    parts = codebook[codes.to(codebook.device)].split(DECODED_AT_ONCE)
-    images = torch.cat([tokenizer.decode(part) for part in parts])
+    parts = codes.to(codebook.device).split(DECODED_AT_ONCE)
+    images = torch.cat([tokenizer.images_of(part) if of_codes else tokenizer.decode(codebook[part]) for part in parts])
     low, high = getattr(tokenizer, 'input_range', (0, 1))
     return (images if (low, high) == (0, 1) else (images - low) / (high - low)).clamp(0, 1)
 
@@ -237,17 +251,24 @@ def lift_rows(rows: torch.Tensor) -> torch.Tensor:
 
 # ---------------------------------------------------------------- files
 
-def load_tokenizer(path: str | Path, code_path: str | Path | None = None) -> nn.Module:
+def load_tokenizer(path: str | Path, code_path: str | Path | None = None,
+                   allow_torchscript: bool = False) -> nn.Module:
     """Read a tokenizer file of any kind, for use in eval mode on the CPU.
 
     Args:
         path: a .safetensors, or a torch file; an hf:// address of either, or an http(s) address of a torch file.
         code_path: a folder with the code of a pickled module. Giving it is the user's consent to run what the file
             says; it is used only for a file that cannot be read without.
+        allow_torchscript: the user's consent to run a TorchScript program.
 
     Raises:
         InputError: for a file that is no tokenizer, is damaged, or needs code that was not given.
     """
+    if is_torchscript(path):
+        if not allow_torchscript:
+            raise InputError(f'{path}: is a TorchScript program, which is run on each image. If you trust it, add '
+                             '--allow-torchscript of tokenize_images.py, evaluate_on_images.py or scripts/predict.py')
+        return load_torchscript(path)
     try:
         value = read_file(path)
     except CodeNeeded:
@@ -319,6 +340,8 @@ def build_tokenizer(path: str | Path, value: Any) -> nn.Module:
         return patch_tokenizer(path, state)
     if is_latent_tokenizer(state):
         return from_state(LatentTokenizer, path, state)
+    if is_vq_model(state):
+        return load_vq_model(path, state)
     kind = VQGAN if vqgan.prefixes(state) else ViTVQGAN if prefixes(state) else None
     if kind is None:
         names = ', '.join(str(key)[:40] for key in list(state)[:5]) or 'nothing'

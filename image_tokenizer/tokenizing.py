@@ -29,7 +29,8 @@ from fileio.files import atomic_path, identity
 from fileio.stamps import Stamp
 from fileio.torch_files import digest_of
 from image_data.sources import ImageBatch, Source, load_images
-from image_tokenizer.tokenizers import check_codes, compile_tokenizer, encode_images, load_tokenizer
+from image_tokenizer.tokenizers import (check_codes, compile_tokenizer, encode_images, gives_codes,
+                                        load_tokenizer)
 from token_files.codebook import load_codebook
 from token_files.made_with import identity_of_codebook, identity_of_tokenizer, seen_from
 from token_files.parts import FinishedCodes, OutputFiles, PartsFolder, remaining_parts, write_sets
@@ -50,6 +51,7 @@ class EncodingOptions:
         amp: 'off' or 'bf16'.
         compiled: use torch.compile, which may change a few codes, by rounding.
         limit_codes: keep and renumber only the codes in use, and write their rows as the codebook.
+        allow_torchscript: whether a tokenizer may be a TorchScript program, which is then run.
     """
     tokenizer_path: str | Path
     image_size: int
@@ -59,6 +61,7 @@ class EncodingOptions:
     amp: str = 'off'
     compiled: bool = False
     limit_codes: bool = False
+    allow_torchscript: bool = False
 
 
 def tokenize(source: Source, output: OutputFiles, options: EncodingOptions, device: torch.device,
@@ -87,7 +90,7 @@ def tokenize(source: Source, output: OutputFiles, options: EncodingOptions, devi
     # what goes in
     check_folder(source.data_path, output.folder, source.classes, output.folder_flag)
     tokenizer, codebook = load_models(options.tokenizer_path, options.code_path, options.codebook_path,
-                                      options.image_size, options.limit_codes)
+                                      options.image_size, options.limit_codes, options.allow_torchscript)
     check_grid(output.format, options.image_size // tokenizer.patch_size)
     parts = PartsFolder(output.parts_folder, len(source), options.batch_size)
     run_id = identify_run(source, output, options, parts, codebook, device)
@@ -129,14 +132,19 @@ def tokenize(source: Source, output: OutputFiles, options: EncodingOptions, devi
 # ---------------------------------------------------------------- what goes in
 
 def load_models(tokenizer_path: str | Path, code_path: str | Path | None, codebook_path: str | Path | None,
-                image_size: int, limit_codes: bool) -> tuple[nn.Module, torch.Tensor]:
+                image_size: int, limit_codes: bool,
+                allow_torchscript: bool = False) -> tuple[nn.Module, torch.Tensor]:
     """Tokenizer and codebook (K, d) float32, on the CPU, that fit each other and the image size. Raises InputError."""
-    tokenizer = load_tokenizer(tokenizer_path, code_path)
+    tokenizer = load_tokenizer(tokenizer_path, code_path, allow_torchscript)
     source = codebook_path or tokenizer_path
     codebook = load_codebook(codebook_path) if codebook_path else getattr(tokenizer, 'codebook', None)
     if codebook is None:
         raise InputError(f'{tokenizer_path}: has no codebook of its own: give one to --codebook-path')
     check_codes(tokenizer, codebook, source)
+    if limit_codes and gives_codes(tokenizer) and tokenizer.codebook is None:
+        # an evaluation compares codebooks to see that codes were renumbered, and this tokenizer has none to compare
+        raise InputError(f'{tokenizer_path}: gives codes and has no codebook, so that other numbers for its codes '
+                         'would go unnoticed later: leave out --limit-codes of tokenize_images.py')
     if len(codebook) > MAX_CODES and not limit_codes:
         raise InputError(f'{source}: {len(codebook)} codes, but token files hold {MAX_CODES}: tokenize_images.py '
                          '--limit-codes keeps those in use')

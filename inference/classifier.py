@@ -133,7 +133,8 @@ class Classifier(nn.Module):
 
 def load_classifier(path: str | Path, device: str | torch.device = 'cpu', *, use_ema: bool = False,
                     codebook_path: str | Path = '', tokenizer_path: str | Path = '',
-                    tokenizer_code_path: str | Path | None = None, tokenizer_input_size: int | None = None,
+                    tokenizer_code_path: str | Path | None = None, allow_torchscript: bool = False,
+                    tokenizer_input_size: int | None = None,
                     model: str = '', model_kwargs: dict[str, Any] | None = None, input_size: int | None = None,
                     eval_crop_ratio: float | None = None, exif_rotate: bool | None = None) -> Classifier:
     """The classifier of a checkpoint of main_seit.py, main_pixels.py, main_mtm_finetune.py or a task's of a continual
@@ -146,6 +147,7 @@ def load_classifier(path: str | Path, device: str | torch.device = 'cpu', *, use
         codebook_path, tokenizer_path: default: the files that the checkpoint states, which are where they were then,
             seen from the checkpoint, or beside it.
         tokenizer_code_path: folder of the code of a pickled tokenizer, which is then run.
+        allow_torchscript: whether the tokenizer may be a TorchScript program, which is then run.
         tokenizer_input_size: pixels to which both sides of images are resized, for tokens. Default: as the checkpoint
             says, or 256 for the published model's 28 x 28 codes.
         model, model_kwargs: default: as the checkpoint says. Published checkpoints do not.
@@ -170,7 +172,7 @@ def load_classifier(path: str | Path, device: str | torch.device = 'cpu', *, use
             if not file:
                 raise InputError(f'{path}: does not say with which {name} it was trained: give it to --{name}-path')
         codebook = load_codebook(codebook_path)
-        tokenizer = load_tokenizer(tokenizer_path, tokenizer_code_path)
+        tokenizer = load_tokenizer(tokenizer_path, tokenizer_code_path, allow_torchscript)
         check_codes(tokenizer, codebook, codebook_path)
     trained = load_model(checkpoint, path, codebook, use_ema, model, model_kwargs, input_size, eval_crop_ratio)
     if tokenizer is not None:

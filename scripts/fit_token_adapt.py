@@ -48,6 +48,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='the tokenizer of the tokens (image_tokenizer/tokenizers.py)')
     add('--codebook-path', metavar='FILE', of_a_rank=True,
         help="the codebook of the tokens; default: the one in the tokenizer's file")
+    flags.add_allow_torchscript(add)
     add('--width', type=integer(HEAD_DIM), default=SIZE.dim,
         help=f'width of both networks, a multiple of {HEAD_DIM}, the width of a head; the published program reads only '
              'the default')
@@ -89,7 +90,8 @@ def main(args: argparse.Namespace) -> int:
     device, folder, checkpoint, path = recipe.start(args, outputs=(FILE, manifest_of(FILE).name))
 
     # ------------------------------------------------------------ data and model
-    tokenizer, codebook = load_models(args.tokenizer_path, None, args.codebook_path, args.image_size, False)
+    tokenizer, codebook = load_models(args.tokenizer_path, None, args.codebook_path, args.image_size, False,
+                                      args.allow_torchscript)
     size = crop_side(args, tokenizer.patch_size)
     grid_size = args.image_size // tokenizer.patch_size
     images, held_out = hold_out(args.data_path, args.val_path, args.val_images, args.seed, size=args.image_size,

@@ -23,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.figures import draw_sheet, picture_format, square_columns
 from fileio.files import atomic_path, check_writable, expand_files
 from fileio.labels import name_labels, read_labels, spread
-from flags import SEED, KeyValues, Parser, add_exif_rotate, integer, number
+from flags import SEED, KeyValues, Parser, add_allow_torchscript, add_exif_rotate, integer, number
 from image_data.sources import open_source, source_images
-from image_tokenizer.tokenizers import decode_codes, load_tokenizer
+from image_tokenizer.tokenizers import check_codebook, decode_codes, load_tokenizer
 from inference.models import grid_size_of
 from seitpp.models_mtm import MODELS, PATCH, MaskedTokenModel, create_model, masked_token_loss, masks_of
 from token_augment import center_crop, check_crop
@@ -51,6 +51,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--token-file', required=True, metavar='FILE', help='NAME.data.bin.gz, or a glob of shards')
     add('--codebook-path', required=True, metavar='FILE', help='the codebook of the tokens')
     add('--tokenizer-path', required=True, metavar='FILE', help='the tokenizer of the tokens; it must have a decoder')
+    add_allow_torchscript(add)
     add('--data-path', metavar='PATH', help='the images that the tokens were made from')
     add('--label-file', metavar='FILE', help='labels of the images')
     add('--output', required=True, metavar='FILE.png', help='the picture to write: .png, .jpg or .webp')
@@ -119,10 +120,8 @@ def main(args: argparse.Namespace) -> None:
     inputs = [args.checkpoint, args.codebook_path, args.tokenizer_path, args.data_path, args.label_file]
     check_writable(args.output, inputs=[*filter(None, inputs), *(file.stream for file in files)])
     model, size = load_model(args.checkpoint, args.model_kwargs, len(codebook))
-    tokenizer = load_tokenizer(args.tokenizer_path)
-    if codebook.shape[1] != tokenizer.embed_dim:
-        raise InputError(f'{args.codebook_path}: rows of {codebook.shape[1]} elements, but the tokenizer gives '
-                         f'{tokenizer.embed_dim}')
+    tokenizer = load_tokenizer(args.tokenizer_path, allow_torchscript=args.allow_torchscript)
+    check_codebook(tokenizer, codebook, args.codebook_path)
     source = open_source(args.data_path, args.exif_rotate) if args.data_path else None
     if source:
         note_rotation(files, args.exif_rotate)

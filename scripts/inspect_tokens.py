@@ -32,10 +32,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.figures import draw_sheet, picture_format, square_columns
 from fileio.files import atomic_path, check_writable, expand_files, write_text
 from fileio.labels import name_labels, read_labels, spread
-from flags import DEVICE_HELP, Parser, add_exif_rotate, integer
+from flags import DEVICE_HELP, Parser, add_allow_torchscript, add_exif_rotate, integer
 from image_data.quality import psnr, ssim
 from image_data.sources import Source, load_images, open_source, source_images
-from image_tokenizer.tokenizers import decode_codes, load_tokenizer, unit_range
+from image_tokenizer.tokenizers import check_codebook, decode_codes, load_tokenizer, unit_range
 from token_files.cache import labels_inside, open_codes
 from token_files.codebook import load_codebook
 from token_files.made_with import check_made_with, note_rotation
@@ -58,6 +58,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--data-path', metavar='PATH', help='the images that the tokens were made from (class folders, a list file '
         '.txt, tar shards or parquet files: see image_sources.py): adds their bytes')
     add('--tokenizer-path', metavar='FILE', help='reconstructs the images, where it has a decoder')
+    add_allow_torchscript(add)
     add('--quality', action='store_true', help='adds PSNR and SSIM; needs --data-path and --tokenizer-path')
     add('--quality-size', type=integer(11), metavar='N',
         help='pixels on a side at which they are compared; default: those of the reconstruction')
@@ -106,10 +107,8 @@ def count_classes(labels: np.ndarray) -> dict[int, int]:
 
 def open_tokenizer(args: argparse.Namespace, codebook: torch.Tensor) -> nn.Module:
     """The tokenizer of --tokenizer-path. Raises InputError where the codebook cannot be its own."""
-    tokenizer = load_tokenizer(args.tokenizer_path)
-    if codebook.shape[1] != tokenizer.embed_dim:
-        raise InputError(f'{args.codebook_path}: rows of {codebook.shape[1]} elements, but the tokenizer gives '
-                         f'{tokenizer.embed_dim}')
+    tokenizer = load_tokenizer(args.tokenizer_path, allow_torchscript=args.allow_torchscript)
+    check_codebook(tokenizer, codebook, args.codebook_path)
     return tokenizer
 
 

@@ -156,8 +156,9 @@ def main(args: argparse.Namespace) -> None:
     classifier = load_classifier(
         args.checkpoint, device, use_ema=args.use_ema, codebook_path=args.codebook_path,
         tokenizer_path=args.tokenizer_path, tokenizer_code_path=args.tokenizer_code_path,
-        tokenizer_input_size=args.tokenizer_input_size, model=args.model, model_kwargs=args.model_kwargs,
-        input_size=args.input_size, eval_crop_ratio=args.eval_crop_ratio, exif_rotate=args.exif_rotate or None)
+        allow_torchscript=args.allow_torchscript, tokenizer_input_size=args.tokenizer_input_size, model=args.model,
+        model_kwargs=args.model_kwargs, input_size=args.input_size, eval_crop_ratio=args.eval_crop_ratio,
+        exif_rotate=args.exif_rotate or None)
     top_k = min(args.top_k, len(classifier.classes))
     pictures = sum(map(len, sources))
     read = 0

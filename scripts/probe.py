@@ -40,7 +40,8 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import check_writable, write_text
 from fileio.labels import check_class_names, count_classes
-from flags import DEVICE_HELP, KeyValues, Parser, add_exif_rotate, add_max_pixels, integer, number, views
+from flags import (DEVICE_HELP, KeyValues, Parser, add_allow_torchscript, add_exif_rotate, add_max_pixels, integer,
+                   number, views)
 from image_data.dataset import ImageDataset, eval_transform
 from image_data.decoding import resize_square
 from image_data.overlap import note_shared_images
@@ -92,6 +93,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='folder of the code that a pickled tokenizer runs when it is loaded')
     add('--tokenizer-input-size', type=integer(1), default=256,
         help='pixels to which both sides of an image are resized for --tokenizer-path')
+    add_allow_torchscript(add)
     add('--token-cache', default='', metavar='DIR', help='where token files are decoded to, as in main_seit.py')
     for flag in IMAGE_FLAGS:
         add(f'--{flag.replace("_", "-")}', default='', metavar='PATH', help='images: see image_data/sources.py')
@@ -461,7 +463,7 @@ def open_codes(args: argparse.Namespace, device: torch.device) -> tuple[str, nn.
     codebook = load_codebook(args.codebook_path)
     name = f'codes of {args.tokenizer_path or args.train_token_file}'
     if args.tokenizer_path:
-        tokenizer = load_tokenizer(args.tokenizer_path, args.tokenizer_code_path)
+        tokenizer = load_tokenizer(args.tokenizer_path, args.tokenizer_code_path, args.allow_torchscript)
         check_codes(tokenizer, codebook, args.codebook_path)
         check_sizes(args.tokenizer_input_size, tokenizer.patch_size)
         images = open_images(args, args.tokenizer_input_size,
