@@ -26,6 +26,8 @@ def points(results: dict[str, Any], count: str) -> list[tuple[str, str, float, f
     """(family, name, bytes, ratio, top-1, sd) of the lines of table 1 that are known; a count is a key of COUNTS."""
     found = []
     for name, result in results['rows'].items():
+        if 'group' in result or result.get('longer'):  # columns of their lines; another figure's
+            continue
         size = storage_of(result, count)
         if size and result['mean'] is not None:
             base = name.removesuffix(COMPACT)

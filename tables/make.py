@@ -25,7 +25,7 @@ from flags import DEVICE_HELP, SEED, Parser, byte_count, integer, number
 from image_data.sources import FolderImages, open_source
 from tables import class_incremental, cluster, pretraining, report
 from tables.figures import COMPACT
-from tables.plan import BYTES, SEARCH_SEED, Line, Plan, needed, percent
+from tables.plan import BYTES, SEARCH_SEED, Images, Line, Plan, Tokens, flag_value, needed, percent
 from tables.presets import PAPER, PAPER_ROBUSTNESS, PAPER_SEITPP, PRESETS, PRETRAINING, PROTOCOLS, Preset, Tokenizer
 from tables.rows import Row, check_row, failures_of, is_done, run_rows, shell_line
 from training.preemption import REQUEUE, StopSignal
@@ -44,18 +44,49 @@ def storage(plan: Plan, seeds: Sequence[int]) -> list[Line]:
     sets |= {f'sample {percent(share)}': plan.shrunk('sample', share) for share in preset.shares}
     sets |= {f'resize x{side:g}': plan.shrunk('resize', side) for side in preset.sides}
     sets |= {f'JPEG q{quality}': plan.shrunk('jpeg', quality) for quality in preset.qualities}
-    lines = [plan.pixel_line(name, seeds, images, **paper(name)) for name, images in sets.items()]
+    sets |= {f'best codec at {size:,} bytes': plan.shrunk(method, quality, side)
+             for size, (method, side, quality) in preset.rivals.items()}
+    lines = []
+    longer = plan.of_epochs(preset.long_epochs) if preset.long_epochs else None
+    for name, images in sets.items():
+        lines += pixel_lines(plan, longer, name, seeds, images)
     sets = {'tokens': plan.main_tokens()}
     sets |= {f'tokens {percent(share)}': plan.main_tokens(share) for share in preset.token_shares}
     sets |= {f'tokens {name}': plan.tokens(name) for name in list(preset.tokenizers)[1:]}
     for name, tokens in sets.items():
-        line = plan.token_line(name, seeds, tokens, **paper(name))
+        line, *more = token_lines(plan, longer, name, seeds, tokens)
         # the same codes in fewer bytes: nothing is trained again
         compact = replace(line, name=f'{name}{COMPACT}', files={'bytes': (plan.compact(tokens), BYTES)}, paper=None,
                           paper_size=None)
-        lines += [line, compact]
+        lines += [line, compact, *more]
     full = {'full_bytes': (plan.full().row, BYTES)}
     return [replace(line, files=full | line.files) for line in lines]
+
+
+def pixel_lines(plan: Plan, longer: Plan | None, name: str, seeds: Sequence[int], images: Images) -> list[Line]:
+    """The line of images, its groups of classes, and both trained longer where the preset asks for it."""
+    lines = []
+    for of, title in titles(plan, longer, name):
+        line = of.pixel_line(title, seeds, images, **paper(title), facts={'longer': True} if of is longer else {})
+        lines += [line, *of.group_lines(line, ('main_pixels.py', '--val-path', images.val, *of.workers))]
+    return lines
+
+
+def token_lines(plan: Plan, longer: Plan | None, name: str, seeds: Sequence[int], tokens: Tokens) -> list[Line]:
+    """The line of tokens, as `pixel_lines`."""
+    lines = []
+    val = [word for flag in ('--codebook-path', '--val-token-file', '--val-label-file')
+           for word in (flag, flag_value(tokens.flags, flag))] if plan.preset.groups else []
+    for of, title in titles(plan, longer, name):
+        line = of.token_line(title, seeds, tokens, **paper(title), facts={'longer': True} if of is longer else {})
+        lines += [line, *of.group_lines(line, ('main_seit.py', *val))]
+    return lines
+
+
+def titles(plan: Plan, longer: Plan | None, name: str) -> list[tuple[Plan, str]]:
+    """The plans that train a line, and its name in each."""
+    long_one = [(longer, f'{name}, {longer.preset.epochs} epochs')] if name in plan.preset.long_lines and longer else []
+    return [(plan, name), *long_one]
 
 
 def paper(name: str) -> dict[str, Any]:
@@ -347,6 +378,13 @@ def check_data(plan: Plan, asked: int | None) -> None:
             if plan.preset.evaluated or split == 'train':
                 raise InputError(f'{plan.images}: has no folder {split}/; give one with train/ and val/')
             continue
+        if plan.preset.groups:
+            names = sorted(name for names in plan.preset.groups.values() for name in names)
+            found = folder_images(path).classes
+            if found != names:
+                other = sorted(set(found).symmetric_difference(names))
+                raise InputError(f'{path}: its classes are not the {len(names)} of this preset (such as {other[0]}): '
+                                 'give those, or --classes N for the first N of yours')
         if plan.preset.classes is None:
             continue
         source = folder_images(path)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tables.presets import Preset, Tokenizer
+from tables.presets import DATA, Preset, Tokenizer
 from tables.rows import Command, Row
 
 BYTES = 'bytes.json'  # of a row that makes a set
@@ -96,6 +96,7 @@ class Plan:
         output: for the rows of these images.
         root: for the rows of all.
         lrs, search: learning rates by kind, as the preset's.
+        named: begins the names of trainings; '' but for those of another number of epochs.
         rows: made so far, by name; those that a row needs come before it.
     """
 
@@ -107,6 +108,7 @@ class Plan:
         self.workers = ('--num-workers', str(preset.workers))
         self.lrs = dict.fromkeys(preset.lrs, lr) if lr else preset.lrs
         self.search = preset.search
+        self.named = ''
         self.rows = {}
 
     def part(self, name: str, preset: Preset) -> 'Plan':
@@ -155,14 +157,18 @@ class Plan:
         count = ('tables/count_bytes.py', '--data-path', path, '--output', self.output / 'images' / 'full' / BYTES)
         return Images(self.row('images/full', [count], self.chosen()), path, self.split('val'))
 
-    def shrunk(self, method: str, parameter: float) -> Images:
-        """The training images at a storage budget: scripts/shrink_images.py. But for samples, validation images too."""
-        name = f'images/{method}-{parameter:g}'
+    def shrunk(self, method: str, parameter: float, side: int | None = None) -> Images:
+        """The training images at a storage budget: scripts/shrink_images.py. But for samples, validation images too.
+
+        `side` is the short side that images are resized to before.
+        """
+        name = f'images/{method}-{parameter:g}' + (f'-side-{side}' if side else '')
+        sides = ('--side', side) if side else ()
         out = self.output / name
 
         def shrink(split: str, folder: Path) -> Command:
             return ('scripts/shrink_images.py', '--data-path', self.split(split), '--output-dir', folder, '--method',
-                    method, '--parameter', f'{parameter:g}', '--seed', 0, *self.workers)
+                    method, '--parameter', f'{parameter:g}', *sides, '--seed', 0, *self.workers)
 
         path = out / 'set' / 'images'
         count = ('tables/count_bytes.py', '--data-path', path, '--output', out / BYTES)
@@ -181,7 +187,9 @@ class Plan:
             return (), self.data / 'weights' / tokenizer.file, self.data / 'tokens' / tokenizer.codebook
         out = self.root / 'tokenizers' / name
         device = self.device if tokenizer.make[0] == 'scripts/train_tokenizer.py' else ()
-        make = (*tokenizer.make, '--data-path', self.data / 'train', '--output-dir', out, *self.workers, *device)
+        words = [str(self.data / word.removeprefix(DATA)) if word.startswith(DATA) else word
+                 for word in tokenizer.make]
+        make = (*words, '--data-path', self.data / 'train', '--output-dir', out, *self.workers, *device)
         row = self.row_in(out, [make])
         return (row,), out / tokenizer.file, out / 'codebook.ckpt'
 
@@ -251,7 +259,7 @@ class Plan:
 
     def train(self, line: str, lr: float, seed: int, words: Sequence[Any], after: Sequence[Row]) -> Row:
         """A training; `words` are its program and flags."""
-        name = f'train/{re.sub("[%,]", "", line).replace(" ", "-")}/lr-{lr:g}-seed-{seed}'
+        name = f'train/{self.named}{re.sub("[%,]", "", line).replace(" ", "-")}/lr-{lr:g}-seed-{seed}'
         end = ('--lr', f'{lr:g}', '--seed', seed, *self.device, '--output-dir', self.output / name, '--resume', 'auto')
         return self.row(name, [(*self.preset.launcher, *words, *end)], after)
 
@@ -282,9 +290,10 @@ class Plan:
         return Line(name, 'tokens', runs, files={'bytes': (tokens.row, BYTES)}, epochs=self.epochs(tokens.share)[0],
                     **facts)
 
-    def pixel_line(self, name: str, seeds: Sequence[int], images: Images, **facts: Any) -> Line:
+    def pixel_line(self, name: str, seeds: Sequence[int], images: Images, more: Sequence[str] = (),
+                   **facts: Any) -> Line:
         """A line of trainings on pixels."""
-        words = self.pixel_words(images)
+        words = self.pixel_words(images, more)
         runs = {seed: self.train(name, self.lrs['pixels'], seed, words, [images.row]) for seed in seeds}
         return Line(name, 'pixels', runs, files={'bytes': (images.row, BYTES)}, epochs=self.epochs(images.share)[0],
                     **facts)
@@ -306,9 +315,43 @@ class Plan:
             for rate in self.search.get(kind, ()):
                 plan = copy.copy(self)  # of the same rows
                 plan.lrs = self.lrs | {kind: rate}
+                if self.preset.search_epochs:
+                    plan = plan.of_epochs(self.preset.search_epochs)
                 line = plan.base_line(kind, [SEARCH_SEED])
                 lines.append(replace(line, name=f'{SEARCH} {kind} {rate:g}', rate=rate, paper=None, paper_size=None))
         return lines
+
+    def of_epochs(self, epochs: int) -> 'Plan':
+        """A plan of the same rows, whose trainings take another number of epochs, and are named by it."""
+        plan = copy.copy(self)
+        plan.preset = replace(self.preset, epochs=epochs,
+                              warmup_epochs=max(1, round(self.preset.warmup_epochs * epochs / self.preset.epochs)))
+        plan.named = f'{epochs}-epochs/'
+        return plan
+
+    def group_lines(self, line: Line, val: Sequence[Any]) -> list[Line]:
+        """The top-1 of a line's runs over each of the preset's groups of classes.
+
+        Args:
+            line: of trainings.
+            val: program that evaluates, and the flags of its validation set.
+        """
+        if not self.preset.groups:
+            return []
+        lines = {}
+        for seed, run in line.runs.items():
+            name = f'groups/{run.name.removeprefix("train/")}'
+            report = self.output / name / 'report'
+            command = (*val, *self.device, '--eval', '--resume', run.folder / CHECKPOINT, '--no-model-ema', '--report',
+                       report, '--output', self.output / name / 'all.json')
+            evaluated = self.row(name, [command], [run])
+            for group, classes in self.preset.groups.items():
+                folder = f'{name}/{group}'
+                command = ('tables/class_groups.py', '--report', report, '--group', group, *classes, '--output',
+                           self.output / folder / EVALUATION)
+                lines.setdefault(group, {})[seed] = self.row(folder, [command], [evaluated])
+        return [Line(f'{line.name} ({group})', line.kind, runs, 'evaluated top1', epochs=line.epochs,
+                     facts={'group': group, 'of': line.name}) for group, runs in lines.items()]
 
     # ------------------------------------------------------------ SeiT++
 

@@ -1,5 +1,5 @@
 """What each preset says: images, models, epochs, learning rates, storage budgets. And what the paper says."""
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from utils import InputError
 
@@ -79,6 +79,13 @@ class Preset:
         skip_classes: so many of the first classes are not taken.
         images: the folder in DATA that holds train/ and val/; '' for DATA.
         evaluated: whether there are validation images.
+        rivals: the best of JPEG, WebP and AVIF within so many bytes an image: method, short side, quality, as
+            `scripts/shrink_images.py --side` finds them.
+        groups: names of groups of classes, all classes together, with the names of their classes: table 1 has their
+            top-1 too.
+        long_epochs: of lines of table 1 that are trained longer too; 0 for none.
+        long_lines: these lines.
+        search_epochs: of the search for learning rates; None for `epochs`.
     """
     classes: int | None
     images_per_class: int | None
@@ -108,6 +115,11 @@ class Preset:
     skip_classes: int = 0
     images: str = ''
     evaluated: bool = True
+    rivals: dict[int, tuple[str, int, int]] = field(default_factory=dict)
+    groups: dict[str, Words] = field(default_factory=dict)
+    long_epochs: int = 0
+    long_lines: Words = ()
+    search_epochs: int | None = None
 
     def with_sizes(self, classes: int | None, images_per_class: int | None, epochs: int | None) -> 'Preset':
         """The preset with other classes, images or epochs; None for its own. Raises InputError."""
@@ -123,7 +135,7 @@ class Preset:
                       for name, tokenizer in self.tokenizers.items()}
         masked = replace(self.masked, token_adapt=without(self.masked.token_adapt, '--val-images'))
         return replace(preset, classes=classes or self.classes, images_per_class=images_per_class or
-                       self.images_per_class, published={}, tokenizers=tokenizers, masked=masked)
+                       self.images_per_class, published={}, tokenizers=tokenizers, masked=masked, groups={})
 
 
 def without(words: Words, flag: str) -> Words:
@@ -204,6 +216,48 @@ TINY_GPU = replace(
                                   'tokenizer.safetensors')},
     workers=8)
 
+# Photographs of 224 pixels: ten easy classes and ten hard ones, 500 images each.
+IMAGENETTE = ('n01440764', 'n02102040', 'n02979186', 'n03000684', 'n03028079', 'n03394916', 'n03417042', 'n03425413',
+              'n03445777', 'n03888257')
+IMAGEWOOF = ('n02086240', 'n02087394', 'n02088364', 'n02089973', 'n02093754', 'n02096294', 'n02099601', 'n02105641',
+             'n02111889', 'n02115641')
+FIT_224 = (*FIT, '--image-size', '224')
+# The first word of a path of the user's, below DATA.
+DATA = 'DATA/'
+PHOTO_TOKENIZERS = {
+    'patch-28x28': Tokenizer(224, 224, FIT_224, 'tokenizer.pt'),
+    'patch-28x28-64': Tokenizer(224, 224, (*FIT_224, '--codes', '64'), 'tokenizer.pt'),
+    'patch-28x28-2048': Tokenizer(224, 224, (*FIT_224, '--codes', '2048', '--iterations', '20'), 'tokenizer.pt'),
+    'patch-28x28-16384': Tokenizer(224, 224, (*FIT_224, '--codes', '16384', '--iterations', '5'), 'tokenizer.pt'),
+    'patch-32x32': Tokenizer(256, 224, (*FIT, '--image-size', '256'), 'tokenizer.pt'),
+    'latents-28x28': Tokenizer(
+        224, 224, ('scripts/fit_latent_tokenizer.py', '--encoder', f'{DATA}weights/taef2_encoder.pth', '--decoder',
+                   f'{DATA}weights/taef2_decoder.pth', '--image-size', '224'), 'tokenizer.pt'),
+    'vitvqgan-28x28': Tokenizer(
+        224, 224, ('scripts/train_tokenizer.py', '--image-size', '224', '--width', '128', '--depth', '2', '--lr',
+                   '5e-4', '--unscale-lr', '--min-lr', '1e-6', '--warmup-epochs', '0', '--val-images', '500',
+                   '--model-ema-decay', '0.99', '--resume', 'auto', '--patch-size', '8', '--batch-size', '8',
+                   '--epochs', '4', '--epoch-images', '2000'), 'tokenizer.safetensors'),
+}
+# The best PSNR at 224 pixels within so many bytes an image, of JPEG, WebP and AVIF at six sides.
+RIVALS = {500: ('avif', 64, 30), 1000: ('avif', 112, 25), 2000: ('avif', 160, 30), 4000: ('avif', 224, 40)}
+PHOTOS = replace(
+    TINY, classes=None, images_per_class=None,
+    training=('--batch-size', '100', '--unscale-lr', '--warmup-lr', '1e-4', '--drop-path', '0', '--rrc-ratio', '0.35',
+              '--mixup-prob', '0.2', '--no-model-ema'),
+    pixel_model=('deit_tiny_patch16_224', '--model-kwargs', 'global_pool=avg', *TINY_KWARGS),
+    small_pixel_model=('deit_tiny_patch16_224', '--model-kwargs', 'global_pool=avg', *SMALL_KWARGS),
+    pixels=('--input-size', '224', '--aug', 'tokens', '--eval-crop-ratio', '1'),
+    lrs={'tokens': 1e-3, 'pixels': 1e-3, 'codes': 1e-3, 'fine-tuning': 2e-3},  # until the search has said more
+    search={'tokens': (5e-4, 1e-3, 2e-3), 'pixels': (5e-4, 1e-3, 2e-3)},
+    tokenizers=PHOTO_TOKENIZERS, shares=(0.2, 0.04), token_shares=(0.2,), sides=(0.286,), qualities=(10,),
+    quality_size=224, rivals=RIVALS, groups={'Imagenette': IMAGENETTE, 'Imagewoof': IMAGEWOOF}, long_epochs=24,
+    long_lines=('full pixels', 'sample 20%', 'tokens', 'best codec at 500 bytes'), search_epochs=3)
+PHOTOS_GPU = replace(
+    PHOTOS, epochs=100, warmup_epochs=5, training=TINY_GPU.training, token_model=('deit_small_token_32',),
+    pixel_model=('deit_small_patch16_224', '--model-kwargs', 'global_pool=avg'), lrs=TINY_GPU.lrs,
+    search=TINY_GPU.search, masked=GPU_MASKED, long_epochs=0, search_epochs=None, workers=8)
+
 # The published command; pixels as DeiT trains them. What is not published about a baseline is our choice, and says so
 # in tables/README.md.
 IMAGENET_MASKED = Masked(
@@ -226,7 +280,7 @@ IMAGENET = Preset(
     token_shares=(0.6, 0.2), sides=(0.5, 0.2), qualities=(50, 5), workers=10, quality_size=256,
     more_sets=('imagenet-r', 'imagenet-a', 'imagenet-sketch'))
 
-PRESETS = {'imagenet': IMAGENET, 'tiny': TINY, 'tiny-gpu': TINY_GPU}
+PRESETS = {'imagenet': IMAGENET, 'tiny': TINY, 'tiny-gpu': TINY_GPU, 'photos': PHOTOS, 'photos-gpu': PHOTOS_GPU}
 
 
 # ---------------------------------------------------------------- the table of pre-training

@@ -9,7 +9,7 @@ from typing import Any
 
 from continual.results import read_results
 from fileio.files import read_json, write_text
-from tables.figures import COUNTS, FIGURES, storage_of
+from tables.figures import COMPACT, COUNTS, FIGURES, storage_of
 from tables.plan import EVALUATION, MANIFEST, PROBE, Line
 from tables.presets import PAPER_CORRUPTIONS
 from tables.rows import Row, failures_of, final_line, is_done
@@ -184,12 +184,17 @@ def storage_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], 
     head = ['', 'images', 'bytes as files', 'ratio', 'bytes without headers', 'ratio', 'top-1 (seeds)',
             'paper, ImageNet-1k']
     lines = []
+    groups = list(dict.fromkeys(result['group'] for result in results['rows'].values() if 'group' in result))
+    head[-1:-1] = groups
     for name, result in results['rows'].items():
+        if 'group' in result:  # a column of its line
+            continue
         cells = [name, f'{result["bytes"]["images"]:,}' if result['bytes'] else DASH]
         for count in COUNTS:
             size = storage_of(result, count)
             cells += [f'{size[0]:,.0f}', f'{size[1]:.1f}'] if size else [DASH, DASH]
-        lines.append([*cells, spread(result), paper_of(result)])
+        of_groups = [spread(results['rows'].get(f'{name.removesuffix(COMPACT)} ({group})')) for group in groups]
+        lines.append([*cells, spread(result), *of_groups, paper_of(result)])
     return head, lines, ('Bytes of the whole training set, for each image of the full one. Without headers: the scans '
                          'of JPEGs, the entropy of single codes of tokens, the coded words and the model of compact '
                          'ones. Top-1 is of the last epoch.')

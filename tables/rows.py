@@ -31,7 +31,8 @@ HOME = '$OUTPUT'  # the output folder, in ROW: it may be moved, and be spelled i
 LAUNCHER = 'torchrun'  # the first word of a command on several processes; its flags follow, then the program
 # What a program without --output leaves in --output-dir, last of all, but for those that train.
 RESULTS = {'tables/choose_images.py': 'chosen.json', 'scripts/shrink_images.py': 'manifest.json',
-           'scripts/fit_patch_tokenizer.py': 'codebook.ckpt', 'tokenize_images.py': '{name}-token.json',
+           'scripts/fit_patch_tokenizer.py': 'codebook.ckpt', 'scripts/fit_latent_tokenizer.py': 'codebook.ckpt',
+           'tokenize_images.py': '{name}-token.json',
            'scripts/convert_tokens.py': '{stem}.json'}
 
 PATH_FLAGS = {'--data-path', '--train-path', '--val-path', '--output-dir', '--output'}  # of images and of results
