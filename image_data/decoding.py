@@ -7,6 +7,7 @@ import functools
 import io
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import PurePath
 
 import numpy as np
@@ -177,8 +178,13 @@ def decode_image(data: bytes, size: int, max_pixels: int | None = None, exif_rot
 # ---------------------------------------------------------------- bytes without headers
 
 def bare_bytes(data: bytes) -> int | None:
-    """Bytes of a JPEG or WebP without what is the same in every such file; None for other kinds, and damaged ones."""
-    return webp_bytes(data) if data[:4] == b'RIFF' else scan_bytes(data)
+    """Bytes of a JPEG, WebP or AVIF without what is the same in every such file.
+
+    None for other kinds, and damaged ones.
+    """
+    if data[:4] == b'RIFF':
+        return webp_bytes(data)
+    return avif_bytes(data) if data[4:8] == b'ftyp' else scan_bytes(data)
 
 
 def scan_bytes(data: bytes) -> int | None:
@@ -229,3 +235,98 @@ def webp_bytes(data: bytes) -> int | None:
             total += size
         position += 8 + size + size % 2  # chunks begin at even bytes
     return total or None
+
+
+def avif_bytes(data: bytes) -> int | None:
+    """Bytes of a still AVIF image's coded items, which are AV1 bitstreams of pixels and alpha, without boxes.
+
+    None for another kind of file, for films, for what the items do not tell, and for a damaged file.
+    """
+    try:
+        boxes = {kind: (begin, end) for kind, begin, end in _boxes(data, 0, len(data))}
+        if b'avif' not in data[slice(*boxes.get(b'ftyp', (0, 0)))] or b'moov' in boxes or b'meta' not in boxes:
+            return None
+        begin, end = boxes[b'meta']
+        inner = {kind: data[begin:end] for kind, begin, end in _boxes(data, begin + 4, end)}
+        coded = _av1_items(inner.get(b'iinf', b''))
+        lengths = _item_lengths(inner.get(b'iloc', b''), {0: len(data), 1: len(inner.get(b'idat', b''))})
+    except ValueError:
+        return None
+    return sum(lengths.get(item, 0) for item in coded) or None
+
+
+def _boxes(data: bytes, position: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """The boxes of ISO base media between two positions: kind, begin and end of the content. Raises ValueError."""
+    while position < end:
+        size = _uint(data, position, 4)
+        header = 8
+        if size == 1:  # the size stands behind the kind
+            size = _uint(data, position + 8, 8)
+            header = 16
+        elif size == 0:  # the last box
+            size = end - position
+        if size < header or position + size > end:
+            raise ValueError
+        yield data[position + 4:position + 8], position + header, position + size
+        position += size
+
+
+def _av1_items(iinf: bytes) -> set[int]:
+    """Numbers of the items that are AV1 images, from the content of a box `iinf`. Raises ValueError."""
+    items = set()
+    for _, begin, end in _boxes(iinf, 4 + (4 if _uint(iinf, 0, 1) else 2), len(iinf)):  # behind the number of items
+        id_size = 4 if _uint(iinf, begin, 1) == 3 else 2
+        kind = begin + 4 + id_size + 2  # behind the item's number there are two bytes of its protection
+        if iinf[kind:min(kind + 4, end)] == b'av01':
+            items.add(_uint(iinf, begin + 4, id_size))
+    return items
+
+
+def _item_lengths(iloc: bytes, room: dict[int, int]) -> dict[int, int]:
+    """Bytes of each item, from the content of a box `iloc`.
+
+    Args:
+        iloc: the content.
+        room: bytes of what extents may lie in, by its number: 0 the file, 1 the box `idat`.
+
+    Raises:
+        ValueError: for what is damaged, or lies elsewhere.
+    """
+    version = _uint(iloc, 0, 1)
+    offset_size, length_size = divmod(_uint(iloc, 4, 1), 16)
+    base_size, index_size = divmod(_uint(iloc, 5, 1), 16)
+    if version == 0:
+        index_size = 0
+    if version > 2 or not length_size:  # without lengths an item is all of the file
+        raise ValueError
+    id_size = 4 if version == 2 else 2
+    position = 6 + id_size
+    lengths = {}
+    for _ in range(_uint(iloc, 6, id_size)):
+        item = _uint(iloc, position, id_size)
+        position += id_size
+        place = 0
+        if version:
+            place = _uint(iloc, position, 2) & 15
+            position += 2
+        position += 2  # of the file that holds the item: 0 for this one
+        base = _uint(iloc, position, base_size)
+        position += base_size
+        lengths[item] = 0
+        extents = _uint(iloc, position, 2)
+        position += 2
+        for _ in range(extents):
+            offset = base + _uint(iloc, position + index_size, offset_size)
+            length = _uint(iloc, position + index_size + offset_size, length_size)
+            position += index_size + offset_size + length_size
+            if not length or offset + length > room.get(place, 0):
+                raise ValueError
+            lengths[item] += length
+    return lengths
+
+
+def _uint(data: bytes, position: int, size: int) -> int:
+    """A big-endian number of `size` bytes. Raises ValueError where the data ends before it does."""
+    if position + size > len(data):
+        raise ValueError
+    return int.from_bytes(data[position:position + size], 'big')

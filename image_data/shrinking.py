@@ -4,27 +4,34 @@
     resize   both sides times a factor, by PIL, bicubic with its antialias; then a JPEG of quality 95
     jpeg     a JPEG at the image's own size, of a quality
     webp     a lossy WebP at the image's own size, of a quality
+    avif     a lossy AVIF at the image's own size, of a quality
+
+The last three may have a side too: an image whose short side is longer is first resized, so that it has that side.
 
 Encoders are PIL's: a JPEG has one scan, its chroma at half the resolution, and Huffman tables made for the image, by
-which small ones take a third less for the same pixels. All images become RGB, and what they hold beside pixels (EXIF,
-color profiles) is dropped, but by `sample`. A side that is longer than the format holds is brought down to LONGEST, and
-the other with it; `write_set` says so.
+which small ones take a third less for the same pixels. An AVIF is libaom's, of speed 6 and with chroma at half the
+resolution, which are PIL's defaults, and made by one thread, as more give other bytes. All images become RGB, and what
+they hold beside pixels (EXIF, color profiles) is dropped, but by `sample`. A side that is longer than the format holds
+is brought down to LONGEST, and the other with it; `write_set` says so.
 
 Each method has one parameter. For a budget of bytes the largest parameter within it is found by bisection, on all
-images or on some of them; worker processes make them, in chunks, and give them back in order.
+images or on some of them. Where sides are searched too, that is done at each, and the one is best whose images are
+nearest to their sources. Worker processes make images, in chunks, and give them back in order.
 """
 import contextlib
 import ctypes
 import io
 import math
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import PurePath
 from typing import NamedTuple
 
 import numpy as np
+import PIL
 import torch
-from PIL import Image
+from PIL import Image, features
 from torch.utils.data import DataLoader, Dataset
 
 from image_data.decoding import (UPRIGHT, BadImage, bare_bytes, decode_oriented, decode_rgb, fit_sides,
@@ -37,8 +44,13 @@ from utils import InputError, print0
 RESIZED_QUALITY = 95  # of the JPEGs that resized images become
 STEPS = 1000  # in which fractions and factors are searched
 SEARCHED = 2000  # images on which a budget's parameter is searched, at most
+COMPARED = 500  # of them, on which sides are compared by PSNR, at most
+AVIF_SPEED = 6  # of libaom, 0 to 10: PIL's default
 EQUAL_PSNR = 100.  # what psnr gives for equal images
-LONGEST = {'resize': 65500, 'jpeg': 65500, 'webp': 16383}  # pixels on a side that libjpeg and libwebp write
+# Pixels on a side that libjpeg and libwebp write; libavif writes more, and reads this.
+LONGEST = {'resize': 65500, 'jpeg': 65500, 'webp': 16383, 'avif': 32768}
+ENDINGS = {'resize': '.jpg', 'jpeg': '.jpg', 'webp': '.webp', 'avif': '.avif'}
+SIDED = 'jpeg', 'webp', 'avif'  # methods that may have a side
 CHUNK = 32  # images that a process makes at a time
 
 
@@ -65,7 +77,29 @@ METHODS = {
     'resize': Method(1, STEPS, STEPS, f'PIL, bicubic; JPEG of quality {RESIZED_QUALITY}, chroma 4:2:0, optimized'),
     'jpeg': Method(1, 95, 1, 'PIL, JPEG, chroma 4:2:0, optimized'),
     'webp': Method(0, 100, 1, 'PIL, lossy WebP'),
+    'avif': Method(0, 100, 1, f'PIL, lossy AVIF by libaom, speed {AVIF_SPEED}, one thread, chroma 4:2:0, full range'),
 }
+
+
+def check_encoder(method: str) -> None:
+    """InputError, naming what is missing, where this Pillow cannot write what a method makes."""
+    if method == 'sample':
+        return
+    codec, missing = {'webp': ('webp', 'libwebp'), 'avif': ('avif', 'libavif')}.get(method, ('jpg', 'libjpeg'))
+    with warnings.catch_warnings():  # an old Pillow warns of codecs that it does not know
+        warnings.simplefilter('ignore')
+        found = features.check(codec)
+    if found:
+        spec = METHODS[method]
+        try:
+            shrink(Image.new('RGB', (8, 8)), method, spec.parameter(spec.highest))
+        except BadImage as error:  # a library may be built without its encoder
+            missing = f'an encoder ({error})'
+        else:
+            return
+    advice = 'install one that has it' + (', as those of PyPI do from 11.3 on' if method == 'avif' else '')
+    raise InputError(f'--method {method}: this Pillow, {PIL.__version__}, lacks {missing}; {advice}, or take another '
+                     'method')
 
 
 def check_parameter(method: str, parameter: float) -> float | int:
@@ -104,21 +138,41 @@ class Shrunk(NamedTuple):
     oriented: bool = False
 
 
-def sides_of(image: Image.Image, method: str, parameter: float) -> list[int]:
-    """Width and height that a method asks for, whether or not its format holds them."""
-    return [max(1, math.floor(side * parameter + 0.5)) if method == 'resize' else side for side in image.size]
+def sides_of(image: Image.Image, method: str, parameter: float, side: int | None = None) -> list[int]:
+    """Width and height that a method asks for, whether or not its format holds them.
+
+    Args:
+        image: whose sides become smaller.
+        method, parameter: see METHODS.
+        side: pixels of the short side, but where it has fewer; None to keep the size.
+    """
+    if method == 'resize':
+        return [max(1, math.floor(pixels * parameter + 0.5)) for pixels in image.size]
+    short = min(image.size)
+    if side is None or short <= side:
+        return list(image.size)
+    return [(2 * pixels * side + short) // (2 * short) for pixels in image.size]  # rounded without floats
 
 
-def shrink(image: Image.Image, method: str, parameter: float) -> bytes:
-    """The file that an RGB image becomes by 'resize', 'jpeg' or 'webp'. Raises BadImage where it cannot be written."""
+def shrink(image: Image.Image, method: str, parameter: float, side: int | None = None) -> bytes:
+    """The file that an RGB image becomes by a method that encodes it. Raises BadImage where it cannot be written.
+
+    Args:
+        image: RGB, of any size.
+        method, parameter: see METHODS; all but 'sample'.
+        side: see `sides_of`.
+    """
     file = io.BytesIO()
     quality = RESIZED_QUALITY if method == 'resize' else parameter
     try:
-        if method == 'resize':
-            image = image.resize(sides_of(image, method, parameter), Image.Resampling.BICUBIC)
+        sides = sides_of(image, method, parameter, side)
+        if method == 'resize' or sides != list(image.size):
+            image = image.resize(sides, Image.Resampling.BICUBIC)
         image = fit_sides(image, LONGEST[method])
         if method == 'webp':
             image.save(file, 'WEBP', quality=quality)
+        elif method == 'avif':  # which would keep the source's color profile
+            image.save(file, 'AVIF', quality=quality, speed=AVIF_SPEED, codec='aom', max_threads=1, icc_profile=None)
         else:
             image.save(file, 'JPEG', quality=quality, optimize=True)
     except (OSError, ValueError) as error:
@@ -223,11 +277,11 @@ def find_parameter(source: Source, method: str, budget: float, seed: int, worker
         Unreachable: when no parameter keeps within the budget.
     """
     spec = METHODS[method]
-    measured = np.arange(len(source))
     if method == 'sample':
+        measured = np.arange(len(source))
         sizes = source.sizes()
-    elif len(source) > SEARCHED:
-        measured = np.sort(torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))[:SEARCHED])
+    else:
+        measured = draw_images(len(source), SEARCHED, seed)
 
     def total_of(number: int) -> float:
         """Bytes that the set comes to, all images together."""
@@ -236,13 +290,83 @@ def find_parameter(source: Source, method: str, budget: float, seed: int, worker
             total = int(sizes[sample_classes(source.labels, parameter, seed)].sum())
         else:
             smaller = ShrunkImages(source, measured, method, parameter, max_pixels, only_sizes=True)
-            total = sum(image.size for image in shrink_images(smaller, workers)) * len(source) / len(measured)
+            total = measure_total(smaller, workers)
         print0(f'{method} {parameter:g}: {total:,.0f} bytes, {total / len(source):,.1f} an image of the source')
         return total
     number = largest_within(spec.lowest, spec.highest, total_of, budget)
     if number == spec.highest:
         print0(f'note: the largest parameter, {spec.parameter(number):g}, keeps within the budget')
     return spec.parameter(number), len(measured)
+
+
+def draw_images(count: int, most: int, seed: int) -> np.ndarray:
+    """Numbers of at most `most` of `count` images, rising; of one seed, fewer are some of more."""
+    if count <= most:
+        return np.arange(count)
+    return np.sort(torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most].numpy())
+
+
+def measure_total(smaller: 'ShrunkImages', workers: int) -> float:
+    """Bytes that all images of a source come to, by those that are made smaller. Raises InputError."""
+    size = sum(image.size for image in shrink_images(smaller, workers))
+    return size * len(smaller.source) / smaller.image_count
+
+
+class Side(NamedTuple):
+    """What the search within a budget came to at one side.
+
+    Attributes:
+        side: pixels of short sides.
+        parameter: the largest within the budget; None where the lowest exceeds it.
+        bytes_per_image: with that parameter, or with the lowest.
+        psnr: mean, in dB, at the sources' sizes; None without a parameter.
+    """
+    side: int
+    parameter: int | None
+    bytes_per_image: float
+    psnr: float | None
+
+
+def search_sides(source: Source, method: str, sides: list[int], budget: float, seed: int, workers: int,
+                 max_pixels: int | None) -> tuple[list[Side], int, int]:
+    """The largest parameter within a budget at each side, and how near the images then are to their sources.
+
+    Args:
+        source, method, budget, seed, workers, max_pixels: see `find_parameter`; the method is one of SIDED.
+        sides: pixels of short sides.
+
+    Returns:
+        What each side came to, on how many images their bytes were measured, and on how many PSNR.
+
+    Raises:
+        InputError: naming an image that cannot be read.
+    """
+    measured = draw_images(len(source), SEARCHED, seed)
+    compared = draw_images(len(source), min(COMPARED, SEARCHED), seed)
+    found = [_search_side(source, method, side, budget, measured, compared, workers, max_pixels) for side in sides]
+    return found, len(measured), len(compared)
+
+
+def _search_side(source: Source, method: str, side: int, budget: float, measured: np.ndarray, compared: np.ndarray,
+                 workers: int, max_pixels: int | None) -> Side:
+    spec = METHODS[method]
+    totals = {}
+
+    def total_of(number: int) -> float:
+        """Bytes that the set comes to, all images together."""
+        totals[number] = measure_total(ShrunkImages(source, measured, method, number, max_pixels, True, side), workers)
+        return totals[number]
+    try:
+        quality = largest_within(spec.lowest, spec.highest, total_of, budget)
+    except Unreachable as limits:
+        least = limits.least / len(source)
+        print0(f'{method}, side {side}: {least:,.1f} bytes an image at least, which exceeds the budget: left out')
+        return Side(side, None, least, None)
+    images = shrink_images(ShrunkImages(source, compared, method, quality, max_pixels, side=side), workers)
+    mean_psnr = math.fsum(image.psnr for image in images) / len(compared)
+    size = totals[quality] / len(source)
+    print0(f'{method}, side {side}: quality {quality}, {size:,.1f} bytes an image, PSNR {mean_psnr:.2f} dB')
+    return Side(side, quality, size, mean_psnr)
 
 
 # ---------------------------------------------------------------- in worker processes
@@ -258,16 +382,19 @@ class ShrunkImages(Dataset):
         method, parameter: see METHODS.
         max_pixels: larger images cannot be read; None for PIL's limit.
         only_sizes: leave the files' bytes and PSNR out.
+        side: see `sides_of`.
     """
 
     def __init__(self, source: Source, images: np.ndarray, method: str, parameter: float,
-                 max_pixels: int | None = None, only_sizes: bool = False):
+                 max_pixels: int | None = None, only_sizes: bool = False, side: int | None = None):
         self.source = source
+        self.image_count = len(images)
         self.chunks = [images[first:first + CHUNK] for first in range(0, len(images), CHUNK)]
         self.method = method
         self.parameter = parameter
         self.max_pixels = max_pixels
         self.only_sizes = only_sizes
+        self.side = side
 
     def __len__(self) -> int:
         return len(self.chunks)
@@ -288,11 +415,11 @@ class ShrunkImages(Dataset):
         if self.method == 'sample':
             return Shrunk(data, ending_of(self.source.names[i], data), len(data), bare_bytes(data), EQUAL_PSNR)
         image, orientation = decode_oriented(data, self.max_pixels, self.source.exif_rotate)
-        data = shrink(image, self.method, self.parameter)
-        ending = '.webp' if self.method == 'webp' else '.jpg'
+        data = shrink(image, self.method, self.parameter, self.side)
+        ending = ENDINGS[self.method]
         if self.only_sizes:
             return Shrunk(b'', ending, len(data), None, math.nan, oriented=orientation != UPRIGHT)
-        fitted = max(sides_of(image, self.method, self.parameter)) > LONGEST[self.method]
+        fitted = max(sides_of(image, self.method, self.parameter, self.side)) > LONGEST[self.method]
         return Shrunk(data, ending, len(data), bare_bytes(data), psnr_of(image, data), fitted,
                       orientation != UPRIGHT)
 

@@ -91,7 +91,7 @@ def check_outside(output_dir: str, source: Source) -> None:
 # ---------------------------------------------------------------- the set on disk
 
 def identify_run(source: Source, method: str, parameter: float | None, budget: dict[str, float],
-                 seed: int) -> dict[str, Any]:
+                 seed: int, sides: list[int] | None = None) -> dict[str, Any]:
     """All that a set depends on, by names that an error can give.
 
     Args:
@@ -100,12 +100,15 @@ def identify_run(source: Source, method: str, parameter: float | None, budget: d
         parameter: of the method; None where a budget decides.
         budget: {'total_bytes': ...} or {'bytes_per_image': ...}; {} without one.
         seed: of what is drawn.
+        sides: that are searched, or the one that is taken; None to keep the images' sizes.
     """
     versions = {'PIL': PIL.__version__, **{name: features.version(name) for name in ('jpg', 'libjpeg_turbo', 'webp')}}
     # An earlier version also made tar shards, and sampled by scores. Their names stay, so that its sets are recognized.
     run_id = {'method': method, 'parameter': parameter, 'budget': budget or None, 'format': 'folder', 'scores': None,
               'seed': seed, 'images': source.digest(), 'versions': versions}
-    return run_id | ({'exif_rotate': True} if source.exif_rotate else {})
+    if method == 'avif':  # others keep what they had, so that their sets are recognized
+        versions['avif'] = features.version('avif')
+    return run_id | ({'exif_rotate': True} if source.exif_rotate else {}) | ({'side': sides} if sides else {})
 
 
 class Record(NamedTuple):
@@ -248,7 +251,8 @@ def write_set(folder: SetFolder, source: Source, noted: dict[str, Any], workers:
     Args:
         folder: of the set, held by this process.
         source: of the images.
-        noted: the 'parameter', and on how many images a budget's was searched, 'searched_images', or None.
+        noted: the 'parameter', and on how many images a budget's was searched, 'searched_images', or None; with sides
+            the 'side' too. The manifest has all of it.
         workers: processes that make images smaller.
         max_pixels: larger images cannot be read; None for PIL's limit.
     """
@@ -266,7 +270,8 @@ def write_set(folder: SetFolder, source: Source, noted: dict[str, Any], workers:
                    f'of theirs were replaced, remove {folder.work} to start from scratch')
     to_make = [images[part_images] for _, part_images in missing]
     to_make = np.concatenate(to_make) if to_make else images[:0]
-    smaller = shrink_images(ShrunkImages(source, to_make, method, noted['parameter'], max_pixels), workers)
+    smaller = shrink_images(ShrunkImages(source, to_make, method, noted['parameter'], max_pixels,
+                                         side=noted.get('side')), workers)
     with tqdm(total=len(images), initial=len(images) - len(to_make), unit=' images', unit_scale=True,
               mininterval=0.1 if sys.stderr.isatty() else 60) as bar:
         for part, part_images in missing:

@@ -1,17 +1,20 @@
 """Which names are images; decoding against torchvision; what is wrong with an image, on one line."""
 import io
+import struct
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 from torchvision.datasets.folder import default_loader
 
 from helpers import encoded, held, limits, noise, odd_images, published_transform
-from image_data.decoding import (LONG_SIDE, BadImage, IgnoredFiles, bare_bytes, decode_image, decode_oriented,
-                                 decode_rgb, image_extensions, is_hidden, is_image, pixels_of, resize_square,
-                                 scan_bytes, webp_bytes)
+from image_data.decoding import (LONG_SIDE, BadImage, IgnoredFiles, avif_bytes, bare_bytes, decode_image,
+                                 decode_oriented, decode_rgb, image_extensions, is_hidden, is_image, pixels_of,
+                                 resize_square, scan_bytes, webp_bytes)
 
 SIZE = 16
+AVIF = pytest.mark.skipif('avif' not in features.get_supported(), reason='this Pillow has no AVIF')
 
 
 # ---------------------------------------------------------------- names
@@ -48,7 +51,7 @@ def test_what_is_left_out_is_said_once_and_counted(capsys):
 
 # ---------------------------------------------------------------- decoding
 
-@pytest.mark.parametrize('kind', ['PNG', 'JPEG', 'WEBP'])
+@pytest.mark.parametrize('kind', ['PNG', 'JPEG', 'WEBP', pytest.param('AVIF', marks=AVIF)])
 @pytest.mark.parametrize('orientation', range(1, 9))
 def test_exif_orientation_is_ignored_or_applied(kind, orientation):
     data = held(noise(orientation), orientation, kind)
@@ -183,3 +186,77 @@ def test_bytes_of_a_webp_without_headers():
     assert webp_bytes(encoded(image, 'WEBP', lossless=True)) > 40 * 57
     assert webp_bytes(plain[:-9]) is None and bare_bytes(encoded(image)) is None
     assert bare_bytes(encoded(image, 'JPEG')) == scan_bytes(encoded(image, 'JPEG'))
+
+
+@AVIF
+def test_avif_images_are_read():
+    image = noise(0, (30, 41))
+    data = encoded(image, 'AVIF', quality=80)
+    assert is_image('a/b.avif')
+    assert torch.equal(pixels_of(decode_rgb(data)), pixels_of(Image.open(io.BytesIO(data)).convert('RGB')))
+    with pytest.raises(BadImage):
+        decode_rgb(data[:-200])
+
+
+@AVIF
+def test_bytes_of_an_avif_without_boxes():
+    image = noise(0, (40, 57))
+    plain = encoded(image, 'AVIF', quality=50)
+    assert bare_bytes(plain) == avif_bytes(plain) == len(plain) - plain.index(b'mdat') - 4  # all of the last box
+    exif = Image.Exif()
+    exif[0x010e] = 500 * 'a'  # a description
+    with_exif = encoded(image, 'AVIF', quality=50, exif=exif, xmp=bytes(300))
+    assert avif_bytes(with_exif) == avif_bytes(plain) < len(with_exif) - 800
+    alpha = image.copy()
+    alpha.putalpha(noise(1, (40, 57)).convert('L'))
+    assert avif_bytes(encoded(alpha, 'AVIF', quality=50)) > avif_bytes(plain) + 500
+    film = encoded(image, 'AVIF', save_all=True, append_images=[noise(1, (40, 57))])
+    assert avif_bytes(film) is None
+
+
+def box(kind, *content, wide=False):
+    content = b''.join(content)
+    if wide:
+        return struct.pack('>I4sQ', 1, kind, 16 + len(content)) + content
+    return struct.pack('>I4s', 8 + len(content), kind) + content
+
+
+def avif_by_hand(version, kind=b'av01', place=0, brand=b'avif'):
+    """An AVIF of two items, one of two extents of 30 and 40 bytes and one of 7, and of an item of metadata."""
+    number, id_format = (3, '>I') if version == 2 else (2, '>H')
+    infos = [box(b'infe', struct.pack('>I', number << 24), struct.pack(id_format, item), b'\0\0', name)
+             for item, name in ((1, kind), (2, kind), (9, b'Exif'))]
+    count = struct.pack('>I' if version == 2 else '>H', 3)
+    iinf = box(b'iinf', bytes([version and 1, 0, 0, 0]), struct.pack('>I' if version else '>H', 3), *infos)
+    located = []
+    for item, lengths in ((1, (30, 40)), (2, (7,)), (9, (20,))):
+        located += [struct.pack(id_format, item), struct.pack('>H', place) if version else b'', bytes(2),
+                    struct.pack('>H', 5), struct.pack('>H', len(lengths))]
+        for length in lengths:
+            located += [b'\0' if version else b'', struct.pack('>HI', 3, length)]  # an index of one byte, of four bits
+    iloc = box(b'iloc', bytes([version, 0, 0, 0, 0x24, 0x21 if version else 0x20]), count, *located)
+    meta = box(b'meta', bytes(4), iloc, box(b'idat', bytes(60)), iinf, wide=version == 1)
+    return box(b'ftyp', brand, bytes(4), b'mif1', brand) + meta + struct.pack('>I4s', 0, b'mdat') + bytes(97)
+
+
+@pytest.mark.parametrize('version', [0, 1, 2])
+def test_every_version_of_the_boxes(version):
+    assert avif_bytes(avif_by_hand(version)) == 77
+    assert avif_bytes(avif_by_hand(version, kind=b'hvc1')) is None
+    assert avif_bytes(avif_by_hand(version, brand=b'heic')) is None
+    if version:
+        assert avif_bytes(avif_by_hand(version, place=1)) == 77  # in the box idat
+        assert avif_bytes(avif_by_hand(version, place=2)) is None  # within another item
+
+
+@pytest.mark.parametrize('version', [0, 1, 2])
+def test_damaged_boxes_have_no_bytes_that_can_be_told(version):
+    data = avif_by_hand(version)
+    for end in range(data.index(b'mdat') - 4):
+        assert bare_bytes(data[:end]) is None
+    rng = np.random.default_rng(version)
+    for _ in range(2000):
+        damaged = bytearray(data)
+        damaged[rng.integers(len(data) - 97)] = rng.integers(256)
+        found = bare_bytes(bytes(damaged))
+        assert found is None or 0 < found <= 3 * len(data)

@@ -10,18 +10,19 @@ import numpy as np
 import PIL
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, features
 
 from fileio.stamps import stamp_of
 from helpers import (call, contents, encoded, fails, forked, held, limits, no_space, noise, odd_images, save_image,
                      smooth_images, tar_samples, write_parquet, write_tar)
 from image_data import shrinking, shrunk_sets
-from image_data.decoding import scan_bytes
+from image_data.decoding import bare_bytes
 from image_data.shrinking import Unreachable, largest_within, sample_classes
 from image_data.sources import open_source
 from scripts import shrink_images
 
 pytestmark = pytest.mark.usefixtures('one_thread')
+AVIF = pytest.mark.skipif('avif' not in features.get_supported(), reason='this Pillow has no AVIF')
 
 
 @pytest.fixture(scope='module')
@@ -64,10 +65,13 @@ def expected(image, method, parameter):
     if method == 'resize':
         small = image.resize([max(1, int(side * parameter + 0.5)) for side in image.size], Image.Resampling.BICUBIC)
         return encoded(small, 'JPEG', quality=95, optimize=True)
+    if method == 'avif':
+        return encoded(image, 'AVIF', quality=parameter, speed=6, codec='aom', max_threads=1)
     return encoded(image, method.upper(), quality=parameter, optimize=True)  # which WebP does not have
 
 
-@pytest.mark.parametrize('method, parameter', [('resize', 0.37), ('resize', 1), ('jpeg', 8), ('webp', 0)])
+@pytest.mark.parametrize('method, parameter', [('resize', 0.37), ('resize', 1), ('jpeg', 8), ('webp', 0),
+                                               pytest.param('avif', 30, marks=AVIF)])
 def test_methods(images, tmp_path, method, parameter):
     manifest = make(images, tmp_path / 'out', method=method, parameter=parameter)
     source = open_source(images)
@@ -79,7 +83,7 @@ def test_methods(images, tmp_path, method, parameter):
         before = Image.open(images / name).convert('RGB')
         data = made[name.rpartition('.')[0]]
         assert data == expected(before, method, parameter)
-        bare.append(int.from_bytes(data[16:20], 'little') if method == 'webp' else scan_bytes(data))
+        bare.append(bare_bytes(data))
         after = Image.open(io.BytesIO(data)).resize(before.size, Image.Resampling.BICUBIC)
         error = np.square(np.asarray(before) / 255 - np.asarray(after) / 255).mean()
         distances.append(-10 * np.log10(error))
@@ -91,6 +95,7 @@ def test_methods(images, tmp_path, method, parameter):
     assert {key: manifest[key] for key in ('method', 'parameter', 'source', 'seed', 'scores', 'classes')} == {
         'method': method, 'parameter': parameter, 'source': str(images), 'seed': 0, 'scores': None,
         'classes': ['ant', 'bee', 'cat']}
+    assert 'side' not in manifest and 'side' not in manifest['run']
     back = open_source(tmp_path / 'out' / 'images')
     assert back.classes == source.classes and back.labels.tolist() == source.labels.tolist()
     assert visible(tmp_path / 'out') == ['.lock', 'images', 'manifest.json']
@@ -129,6 +134,7 @@ def test_a_set_of_images_that_were_replaced_is_not_finished(form, tmp_path, caps
 
 
 @pytest.mark.parametrize('method, parameter, sizes', [('webp', 50, (16383, 16000)), ('jpeg', 50, (65500, 16000)),
+                                                      pytest.param('avif', 50, (32768, 16000), marks=AVIF),
                                                       ('resize', 0.99, (65500, 15840)), ('resize', 0.5, (35000, 8000))])
 def test_a_side_that_no_format_holds_is_brought_down_and_said(tmp_path, capsys, method, parameter, sizes):
     for number, size in enumerate([(1, 70000), (16000, 2)]):
@@ -234,6 +240,76 @@ def test_a_large_set_is_searched_on_some_of_its_images(images, tmp_path, monkeyp
     assert ('exceed it by' in capsys.readouterr().out) == (np.mean(sizes) > 900)
 
 
+# ---------------------------------------------------------------- sides
+
+def test_a_side_beside_a_parameter(images, tmp_path, capsys):
+    manifest = make(images, tmp_path / 'out', '--side', 25)
+    assert manifest['side'] == 25 and manifest['run']['side'] == [25] and 'searched_sides' not in manifest
+    assert 'jpeg 20, side 25: 21 images' in capsys.readouterr().out
+    made = made_images(tmp_path / 'out')
+    assert Image.open(io.BytesIO(made['ant/0'])).size == (25, 25)
+    assert Image.open(io.BytesIO(made['bee/x.y'])).size == (39, 25)  # of 47 x 30
+    whole = made_images(tmp_path / 'whole') if make(images, tmp_path / 'whole') else None
+    same = made_images(tmp_path / 'same') if make(images, tmp_path / 'same', '--side', 64) else None
+    assert whole == same != made
+    fails(lambda: make(images, tmp_path / 'out'), 'results of another side; choose')
+    fails(lambda: make(images, tmp_path / 'out', '--side', 24), 'another side;')
+    fails(lambda: make(images, tmp_path / 'out', '--side', 25, method='webp'), 'another method')
+
+
+def test_the_side_of_the_best_psnr_is_taken(images, tmp_path, capsys):
+    budget = ['--bytes-per-image', 320]
+    manifest = make(images, tmp_path / 'out', *budget, '--side', 10, 40, 26, 40, parameter=None)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith('jpeg, side ')]
+    assert [line.split(':')[0] for line in lines] == ['jpeg, side 40', 'jpeg, side 26', 'jpeg, side 10']
+    found = manifest['searched_sides']
+    assert [side['side'] for side in found] == [40, 26, 10] and manifest['run']['side'] == [40, 26, 10]
+    assert manifest['searched_images'] == manifest['compared_images'] == 21
+    left_out = [side for side in found if side['parameter'] is None]
+    assert left_out and all(side['bytes_per_image'] > 320 and side['psnr'] is None for side in left_out)
+    assert sum('left out' in line for line in lines) == len(left_out)
+    best = max((side for side in found if side['psnr']), key=lambda side: side['psnr'])
+    assert (manifest['side'], manifest['parameter']) == (best['side'], best['parameter'])
+    assert manifest['psnr'] == pytest.approx(best['psnr']) and manifest['bytes_per_image'] == best['bytes_per_image']
+    alone = make(images, tmp_path / 'alone', '--side', best['side'], parameter=best['parameter'])
+    assert contents(tmp_path / 'alone' / 'images') == contents(tmp_path / 'out' / 'images')
+    assert alone['psnr'] == manifest['psnr']
+    make(images, tmp_path / 'out', *budget, '--side', 40, 26, 10, parameter=None)  # the same sides
+    assert 'finished already' in capsys.readouterr().out
+
+
+def test_a_budget_that_no_side_reaches(images, tmp_path):
+    least = totals(images, 'jpeg', [1], tmp_path)[1]
+    fails(lambda: make(images, tmp_path / 'out', '--total-bytes', least - 1, '--side', 50, parameter=None),
+          f'--total-bytes .*--method jpeg takes {least:,}.0 bytes in all at least, with --side 50', 'budget of')
+    fails(lambda: make(images, tmp_path / 'out', '--bytes-per-image', 9, '--side', 9, 50, parameter=None),
+          r'--bytes-per-image 9: .* takes \d+\.\d bytes an image at least, with --side 9,')
+    assert not (tmp_path / 'out' / '.unfinished').exists()
+
+
+def test_a_resumed_run_does_not_search_again(images, tmp_path, monkeypatch):
+    flags = ['--bytes-per-image', 320, '--side', 26, 10]
+    make(images, tmp_path / 'whole', *flags, parameter=None)
+    with monkeypatch.context() as patch:
+        patch.setattr(shrunk_sets.SetFolder, 'write_part', lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            make(images, tmp_path / 'out', *flags, parameter=None)
+    fails(lambda: make(images, tmp_path / 'out', *flags[:4], parameter=None), 'another side; give the same flags')
+    monkeypatch.setattr(shrink_images, 'search_sides', lambda *_: 1 / 0)
+    make(images, tmp_path / 'out', *flags, parameter=None)
+    assert contents(tmp_path / 'out') == contents(tmp_path / 'whole')
+
+
+@AVIF
+def test_a_codec_that_this_pillow_lacks(images, tmp_path, monkeypatch):
+    parts = {'method': 'avif', 'parameter': 30}
+    assert make(images, tmp_path / 'done', '--side', 9, **parts)['versions']['avif'] == features.version('avif')
+    monkeypatch.setattr(features, 'check', lambda _: False)
+    fails(lambda: make(images, tmp_path / 'out', **parts), '--method avif: this Pillow, .*, lacks libavif; install')
+    assert not (tmp_path / 'out').exists()
+    make(images, tmp_path / 'done', '--side', 9, **parts)  # what is finished needs none
+
+
 # ---------------------------------------------------------------- sources and outputs
 
 def labeled(source):
@@ -288,11 +364,12 @@ def test_any_number_of_processes_gives_the_same_bytes(images, tmp_path, monkeypa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('moment', ['write_bytes', 'write_text', 'replace', 'rmtree'])
-def test_a_run_killed_at_any_moment_resumes(images, tmp_path, monkeypatch, moment):
+@pytest.mark.parametrize('moment, flags', [
+    ('write_bytes', []), ('write_text', []), ('write_text', ['--side', 30, 18]), ('replace', []), ('rmtree', [])])
+def test_a_run_killed_at_any_moment_resumes(images, tmp_path, monkeypatch, moment, flags):
     """Killed at each call of a kind in turn; each time the same command resumes, until it is through."""
     monkeypatch.setattr(shrunk_sets, 'PART', 6)
-    flags = ['--total-bytes', 15_000]
+    flags = ['--total-bytes', 15_000, *flags]
     make(images, tmp_path / 'whole', *flags, parameter=None)
     owner = {'write_bytes': shrunk_sets.Path, 'write_text': shrunk_sets, 'replace': shrunk_sets.os,
              'rmtree': shrunk_sets.shutil}[moment]
@@ -372,13 +449,21 @@ def test_one_writer_at_a_time(images, tmp_path):
 @pytest.mark.parametrize('flags, pattern', [
     (['--parameter', 96], '--parameter 96: jpeg takes a whole number from 1 to 95'),
     (['--parameter', 7.5], 'whole number'), (['--parameter', 3, '--total-bytes', 9], 'not allowed with'),
-    ([], 'required')])
+    ([], 'required'), (['--parameter', 9, '--side', 0], '--side: 0'), (['--parameter', 9, '--side'], '--side: expect'),
+    (['--parameter', 9, '--side', 20, 30], '--side 20 30: with --parameter give one')])
 def test_flags_that_cannot_be(flags, pattern):
     fails(lambda: shrink_images.parse_args(['--data-path', 'a', '--output-dir', 'b', '--method', 'jpeg',
                                             *map(str, flags)]), pattern)
 
 
-@pytest.mark.parametrize('method, parameter', [('sample', 0), ('sample', 1.1), ('resize', 0), ('webp', 101)])
+@pytest.mark.parametrize('method', ['sample', 'resize'])
+def test_methods_without_a_side(images, tmp_path, method):
+    fails(lambda: make(images, tmp_path / 'out', '--side', 20, method=method, parameter=0.5),
+          f'--side 20: --method {method} has no side; jpeg, webp, avif have')
+
+
+@pytest.mark.parametrize('method, parameter', [('sample', 0), ('sample', 1.1), ('resize', 0), ('webp', 101),
+                                               ('avif', 101), ('avif', 7.5)])
 def test_parameters_that_cannot_be(images, tmp_path, method, parameter):
     fails(lambda: make(images, tmp_path / 'out', method=method, parameter=parameter), f'--parameter {parameter}')
     assert not (tmp_path / 'out').exists()
