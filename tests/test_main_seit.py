@@ -56,14 +56,12 @@ def test_published_defaults():
         'attn_only': False, 'output_dir': '', 'device': 'auto', 'seed': 0, 'resume': '', 'start_epoch': 0,
         'eval': False, 'dist_eval': False, 'no_eval': False, 'bce_loss': False, 'unscale_lr': False, 'pin_mem': True,
         'train_token_file': 'tokens/imagenet1k-train-token.data.bin.gz',
-        'codebook_path': 'tokens/codebook.ckpt', 'val_token_file': 'tokens/imagenet1k-val-token.data.bin.gz',
-        'views': None, 'val_share': 0}
+        'val_label_file': 'tokens/imagenet1k-val-label.txt', 'codebook_path': 'tokens/codebook.ckpt',
+        'token_synonym_dict': 'tokens/synonyms.json', 'views': None, 'val_share': 0}
     assert {k: getattr(args, k) for k in expected} == expected
-    # what is not given is the published file, once it is known that the token file is one of ours
-    args = recipe.files_by_default(args.replaced(eda_rc_prob=0.), Codebook(torch.zeros(2, 2), True))
-    files = {'train_label_file': 'tokens/imagenet1k-train-label.txt',
-             'val_label_file': 'tokens/imagenet1k-val-label.txt', 'token_synonym_dict': 'tokens/synonyms.json'}
-    assert {k: getattr(args, k) for k in files} == files
+    # none of them is replaced for a set of ours, but for synonyms that are not there
+    args = recipe.files_by_default(args, Codebook(torch.zeros(2, 2), True))
+    assert {k: getattr(args, k) for k in expected} == {**expected, 'token_synonym_dict': ''}
 
 
 def test_both_spellings():
