@@ -200,7 +200,6 @@ FRACTION = number(0, 1)
 POSITIVE = number(1e-12)  # `number` has no open bounds, so this stands for 'above 0'
 SEED = integer(0, 2 ** 63 - 1)  # torch's generators take no more
 SYNONYMS = 'tokens/synonyms.json'
-LABELS = {'train': 'tokens/imagenet1k-train-label.txt', 'val': 'tokens/imagenet1k-val-label.txt'}
 DEVICE_HELP = 'auto (CUDA where there is a GPU), cuda, cuda:N, cpu, or another accelerator of torch, such as mps'
 
 
@@ -371,11 +370,8 @@ def advice(given: Sequence[str], known: Collection[str], no_effect: dict[str, st
 
 # ---------------------------------------------------------------- groups that programs share
 
-def add_token_flags(parser: Parser, synonyms: str = SYNONYMS) -> Callable:
-    """The training tokens, their codebook, and how they are read. Returns the group's add.
-
-    `synonyms` is the published path, which is taken where none is given, see `recipe.files_by_default`.
-    """
+def add_token_flags(parser: Parser) -> Callable:
+    """The training tokens, their codebook, and how they are read. Returns the group's add."""
     add = parser.add_group('data')
     add('--train-token-file', default='tokens/imagenet1k-train-token.data.bin.gz', metavar='FILE', of_a_rank=True,
         help='training tokens: a file, a glob or a comma-separated list of shards; also .safetensors, .npy, .npz, '
@@ -383,9 +379,9 @@ def add_token_flags(parser: Parser, synonyms: str = SYNONYMS) -> Callable:
     add('--codebook-path', default='tokens/codebook.ckpt', metavar='FILE', of_a_rank=True,
         help='the codebook of the tokens: one embedding for each code, in a file; or weights of another VQ tokenizer, '
         'or fsq:8,8,8,5,5,5 or lfq:10 (docs/tokenizers.md)')
-    add('--token-synonym-dict', metavar='FILE', of_a_rank=True,
-        help='for each code a list of codes near it; it is read where --eda-rc-prob is above 0 (default: '
-        f'{synonyms} if it is there; else, and with a codebook of another project, they are made from the codebook)')
+    add('--token-synonym-dict', default=SYNONYMS, metavar='FILE', of_a_rank=True,
+        help='for each code a list of codes near it; it is read where --eda-rc-prob is above 0; where it is not given, '
+        'and the default is not there or the codebook is of another project, synonyms are made from the codebook')
     add('--token-cache', default='', metavar='DIR', of_a_rank=True,
         help="where decoded tokens are kept: in a folder, '' for beside the token file, 'none' for in memory only")
     add('--views', type=views, exact=True, metavar='V[:B]',
@@ -409,14 +405,13 @@ def add_token_flags(parser: Parser, synonyms: str = SYNONYMS) -> Callable:
 
 def add_token_label_flags(add: Callable) -> None:
     """Labels and the validation set, added by a group's add."""
-    add('--train-label-file', metavar='FILE', of_a_rank=True,
-        help='labels of the training tokens: one file for each token file, in the same order (default: '
-        f'{LABELS["train"]}; for files of other projects the labels in them)')
+    add('--train-label-file', default='tokens/imagenet1k-train-label.txt', metavar='FILE', of_a_rank=True,
+        help='labels of the training tokens: one file for each token file, in the same order; where it is not given, '
+        "files of other projects have their own labels, as with ''")
     add('--val-token-file', default='tokens/imagenet1k-val-token.data.bin.gz', metavar='FILE', of_a_rank=True,
         help='validation tokens, given as those of training')
-    add('--val-label-file', metavar='FILE', of_a_rank=True,
-        help=f'labels of the validation tokens (default: {LABELS["val"]}; for files of other projects the labels in '
-        'them)')
+    add('--val-label-file', default='tokens/imagenet1k-val-label.txt', metavar='FILE', of_a_rank=True,
+        help='labels of the validation tokens, likewise')
     add('--nb-classes', type=integer(1),
         help='number of classes (default: the largest label + 1; with --eval as many as the checkpoint has)')
 

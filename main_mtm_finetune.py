@@ -44,7 +44,6 @@ from training.checkpoints import (FINETUNE, PRETRAIN, check_codes, check_origin,
 from training.run_folder import checkpoint_files
 from utils import print0, rank, run, world_size
 
-SYNONYMS = 'tokens/codebook-synonyms.json'
 NO_EFFECT = {
     '--global-pool': 'the head always reads the mean of the patches',
     '--cls-token': 'the head always reads the mean of the patches, as in the published program',
@@ -55,7 +54,7 @@ NO_EFFECT = {
 def get_args_parser() -> Parser:
     """All flags."""
     parser = Parser('Fine-tune a classifier on token files, from masked-token pre-training.')
-    flags.add_token_label_flags(add_token_flags(parser, SYNONYMS))
+    flags.add_token_label_flags(add_token_flags(parser))
     add = add_step_flags(parser, MODELS)
     add('--finetune', default='', metavar='FILE', of_a_rank=True,
         help='start from the encoder of this checkpoint of main_mtm_pretrain.py')
@@ -73,7 +72,7 @@ def get_args_parser() -> Parser:
     add_periods_flag(parser.add_group('checkpoints'), 'last2', 'best')
     parser.add_no_effect(NO_EFFECT, switches=['--global-pool', '--cls-token', '--dist-on-itp'])
     parser.set_defaults(model='deit_base_token_32', batch_size=64, epochs=50, blr=1e-3, min_lr=1e-6, warmup_epochs=5,
-                        weight_decay=0.1, rrc_ratio=0.08,
+                        weight_decay=0.1, rrc_ratio=0.08, token_synonym_dict='tokens/codebook-synonyms.json',
                         token_coloradapt_prob=0.25, token_noise_prob=0.75, output_dir='./output_dir', bce_loss=False)
     return parser
 
@@ -115,7 +114,7 @@ def make_evaluate(args: argparse.Namespace, data: TokenDataset, codebook: torch.
 def evaluate_only(args: argparse.Namespace, checkpoint: dict[str, Any], path: str, device: torch.device) -> None:
     """--eval: evaluate a checkpoint. Raises InputError."""
     table = read_codebook(args.codebook_path)
-    args = recipe.files_by_default(args, table, SYNONYMS)
+    args = recipe.files_by_default(args, table)
     codebook = table.rows
     size = check_sizes(args)
     check_checkpoint(checkpoint, path, codebook)
@@ -173,7 +172,7 @@ def main(args: argparse.Namespace) -> int:
 
     # data
     table = read_codebook(args.codebook_path)
-    args = recipe.files_by_default(args, table, SYNONYMS)
+    args = recipe.files_by_default(args, table)
     codebook = table.rows
     size = check_sizes(args)
     files = recipe.split_files(args)

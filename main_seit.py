@@ -169,7 +169,7 @@ def main(args: argparse.Namespace) -> int:
     choose_data_device(datasets, args.data_device, device)
     if train_data:
         args = recipe.choose(args, {'model': 'deit_tiny_token_32', 'model_kwargs': recipe.SMALL_VIT}, len(train_data),
-                             size, classes, (val_data.files[0].name, len(val_data)) if val_data else None, checkpoint)
+                             size, classes, (files['val'][0], len(val_data)) if val_data else None, checkpoint)
     pretrained = load_checkpoint(args.finetune) if args.finetune else None
     if pretrained:
         # a ViT of images has arguments that one of tokens has not, so its name is the user's to give

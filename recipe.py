@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from engine import StepOptions, train
 from fileio.files import identity, is_address
-from flags import LABELS, SYNONYMS, Flags, print_no_effect
+from flags import Flags, print_no_effect
 from token_files.codebook import Codebook, load_synonyms, made_synonyms
 from token_files.made_with import file_of, seen_from
 from token_files.token_file import expand_token_files, holds_foreign
@@ -204,26 +204,20 @@ def check_evaluated(args: Flags, checkpoint: dict[str, Any], path: str, facts: d
         check_tokens_of(checkpoint, path, facts, {'codebook': args.codebook_path, 'tokenizer': args.val_token_file})
 
 
-def files_by_default(args: Flags, codebook: Codebook, synonyms: str = SYNONYMS) -> Flags:
-    """The flags with the files of labels and synonyms that were not given: the published ones where they can fit.
+def files_by_default(args: Flags, codebook: Codebook) -> Flags:
+    """The flags without the published files of labels and synonyms where they were not given and cannot be meant.
 
-    Sets of other projects have labels of their own: '' stands for those, because published ones of as many images, in
-    another order, would be taken in silence. Likewise '' stands for synonyms made from the codebook.
-
-    Args:
-        args: the command line.
-        codebook: of --codebook-path.
-        synonyms: the published path of the program.
+    Sets of other projects have labels of their own, for which '' stands: published ones of as many images, in another
+    order, would be taken in silence. Likewise '' stands for synonyms made from the codebook.
     """
-    known = {}
     flags = vars(args)
-    for split, published in LABELS.items() if 'val_label_file' in flags else ():
-        if flags[f'{split}_label_file'] is None:
-            own = holds_foreign(flags[f'{split}_token_file'])
-            known[f'{split}_label_file'] = '' if own else published
-    if args.token_synonym_dict is None:
-        fits = codebook.as_stored and os.path.exists(synonyms)
-        known['token_synonym_dict'] = synonyms if fits or not args.eda_rc_prob else ''
+    known = {}
+    for split in ('train', 'val') if 'val_label_file' in flags else ():
+        if f'{split}_label_file' not in args.given and holds_foreign(flags[f'{split}_token_file']):
+            known[f'{split}_label_file'] = ''
+    are_given = 'token_synonym_dict' in args.given or (codebook.as_stored and os.path.exists(args.token_synonym_dict))
+    if args.eda_rc_prob and not are_given:
+        known['token_synonym_dict'] = ''
     return args.replaced(**known)
 
 

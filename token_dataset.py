@@ -287,7 +287,8 @@ def _identities(file: TokenFile) -> list[tuple]:
     stat = os.stat(file.stream)
     recorded = file.manifest.get('files', {}).get(file.stream.name)
     checksum = recorded.get('sha256') if isinstance(recorded, dict) else None
-    return [(stat.st_dev, stat.st_ino)] + ([(str(checksum),)] if checksum else [])
+    part = file.content.part if file.is_foreign else ''  # a file of others may hold two sets
+    return [(stat.st_dev, stat.st_ino, part)] + ([(str(checksum),)] if checksum else [])
 
 
 def facts_of(datasets: dict[str, TokenDataset], codebook: torch.Tensor) -> dict[str, Any]:

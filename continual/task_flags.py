@@ -137,7 +137,7 @@ def check_program_flags(flags: dict[str, Any]) -> None:
         raise InputError(f'--recipe {flags["recipe"]} is not for main_continual.py: give --epochs, --lr and the '
                          'others; tasks are smaller than the set that a recipe would be chosen by')
     if (flags['new'] == 'tokens' and not flags['train_token_file'] and
-            flags['token_synonym_dict'] not in (None, SYNONYMS)):
+            flags['token_synonym_dict'] != SYNONYMS):
         raise InputError('--token-synonym-dict: synonyms are made with the tokens; give it beside --train-token-file')
     if not flags['output_dir']:
         raise InputError('--output-dir: give one; tasks pass weights and memory on in files')

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 import flags
 import recipe
 from fileio.files import is_address
-from flags import SYNONYMS, Flags, KeyValues, Parser, integer, number
+from flags import Flags, KeyValues, Parser, integer, number
 from recipe import parallel
 from seitpp.color_adapt import ColorChange
 from seitpp.halves import TokenHalves
@@ -38,9 +38,9 @@ NO_EFFECT_ON_MTM = {
 }
 
 
-def add_token_flags(parser: Parser, synonyms: str = SYNONYMS) -> Callable:
-    """Tokens and TokenAdapt. Returns the group's add. For `synonyms` see there."""
-    add = flags.add_token_flags(parser, synonyms)
+def add_token_flags(parser: Parser) -> Callable:
+    """Tokens and TokenAdapt. Returns the group's add."""
+    add = flags.add_token_flags(parser)
     add('--tokenadapt-path', default='weights/tokenadapt.ckpt', metavar='FILE', of_a_rank=True,
         help="a trained TokenAdapt, by which half of each batch is augmented (scripts/fit_token_adapt.py makes one); "
              "'' for none")

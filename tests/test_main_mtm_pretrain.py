@@ -7,6 +7,7 @@ import torch
 
 import main_mtm_finetune
 import main_mtm_pretrain
+from foreign_sets import codes_of, labels_of, write_folder
 from helpers import Killed, assert_same, before_step, call, fails, kill, make_data, read_log, states
 from masked import PUBLISHED_FINETUNE, PUBLISHED_PRETRAIN, SMALL, split_flags, token_adapt_flags
 from processes import training_differs
@@ -223,3 +224,24 @@ def test_a_flag_without_effect_can_be_added_on_resuming(uninterrupted, tmp_path,
     weights, again = (torch.load(path / 'checkpoint-last.pth', weights_only=True)['model']
                       for path in (folder, tmp_path))
     assert all(torch.equal(weights[name], again[name]) for name in weights)
+
+
+def test_views_in_pre_training_and_fine_tuning(tmp_path, monkeypatch, capsys):
+    codes = codes_of(48, 10, 512).reshape(24, 2, 100)
+    path = write_folder(tmp_path, codes, labels_of(24))
+    words = ['--codebook-path', 'fsq:8,8,8', '--train-token-file', path, '--tokenadapt-path', '', '--epochs', 2,
+             '--val-share', 0.1]
+    pretrain(*words, '--output-dir', tmp_path / 'a')
+    out = capsys.readouterr().out
+    assert '2 of its 24 images are held out' in out and 'train: 22 images of 10x10 codes in 2 views' in out
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        before_step(patch, 1, 2, kill)
+        pretrain(*words, '--save-every', 1, '--output-dir', tmp_path / 'b')
+    pretrain(*words, '--save-every', 1, '--output-dir', tmp_path / 'b', '--resume', 'auto')
+    assert not training_differs(tmp_path / 'a', tmp_path / 'b', ['checkpoint-last.pth'])
+    capsys.readouterr()
+    small = [word for word in SMALL if not str(word).startswith('decoder_')]
+    call(main_mtm_finetune, *small, *words, '--finetune', tmp_path / 'a/checkpoint-last.pth', '--output-dir',
+         tmp_path / 'c')
+    out = capsys.readouterr().out
+    assert 'val: 2 images of 10x10 codes in 2 views' in out and '* Acc@1' in out

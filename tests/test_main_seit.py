@@ -1,7 +1,9 @@
 """main_seit.py as a user runs it."""
+import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -9,6 +11,7 @@ import torch
 import main_seit
 import recipe
 from benchmarks.common import free_port
+from foreign_sets import codes_of, labels_of, write_jsonl, write_safetensors
 from helpers import (ROOT, SMALL, Killed, accuracy_lines, before_step, clean_environment, flag_values, kill,
                      make_data, mistake, read_log, run_here, seit, states, words_of)
 from image_tokenizer.vitvqgan import Size
@@ -53,14 +56,12 @@ def test_published_defaults():
         'attn_only': False, 'output_dir': '', 'device': 'auto', 'seed': 0, 'resume': '', 'start_epoch': 0,
         'eval': False, 'dist_eval': False, 'no_eval': False, 'bce_loss': False, 'unscale_lr': False, 'pin_mem': True,
         'train_token_file': 'tokens/imagenet1k-train-token.data.bin.gz',
-        'codebook_path': 'tokens/codebook.ckpt', 'val_token_file': 'tokens/imagenet1k-val-token.data.bin.gz',
-        'views': None, 'val_share': 0}
+        'val_label_file': 'tokens/imagenet1k-val-label.txt', 'codebook_path': 'tokens/codebook.ckpt',
+        'token_synonym_dict': 'tokens/synonyms.json', 'views': None, 'val_share': 0}
     assert {k: getattr(args, k) for k in expected} == expected
-    # what is not given is the published file, once it is known that the token file is one of ours
-    args = recipe.files_by_default(args.replaced(eda_rc_prob=0.), Codebook(torch.zeros(2, 2), True))
-    files = {'train_label_file': 'tokens/imagenet1k-train-label.txt',
-             'val_label_file': 'tokens/imagenet1k-val-label.txt', 'token_synonym_dict': 'tokens/synonyms.json'}
-    assert {k: getattr(args, k) for k in files} == files
+    # none of them is replaced for a set of ours, but for synonyms that are not there
+    args = recipe.files_by_default(args, Codebook(torch.zeros(2, 2), True))
+    assert {k: getattr(args, k) for k in expected} == {**expected, 'token_synonym_dict': ''}
 
 
 def test_both_spellings():
@@ -233,3 +234,83 @@ def test_a_mistake_of_another_rank_is_printed_once(data, tmp_path):
     codes = two_ranks(data, output, ['--train-label-file', tmp_path / 'label.txt'])
     assert codes[1] == 2 and codes[0] not in (0, None)
     assert output.read_text().count('error: ') == 1 and 'line 1 is not an integer class' in output.read_text()
+
+
+# ---------------------------------------------------------------- token sets of others
+
+def foreign_flags(folder, *words):
+    """Flags of a run on an FSQ set as cosmos-imagenet stores it, of 512 codes."""
+    for split, count in ('train', 24), ('val', 11):
+        path = folder / f'{split}.safetensors'
+        if not path.exists():
+            write_safetensors(path, codes_of(count, 10, 512, seed=count).astype('i2'), labels_of(count).astype('i2'))
+    return [*SMALL, '--codebook-path', 'fsq:8,8,8', '--train-token-file', folder / 'train.safetensors',
+            '--val-token-file', folder / 'val.safetensors', '--token-cache', folder / 'cache', '--warmup-epochs', '0',
+            *words]
+
+
+def test_a_set_of_others_is_trained_on_and_evaluated(tmp_path, capsys):
+    words = foreign_flags(tmp_path, '--output-dir', tmp_path / 'run')
+    run_here(*words, '--epochs', '2')
+    out = capsys.readouterr().out
+    assert 'synonyms: 5 for each code are made from fsq:8,8,8' in out and 'decoding' not in out
+    accuracies = [line for line in accuracy_lines(out) if 'EMA' not in line]
+    best = max(accuracies, key=lambda line: float(line.split()[2]))
+    run_here('--device', 'cpu', '--val-token-file', tmp_path / 'val.safetensors', '--token-cache', tmp_path / 'cache',
+             '--eval', '--resume', tmp_path / 'run/best_checkpoint.pth')
+    assert best.split('loss')[0] in capsys.readouterr().out
+    saved = read_args(tmp_path / 'run')
+    assert (saved['train_label_file'], saved['val_label_file'], saved['token_synonym_dict']) == ('', '', '')
+    assert [file.suffix for file in (tmp_path / 'cache').iterdir()] == ['.sha256'] * 2  # mapped as they lie
+    run_here(*words, '--epochs', '3', '--resume', 'auto')  # with the same files by default
+    assert 'note: --train-label' not in capsys.readouterr().out
+
+
+def read_args(folder):
+    return json.loads((folder / 'args.json').read_text())
+
+
+def lines_flags(folder, *words):
+    """Flags of a run on pairs of lines, the second a mirror image, without a validation set."""
+    path = folder / 'a.jsonl'
+    if not path.exists():
+        codes = codes_of(40, 10, 512)
+        write_jsonl(path, np.stack([codes, codes[:, :, ::-1]], 1).reshape(80, 10, 10), labels_of(40).repeat(2))
+    return [*SMALL, '--codebook-path', 'fsq:8,8,8', '--train-token-file', path, '--val-share', '0.1', '--warmup-epochs',
+            '0', '--eda-rc-prob', '0', '--epochs', '2', *words]
+
+
+@pytest.mark.parametrize('resident', [False, True])
+def test_views_are_the_same_after_a_kill(tmp_path, monkeypatch, capsys, resident):
+    if resident:  # as on a GPU
+        monkeypatch.setattr('main_seit.choose_data_device',
+                            lambda datasets, *_: [data.keep_on(torch.device('cpu')) for data in datasets.values()])
+    words = lines_flags(tmp_path, '--views', '2')
+    run_here(*words, '--output-dir', tmp_path / 'a')
+    out = capsys.readouterr().out
+    assert '4 of its 40 images are held out' in out and 'train: 36 images of 10x10 codes in 2 views' in out
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        before_step(patch, 1, 2, kill)
+        run_here(*words, '--save-every', '1', '--output-dir', tmp_path / 'b')
+    capsys.readouterr()
+    run_here(*words, '--save-every', '1', '--output-dir', tmp_path / 'b', '--resume', 'auto')
+    assert not training_differs(tmp_path / 'a', tmp_path / 'b')
+    for changed, what in (['--views', '1'], 'views'), (['--val-share', '0.2'], 'val_share'):
+        message = mistake(*words, *changed, '--output-dir', tmp_path / 'b', '--resume', 'auto')
+        assert 'the run that wrote it differs in' in message and what in message
+    capsys.readouterr()
+    run_here('--device', 'cpu', '--train-token-file', tmp_path / 'a.jsonl', '--views', '2', '--val-share', '0.1',
+             '--eval', '--resume', tmp_path / 'a/checkpoint.pth')
+    out = capsys.readouterr().out
+    assert 'val: 4 images of' in out and 'train:' not in out
+
+
+def test_mistakes_of_sets_of_others(tmp_path):
+    words = lines_flags(tmp_path)
+    assert '--val-share holds images of --train-token-file out' in mistake(*words, '--val-token-file', 'x')
+    assert 'would be views of one image' in mistake(*words, '--views', '2:3')
+    assert 'its 80 rows are no images of 3 views' in mistake(*words, '--views', '3')
+    assert 'give a number, or two as in 2:128' in mistake(*words, '--views', '2:3:4')
+    np.save(tmp_path / 'a.npy', codes_of(8, 10, 512))
+    assert 'a.npy: holds no labels that are known here' in mistake(*words, '--train-token-file', tmp_path / 'a.npy')
+    assert 'must hold out some' in mistake(*words, '--val-share', '0.001')

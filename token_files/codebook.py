@@ -127,7 +127,8 @@ def _nearest_in_blocks(unit: torch.Tensor, top_k: int) -> torch.Tensor:
     columns = F.pad(unit.float().T, (0, groups * width - count)).contiguous()
     rounding = 2 * (dim + 2) * torch.finfo(torch.float32).eps
     rows_at_once = max(1, NUMBERS_AT_ONCE // count)
-    parts = []
+    # one tensor: small ones, kept from each block, would lie between large ones in malloc's heap, which then grows
+    nearest = torch.empty(count, top_k, dtype=torch.int64)
     for block in torch.arange(count).split(rows_at_once):
         similarity = columns[:, block].T @ columns
         similarity[torch.arange(len(block)), block] = -torch.inf
@@ -143,8 +144,8 @@ def _nearest_in_blocks(unit: torch.Tensor, top_k: int) -> torch.Tensor:
         order = order[row[order].argsort(stable=True)]
         ends = torch.bincount(row, minlength=len(block)).cumsum(0)
         first = F.pad(ends[:-1], (1, 0))
-        parts.append(code[order[first[:, None] + torch.arange(top_k)]])
-    return torch.cat(parts)
+        nearest[block] = code[order[first[:, None] + torch.arange(top_k)]]
+    return nearest
 
 
 def build_synonyms(codebook_path: str | Path, output: str | Path, top_k: int = SYNONYMS) -> None:

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 
 from fileio.files import expand_files, read_json, sha256, write_text
-from fileio.hub import fetch_beside, local_path
+from fileio.hub import fetch_beside, is_on_hub, local_path
 from fileio.labels import read_labels, write_labels
 from token_files import compact, foreign, published
 from utils import CPU, InputError
@@ -161,7 +161,12 @@ def expand_token_files(spec: str) -> list[Path]:
 
 def holds_foreign(spec: str) -> bool:
     """Whether a set of other projects is among the files that a path, a glob or a list names; False if none is there.
+
+    Nothing is fetched for it: the ending of an address tells.
     """
+    items = list(map(str.strip, str(spec).split(',')))
+    if any(map(is_on_hub, items)):
+        return any(map(foreign.is_foreign, items))
     try:
         return any(map(foreign.is_foreign, expand_token_files(spec)))
     except InputError:  # it is said where the set is read

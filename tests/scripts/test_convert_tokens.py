@@ -6,6 +6,8 @@ import os
 import numpy as np
 import pytest
 
+from fileio.labels import read_labels
+from foreign_sets import codes_of, labels_of, write_folder, write_jsonl, write_safetensors
 from helpers import ROOT, call, contents, fails, make_checked_set, make_set, make_shards, make_wide_set, open_codes
 from scripts import convert_tokens
 from token_files import compact
@@ -108,3 +110,49 @@ def test_mistakes_get_one_line(tmp_path):
     path.write_bytes(path.read_bytes()[:-9])
     fails(lambda: convert(path, tmp_path / 'b', 'compact'), str(path), 'damaged or truncated')
     assert not (tmp_path / 'b').exists() or not contents(tmp_path / 'b')
+
+
+# ---------------------------------------------------------------- sets of others
+
+@pytest.mark.parametrize('format_name', ['compact', 'published'])
+def test_sets_of_others(tmp_path, format_name, capsys):
+    codes = codes_of(12, 3, 1024)
+    made = {'a': write_safetensors(tmp_path / 'a.safetensors', codes.astype('i2'), labels_of(12)),
+            'b': write_jsonl(tmp_path / 'b.jsonl', codes, labels_of(12)),
+            'x24': write_folder(tmp_path, codes.reshape(12, 1, 9), labels_of(12), 'x24')}
+    for name, path in made.items():
+        convert(path, tmp_path / 'out', format_name)
+        new = tmp_path / f'out/{name}-token.data.bin{".gz" if format_name == "published" else ""}'
+        assert np.array_equal(open_codes(new, 'none'), codes.reshape(12, 9))
+        assert read_labels(tmp_path / f'out/{name}-label.txt').tolist() == labels_of(12).tolist()
+        assert 'view' not in capsys.readouterr().out
+
+
+def test_the_first_view_is_kept_or_all(tmp_path, capsys):
+    codes = codes_of(12 * 3, 2, 999).reshape(12, 3, 4)
+    path = write_folder(tmp_path, codes, labels_of(12))
+    convert(path, tmp_path / 'first', 'compact')
+    assert 'of 3 views of its 12 images the first is kept; --all-views keeps all' in capsys.readouterr().out
+    new = tmp_path / 'first/imagenet24-token.data.bin'
+    assert np.array_equal(open_codes(new, 'none'), codes[:, 0]) and len(read_labels(
+        tmp_path / 'first/imagenet24-label.txt')) == 12
+    convert(path, tmp_path / 'all', 'compact', '--all-views')
+    new = tmp_path / 'all/imagenet24-token.data.bin'
+    assert np.array_equal(open_codes(new, 'none'), codes.reshape(36, 4))
+    assert read_labels(tmp_path / 'all/imagenet24-label.txt').tolist() == labels_of(12).repeat(3).tolist()
+    pairs = write_jsonl(tmp_path / 'b.jsonl', codes_of(6, 2, 99), np.array([1, 2, 1, 2, 3, 3]))
+    convert(pairs, tmp_path / 'b', 'published', '--views', '2:2')
+    assert np.array_equal(open_codes(tmp_path / 'b/b-token.data.bin.gz', 'none'),
+                          codes_of(6, 2, 99).reshape(6, 4)[[0, 1, 4]])
+    assert read_labels(tmp_path / 'b/b-label.txt').tolist() == [1, 2, 3]
+    fails(lambda: convert(pairs, tmp_path / 'c', 'published', '--views', '2'), 'would be views of one image')
+    assert not (tmp_path / 'c').exists()
+
+
+def test_a_bad_set_of_others_leaves_nothing(tmp_path):
+    path = write_jsonl(tmp_path / 'a.jsonl', codes_of(6, 2, 99), labels_of())
+    path.write_bytes(path.read_bytes()[:-9])
+    fails(lambda: convert(path, tmp_path / 'out', 'compact'), 'a.jsonl: line 6 is no JSON')
+    np.save(tmp_path / 'b.npy', codes_of(6, 2, 70000))
+    fails(lambda: convert(tmp_path / 'b.npy', tmp_path / 'out', 'compact'), 'image 0 has code 69999')
+    assert not (tmp_path / 'out').exists() or not any((tmp_path / 'out').iterdir())

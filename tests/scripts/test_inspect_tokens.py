@@ -19,6 +19,7 @@ from token_files import token_file
 from token_files.codebook import load_codebook, quantize
 from conftest import ROOT
 from fileio.labels import read_labels
+from foreign_sets import codes_of, labels_of, write_safetensors
 from helpers import call, fails, make_compact_set, published_transform, smooth_images, write_parquet, write_tar
 from image_data.quality import psnr, ssim
 from image_tokenizer.tokenizers import load_tokenizer
@@ -316,3 +317,13 @@ def test_large_images_are_bad_unless_allowed(fitted, tmp_path, capsys):
     flags = ['--data-path', fitted / 'images', '--output', tmp_path / 'sheet.png', '--max-image-pixels']
     fails(lambda: inspect(fitted, capsys, *flags, 1599), 'images: ant/0.png is no readable.*--max-image-pixels')
     inspect(fitted, capsys, *flags, 1600)
+
+
+def test_a_set_of_others(tmp_path, capsys):
+    path = write_safetensors(tmp_path / 'a.safetensors', codes_of(12, 3, 512).astype('i2'), labels_of(12))
+    call(inspect_tokens, '--token-file', path, '--codebook-path', 'fsq:8,8,8')
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (found['images'], found['grid'], found['codes']) == (12, 3, 512)
+    assert found['class_counts'] == {'0': 3, '1': 3, '2': 3, '3': 3}
+    assert found['bytes_per_image']['stored'] == round(path.stat().st_size / 12, 2)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]

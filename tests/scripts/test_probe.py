@@ -13,6 +13,7 @@ from sklearn.neighbors import KNeighborsClassifier
 import main_mtm_pretrain
 import main_pixels
 import tokenize_images
+from foreign_sets import write_folder
 from helpers import SMALL, call, fails, make_data, run_here, smooth_images, states
 from scripts import fit_patch_tokenizer, probe
 from masked import DECODER, SIZES
@@ -297,6 +298,21 @@ def test_accuracies():
     assert accuracies(scores, torch.tensor([0, 5, 0])) == pytest.approx({'acc1': 200 / 3, 'acc5': 200 / 3})
     assert accuracies(scores, torch.tensor([4, 1, 5])) == pytest.approx({'acc1': 100 / 3, 'acc5': 100})
     assert accuracies(scores[:, :3], torch.tensor([2, 2, 0])) == pytest.approx({'acc1': 100 / 3, 'acc5': 100})
+
+
+def test_sets_of_others_have_labels_inside(tokens, tmp_path, capsys):
+    words, checkpoint = tokens
+    flags = dict(zip(words[::2], words[1::2]))
+    for split in 'train', 'val':
+        data = TokenDataset(flags[f'--{split}-token-file'], flags[f'--{split}-label-file'], 30, 'none')
+        both = np.stack([data.codes, data.codes[:, ::-1]], 1)  # the second view is not read
+        write_folder(tmp_path, both, data.labels, f'{split}80')
+    probed(words, checkpoint, '--probes', 'knn')
+    expected = [line for line in capsys.readouterr().out.splitlines() if line.startswith('* kNN')]
+    probed(['--codebook-path', flags['--codebook-path'], '--train-token-file', tmp_path / 'train80_codes',
+            '--val-token-file', tmp_path / 'val80_codes'], checkpoint, '--probes', 'knn')
+    assert [line for line in capsys.readouterr().out.splitlines() if line.startswith('* kNN')] == expected
+    fails(lambda: probed(['--train-token-file', tmp_path / 'train80_codes'], checkpoint), 'give --train-path')
 
 
 # ---------------------------------------------------------------- codes themselves

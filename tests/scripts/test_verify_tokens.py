@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from foreign_sets import codes_of, labels_of, write_jsonl, write_safetensors
 from helpers import DIM, call, fails, make_images, tokenize
 from scripts import verify_tokens
 from token_files.token_file import write_set
@@ -153,3 +154,18 @@ def test_the_golden_compact_set_is_right(golden, capsys):
     folder = golden.folder / 'compact'
     assert verify(capsys, '--token-file', folder / 'golden-token.data.bin', '--label-file',
                   folder / 'golden-label.txt') == (0, ['right: 36 images of 16x16 codes in 1 file (compact)'])
+
+
+def test_sets_of_others(tmp_path, capsys):
+    path = write_safetensors(tmp_path / 'a.safetensors', codes_of(12, 3, 512).astype('i2'), labels_of(12))
+    code, lines = verify(capsys, '--token-file', path, '--codebook-path', 'fsq:8,8,8')
+    assert (code, lines) == (0, ['right: 12 images of 3x3 codes in 1 file (safetensors)'])
+    code, lines = verify(capsys, '--token-file', path, '--codebook-path', 'fsq:8,8,5', '--views', '2')
+    assert code == 1 and len(lines) == 3 and 'holds code 511, but fsq:8,8,5 has 320 rows' in lines[0] + lines[1]
+    assert 'would be views of one image' in lines[0] + lines[1]
+    path = write_jsonl(tmp_path / 'a.jsonl', codes_of(4, 2, 99), labels_of(4))
+    path.write_bytes(path.read_bytes()[:-9])
+    code, lines = verify(capsys, '--token-file', f'{path},{tmp_path / "no.npy"}')
+    assert code == 1 and any('line 4 is no JSON' in line for line in lines) and any('no.npy: No such' in line
+                                                                                  for line in lines)
+    fails(lambda: verify(capsys, '--token-file', tmp_path / 'x.data.bin.gz'), '--label-file: give one')

@@ -360,7 +360,13 @@ def foreign_arrays(draw):
     """Codes and labels that are right, or wrong by type, shape or a number."""
     images = draw(st.integers(1, 4))
     grid = draw(st.integers(1, 3))
-    shape = draw(st.sampled_from([(images, grid ** 2), (images, grid, grid)] * 3 + [
+    shapes = [(images, grid ** 2), (images, grid, grid)]
+    if draw(st.booleans()):
+        dtype = draw(st.sampled_from(['<u2', '<i2', '<i8', '<u1']))
+        codes = draw(st.lists(st.integers(0, 255), min_size=images * grid ** 2, max_size=images * grid ** 2))
+        labels = draw(st.lists(st.integers(0, 999), min_size=images, max_size=images))
+        return np.array(codes, dtype).reshape(draw(st.sampled_from(shapes))), np.array(labels, '<i8')
+    shape = draw(st.sampled_from(shapes * 3 + [
         (images, grid ** 2 + 1), (images,), (images, grid, grid + 1), (0, 4), (images, 0)]))
     numbers = draw(st.sampled_from([st.integers(0, 255)] * 3 + [NUMBERS]))
     values = draw(st.lists(numbers, min_size=math.prod(shape), max_size=math.prod(shape)))
@@ -465,7 +471,8 @@ def foreign_npy(draw, folder):
         shutil.rmtree(each, ignore_errors=True)
         each.mkdir()
     views = draw(st.integers(1, 2))
-    codes = codes.astype('<i8').reshape(len(codes), -1).repeat(views, 0).reshape(len(codes), views, -1)
+    n = math.prod(codes.shape[1:])
+    codes = codes.astype('<i8').reshape(len(codes), n).repeat(views, 0).reshape(len(codes), views, n)
     for i, (image, label) in enumerate(zip(codes, labels.astype('<i8'))):
         (path / f'{i}.npy').write_bytes(npy(image[None]))
         (beside / f'{i}.npy').write_bytes(npy(label[None]))

@@ -115,3 +115,30 @@ def test_synonyms_that_are_json_bombs(tmp_path, text):
     path = tmp_path / 'synonyms.json'
     path.write_bytes(text)
     refused(path, cb.load_synonyms, path, 4, 2, match='not JSON|more than')
+
+
+# ---------------------------------------------------------------- synonyms made at the start
+
+def test_synonyms_made_from_a_codebook(tmp_path, monkeypatch, capsys):
+    rows = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    table, count = cb.made_synonyms(rows, 'x.ckpt', 5, tmp_path)
+    assert torch.equal(table, cb.nearest_codes(rows, 5)) and count.tolist() == [5] * 20
+    assert capsys.readouterr().out == 'synonyms: 5 for each code are made from x.ckpt\n'
+    assert not any(tmp_path.iterdir())  # they took no time
+    assert cb.made_synonyms(rows[:3], 'x.ckpt', 5, None)[1].tolist() == [2] * 3
+    fails(lambda: cb.made_synonyms(rows[:1], 'x.ckpt', 5, None), 'x.ckpt: a codebook of one row has no synonyms')
+
+
+def test_synonyms_of_large_codebooks_are_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cb, 'SMALL_CODEBOOK', 10)
+    rows = torch.randn(20, 4, generator=torch.Generator().manual_seed(0))
+    table, _ = cb.made_synonyms(rows, 'x.ckpt', 5, tmp_path)
+    kept, = tmp_path.iterdir()
+    for content, said in ((None, f'synonyms: {kept}, made from x.ckpt'), (b'damaged', 'are made from x.ckpt')):
+        if content:
+            kept.write_bytes(content)
+        capsys.readouterr()
+        assert torch.equal(cb.made_synonyms(rows, 'x.ckpt', 5, tmp_path)[0], table)
+        assert said in capsys.readouterr().out
+    cb.made_synonyms(rows + 1, 'x.ckpt', 5, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2

@@ -334,3 +334,8 @@ def test_paths_that_are_none(tmp_path):
     fails(lambda: open_token_file(f'{tmp_path}/a.npy#x'), 'holds no names to choose from')
     fails(lambda: open_token_file(f'{tmp_path}/a\0.npy'), 'is no name of a file')
     fails(lambda: open_token_file(tmp_path / 'a.txt'), 'of other projects NAME.safetensors')
+
+
+def test_addresses_are_told_by_their_endings_and_nothing_is_fetched():
+    assert holds_foreign('hf://datasets/a/b/x.safetensors#codes+classes') and holds_foreign('hf://a/b/x.jsonl, y')
+    assert not holds_foreign('hf://datasets/a/b@main/x-token.data.bin.gz')
