@@ -166,6 +166,6 @@ def draw_bytes(results: dict[str, Any], path: Path) -> None:
 
 # By table: its figures, and whether there is something to draw. Each is drawn by (results, path).
 FIGURES: dict[str, tuple[Callable, dict[str, Callable]]] = {
-    'storage': (lambda results: points(results, 'files'), {'curve.png': draw_curve}),
+    'storage': (lambda results: len({point[2] for point in points(results, 'files')}) > 1, {'curve.png': draw_curve}),
     'continual': (learned, {'tasks.png': draw_tasks, 'bytes.png': draw_bytes}),
 }

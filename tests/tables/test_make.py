@@ -38,6 +38,8 @@ def rows_of(table, preset, *flags):
 @pytest.mark.parametrize('preset', list(presets.PRESETS))
 @pytest.mark.parametrize('name', TABLES)
 def test_every_command_parses(name, preset):
+    if preset not in make.TABLES[name].presets:
+        pytest.skip('the table has no such preset')
     parsed = set()
     for row in rows_of(name, preset, '--device', 'cpu', '--seeds', '0', '1'):
         for command in row.commands:

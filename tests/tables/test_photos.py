@@ -1,0 +1,74 @@
+"""The tables on photographs: rivals, groups of classes, and lines that are trained longer."""
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from helpers import call, fails, smooth_images
+from small_tables import TOY, Forked
+from tables import make, presets, report, rows
+
+WORDS = ['storage', '--preset', 'photos', '--data-path', 'data', '--output-dir', 'out']
+
+
+def lines_of(*words):
+    _, lines = make.planned('storage', make.parse_args([*WORDS, *words]))
+    return {line.name: line for line in lines}
+
+
+def test_the_lines_of_the_first_table():
+    lines = lines_of()
+    alone = [name for name, line in lines.items() if 'group' not in line.facts and not name.startswith('search')]
+    trained = [name for name in alone if not name.endswith(', compact')]
+    assert {'full pixels', 'sample 20%', 'sample 4%', 'resize x0.286', 'JPEG q10', 'tokens', 'tokens 20%',
+            'tokens latents-28x28', 'tokens vitvqgan-28x28', 'tokens patch-32x32'} <= set(trained)
+    assert [name for name in trained if name.startswith('best codec')] == [
+        'best codec at 500 bytes', 'best codec at 500 bytes, 24 epochs', 'best codec at 1,000 bytes',
+        'best codec at 2,000 bytes', 'best codec at 4,000 bytes']
+    assert len([name for name in trained if not name.endswith(' epochs')]) >= 17
+    assert {name for name in trained if name.endswith(', 24 epochs')} == {
+        f'{name}, 24 epochs' for name in presets.PHOTOS.long_lines}
+    for name in trained:
+        for group in ('Imagenette', 'Imagewoof'):
+            assert lines[f'{name} ({group})'].facts['of'] == name
+    words = rows.flags_of(lines['tokens, 24 epochs'].runs[0].commands[0])
+    assert words['--epochs'] == ['24'] and '--no-model-ema' in words
+    searched = [line for name, line in lines.items() if name.startswith('search tokens')]
+    assert [rows.flags_of(line.runs[0].commands[0])['--epochs'] for line in searched] == [['3']] * 3
+
+
+def test_groups_are_all_classes_once():
+    names = [name for group in presets.PHOTOS.groups.values() for name in group]
+    assert len(names) == len(set(names)) == 20
+
+
+def test_other_classes_are_refused_in_one_line(tmp_path):
+    for split in ('train', 'val'):
+        smooth_images(tmp_path / split, 2)
+    words = ['storage', '--preset', 'photos', '--data-path', tmp_path, '--output-dir', tmp_path / 'out']
+    fails(lambda: call(make, *words), 'train: its classes are not the 20 of this preset .such as ant')
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.slow
+def test_groups_and_long_lines_from_end_to_end(tmp_path, monkeypatch):
+    toy = replace(TOY, classes=None, images_per_class=None, epochs=2, groups={'A': ('ant', 'cat'), 'B': ('bee',)},
+                  long_epochs=4, long_lines=('tokens',), rivals={500: ('jpeg', 16, 30)}, shares=(), token_shares=(),
+                  sides=(), qualities=())
+    monkeypatch.setitem(presets.PRESETS, 'photos', toy)
+    monkeypatch.setattr(rows, 'start', lambda command, log, env: Forked(command, log))
+    for split in ('train', 'val'):
+        smooth_images(tmp_path / split, 5)
+    words = ['storage', '--preset', 'photos', '--data-path', tmp_path, '--output-dir', tmp_path / 'out', '--device',
+             'cpu', '--rows', 'tokens', 'tokens ?A?', 'tokens ?B?', 'tokens, 4 epochs*']
+    assert call(make, *words) == 0
+    results = json.loads((tmp_path / 'out' / 'storage' / 'results.json').read_text())['rows']
+    assert [name for name in results if 'compact' not in name] == [
+        'tokens', 'tokens (A)', 'tokens (B)', 'tokens, 4 epochs', 'tokens, 4 epochs (A)', 'tokens, 4 epochs (B)']
+    for name in ('tokens', 'tokens, 4 epochs'):  # a class has as many images as another
+        parts = [results[f'{name} ({group})']['mean'] for group in 'AB']
+        assert results[name]['mean'] == pytest.approx((2 * parts[0] + parts[1]) / 3, abs=0.01)
+    text = Path(tmp_path, 'out', 'storage', 'table.md').read_text()
+    assert '| top-1 (seeds) | A | B | paper' in text and text.count('\n| tokens') == 3
+    assert report.DASH in text
