@@ -61,8 +61,8 @@ def words_of(values: dict[str, Any]) -> list[str]:
 def seit_step(args: argparse.Namespace, codebook: torch.Tensor, data: TokenDataset, device: torch.device) -> tuple:
     """State and loss of main_seit.py's loop."""
     size = args.input_size // args.token_patch_size
-    model = create_seit(args.model, args.model_kwargs, CLASSES, size, codebook.shape[1],
-                        drop_path_rate=args.drop_path).to(device)
+    model = create_seit(args.model, args.model_kwargs, CLASSES, size, codebook.shape[1], args.stem,
+                        args.token_patch_size, drop_path=args.drop_path).to(device)
     mixup, criterion = recipe.make_loss(args, CLASSES)
     augment = main_seit.make_augment(args, codebook, data.grid_size, size, device, mixup)
 

@@ -45,7 +45,7 @@ from flags import (DEVICE_HELP, KeyValues, Parser, add_allow_torchscript, add_ex
 from image_data.dataset import ImageDataset, eval_transform
 from image_data.decoding import resize_square
 from image_data.overlap import note_shared_images
-from image_tokenizer.tokenizers import check_codes, check_sizes, encode_images, load_tokenizer
+from image_tokenizer.tokenizers import check_codes, encode_images, load_tokenizer
 from inference.models import load_model, make_prepare
 from samplers import in_order, shuffled
 from token_dataset import TokenDataset, facts_of, note_shared_files
@@ -130,7 +130,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         raise InputError('--checkpoint: give the checkpoint to judge, or --codebook-path to judge codes')
     if args.checkpoint and 'head' in (args.probes or ()):
         raise InputError('--probes head: is for codes; a checkpoint has a head of its own kind: give knn and linear')
-    args.probes = args.probes or [name for name in PROBES if name != 'head' or not args.checkpoint]
     return args
 
 
@@ -465,7 +464,9 @@ def open_codes(args: argparse.Namespace, device: torch.device) -> tuple[str, nn.
     if args.tokenizer_path:
         tokenizer = load_tokenizer(args.tokenizer_path, args.tokenizer_code_path, args.allow_torchscript)
         check_codes(tokenizer, codebook, args.codebook_path)
-        check_sizes(args.tokenizer_input_size, tokenizer.patch_size)
+        if args.tokenizer_input_size % tokenizer.patch_size:
+            raise InputError(f'--tokenizer-input-size {args.tokenizer_input_size}: images of it do not divide into '
+                             f'patches of {tokenizer.patch_size}: choose a multiple')
         images = open_images(args, args.tokenizer_input_size,
                              functools.partial(resize_square, size=args.tokenizer_input_size), args.exif_rotate)
         tokenizer = tokenizer.to(device).eval()
@@ -484,13 +485,14 @@ def main(args: argparse.Namespace) -> None:
                   *(getattr(args, flag) for flag in (*TOKEN_FLAGS, *IMAGE_FLAGS))]
         check_writable(args.output, inputs=list(filter(None, inputs)))
     device = init_distributed(args.device)
+    probes = args.probes or [probe for probe in PROBES if probe != 'head' or not args.checkpoint]
     name, model, prepare, data = (open_checkpoint if args.checkpoint else open_codes)(args, device)
     paths = {split: getattr(args, f'{split}_path') or getattr(args, f'{split}_token_file') for split in data}
     check_class_names(data['train'].classes, data['val'].classes, paths['train'], paths['val'])
     classes = count_classes({paths[split]: data[split].labels for split in data}, None, None, 'fix the labels')
-    if 'knn' in args.probes and args.neighbors > len(data['train']):
+    if 'knn' in probes and args.neighbors > len(data['train']):
         raise InputError(f'--neighbors {args.neighbors}: {paths["train"]} has {len(data["train"])} images')
-    if 'linear' in args.probes and len(data['train']) < HELD_OUT:
+    if 'linear' in probes and len(data['train']) < HELD_OUT:
         raise InputError(f'--probes linear: holds one training image in {HELD_OUT} out, but {paths["train"]} has '
                          f'{len(data["train"])}: give more, or --probes knn')
 
@@ -504,8 +506,8 @@ def main(args: argparse.Namespace) -> None:
     facts |= {'classes': classes, 'dim': splits['train'][0].shape[1]}
     print0(f'features: {facts["train"]:,} for training and {facts["val"]:,} for validation, {facts["dim"]} numbers '
            f'each, {classes} classes')
-    results = judge(splits, classes, args.probes, args.neighbors, args.temperature)
-    if 'head' in args.probes:
+    results = judge(splits, classes, probes, args.neighbors, args.temperature)
+    if 'head' in probes:
         results['head'] = accuracies(*train_head(data, prepare, facts['dim'], classes, device)) | {
             'epochs': HEAD_EPOCHS, 'width': HEAD_WIDTH}
         print_result('head', results['head'])

@@ -36,6 +36,7 @@ FLOAT64 = {
     ('seitpp/models_mtm.py', 'masks_of'): 'device_of_sums',
     ('seitpp/token_adapt_training.py', 'evaluate_token_adapt'): 'device_of_sums',
     ('token_augment.py', 'swap_table'): 'on the CPU', ('token_files/codebook.py', 'nearest_codes'): 'on the CPU',
+    ('token_files/codebook_sources.py', 'deviation'): 'on the CPU',
     ('token_files/codebook_sources.py', 'fit_rows'): 'on the CPU',
     ('utils.py', 'uniform_float64'): 'device_of_sums'}
 
@@ -134,6 +135,7 @@ def test_fused_optimizers_are_left_to_cpu_and_cuda():
 
 def test_batches_for_other_accelerators_are_not_pinned_and_are_int32(monkeypatch):
     data = object.__new__(TokenDataset)
+    data.images = None
     data.codes, data.labels = np.zeros((5, 4), np.uint16), np.zeros(5, np.int64)
     data.grid_size, data.resident = 2, None
     monkeypatch.setattr(torch.Tensor, 'pin_memory', lambda *_: fails(lambda: None, 'pinned'))

@@ -159,7 +159,7 @@ def test_a_mistake_gets_one_line_and_exit_code_2(data, tmp_path):
 @pytest.mark.parametrize('flags, words', [
     (['--nb_classes', '3'], 'holds class 3'), (['--batch-size', '64'], '--batch-size 64 x --accum-iter 1'),
     (['--input-size', '96'], 'larger than the 10x10'),
-    (['--model', 'resnet50'], 'none of deit'), (['--model-kwargs', 'layers=3'], '--model-kwargs'),
+    (['--model', 'nonsense'], 'none of deit'), (['--model-kwargs', 'layers=3'], '--model-kwargs'),
     (['--opt', 'nonsense'], '--opt'), (['--device', 'tpu'], 'choose auto, cuda'),
     (['--swap-token-scale', '1'], 'no room'), (['--finetune', 'gone.pth'], 'gone.pth'),
     (['--model', 'deit_small_token_4'], 'reads 4'),

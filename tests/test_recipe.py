@@ -164,12 +164,12 @@ EXACT = {'batch_size', 'accum_iter', 'seed'}
 EXACT_TOKENS = {'views', 'val_share'}
 OF_TASKS = ['--base-classes', '2', '--output-dir', 'x']
 OF_THE_MODEL = {kind: {'model', 'model_kwargs', 'input_size', *more} for kind, more in (
-    ('seit', ['token_patch_size']), ('tokens', ['token_patch_size']), ('mtm', ['token_patch_size']),
+    ('seit', ['token_patch_size', 'stem']), ('tokens', ['token_patch_size', 'stem']), ('mtm', ['token_patch_size']),
     ('pixels', ['eval_crop_ratio', 'exif_rotate']))}
 # program, least words; files that may lie elsewhere on each node, flags of a start, and those a resumed run must keep
 PROGRAMS = {
     'seit': (main_seit, [], NODE | TOKENS | LABELS | EVALUATING, START | EVAL,
-             EXACT | EXACT_TOKENS | {'repeated_aug', 'recipe'}),
+             EXACT | EXACT_TOKENS | {'repeated_aug', 'recipe', 'stem'}),
     'pixels': (main_pixels, ['--train-path', 'x', '--val-path', 'y'], NODE | PATHS | EVALUATING, START | EVAL,
                EXACT | {'repeated_aug', 'recipe', 'exif_rotate'}),
     'mtm pretrain': (main_mtm_pretrain, [], NODE | TOKENS, START, EXACT | EXACT_TOKENS),
@@ -178,7 +178,7 @@ PROGRAMS = {
     'continual tokens': (main_continual, [*OF_TASKS, '--codebook-path', 'x'] + [
         word for name in ('train-token', 'train-label', 'val-token', 'val-label') for word in (f'--{name}-file', 'x')],
         NODE | TOKENS | TASKS | EVALUATING, START | EVAL,
-        EXACT | EXACT_TOKENS | {'repeated_aug', 'recipe', 'exif_rotate'}),
+        EXACT | EXACT_TOKENS | {'repeated_aug', 'recipe', 'exif_rotate', 'stem'}),
     'continual pixels': (main_continual, [*OF_TASKS, '--new', 'pixels', '--train-path', 'x', '--val-path', 'y'],
                          NODE | TASKS | EVALUATING, START | EVAL, EXACT | {'repeated_aug', 'recipe', 'exif_rotate'}),
     'train tokenizer': (train_tokenizer, ['--data-path', 'x'], NODE | {'data_path', 'val_path', 'vgg_path'}, START,

@@ -127,9 +127,9 @@ def split_name(spec: str | Path) -> tuple[str, str]:
 
 
 def is_foreign(spec: str | Path) -> bool:
-    """Whether a path is that of a set of others, by its ending, or as a folder."""
+    """Whether a path is that of a set of others, by its ending, or as a folder that is not named as a stream is."""
     name, _ = split_name(spec)
-    return name.lower().endswith(ENDINGS) or os.path.isdir(name)
+    return name.lower().endswith(ENDINGS) or (os.path.isdir(name) and '.data.bin' not in os.path.basename(name))
 
 
 def names_in(path: Path, part: str, defaults: tuple[str, str]) -> tuple[str, str | None]:

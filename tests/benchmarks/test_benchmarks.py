@@ -371,7 +371,8 @@ def test_no_file_stands_before_a_module_of_python():
 @pytest.mark.slow
 def test_each_is_a_program():
     """Started by its path from another folder, as the documents have it."""
-    assert PROGRAMS == ['data', 'encode', 'evaluate', 'formats', 'masked_tokens', 'start', 'start_probe', 'train']
+    assert PROGRAMS == ['backbones', 'data', 'encode', 'evaluate', 'formats', 'masked_tokens', 'start', 'start_probe',
+                        'train']
     done = subprocess.run([sys.executable, ROOT / 'benchmarks' / 'encode.py', '--images', '0'], capture_output=True,
                           text=True, cwd=ROOT / 'demo')
     assert (done.returncode, done.stdout) == (2, '')

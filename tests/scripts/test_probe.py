@@ -356,7 +356,7 @@ def test_codes_of_a_tokenizer_are_those_of_the_tokens_it_makes(images, tmp_path)
     judged(*words, *files[2:], '--neighbors', 3, '--output', tmp_path / 'tokens.json')
     of_images, of_tokens = (json.loads((tmp_path / f'{kind}.json').read_text()) for kind in ('images', 'tokens'))
     assert of_images.pop('codes') != of_tokens.pop('codes') and of_images == of_tokens
-    fails(lambda: judged(*images[0], *files, '--tokenizer-input-size', 30), '--image-size 30|30: images of it do not')
+    fails(lambda: judged(*images[0], *files, '--tokenizer-input-size', 30), '--tokenizer-input-size 30: images of it')
 
 
 @pytest.mark.parametrize('words, message', [

@@ -152,7 +152,8 @@ def test_an_evaluation_says_where_it_is_of_another_model(words, note, sets, tmp_
 
 
 def test_flags_that_make_the_model():
-    assert main_seit.get_args_parser().rules.of_the_model == {'model', 'model_kwargs', 'input_size', 'token_patch_size'}
+    assert main_seit.get_args_parser().rules.of_the_model == {'model', 'model_kwargs', 'stem', 'input_size',
+                                                                  'token_patch_size'}
 
 
 def test_starting_weights_of_another_codebook_are_noted(sets, tmp_path, capsys):
