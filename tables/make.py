@@ -257,7 +257,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add('table', choices=[*TABLES, ALL])
     add('--preset', default='tiny', choices=list(PRESETS | PROTOCOLS),
-        help="tiny: two CPU cores; tiny-gpu: one GPU; imagenet: the paper's, eight GPUs. The table `continual` has "
+        help="tiny: two CPU cores; tiny-gpu: one GPU; photos, photos-gpu: 20 classes of photographs of 224 pixels; "
+        "imagenet: the paper's, eight GPUs. The table `continual` has "
         'tiny (five tasks of four classes), b10-inc10 and b50-inc5 (100 classes of DATA, as of ImageNet, one GPU)')
     add('--data-path', required=True, metavar='DIR', help='train/ and val/ with a folder of images for every class; '
         'for imagenet also tokens/ (the published token files) and weights/tokenizer.ckpt')

@@ -239,8 +239,8 @@ PHOTO_TOKENIZERS = {
                    '--model-ema-decay', '0.99', '--resume', 'auto', '--patch-size', '8', '--batch-size', '8',
                    '--epochs', '4', '--epoch-images', '2000'), 'tokenizer.safetensors'),
 }
-# The best PSNR at 224 pixels within so many bytes an image, of JPEG, WebP and AVIF at sides of 224 to 32 pixels: searched
-# on 100 validation images (tables/README.md).
+# The best PSNR at 224 pixels within so many bytes an image, of JPEG, WebP and AVIF at sides of 224 to 32 pixels:
+# searched on 100 validation images (tables/README.md).
 RIVALS = {500: ('webp', 64, 19), 1000: ('webp', 112, 15), 2000: ('avif', 224, 27), 4000: ('avif', 224, 44)}
 PHOTOS = replace(
     TINY, classes=None, images_per_class=None,
