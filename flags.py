@@ -385,7 +385,7 @@ def add_token_flags(parser: Parser) -> Callable:
     add('--token-cache', default='', metavar='DIR', of_a_rank=True,
         help="where decoded tokens are kept: in a folder, '' for beside the token file, 'none' for in memory only")
     add('--views', type=views, exact=True, metavar='V[:B]',
-        help='each image is in the token file V times, and each epoch draws one of them: V rows that follow each '
+        help='each image is in --train-token-file V times, and each epoch draws one of them: V rows that follow each '
         'other, or with V:B batches of B images, first all in their first view, then all in the next (default: as the '
         'files say)')
     add('--val-share', type=number(0, 0.9), default=0., exact=True,

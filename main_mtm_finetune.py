@@ -124,7 +124,7 @@ def evaluate_only(args: argparse.Namespace, checkpoint: dict[str, Any], path: st
     recipe.check_evaluated(args, checkpoint, path, recipe.check_data(args, facts_of(datasets, codebook), checkpoint))
     classes = count_classes(labels_by_file(datasets), args.nb_classes,
                             head_size(checkpoint['model'], 'head', path))
-    check_class_names(checkpoint.get('classes'), data.classes, path, args.val_token_file)
+    check_class_names(checkpoint.get('classes'), data.classes, path, recipe.split_files(args)['val'][0])
     choose_data_device({'val': data}, args.data_device, device)
     model = make_model(args, len(codebook), size, classes).to(device)
     recipe.print_model(args, args.model, model, device)

@@ -329,6 +329,10 @@ def create_model(name: str, model_kwargs: dict[str, Any], num_classes: int, img_
             if not isinstance(model, TokenVisionTransformer):
                 raise TypeError('this makes no classifier')  # features_only=True
         else:
+            loads = [key for key in ('pretrained', 'pretrained_cfg', 'checkpoint_path') if key in model_kwargs]
+            if loads:
+                raise InputError(f'--model-kwargs {loads[0]}: no weights are fetched here, and those of images lack a '
+                                 'stem for tokens: omit it')
             rates = {'drop_rate': drop or None, 'drop_path_rate': drop_path or None}
             channels = model_kwargs.get('in_chans', in_chans) or 32
             kwargs = {key: value for key, value in model_kwargs.items() if key != 'in_chans'}
@@ -337,7 +341,10 @@ def create_model(name: str, model_kwargs: dict[str, Any], num_classes: int, img_
             model.in_chans = channels
     except MISTAKES as error:
         why = ' '.join(str(error).split()) or repr(error)
-        why = 'it has no stochastic depth: give --drop-path 0' if "argument 'drop_path_rate'" in why else why
+        why = 'it has no stochastic depth: give --drop-path 0' if (
+            "unexpected keyword argument 'drop_path_rate'" in why) else why
+        if "multiple values for keyword argument 'patch_size'" in why and 'patch_size' not in model_kwargs:
+            why = 'fixes the size of its patches, and so cannot read tokens: choose another model'
         raise InputError(f'{flags.removesuffix(" with ")}: {why}') from None
     if in_chans not in (None, model.in_chans):
         raise InputError(f"the codebook's rows have {in_chans} elements, but {name} reads {model.in_chans}: choose the "

@@ -128,6 +128,8 @@ def check_data(args: Flags, facts: dict[str, Any], checkpoint: dict[str, Any] | 
         # of a file that is missing its reader says more
         facts = facts | {name: identity(path)['sha256'] for name, path in used.items()
                          if path and (is_address(path) or os.path.exists(path))}
+        if used['synonyms'] == '':  # a resumed run must not take those of a file that has come since, nor the reverse
+            facts = facts | {'synonyms': 'made from the codebook'}
     # ranks that read different data would wait for each other forever, or train on silently
     check_same_on_all_ranks({**facts, **progress_of(checkpoint)})
     return facts
@@ -176,6 +178,9 @@ def model_of_start(args: Flags, checkpoint: dict[str, Any], names: Callable[[str
     taken = {'model': name} | ({} if 'model_kwargs' in args.given else {'model_kwargs': kwargs})
     if 'stem' in vars(args) and 'stem' not in args.given:
         taken['stem'] = before.get('stem')
+        side = before.get('token_patch_size', args.token_patch_size)
+        if side != args.token_patch_size:  # by which codes are upsampled, but in a ViT
+            print0(f'note: --token-patch-size is {args.token_patch_size}; {args.finetune} was trained with {side}')
     print0(f'{args.finetune}: {" ".join(words_of(name, value) for name, value in taken.items() if value)}')
     return args.replaced(**taken)
 
@@ -201,7 +206,12 @@ def check_evaluated(args: Flags, checkpoint: dict[str, Any], path: str, facts: d
     """
     compare_model_flags(checkpoint, {name: vars(args)[name] for name in sorted(args.rules.of_the_model)}, path)
     if facts:
-        check_tokens_of(checkpoint, path, facts, {'codebook': args.codebook_path, 'tokenizer': args.val_token_file})
+        share, before = vars(args).get('val_share', 0), saved_flags(checkpoint)
+        if share and before and before.get('val_share', 0) != share:
+            raise InputError(f'{path}: its run held a share of {before.get("val_share", 0):g} of the images out, so '
+                             f'--val-share {share:g} would evaluate images that it was trained on: give the same share')
+        check_tokens_of(checkpoint, path, facts, {'codebook': args.codebook_path,
+                                                  'tokenizer': split_files(args)['val'][0]})
 
 
 def files_by_default(args: Flags, codebook: Codebook) -> Flags:

@@ -231,7 +231,8 @@ def open_splits(files: dict[str, tuple[str, str]], codebook: torch.Tensor, codeb
         files: token file and label file, by 'train' and 'val'; with `val_share` those of training for both.
         codebook: (K, d), which must be the one that the tokens were made with.
         codebook_path: its file.
-        cache, device, views: see TokenDataset.
+        cache, device: see TokenDataset.
+        views: of the training set, see TokenDataset; a validation set has the views that its files state.
         size: codes on a side that the model reads.
         val_share: the share of the training images that is held out as 'val'; 0 where that is a set of its own.
 
@@ -245,7 +246,8 @@ def open_splits(files: dict[str, tuple[str, str]], codebook: torch.Tensor, codeb
     datasets = {}
     for split, (token_file, label_file) in files.items():
         data = datasets[split] = parts[split] if val_share else TokenDataset(token_file, label_file, len(codebook),
-                                                                             cache, device, views)
+                                                                             cache, device,
+                                                                             views if split == 'train' else None)
         check_crop(size, data.grid_size, token_file)
         size_on_disk = data.bytes_on_disk()
         print0(f'{split}: {describe(data)}, {size_on_disk / 1e6:,.2f} MB on disk '

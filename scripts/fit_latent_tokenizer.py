@@ -27,7 +27,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError for values that cannot be."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add('--encoder', required=True, metavar='FILE', help="weights of the autoencoder's encoder, or of both halves")
+    add('--encoder', required=True, metavar='FILE',
+        help="weights of the autoencoder's encoder; a file of both halves is given to --decoder too")
     add('--decoder', default='', metavar='FILE', help='weights of its decoder; without, codes cannot be drawn')
     add('--data-path', required=True, metavar='PATH',
         help='class folders of images, a list file .txt, tar shards or parquet files: see image_data/sources.py')

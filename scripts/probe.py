@@ -51,7 +51,7 @@ from samplers import in_order, shuffled
 from token_dataset import TokenDataset, facts_of, note_shared_files
 from token_files.codebook import load_codebook, look_up
 from token_files.made_with import check_made_with, file_of
-from token_files.token_file import holds_foreign
+from token_files.token_file import MAX_CODES, holds_foreign
 from training.checkpoints import FINETUNE, PIXELS, check_tokens_of, load_checkpoint, program_of, said_of_the_model
 from training.run_info import print_model
 from utils import InputError, init_distributed, print0, run
@@ -84,7 +84,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         add(f'--{flag.replace("_", "-")}', default='', metavar='FILE',
             help='a path, a glob or a comma-separated list of shards; sets of other projects have labels inside')
     add('--views', type=views, metavar='V[:B]',
-        help='each image is in the token files V times, as in main_seit.py; the first view is read')
+        help='each image is in --train-token-file V times, as in main_seit.py; the first view is read')
     add('--codebook-path', default='', metavar='FILE',
         help='the codebook of the tokens (default: as the checkpoint says)')
     add('--tokenizer-path', default='', metavar='FILE',
@@ -419,7 +419,8 @@ def open_tokens(args: argparse.Namespace, codebook: torch.Tensor, codebook_path:
                 device: torch.device) -> dict[str, TokenDataset]:
     """The token sets of --train-token-file and --val-token-file. Raises InputError where they are of other codes."""
     data = {split: TokenDataset(getattr(args, f'{split}_token_file'), getattr(args, f'{split}_label_file'),
-                                len(codebook), args.token_cache, device, args.views) for split in ('train', 'val')}
+                                len(codebook), args.token_cache, device, args.views if split == 'train' else None)
+            for split in ('train', 'val')}
     check_made_with([file for split in data.values() for file in split.files], codebook, codebook_path)
     note_shared_files(data['train'], data['val'])
     return data
@@ -461,6 +462,8 @@ def open_codes(args: argparse.Namespace, device: torch.device) -> tuple[str, nn.
     """What is judged of codes themselves, as `open_checkpoint` returns it."""
     codebook = load_codebook(args.codebook_path)
     name = f'codes of {args.tokenizer_path or args.train_token_file}'
+    if len(codebook) > MAX_CODES:
+        raise InputError(f'{args.codebook_path}: {len(codebook):,} codes, but {MAX_CODES:,} are the most that are read')
     if args.tokenizer_path:
         tokenizer = load_tokenizer(args.tokenizer_path, args.tokenizer_code_path, args.allow_torchscript)
         check_codes(tokenizer, codebook, args.codebook_path)

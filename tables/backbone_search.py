@@ -134,7 +134,12 @@ def run_all(args: argparse.Namespace) -> None:
     sets = {'main_seit.py': TokenSet(args.tokens, 'train', 'val', work), 'main_pixels.py': ImageSet(args.images, work)}
     results = read_json(args.output) if os.path.exists(args.output) else {}
     tokens = sets['main_seit.py']
-    results |= {'images': tokens.images, 'validation images': tokens.val_images, 'epochs': args.epochs}
+    settings = {'images': tokens.images, 'validation images': tokens.val_images, 'epochs': args.epochs,
+                'input_size': args.input_size}
+    for name, value in settings.items():
+        if results.get(name, value) != value:
+            raise InputError(f'{args.output}: is of {name} {results[name]}, not {value}: choose another --output')
+    results |= settings
     runs = results.setdefault('runs', {})
     common = ['--recipe', 'small', '--input-size', str(args.input_size), '--no-model-ema']
 

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import read_bytes, write_text
 from flags import Parser
-from utils import InputError, run
+from utils import InputError, first_line, run
 
 MAX_BYTES = 1 << 24
 
@@ -37,12 +37,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def top1(report: str | Path, classes: Sequence[str]) -> dict[str, float]:
     """'acc1' (%) and 'images' of some classes of a report. Raises InputError."""
     path = Path(report, 'classes.csv')
-    rows = {row['name']: row for row in csv.DictReader(io.StringIO(read_bytes(path, MAX_BYTES).decode()))}
-    missing = [name for name in classes if name not in rows]
-    if missing:
-        raise InputError(f'{path}: has no class {", ".join(missing)}')
-    images = {name: int(rows[name]['images']) for name in classes}
-    right = sum(float(rows[name]['top1']) * count for name, count in images.items() if count)
+    try:
+        rows = {row['name']: row for row in csv.DictReader(io.StringIO(read_bytes(path, MAX_BYTES).decode()))}
+        missing = [name for name in classes if name not in rows]
+        if missing:
+            raise InputError(f'{path}: has no class {", ".join(missing)}')
+        images = {name: int(rows[name]['images']) for name in classes}
+        right = sum(float(rows[name]['top1']) * count for name, count in images.items() if count)
+    except (UnicodeDecodeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f'{path}: is no classes.csv of --report ({first_line(error)})') from None
     return {'acc1': right / max(1, sum(images.values())), 'images': sum(images.values())}
 
 

@@ -196,6 +196,9 @@ def test_the_seed_decides_the_weights():
     ('convnext_atto', {}, {'stem': 'fast', 'token_patch_size': 4}, ['stride 4, .* codes of 4 pixels with --stem fast']),
     ('convnext_atto', {}, {'token_patch_size': 6}, ['codes of 6 pixels with --stem native']),
     ('repvit_m0_9', {}, {'drop_path': 0.1}, ['repvit_m0_9 with --drop-path 0.1: it has no stochastic depth']),
+    ('mixer_s32_224', {}, {}, ['fixes the size of its patches']),
+    ('resnet18', {'pretrained': True}, {}, ['--model-kwargs pretrained: no weights are fetched here']),
+    ('regnetx_002', {'drop_path_rate': 0.2}, {'drop_path': 0.1}, ['multiple values']),
     ('convnext_atto', {'layers': 3}, {}, ["unexpected keyword argument 'layers'"]),
     ('convnext_atto', {'in_chans': 4}, {}, ["codebook's rows have 32 elements, but convnext_atto reads 4"]),
     ('convnext_atto', {}, {'img_size': 1, 'stem': 'fast'}, ['--model convnext_atto with --stem fast']),
@@ -204,3 +207,13 @@ def test_the_seed_decides_the_weights():
 def test_what_cannot_be_is_said_in_one_line(name, kwargs, options, messages):
     sizes = {'num_classes': 10, 'img_size': 28, 'in_chans': 32}
     fails(lambda: create_model(name, kwargs, **{**sizes, **options}), *messages)
+
+
+def test_filters_of_colors_are_no_stem_of_three_element_codes(tokens, tmp_path, capsys):
+    call(main_pixels, '--model', 'regnetx_002', '--train-path', tokens / 'images', '--val-path', tokens / 'images',
+         '--input-size', 40, '--num-workers', 0, '--device', 'cpu', '--batch-size', 6, '--epochs', 1, '--no-eval',
+         '--output-dir', tmp_path / 'pixels')
+    data = make_data(tmp_path, width=3)
+    call(main_seit, '--model', 'regnetx_002', *data, '--device', 'cpu', '--batch-size', 6, '--input-size', 64,
+         '--finetune', tmp_path / 'pixels' / 'checkpoint.pth', '--epochs', 1, '--no-eval')
+    assert 'stem.conv.* (of pixels)' in capsys.readouterr().out

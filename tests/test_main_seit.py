@@ -314,3 +314,30 @@ def test_mistakes_of_sets_of_others(tmp_path):
     np.save(tmp_path / 'a.npy', codes_of(8, 10, 512))
     assert 'a.npy: holds no labels that are known here' in mistake(*words, '--train-token-file', tmp_path / 'a.npy')
     assert 'must hold out some' in mistake(*words, '--val-share', '0.001')
+
+
+def test_an_evaluation_does_not_hold_out_what_was_trained_on(data, tmp_path):
+    words = [*SMALL, *dict_without(data, 'val'), '--val-share', '0.4', '--epochs', 1, '--output-dir', tmp_path]
+    run_here(*words)
+    checkpoint = tmp_path / 'checkpoint.pth'
+    run_here(*words[:-4], '--eval', '--resume', checkpoint)
+    words[words.index('0.4')] = '0.5'
+    assert '--val-share 0.5 would evaluate images that it was trained on' in mistake(*words[:-4], '--eval', '--resume',
+                                                                                     checkpoint)
+
+
+def dict_without(words, split):
+    """Flags and values, without those of a split."""
+    pairs = zip(words[::2], words[1::2])
+    return [word for flag, value in pairs if not str(flag).startswith(f'--{split}') for word in (flag, value)]
+
+
+def test_synonyms_of_a_resumed_run_are_those_it_began_with(data, tmp_path, monkeypatch):
+    at = data.index('--token-synonym-dict')
+    without = [*data[:at], *data[at + 2:]]
+    monkeypatch.chdir(tmp_path)  # where the published file is not
+    words = [*SMALL, *without, '--no-eval', '--output-dir', tmp_path / 'run', '--epochs']
+    run_here(*words, 1)
+    assert states(tmp_path / 'run' / 'checkpoint.pth')['data']['synonyms'] == 'made from the codebook'
+    assert 'differs in synonyms' in mistake(*words, 2, '--resume', 'auto', '--token-synonym-dict', data[at + 1])
+    assert run_here(*words, 2, '--resume', 'auto') == 0

@@ -12,7 +12,8 @@ from timm.layers import resample_abs_pos_embed
 from torch import nn
 
 from fileio.labels import same_class_names
-from training.checkpoints import check_start, load_checkpoint, load_weights, note_average, saved_flags
+from training.checkpoints import (PIXELS, check_start, load_checkpoint, load_weights, note_average, program_of,
+                                  saved_flags)
 from utils import InputError, print0, shown
 
 POSITIONS = 'pos_embed'
@@ -55,8 +56,12 @@ def load_pretrained(model: nn.Module, path: str, classes: list[str] | None = Non
     heads = prefixes(model, 'classifier')
     # a head for classes of other names fits by its shape, but its scores would mean other things
     renew_head = new_head or not same_class_names(checkpoint.get('classes'), classes)
-    weights, scratch, left_out = fit_parts(weights, wanted, (*prefixes(model, 'first_conv'), *heads, *OPTIONAL),
-                                           heads if renew_head else ())
+    stem = prefixes(model, 'first_conv')
+    renewed = dict.fromkeys(heads, OTHER_CLASSES) if renew_head else {}
+    # filters of colors may have the shape of those of a codebook of three elements
+    if codebook and saved_flags(checkpoint) and program_of(checkpoint) == PIXELS:
+        renewed |= dict.fromkeys(stem, 'of pixels')
+    weights, scratch, left_out = fit_parts(weights, wanted, (*stem, *heads, *OPTIONAL), renewed)
     load_weights(model, weights, path)
     check_start(model)
     before = (checkpoint.get('data') or {}).get('codebook')
@@ -68,14 +73,14 @@ def load_pretrained(model: nn.Module, path: str, classes: list[str] | None = Non
 
 
 def fit_parts(weights: dict[str, Any], wanted: dict[str, torch.Tensor], parts: Sequence[str],
-              renewed: Sequence[str] = ()) -> tuple[dict[str, Any], dict[str, str], list[str]]:
+              renewed: dict[str, str] | None = None) -> tuple[dict[str, Any], dict[str, str], list[str]]:
     """Weights with the parts that a model has, and without optional ones that it has not.
 
     Args:
         weights: of a file.
         wanted: initial values of the model.
         parts: how names of weights begin that may start from scratch.
-        renewed: those of them that do so in any case.
+        renewed: those of them that do so in any case, and why.
 
     Returns:
         The weights; why parts start from scratch, by the beginning of their names; names of weights that are left out.
@@ -86,7 +91,7 @@ def fit_parts(weights: dict[str, Any], wanted: dict[str, torch.Tensor], parts: S
     # A part is taken as a whole or not at all: a new weight with an old bias would start from neither.
     for prefix in dict.fromkeys(parts):
         part = {key: value for key, value in wanted.items() if key.startswith(prefix)}
-        reason = why_from_scratch(weights, part) or (OTHER_CLASSES if part and prefix in renewed else '')
+        reason = why_from_scratch(weights, part) or ((renewed or {}).get(prefix, '') if part else '')
         if reason:
             weights |= part  # the model's initial values
             scratch[prefix] = reason
