@@ -13,7 +13,7 @@ from torch import nn
 
 from fileio.files import read_json
 from fileio.hub import fetch_beside, local_path
-from image_tokenizer.vitvqgan import check_names_and_shapes
+from image_tokenizer.vitvqgan import check_divides, check_names_and_shapes
 from token_files.codebook_sources import deviation, fit_rows
 from utils import InputError, first_line
 
@@ -51,10 +51,7 @@ class DiffusersVQ(nn.Module):
 
         H and W: multiples of patch_size. Rows are compared in float32 also under autocast.
         """
-        height, width = images.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise InputError(f'images of {height}x{width} do not divide into patches of {self.patch_size}: '
-                             f'choose an image size that is a multiple of {self.patch_size}')
+        check_divides(images, self.patch_size)
         features = self.model.encode(images).latents
         with torch.autocast(images.device.type, enabled=False):
             features = features.float()

@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import nn
 
 from image_tokenizer.kmeans import nearest_rows
-from image_tokenizer.vitvqgan import check_names_and_shapes, grid_side, shape_of
+from image_tokenizer.vitvqgan import check_divides, check_names_and_shapes, grid_side, shape_of
 from token_files.codebook_sources import deviation, fit_rows
 from utils import InputError
 
@@ -118,10 +118,7 @@ class LatentTokenizer(nn.Module):
 
     def latents(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) float in [0, 1] -> (B, n, dim), row by row. H and W: multiples of 8."""
-        height, width = images.shape[-2:]
-        if height % PATCH or width % PATCH:
-            raise InputError(f'images of {height}x{width} do not divide into patches of {PATCH}: choose an image size '
-                             f'that is a multiple of {PATCH}')
+        check_divides(images, PATCH)
         return rearrange(self.encoder(images), 'b d h w -> b (h w) d')
 
     def codes(self, images: torch.Tensor) -> torch.Tensor:

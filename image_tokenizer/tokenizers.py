@@ -45,7 +45,7 @@ from image_tokenizer.latents import LatentTokenizer, is_latent_tokenizer
 from image_tokenizer.pickled import from_module, load_running_code
 from image_tokenizer import vqgan
 from image_tokenizer.torchscript import is_torchscript, load_torchscript
-from image_tokenizer.vitvqgan import ViTVQGAN, prefixes
+from image_tokenizer.vitvqgan import ViTVQGAN, check_divides, prefixes
 from image_tokenizer.vqgan import VQGAN
 from token_files.codebook import quantize
 from utils import InputError, first_line
@@ -225,9 +225,7 @@ class PatchTokenizer(nn.Module):
     def patches(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) -> (B, n, 3·p·p)."""
         p = self.patch_size
-        if images.shape[-2] % p or images.shape[-1] % p:
-            raise InputError(f'images of {images.shape[-2]}x{images.shape[-1]} do not divide into patches of {p}: '
-                             f'choose an image size that is a multiple of {p}')
+        check_divides(images, p)
         return rearrange(images, 'b c (h p) (w q) -> b (h w) (c p q)', p=p, q=p)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:

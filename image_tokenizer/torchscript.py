@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from fileio.hub import fetch_beside, local_path
+from image_tokenizer.vitvqgan import check_divides
 from utils import InputError
 
 SIDE = 256  # pixels of the image by which a program is tried
@@ -49,10 +50,7 @@ class TorchScriptTokenizer(nn.Module):
 
         Its own precision counts, whatever autocast says.
         """
-        height, width = images.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise InputError(f'images of {height}x{width} do not divide into patches of {self.patch_size}: '
-                             f'choose an image size that is a multiple of {self.patch_size}')
+        check_divides(images, self.patch_size)
         with torch.autocast(images.device.type, enabled=False):
             return first_of(self.encoder(images.to(self.dtype))).flatten(1).long()
 

@@ -228,10 +228,7 @@ class ViTVQGAN(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) float in [0, 1] -> (B, n, embed_dim) features, row by row. H and W: multiples of patch_size."""
-        height, width = images.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise InputError(f'images of {height}x{width} do not divide into patches of {self.patch_size}: '
-                             f'choose an image size that is a multiple of {self.patch_size}')
+        check_divides(images, self.patch_size)
         return self.pre_quant(self.encoder(images))
 
     def decode(self, embeddings: torch.Tensor) -> torch.Tensor:
@@ -241,6 +238,14 @@ class ViTVQGAN(nn.Module):
         """
         grid_side(self.decoder, embeddings)
         return self.decoder(self.post_quant(F.normalize(embeddings, dim=-1)))
+
+
+def check_divides(images: torch.Tensor, patch_size: int) -> None:
+    """InputError unless images (B, 3, H, W) divide into patches."""
+    height, width = images.shape[-2:]
+    if height % patch_size or width % patch_size:
+        raise InputError(f'images of {height}x{width} do not divide into patches of {patch_size}: choose an image size '
+                         f'that is a multiple of {patch_size}')
 
 
 def grid_side(decoder: nn.Module | None, embeddings: torch.Tensor) -> int:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from image_tokenizer.vitvqgan import check_names_and_shapes, drop_prefix, grid_side, shape_of
+from image_tokenizer.vitvqgan import check_divides, check_names_and_shapes, drop_prefix, grid_side, shape_of
 from token_files.codebook_sources import EMA, UNIT_ROWS, deviation, fit_rows, unit_rows
 from utils import InputError
 
@@ -315,10 +315,7 @@ class VQGAN(nn.Module):
 
         H and W: multiples of patch_size. Rows are compared in float32 also under autocast.
         """
-        height, width = images.shape[-2:]
-        if height % self.patch_size or width % self.patch_size:
-            raise InputError(f'images of {height}x{width} do not divide into patches of {self.patch_size}: '
-                             f'choose an image size that is a multiple of {self.patch_size}')
+        check_divides(images, self.patch_size)
         features = rearrange(self.quant_conv(self.encoder(images)), 'b d h w -> (b h w) d')
         with torch.autocast(images.device.type, enabled=False):
             features = features.float()
