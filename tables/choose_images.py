@@ -2,8 +2,8 @@
 
     python tables/choose_images.py --data-path IMAGES/train --classes 20 --images-per-class 500 --output-dir small/train
 
-Takes the first classes in alphabetical order, after those that are skipped, and the first images of each. Nothing is
-copied. `chosen.json`, beside the classes, is written when all links are there.
+Takes the first classes in alphabetical order, or all, after those that are skipped, and the first images of each.
+Nothing is copied. `chosen.json`, beside the classes, is written when all links are there.
 """
 import argparse
 import json
@@ -27,7 +27,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add('--data-path', required=True, metavar='DIR', help='a folder with a folder of images for every class')
     add('--output-dir', required=True, metavar='DIR')
-    add('--classes', type=integer(1), required=True)
+    add('--classes', type=integer(1), help='how many; default: all')
     add('--skip-classes', type=integer(), default=0, metavar='N', help='leave the first N classes out')
     add('--images-per-class', type=integer(1), help='at most; default: all')
     return parser.parse_args(argv)
@@ -50,7 +50,9 @@ def main(args: argparse.Namespace) -> None:
     source = open_source(args.data_path)
     if not isinstance(source, FolderImages):
         raise InputError(f'{args.data_path}: give a folder with a folder of images for every class')
-    last = args.skip_classes + args.classes
+    last = args.skip_classes + args.classes if args.classes else len(source.classes)
+    if args.skip_classes >= len(source.classes):
+        raise InputError(f'{args.data_path}: has {len(source.classes)} classes, and --skip-classes leaves none')
     if len(source.classes) < last:
         skipped = f' after --skip-classes {args.skip_classes}' if args.skip_classes else ''
         raise InputError(f'{args.data_path}: has {len(source.classes)} classes, but --classes is {args.classes}'
@@ -60,9 +62,9 @@ def main(args: argparse.Namespace) -> None:
     for index in chosen:
         name = source.names[index]
         link(Path(args.output_dir, name), os.path.join(source.folder, name))
-    made = {'classes': args.classes, 'images': len(chosen)}
+    made = {'classes': last - args.skip_classes, 'images': len(chosen)}
     write_text(Path(args.output_dir, 'chosen.json'), json.dumps(made) + '\n')
-    print0(f'{len(chosen):,} images of {args.classes} classes: {args.output_dir}')
+    print0(f'{len(chosen):,} images of {made["classes"]} classes: {args.output_dir}')
 
 
 if __name__ == '__main__':

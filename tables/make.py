@@ -85,8 +85,13 @@ def token_lines(plan: Plan, longer: Plan | None, name: str, seeds: Sequence[int]
 
 def titles(plan: Plan, longer: Plan | None, name: str) -> list[tuple[Plan, str]]:
     """The plans that train a line, and its name in each."""
-    long_one = [(longer, f'{name}, {longer.preset.epochs} epochs')] if name in plan.preset.long_lines and longer else []
-    return [(plan, name), *long_one]
+    is_long = name in plan.preset.long_lines and longer
+    return [(plan, name), *([(longer, long_name(name, plan.preset))] if is_long else [])]
+
+
+def long_name(name: str, preset: Preset) -> str:
+    """The name of a line of table 1 where it is trained longer."""
+    return f'{name}, {preset.long_epochs} epochs'
 
 
 def paper(name: str) -> dict[str, Any]:
@@ -135,26 +140,22 @@ def ablation(plan: Plan, seeds: Sequence[int]) -> list[Line]:
 
 # ---------------------------------------------------------------- table 3: robustness
 
-CORRUPTIONS = ('gaussian_noise', 'gaussian_blur', 'defocus_blur', 'jpeg_compression', 'contrast', 'brightness')
-SEVERITIES = range(1, 6)
-
-
 def robustness(plan: Plan, seeds: Sequence[int]) -> list[Line]:
     """Accuracy on corrupted images, and on ImageNet-R, -A and -Sketch, of tokens and of full pixels.
 
     Evaluates the checkpoints of table 1's base lines. The corruptions are applied to the images; tokens are made of
     what comes out.
     """
-    val = plan.split('val')
+    rows, val = plan.corrupted()
     sets = {'clean': (val, ())}
     sets |= {f'{name} {severity}': (val, ('--corruption', name, '--severity', str(severity)))
-             for name in CORRUPTIONS for severity in SEVERITIES}
+             for name in plan.preset.corruptions for severity in plan.preset.severities}
     sets |= {name: (plan.data / name, ('--classes', name)) for name in plan.preset.more_sets}
     lines = []
     for kind in ('tokens', 'pixels'):
         base = plan.base_line(kind, seeds)
         for name, (path, flags) in sets.items():
-            runs = {seed: plan.evaluation(kind, run, name, path, flags) for seed, run in base.runs.items()}
+            runs = {seed: plan.evaluation(kind, run, name, path, flags, rows) for seed, run in base.runs.items()}
             lines.append(Line(f'{kind} {name}', kind, runs, 'evaluated top1',
                               paper=PAPER_ROBUSTNESS.get(name) if kind == 'tokens' else None))
     return lines
@@ -198,19 +199,27 @@ def seitpp(plan: Plan, seeds: Sequence[int]) -> list[Line]:
     The paper gives SeiT++ 500 epochs, 400 of pre-training and 100 of fine-tuning, against 300 of SeiT. Both that
     proportion and as many epochs as SeiT are here. Its network reads numbers of codes, not embeddings, so it is also
     trained from scratch, with the same augmentation: for SeiT's epochs, and for those of fine-tuning, which
-    pre-training comes before. The learning rate of pre-training is the preset's first; others have a line each.
+    pre-training comes before. The learning rate of pre-training is the preset's first; others have a line each. A
+    preset with long lines has its epochs here; one without TokenAdapt leaves out what it would be added to.
     """
+    preset = plan.preset
+    if preset.long_epochs:
+        plan = plan.of_epochs(preset.long_epochs)
     tokens = plan.main_tokens()
     rows, path = plan.token_adapt(tokens)
-    return [
-        plan.base_line('tokens', seeds, paper=PAPER['tokens'][0]),
+    adapted = [
         plan.token_line('ColorAdapt', seeds, tokens, COLOR_ADAPT),
         plan.token_line('ColorAdapt, TokenAdapt', seeds, tokens, (*COLOR_ADAPT, '--tokenadapt-path', path), rows),
+    ] if preset.masked.token_adapt is not None else []
+    return [
+        plan.token_line(long_name('tokens', preset) if preset.long_epochs else 'tokens', seeds, tokens,
+                        paper=PAPER['tokens'][0]),
+        *adapted,
         plan.base_line('codes', seeds),
         plan.codes_line(f'MTM network, from scratch, {plan.tuning_epochs} epochs', seeds, plan.tuning_epochs),
         plan.base_line('fine-tuning', seeds),
-        *(plan.pretrained_line(f'pre-trained at {lr:g}, equal epochs', [SEARCH_SEED], 2, lr)
-          for lr in plan.preset.masked.pretrain_lrs[1:]),
+        *(plan.pretrained_line(f'pre-trained at {lr:g}, equal epochs', [SEARCH_SEED], plan.equal_times, lr)
+          for lr in preset.masked.pretrain_lrs[1:]),
         plan.pretrained_line('pre-trained, published epochs', seeds, 4, paper=PAPER_SEITPP),
     ]
 

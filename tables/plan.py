@@ -306,7 +306,7 @@ class Plan:
             return self.pixel_line('full pixels', seeds, self.full(), **facts)
         if kind == 'codes':
             return self.codes_line('MTM network, from scratch', seeds, self.preset.epochs)
-        return self.pretrained_line('pre-trained, equal epochs', seeds, 2)
+        return self.pretrained_line('pre-trained, equal epochs', seeds, self.equal_times)
 
     def search_lines(self, kinds: Iterable[str]) -> list[Line]:
         """The lines of the search for learning rates of some kinds: their base lines, at each rate with SEARCH_SEED."""
@@ -356,8 +356,10 @@ class Plan:
     # ------------------------------------------------------------ SeiT++
 
     def token_adapt(self, tokens: Tokens) -> tuple[tuple[Row, ...], Path]:
-        """The rows that make TokenAdapt for a tokenizer, and its path."""
+        """The rows that make TokenAdapt for a tokenizer, and its path; Path() where the preset does without."""
         make = self.preset.masked.token_adapt
+        if make is None:
+            return (), Path()
         if not make:
             return (), self.data / 'weights' / TOKEN_ADAPT
         tokenizer = tokens.tokenizer
@@ -378,13 +380,13 @@ class Plan:
             files = [word for flag in ('--codebook-path', '--train-token-file')
                      for word in (flag, flag_value(files, flag))]
             flags = masked.pretrain
-        return [program, *files, '--tokenadapt-path', path, '--input-size', tokens.tokenizer.input_size, '--epochs',
+        return [program, *files, '--tokenadapt-path', '' if path == Path() else path, '--input-size', tokens.tokenizer.input_size, '--epochs',
                 epochs, '--warmup-epochs', warmup, *masked.batch, *flags, *more], [tokens.row, *rows]
 
     @property
     def tuning_epochs(self) -> int:
         """Of fine-tuning SeiT++."""
-        return max(1, self.preset.epochs // 3)
+        return max(1, self.preset.epochs // self.preset.masked.tuning_part)
 
     def codes_line(self, name: str, seeds: Sequence[int], epochs: int) -> Line:
         """SeiT++'s network from scratch."""
@@ -392,9 +394,14 @@ class Plan:
         runs = {seed: self.train(name, self.lrs['codes'], seed, words, after) for seed in seeds}
         return Line(name, 'codes', runs, files={'bytes': (after[0], BYTES)}, epochs=epochs)
 
+    @property
+    def equal_times(self) -> int:
+        """How many times as long as fine-tuning is pre-training, where both take SeiT's epochs."""
+        return self.preset.masked.tuning_part - 1
+
     def pretrained_line(self, name: str, seeds: Sequence[int], times: int, lr: float | None = None,
                         **facts: Any) -> Line:
-        """SeiT++ for a third of SeiT's epochs, from pre-training for `times` as many; published: 100, from 400.
+        """SeiT++ for a part of SeiT's epochs, from pre-training for `times` as many; published: 100 of 300, from 400.
 
         `lr` is that of pre-training, by default the preset's first.
         """
@@ -412,7 +419,17 @@ class Plan:
 
     # ------------------------------------------------------------ evaluations
 
-    def evaluation(self, kind: str, run: Row, name: str, data_path: Path, more: Sequence[str]) -> Row:
+    def corrupted(self) -> tuple[tuple[Row, ...], Path]:
+        """The validation images of table 3, and the row that chooses them where they are a part of all."""
+        if self.preset.corrupted_images is None:
+            return (), self.split('val')
+        out = self.output / 'corrupted'
+        choose = ('tables/choose_images.py', '--data-path', self.split('val'), '--images-per-class',
+                  self.preset.corrupted_images, '--output-dir', out)
+        return (self.row('corrupted', [choose], self.chosen()),), out
+
+    def evaluation(self, kind: str, run: Row, name: str, data_path: Path, more: Sequence[str],
+                   after: Sequence[Row] = ()) -> Row:
         """The row that evaluates a checkpoint on images, as pixels or, of a model of tokens, through the tokenizer.
 
         Args:
@@ -421,6 +438,7 @@ class Plan:
             name: of what it is evaluated on.
             data_path: the images.
             more: flags that say what is done to them.
+            after: rows that make the images.
         """
         folder = f'evaluate/{kind}/{run.folder.name}/{name.replace(" ", "-")}'
         end = (*self.workers, *self.device, *more, '--output', self.output / folder / EVALUATION)
@@ -434,7 +452,7 @@ class Plan:
         else:
             command = ('main_pixels.py', '--eval', '--resume', run.folder / CHECKPOINT, '--no-model-ema', '--val-path',
                        data_path, '--model', *self.preset.pixel_model, *self.preset.pixels, *end)
-        return self.row(folder, [command], [run])
+        return self.row(folder, [command], [run, *after])
 
     def judged_tokens(self, name: str, tokens: Tokens) -> dict[str, tuple[Row, str]]:
         """What a table says of a tokenizer beside what is trained on its tokens, as Line's files.

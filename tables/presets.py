@@ -30,23 +30,25 @@ class Tokenizer:
 
 @dataclass(frozen=True)
 class Masked:
-    """How SeiT++ is run: masked-token pre-training and fine-tuning, both with TokenAdapt.
+    """How SeiT++ is run: masked-token pre-training and fine-tuning.
 
     Attributes:
         token_adapt: the command that makes TokenAdapt of --data-path for a tokenizer, without these and --output-dir;
-            () for weights/tokenadapt.ckpt that the user has in DATA.
+            () for weights/tokenadapt.ckpt that the user has in DATA; None to do without TokenAdapt.
         pretrain: flags of pre-training, but for epochs.
         pretrain_lrs: its learning rates. The first is taken; table 5 has a line for each other one, with one seed.
         finetune: flags of fine-tuning, and of training the same network from scratch.
         batch: flags of the batch, of all of them.
         warmup_epochs: of fine-tuning.
+        tuning_part: fine-tuning takes SeiT's epochs divided by it.
     """
-    token_adapt: Words
+    token_adapt: Words | None
     pretrain: Words
     pretrain_lrs: tuple[float, ...]
     finetune: Words
     batch: Words
     warmup_epochs: int
+    tuning_part: int = 3
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,9 @@ class Preset:
         groups: names of groups of classes, all classes together, with the names of their classes: table 1 has their
             top-1 too.
         long_epochs: of lines of table 1 that are trained longer too; 0 for none.
-        long_lines: these lines.
+        long_lines: these lines. Table 5 takes `long_epochs`, too.
+        corruptions, severities: of table 3.
+        corrupted_images: table 3 takes the first of each class; None for all.
         search_epochs: of the search for learning rates; None for `epochs`.
     """
     classes: int | None
@@ -119,6 +123,10 @@ class Preset:
     groups: dict[str, Words] = field(default_factory=dict)
     long_epochs: int = 0
     long_lines: Words = ()
+    corruptions: Words = ('gaussian_noise', 'gaussian_blur', 'defocus_blur', 'jpeg_compression', 'contrast',
+                          'brightness')
+    severities: tuple[int, ...] = (1, 2, 3, 4, 5)
+    corrupted_images: int | None = None
     search_epochs: int | None = None
 
     def with_sizes(self, classes: int | None, images_per_class: int | None, epochs: int | None) -> 'Preset':
@@ -133,7 +141,8 @@ class Preset:
         # published tokens are of all classes, and a small folder lacks the images that a tokenizer's training holds out
         tokenizers = {name: replace(tokenizer, make=without(tokenizer.make, '--val-images'))
                       for name, tokenizer in self.tokenizers.items()}
-        masked = replace(self.masked, token_adapt=without(self.masked.token_adapt, '--val-images'))
+        adapt = self.masked.token_adapt
+        masked = replace(self.masked, token_adapt=adapt and without(adapt, '--val-images'))
         return replace(preset, classes=classes or self.classes, images_per_class=images_per_class or
                        self.images_per_class, published={}, tokenizers=tokenizers, masked=masked, groups={})
 
@@ -252,8 +261,13 @@ PHOTOS = replace(
     lrs={'tokens': 1e-3, 'pixels': 1e-3, 'codes': 1e-3, 'fine-tuning': 2e-3},  # until the search has said more
     search={'tokens': (5e-4, 1e-3, 2e-3), 'pixels': (5e-4, 1e-3, 2e-3)},
     tokenizers=PHOTO_TOKENIZERS, shares=(0.2, 0.04), token_shares=(0.2,), sides=(0.286,), qualities=(10,),
+    masked=replace(TINY_MASKED, token_adapt=None, pretrain_lrs=(3e-3,), tuning_part=4),
     quality_size=224, rivals=RIVALS, groups={'Imagenette': IMAGENETTE, 'Imagewoof': IMAGEWOOF}, long_epochs=24,
-    long_lines=('full pixels', 'sample 20%', 'tokens', 'best codec at 500 bytes'), search_epochs=3)
+    long_lines=('full pixels', 'sample 20%', 'tokens', 'best codec at 500 bytes'),
+    # ImageNet-C's fifteen without the seven that need outside data or are not here
+    corruptions=('gaussian_noise', 'shot_noise', 'impulse_noise', 'defocus_blur', 'brightness', 'contrast', 'pixelate',
+                 'jpeg_compression'),
+    severities=(1, 3, 5), corrupted_images=25, search_epochs=3)
 PHOTOS_GPU = replace(
     PHOTOS, epochs=100, warmup_epochs=5, training=TINY_GPU.training, token_model=('deit_small_token_32',),
     pixel_model=('deit_small_patch16_224', '--model-kwargs', 'global_pool=avg'), lrs=TINY_GPU.lrs,

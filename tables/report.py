@@ -213,20 +213,34 @@ def ablation_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]],
 
 
 def robustness_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
-    """Head, lines and note of table 3: a line for each corruption, a column for each severity."""
+    """Head, lines and note of table 3: a line for each corruption, a column for each severity, and their means."""
     rows = results['rows']
-    names = list(dict.fromkeys(name.rstrip('12345 ') for name in rows))
+    severity_of = {name: int(name[-1]) for name in rows if name[-1].isdigit()}
+    severities = sorted(set(severity_of.values()))
     lines = []
-    for name in names:
-        severities = [rows.get(f'{name} {severity}') for severity in range(1, 6)]
+    for name in dict.fromkeys(name[:-2] if name in severity_of else name for name in rows):
         kind, _, corruption = name.partition(' ')
+        found = [rows.get(f'{name} {severity}') for severity in severities]
         paper = paper_of(rows[name]) if name in rows else DASH
         if kind == 'tokens':
             paper = PAPER_CORRUPTIONS.get(corruption, paper)
-        lines.append([name, spread(rows.get(name)), *map(spread, severities), paper])
-    return (['', 'top-1 (seeds)', *map(str, range(1, 6)), 'paper, ImageNet-1k'], lines,
-            "Columns 1 to 5 are severities. Of which severity the paper's numbers for noise and blur are, and which "
-            'blur it was, is not known to us.')
+        lines.append([name, spread(rows.get(name)), *map(spread, found), mean_of(found), paper])
+    for kind in dict.fromkeys(name.partition(' ')[0] for name in rows):
+        of_kind = [name for name in severity_of if name.startswith(f'{kind} ')]
+        columns = [[rows[name] for name in of_kind if severity_of[name] == severity] for severity in severities]
+        # a mean of some corruptions would be compared with one of others
+        whole = bool(columns) and len(set(map(len, columns))) == 1
+        lines.append([f'{kind}, mean of corruptions', DASH, *(mean_of(column) if whole else DASH for column in columns),
+                      mean_of(sum(columns, [])) if whole else DASH, DASH])
+    return (['', 'top-1 (seeds)', *map(str, severities), 'mean', 'paper, ImageNet-1k'], lines,
+            f"Columns {', '.join(map(str, severities))} are severities. Of which severity the paper's numbers for noise "
+            'and blur are, and which blur it was, is not known to us.')
+
+
+def mean_of(results: Sequence[dict[str, Any] | None]) -> str:
+    """The mean top-1 of some lines; a dash where one is not known."""
+    values = [result and result['mean'] for result in results]
+    return f'{statistics.mean(values):.2f}' if values and None not in values else DASH
 
 
 def speed_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:

@@ -38,6 +38,30 @@ def test_the_lines_of_the_first_table():
     assert [rows.flags_of(line.runs[0].commands[0])['--epochs'] for line in searched] == [['3']] * 3
 
 
+def test_seitpp_stands_beside_the_long_row_without_token_adapt():
+    _, lines = make.planned('seitpp', make.parse_args(['seitpp', *WORDS[1:]]))
+    runs = {line.name: line for line in lines if line.rate is None}
+    assert list(runs) == ['tokens, 24 epochs', 'MTM network, from scratch', 'MTM network, from scratch, 6 epochs',
+                          'pre-trained, equal epochs', 'pre-trained, published epochs']
+    assert runs['tokens, 24 epochs'].runs[0].folder == lines_of()['tokens, 24 epochs'].runs[0].folder
+    equal = runs['pre-trained, equal epochs']
+    assert (equal.pretraining, equal.epochs) == (18, 6)
+    for line in list(runs.values())[1:]:
+        words = rows.flags_of(line.runs[0].commands[0])
+        assert words['--tokenadapt-path'] == ['']
+    assert {runs[name].epochs for name in ('tokens, 24 epochs', 'MTM network, from scratch')} == {24}
+
+
+def test_robustness_is_of_the_first_images_of_each_class():
+    plan, lines = make.planned('robustness', make.parse_args(['robustness', *WORDS[1:]]))
+    names = [line.name for line in lines if line.rate is None]
+    assert len(names) == 2 * (1 + 8 * 3) and 'tokens shot_noise 5' in names and 'pixels pixelate 3' in names
+    for line in lines[:25]:
+        assert 'corrupted' in line.runs[0].after
+        assert rows.flags_of(line.runs[0].commands[0])['--data-path'] == ['out/corrupted']
+    assert rows.flags_of(plan.rows['corrupted'].commands[0])['--images-per-class'] == ['25']
+
+
 def test_groups_are_all_classes_once():
     names = [name for group in presets.PHOTOS.groups.values() for name in group]
     assert len(names) == len(set(names)) == 20
