@@ -15,19 +15,21 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange, repeat
+from timm.models.convnext import ConvNeXtBlock
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from utils import InputError
 
 HEAD_DIM = 64  # of every published size
+KERNEL = 7  # of ConvNeXt
 # More than these a damaged or hostile file claims; the published 'base' has 786,432 and 12.
 MAX_TABLE = 1 << 26  # numbers in a position table
 MAX_DEPTH = 256  # layers of a transformer
 
 
 class Size(NamedTuple):
-    """Size of one transformer: width, layers, attention heads, feed-forward width."""
+    """Size of one transformer: width, layers, attention heads, feed-forward width. Without heads: of `Convolutions`."""
     dim: int
     depth: int
     heads: int
@@ -108,7 +110,7 @@ class PreNorm(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Pre-norm layers and a final norm, (B, n, dim) -> (B, n, dim)."""
+    """Pre-norm layers and a final norm, (B, n, dim) -> (B, n, dim); the sides of the grid do not matter."""
 
     def __init__(self, size: Size):
         super().__init__()
@@ -118,12 +120,38 @@ class Transformer(nn.Module):
         self.norm = nn.LayerNorm(size.dim)
         self.grad_checkpointing = False  # recompute activations: less memory, more time
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
         for layer in self.layers:
             for part in layer:  # attention, feed-forward
                 recompute = self.grad_checkpointing and torch.is_grad_enabled()
                 x = x + (checkpoint(part, x, use_reentrant=False) if recompute else part(x))
         return self.norm(x)
+
+
+class Convolutions(nn.Module):
+    """ConvNeXt's blocks on the grid, in a transformer's place, (B, height·width, dim) -> (B, height·width, dim).
+
+    Our own, and in no published file: attention over 28x28 codes takes three to four times as long on a CPU.
+    """
+
+    def __init__(self, size: Size):
+        super().__init__()
+        self.layers = nn.ModuleList(ConvNeXtBlock(size.dim, kernel_size=KERNEL, mlp_ratio=size.mlp_dim / size.dim,
+                                                  ls_init_value=None) for _ in range(size.depth))
+        self.norm = nn.LayerNorm(size.dim)
+        self.grad_checkpointing = False
+
+    def forward(self, x: torch.Tensor, height: int, width: int) -> torch.Tensor:
+        x = rearrange(x, 'b (h w) d -> b d h w', h=height, w=width)  # no copy: the layout is channels-last
+        for layer in self.layers:
+            recompute = self.grad_checkpointing and torch.is_grad_enabled()
+            x = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+        return self.norm(rearrange(x, 'b d h w -> b (h w) d'))
+
+
+def make_layers(size: Size) -> nn.Module:
+    """What stands between patches and features, on both sides."""
+    return Transformer(size) if size.heads else Convolutions(size)
 
 
 # ---------------------------------------------------------------- encoder, decoder, tokenizer
@@ -136,13 +164,13 @@ class Encoder(nn.Module):
         # a Sequential of one, for the published name to_patch_embedding.0
         self.to_patch_embedding = nn.Sequential(nn.Conv2d(channels, size.dim, patch_size, stride=patch_size))
         self.register_buffer('en_pos_embedding', position_table(grid_size, grid_size, size.dim))
-        self.transformer = Transformer(size)
+        self.transformer = make_layers(size)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = self.to_patch_embedding(images)  # (B, dim, h, w)
         height, width = x.shape[-2:]
         x = rearrange(x, 'b d h w -> b (h w) d')
-        return self.transformer(add_position(x, height, width, self.en_pos_embedding))
+        return self.transformer(add_position(x, height, width, self.en_pos_embedding), height, width)
 
 
 class Decoder(nn.Module):
@@ -151,13 +179,13 @@ class Decoder(nn.Module):
     def __init__(self, size: Size, patch_size: int, grid_size: int, channels: int = 3):
         super().__init__()
         self.register_buffer('de_pos_embedding', position_table(grid_size, grid_size, size.dim))
-        self.transformer = Transformer(size)
+        self.transformer = make_layers(size)
         convolution = nn.ConvTranspose2d(size.dim, channels, patch_size, stride=patch_size)
         self.to_pixel = nn.Sequential(OrderedDict({'1': convolution}))  # the published name is to_pixel.1
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         side = math.isqrt(x.shape[1])
-        x = self.transformer(add_position(x, side, side, self.de_pos_embedding))
+        x = self.transformer(add_position(x, side, side, self.de_pos_embedding), side, side)
         return self.to_pixel(rearrange(x, 'b (h w) d -> b d h w', h=side))
 
 
@@ -178,6 +206,8 @@ class ViTVQGAN(nn.Module):
     def __init__(self, encoder: Size, decoder: Size | None = None, codebook_size: int = 0, embed_dim: int = 32,
                  image_size: int = 256, patch_size: int = 8):
         super().__init__()
+        if not encoder.heads:
+            self.kind = 'VQGAN of ConvNeXt blocks'
         self.patch_size = patch_size
         self.embed_dim = embed_dim
         self.image_size = image_size
@@ -294,13 +324,17 @@ def shape_of(state: dict[str, Any], key: str, dims: int) -> tuple[int, ...]:
 
 
 def read_size(state: dict[str, Any], part: str) -> Size:
-    """Size of the transformer of 'encoder' or 'decoder', from the shapes. Raises InputError."""
-    layers = re.compile(rf'{part}\.transformer\.layers\.(\d+)\.')
+    """Size of the layers of 'encoder' or 'decoder', from the shapes. Raises InputError."""
+    name = f'{part}.transformer.layers'
+    layers = re.compile(rf'{re.escape(name)}\.(\d+)\.')
     depth = len({match.group(1) for match in map(layers.match, state) if match})
     if depth > MAX_DEPTH:
         raise InputError(f'{part} has {depth} layers, more than any ViT-VQGAN')
-    rows, dim = shape_of(state, f'{part}.transformer.layers.0.0.fn.to_qkv.weight', 2)
-    mlp_dim = shape_of(state, f'{part}.transformer.layers.0.1.fn.net.0.weight', 2)[0]
+    if f'{name}.0.conv_dw.weight' in state:
+        mlp_dim, dim = shape_of(state, f'{name}.0.mlp.fc1.weight', 2)
+        return Size(dim, depth, 0, mlp_dim)
+    rows, dim = shape_of(state, f'{name}.0.0.fn.to_qkv.weight', 2)
+    mlp_dim = shape_of(state, f'{name}.0.1.fn.net.0.weight', 2)[0]
     return Size(dim, depth, max(1, rows // (3 * HEAD_DIM)), mlp_dim)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from timm.models.convnext import ConvNeXtBlock
 from torch import nn
 
 from image_tokenizer.kmeans import kmeans
@@ -27,7 +28,7 @@ ITERATIONS = 10  # of k-means
 
 
 def start_weights(model: ViTVQGAN) -> None:
-    """New weights by which every layer of the transformers is the identity."""
+    """New weights by which every layer of encoder and decoder is the identity."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)
@@ -36,7 +37,11 @@ def start_weights(model: ViTVQGAN) -> None:
     # What a layer adds to its input is 0 when its last weights and biases are: the layer is the identity, and yet it
     # learns, because those weights have gradients.
     for part in (model.encoder, model.decoder):
-        for attention, feed_forward in part.transformer.layers:
+        for layer in part.transformer.layers:
+            if isinstance(layer, ConvNeXtBlock):
+                nn.init.zeros_(layer.mlp.fc2.weight)
+                continue
+            attention, feed_forward = layer
             nn.init.zeros_(attention.fn.to_out.weight)
             nn.init.zeros_(feed_forward.fn.net[2].weight)
     embedding = model.encoder.to_patch_embedding[0]
@@ -131,7 +136,7 @@ def fit_start(model: ViTVQGAN, quantizer: VectorQuantizer, batches: Sequence[tor
         rows = quantizer.rows[quantize(model(unit_range(pixels)), quantizer.rows)]
         side = math.isqrt(rows.shape[1])
         x = add_position(model.post_quant(rows), side, side, model.decoder.de_pos_embedding)
-        return model.decoder.transformer(x).flatten(0, 1)
+        return model.decoder.transformer(x, side, side).flatten(0, 1)
 
     matrix = least_squares((decoder_outputs(pixels), cut_patches(pixels, size) - color.repeat_interleave(size ** 2))
                            for pixels in batches)

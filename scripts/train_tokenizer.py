@@ -59,6 +59,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--width', type=integer(HEAD_DIM),
         help=f"width of both, instead of --vit's; a multiple of {HEAD_DIM}, the width of a head")
     add('--depth', type=integer(1), help="layers of both, instead of --vit's")
+    add('--mixer', choices=['attention', 'convolution'], default='attention',
+        help="what patches learn of each other by: attention, as published, or ConvNeXt's convolutions over the grid, "
+             'several times as fast on large grids')
     add('--patch-size', type=integer(1), default=8, help='pixels on a side that a code covers')
     add('--codes', type=integer(2, 1 << 16), default=391, help='rows of the codebook')
     add('--dim', type=integer(1), default=32, help='width of the codebook')
@@ -104,6 +107,8 @@ def make_training(args: argparse.Namespace, device: torch.device) -> TokenizerTr
         size = size._replace(dim=args.width, heads=args.width // HEAD_DIM, mlp_dim=MLP_RATIO * args.width)
     if args.depth:
         size = size._replace(depth=args.depth)
+    if args.mixer == 'convolution':
+        size = size._replace(heads=0)
     model = ViTVQGAN(size, size, embed_dim=args.dim, image_size=args.image_size, patch_size=args.patch_size)
     quantizer = VectorQuantizer(args.codes, args.dim, args.decay, args.revive_below, args.estimator)
     perceptual = PerceptualLoss(args.vgg_path, device) if args.vgg_path else None
@@ -158,7 +163,7 @@ def main(args: argparse.Namespace) -> int:
     training = make_training(args, device)
     print0(f'{len(images):,} images to train on, {len(held_out):,} held out; {args.image_size // args.patch_size} x '
            f'{args.image_size // args.patch_size} of {args.codes} codes')
-    amp = recipe.print_model(args, 'ViT-VQGAN', training, device)
+    amp = recipe.print_model(args, training.model.kind, training, device)
 
     def order_of(epoch: int) -> np.ndarray:
         order = shuffled(len(images), world_size(), rank(), args.seed, epoch)

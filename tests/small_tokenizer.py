@@ -17,7 +17,8 @@ def smooth(count, size=32, seed=0):
     return (127.5 + 120 * waves).to(torch.uint8)
 
 
-def new_training(codes=64, patch_size=4):
+def new_training(codes=64, patch_size=4, heads=1):
     torch.manual_seed(0)
-    model = ViTVQGAN(SIZE, SIZE, embed_dim=16, image_size=32, patch_size=patch_size)
+    size = SIZE._replace(heads=heads)
+    model = ViTVQGAN(size, size, embed_dim=16, image_size=32, patch_size=patch_size)
     return TokenizerTraining(model, VectorQuantizer(codes, 16), LossWeights()).eval()

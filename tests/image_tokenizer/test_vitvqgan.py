@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from helpers import GOLDEN_SIZE, golden_state, same_weights
-from image_tokenizer.vitvqgan import SIZES, Size, ViTVQGAN, position_table
+from image_tokenizer.vitvqgan import SIZES, Size, ViTVQGAN, position_table, read_config
 from utils import InputError
 
 
@@ -70,6 +70,30 @@ def test_encoder_and_decoder_may_differ_in_size():
     with torch.no_grad():
         assert torch.equal(read(images), made(images))
         assert read.decode(read(images)).shape == images.shape
+
+
+def test_convolutions_in_the_place_of_attention():
+    size = Size(64, 2, 0, 256)
+    torch.manual_seed(0)
+    model = ViTVQGAN(size, size, codebook_size=7, embed_dim=8, image_size=32, patch_size=8).eval()
+    loaded = ViTVQGAN.from_state_dict(model.state_dict())
+    assert loaded.kind == model.kind == 'VQGAN of ConvNeXt blocks' and read_config(model.state_dict())['encoder'] == size
+    images = torch.rand(2, 3, 32, 48)
+    features = loaded(images)
+    assert torch.equal(features, model(images)) and features.shape == (2, 4 * 6, 8)
+    # a code is told of its neighbors on the grid: of 6 in a row, not of 4
+    images.requires_grad_()
+    model(images)[0, 3 * 6 + 5].sum().backward()
+    seen = images.grad[0].abs().sum(0).view(4, 8, 6, 8).sum((1, 3)) > 0
+    assert seen.all()
+    assert model.decode(features[:, :16]).shape == (2, 3, 32, 32)
+    for part in model.encoder, model.decoder:
+        part.transformer.grad_checkpointing = True
+    assert torch.equal(model(images), features)
+    weights = model.state_dict()
+    del weights['encoder.transformer.layers.1.conv_dw.bias']
+    with pytest.raises(InputError, match='layers.1.conv_dw.bias is missing'):
+        ViTVQGAN.from_state_dict(weights)
 
 
 def test_another_image_size_gets_its_own_position_table(state):

@@ -10,8 +10,9 @@ from image_tokenizer.vq_start import RIDGE, cut_patches, fit_start, least_square
 from small_tokenizer import new_training, smooth
 
 
-def test_a_new_tokenizer_is_near_euclidean_kmeans_of_patches():
-    training = new_training()
+@pytest.mark.parametrize('heads', [1, 0])
+def test_a_new_tokenizer_is_near_euclidean_kmeans_of_patches(heads):
+    training = new_training(heads=heads)
     pixels = smooth(200)
     fit_start(training.model, training.quantizer, pixels[:150].split(40), torch.Generator().manual_seed(0))
     images = unit_range(pixels[150:])
@@ -24,11 +25,12 @@ def test_a_new_tokenizer_is_near_euclidean_kmeans_of_patches():
     assert psnr(images, reconstruction).mean() > -10 * error.log10().mean() - 2
 
 
-def test_each_layer_begins_as_the_identity():
-    training = new_training()
-    x = torch.randn(2, 5, 64)
-    transformer = training.model.encoder.transformer
-    assert torch.equal(transformer(x), transformer.norm(x))
+@pytest.mark.parametrize('heads', [1, 0])
+def test_each_layer_begins_as_the_identity(heads):
+    training = new_training(heads=heads)
+    x = torch.randn(2, 6, 64)
+    for part in training.model.encoder, training.model.decoder:
+        assert torch.equal(part.transformer(x, 2, 3), part.transformer.norm(x))
 
 
 def test_least_squares_over_pairs():

@@ -107,6 +107,24 @@ def test_two_processes_keep_equal_codebooks_and_resume_exactly(images, tmp_path)
     assert not differs(tmp_path / 'a', tmp_path / 'b')
 
 
+def test_convolutions_train_resume_and_tokenize(images, tmp_path, monkeypatch):
+    more = '--mixer', 'convolution', '--grad-checkpointing'
+    assert train(images, tmp_path / 'a', *more) == 0
+    assert read_log(tmp_path / 'a')[-1]['test_usage'] > 0.5
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        before_step(patch, 1, 5, kill)
+        train(images, tmp_path / 'b', *more)
+    assert train(images, tmp_path / 'b', *more) == 0
+    assert not differs(tmp_path / 'a', tmp_path / 'b')
+    fails(lambda: train(images, tmp_path / 'b', '--epochs', 3), 'does not fit the model|mixer')
+    path = tmp_path / 'a' / 'tokenizer.safetensors'
+    assert load_tokenizer(path).kind == 'VQGAN of ConvNeXt blocks'
+    call(tokenize_images, '--data-path', images, '--tokenizer-path', path, '--codebook-path',
+         tmp_path / 'a' / 'codebook.ckpt', '--image-size', 32, '--output-dir', tmp_path / 'tokens', '--name', 'x',
+         '--num-workers', 0, '--device', 'cpu')
+    assert 'VQGAN of ConvNeXt blocks' in next((tmp_path / 'tokens').glob('*-token.json')).read_text()
+
+
 @pytest.mark.parametrize('batch_size', [1, 4])
 def test_batches_of_bad_images_alone_are_left_out(batch_size, images, tmp_path, monkeypatch, capfd):
     """In training and evaluation; killed and resumed, such a run ends as the undisturbed one."""

@@ -22,7 +22,8 @@ def test_the_lines_of_the_first_table():
     alone = [name for name, line in lines.items() if 'group' not in line.facts and not name.startswith('search')]
     trained = [name for name in alone if not name.endswith(', compact')]
     assert {'full pixels', 'sample 20%', 'sample 4%', 'resize x0.286', 'JPEG q10', 'tokens', 'tokens 20%',
-            'tokens latents-28x28', 'tokens vitvqgan-28x28', 'tokens patch-32x32'} <= set(trained)
+            'tokens latents-28x28', 'tokens vitvqgan-28x28', 'tokens convvqgan-28x28',
+            'tokens patch-32x32'} <= set(trained)
     assert [name for name in trained if name.startswith('best codec')] == [
         'best codec at 500 bytes', 'best codec at 500 bytes, 24 epochs', 'best codec at 1,000 bytes',
         'best codec at 2,000 bytes', 'best codec at 4,000 bytes']
