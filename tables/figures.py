@@ -78,6 +78,36 @@ def draw_curve(results: dict[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
+def draw_long(results: dict[str, Any], path: Path) -> None:
+    """Draw top-1 against epochs of the lines of table 1 that are trained longer, and where the short ones end.
+
+    The epochs of fewer images are counted as those of all, by steps. Raises InputError.
+    """
+    plt = pyplot()
+    figure, panel = plt.subplots(figsize=(9, 6), layout='constrained')
+    rows = results['rows']
+    for number, (name, result) in enumerate(long_lines(results).items()):
+        means = [statistics.mean(values) for values in zip(*result['curves'])]
+        epochs = [result['longer'] * step / len(means) for step in range(1, len(means) + 1)]
+        base = name.rpartition(', ')[0]
+        panel.plot(epochs, means, color=f'C{number}', marker='.', label=f'{base}: {means[-1]:.1f} %')
+        short = rows.get(base)
+        if short and short['mean'] is not None:
+            # in the same epochs: a short line of fewer images has as many times more of them
+            end = int(short['epochs']) * result['longer'] / int(result['epochs'])
+            panel.errorbar([end], [short['mean']], yerr=short['sd'], color=f'C{number}', marker='D', capsize=3)
+    panel.set(xlabel='epochs, counted in steps of those of all images', ylabel='top-1 (%)',
+              title=f'{results["title"]} ({results["preset"]}): longer training; diamonds: the short runs end')
+    panel.grid(alpha=0.3)
+    panel.legend()
+    save_figure(figure, path)
+
+
+def long_lines(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The lines of table 1 that are trained longer and have results, by name."""
+    return {name: row for name, row in results['rows'].items() if row.get('curves') and any(row['curves'])}
+
+
 def _bytes(point: Sequence[Any]) -> float:
     return point[1]
 
@@ -164,8 +194,9 @@ def draw_bytes(results: dict[str, Any], path: Path) -> None:
     save_figure(figure, path)
 
 
-# By table: its figures, and whether there is something to draw. Each is drawn by (results, path).
-FIGURES: dict[str, tuple[Callable, dict[str, Callable]]] = {
-    'storage': (lambda results: len({point[2] for point in points(results, 'files')}) > 1, {'curve.png': draw_curve}),
-    'continual': (learned, {'tasks.png': draw_tasks, 'bytes.png': draw_bytes}),
+# By table: its figures, with whether there is something to draw and what draws it, (results, path).
+FIGURES: dict[str, dict[str, tuple[Callable, Callable]]] = {
+    'storage': {'curve.png': (lambda results: len({point[2] for point in points(results, 'files')}) > 1, draw_curve),
+                'long.png': (long_lines, draw_long)},
+    'continual': {'tasks.png': (learned, draw_tasks), 'bytes.png': (learned, draw_bytes)},
 }

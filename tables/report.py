@@ -12,7 +12,7 @@ from fileio.files import read_json, write_text
 from tables.figures import COMPACT, COUNTS, FIGURES, storage_of
 from tables.plan import EVALUATION, MANIFEST, PROBE, Line
 from tables.presets import PAPER_CORRUPTIONS
-from tables.rows import Row, failures_of, final_line, is_done
+from tables.rows import Row, failures_of, final_line, is_done, log_lines
 from utils import InputError
 
 RESULTS = 'results.json'
@@ -60,12 +60,19 @@ def line_result(line: Line, outcomes: dict[str, str]) -> dict[str, Any] | None:
         result |= tasks_result([read_results(str(row.folder)) for row in done.values()])
     else:
         result |= numbers_result(line, [value_of(line, row) for row in done.values()])
+        if 'longer' in line.facts:
+            result['curves'] = [top1_by_epoch(row) for row in done.values()]
         for name, (row, file) in line.files.items():
             path = row.folder / file
             result[name] = read_json(path) if path.exists() else None
             if name == 'bytes' and (row.folder / MANIFEST).exists():
                 result['psnr'] = read_json(row.folder / MANIFEST).get('psnr')
     return result | ({'failed': failed[0]} if failed else {})
+
+
+def top1_by_epoch(row: Row) -> list[float]:
+    """Top-1 after each epoch of a run, of which an interrupted one may have logged some twice."""
+    return list({log['epoch']: log['test_acc1'] for log in log_lines(row.folder) if 'test_acc1' in log}.values())
 
 
 def numbers_result(line: Line, values: Sequence[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
@@ -127,10 +134,9 @@ def write(results: dict[str, Any], folder: Path) -> None:
     text = markdown(results)
     write_text(folder / TABLE, text)
     print(text)
-    something, figures = FIGURES.get(results['table'], (bool, {}))
-    if not something(results):
-        return
-    for name, draw in figures.items():
+    for name, (something, draw) in FIGURES.get(results['table'], {}).items():
+        if not something(results):
+            continue
         try:
             draw(results, folder / name)
         except InputError as error:  # the numbers are there

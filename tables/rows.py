@@ -236,16 +236,20 @@ def is_done(row: Row) -> bool:
 
 def final_line(folder: Path, epochs: int) -> dict[str, Any] | None:
     """The line of a run's log.txt on its last epoch; None where the run has not come there."""
+    lines = log_lines(folder)
+    return lines[-1] if lines and lines[-1].get('epoch') == epochs - 1 else None
+
+
+def log_lines(folder: Path) -> list[dict[str, Any]]:
+    """The lines of a run's log.txt, in order."""
     path = folder / LOG
-    if not path.exists():
-        return None
-    for text in reversed(read_bytes(path, MAX_LOG_BYTES).split(b'\n')):
+    lines = []
+    for text in read_bytes(path, MAX_LOG_BYTES).split(b'\n') if path.exists() else ():
         try:
-            line = json.loads(text)
+            lines.append(json.loads(text))
         except ValueError:  # a half line, or none
             continue
-        return line if isinstance(line, dict) and line.get('epoch') == epochs - 1 else None
-    return None
+    return [line for line in lines if isinstance(line, dict)]
 
 
 # ---------------------------------------------------------------- running

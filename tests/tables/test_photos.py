@@ -7,7 +7,7 @@ import pytest
 
 from helpers import call, fails, smooth_images
 from small_tables import TOY, Forked
-from tables import make, presets, report, rows
+from tables import figures, make, presets, report, rows
 
 WORDS = ['storage', '--preset', 'photos', '--data-path', 'data', '--output-dir', 'out']
 
@@ -63,6 +63,17 @@ def test_robustness_is_of_the_first_images_of_each_class():
     assert rows.flags_of(plan.rows['corrupted'].commands[0])['--images-per-class'] == ['25']
 
 
+def test_the_curves_of_longer_training(tmp_path):
+    pytest.importorskip('matplotlib')
+    short = {'kind': 'tokens', 'mean': 30., 'sd': None, 'epochs': '10', 'top1': [30.]}
+    longer = {**short, 'mean': 40., 'epochs': '40', 'longer': 8, 'curves': [[10., 20., 40.], [20., 30., 40.]]}
+    results = {'title': 'T', 'preset': 'photos', 'rows': {'sample 20%': short, 'sample 20%, 8 epochs': longer,
+                                                          'tokens, 8 epochs': {**longer, 'curves': [[]]}}}
+    assert list(figures.long_lines(results)) == ['sample 20%, 8 epochs']
+    figures.draw_long(results, tmp_path / 'long.png')
+    assert (tmp_path / 'long.png').read_bytes().startswith(b'\x89PNG')
+
+
 def test_groups_are_all_classes_once():
     names = [name for group in presets.PHOTOS.groups.values() for name in group]
     assert len(names) == len(set(names)) == 20
@@ -94,6 +105,8 @@ def test_groups_and_long_lines_from_end_to_end(tmp_path, monkeypatch):
     for name in ('tokens', 'tokens, 4 epochs'):  # a class has as many images as another
         parts = [results[f'{name} ({group})']['mean'] for group in 'AB']
         assert results[name]['mean'] == pytest.approx((2 * parts[0] + parts[1]) / 3, abs=0.01)
+    assert [len(curve) for curve in results['tokens, 4 epochs']['curves']] == [4] and 'curves' not in results['tokens']
+    assert results['tokens, 4 epochs']['curves'][0][-1] == results['tokens, 4 epochs']['mean']
     text = Path(tmp_path, 'out', 'storage', 'table.md').read_text()
     assert '| top-1 (seeds) | A | B | paper' in text and text.count('\n| tokens') == 3
     assert report.DASH in text
