@@ -7,6 +7,7 @@ from typing import Any
 from fileio.figures import label_points, pyplot, save_figure
 
 COMPACT = ', compact'  # ends the names of lines whose tokens are stored so
+LEGEND = {'full': 'full pixels', 'best': 'best codec'}
 COUNTS = {'files': 'as files', 'without_headers': 'without headers'}
 STYLES = {'joint': ':', 'fine-tuning': '--'}  # of lines of continual learning without a memory; others are solid
 
@@ -39,8 +40,20 @@ def points(results: dict[str, Any], count: str) -> list[tuple[str, str, float, f
     return found
 
 
+def frontier(results: dict[str, Any], count: str) -> list[tuple[str, float, float]]:
+    """(name, bytes, top-1) of the lines of table 1 that no other beats with as few bytes, rising; as `points`."""
+    best = []
+    for _, name, size, _, top1, _ in sorted(points(results, count), key=lambda point: (point[2], -point[4])):
+        if not best or top1 > best[-1][2]:
+            best.append((name, size, top1))
+    return best
+
+
 def draw_curve(results: dict[str, Any], path: Path) -> None:
-    """Draw bytes against top-1 of table 1, twice: as files and without headers. Raises InputError."""
+    """Draw bytes against top-1 of table 1, twice: as files and without headers, each with its frontier.
+
+    Raises InputError.
+    """
     plt = pyplot()
     figure, panels = plt.subplots(1, 2, figsize=(13, 6), sharey=True, layout='constrained')
     names = dict.fromkeys(family for count in COUNTS for family, *_ in points(results, count) if family != 'full')
@@ -52,6 +65,10 @@ def draw_curve(results: dict[str, Any], path: Path) -> None:
         for family, *point in points(results, count):
             families.setdefault(family, []).append(point)
         whole = families.get('full', [])
+        best = frontier(results, count)
+        panel.step([size for _, size, _ in best], [top1 for *_, top1 in best], where='post', color='0.7', linewidth=6,
+                   zorder=0, label='no other is better in as few bytes')
+        names = {(size, top1): name for name, size, top1 in best}
         texts = []
         for family, of_family in families.items():
             alone = family.startswith(('full', 'other'))
@@ -60,9 +77,10 @@ def draw_curve(results: dict[str, Any], path: Path) -> None:
             _, sizes, _, top1, deviations = zip(*curve)
             panel.errorbar(sizes, top1, yerr=deviations, marker='*' if family == 'full' else 'o', capsize=3,
                            markersize=11 if family == 'full' else 6, color=colors[family],
-                           zorder=5 if family == 'full' else 2, label=family.replace('full', 'full pixels'),
+                           zorder=5 if family == 'full' else 2, label=LEGEND.get(family, family),
                            linestyle='none' if alone else '-')
-            texts += [((size, accuracy), f'{ratio:.1f}x', colors[family]) for _, size, ratio, accuracy, _ in of_family]
+            texts += [((size, accuracy), f'{names.get((size, accuracy), "")} {ratio:.1f}x'.strip(), colors[family])
+                      for _, size, ratio, accuracy, _ in of_family]
         panel.set(title=f'bytes {words}', xlabel='bytes of the training set, for each of its images')
         panel.margins(0.07)
         panel.grid(alpha=0.3, which='both')
@@ -71,7 +89,8 @@ def draw_curve(results: dict[str, Any], path: Path) -> None:
     handles = {label: handle for panel in panels for handle, label in zip(*panel.get_legend_handles_labels())}
     # below the panels: within, it covers points
     figure.legend(handles.values(), handles.keys(), ncols=4, loc='outside lower center')
-    figure.suptitle(f'{results["title"]} ({results["preset"]}); labels: how many times less than full pixels')
+    figure.suptitle(f'{results["title"]} ({results["preset"]}); labels: how many times less than full pixels, and '
+                    'names on the frontier')
     for panel, texts in labels:
         if texts:
             label_points(panel, *zip(*texts))

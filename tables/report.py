@@ -9,7 +9,7 @@ from typing import Any
 
 from continual.results import read_results
 from fileio.files import read_json, write_text
-from tables.figures import COMPACT, COUNTS, FIGURES, storage_of
+from tables.figures import COMPACT, COUNTS, FIGURES, frontier, storage_of
 from tables.plan import EVALUATION, MANIFEST, PROBE, Line
 from tables.presets import PAPER_CORRUPTIONS
 from tables.rows import Row, failures_of, final_line, is_done, log_lines
@@ -201,9 +201,12 @@ def storage_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], 
             cells += [f'{size[0]:,.0f}', f'{size[1]:.1f}'] if size else [DASH, DASH]
         of_groups = [spread(results['rows'].get(f'{name.removesuffix(COMPACT)} ({group})')) for group in groups]
         lines.append([*cells, spread(result), *of_groups, paper_of(result)])
-    return head, lines, ('Bytes of the whole training set, for each image of the full one. Without headers: the scans '
-                         'of JPEGs, the entropy of single codes of tokens, the coded words and the model of compact '
-                         'ones. Top-1 is of the last epoch.')
+    note = ('Bytes of the whole training set, for each image of the full one. Without headers: the scans of JPEGs, the '
+            'entropy of single codes of tokens, the coded words and the model of compact ones. Top-1 is of the last '
+            'epoch.')
+    best = [f'{name} ({top1:.2f} in {size:,.0f} bytes)' for name, size, top1 in frontier(results, 'files')]
+    return head, lines, note + (f' No other line is better in as few bytes, as files, than {", ".join(best)}.'
+                                if len(best) > 1 else '')
 
 
 def ablation_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:

@@ -546,7 +546,10 @@ def test_the_curve_and_the_table_of_storage(tmp_path):
     assert (folder / 'curve.png').read_bytes().startswith(b'\x89PNG')
     assert [point[1:4] for point in figures.points(results, 'files')][:2] == [
         ('full pixels', 2000, 1), ('sample 60%', 1200, pytest.approx(5 / 3))]
+    assert [name for name, *_ in figures.frontier(results, 'files')] == [
+        'resize x0.5', 'JPEG q8', 'sample 60%', 'full pixels']
     text = (folder / 'table.md').read_text()
+    assert 'as files, than resize x0.5 (30.00 in 0 bytes), JPEG q8 (33.00 in 860 bytes), sample 60%' in text
     assert '| full pixels | 100 | 2,000 | 1.0 | 1,300 | 1.0 | 38.50 ± 0.50 (2) | 81.8 at 140 GB |' in text
     assert f'| sample 60% | 60 | 1,200 | 1.7 | 780 | 1.7 | 35.00 (1) | {report.DASH} |' in text
     assert f'| tokens | 100 | 237 | 8.4 | 259 | 5.0 | 29.50 ± 0.50 (2) | {report.DASH} |' in text
