@@ -601,6 +601,16 @@ def test_what_rows_keep_is_drawn(tmp_path):
     call(draw_rows, *words, '--output', tmp_path / 'named.png', '--titles', 'a', 'b', 'c')
     assert (tmp_path / 'named.png').read_bytes() != (tmp_path / 'rows.png').read_bytes()
     fails(lambda: call(draw_rows, *words, '--output', tmp_path / 'b.png', '--titles', 'a'), '--titles: 1 for 3 lines')
+    fails(lambda: call(draw_rows, '--data-path', data / 'train', *words[2:], '--output', tmp_path / 'b.png'),
+          '9 images, but .* has 45')
     fails(lambda: call(draw_rows, '--data-path', data / 'train', *words[3:], '--output', tmp_path / 'b.png'),
-          '45 images, but .* holds 9')
+          '9 images, but --data-path has 45')
+    fails(lambda: call(draw_rows, *words, '--tokenizer-path', 'a', 'b', '--output', tmp_path / 'b.png'),
+          '--tokenizer-path: 2 for 1 --token-file')
+    # two token sets, and one image
+    more = ['--token-file', words[4], words[4], '--tokenizer-path', words[6], words[6], '--codebook-path', words[8],
+            words[8], '--images', 1, '--titles', 'as it is', 'again', 'tokens', 'other tokens']
+    call(draw_rows, *words, *more, '--output', tmp_path / 'one.png')
+    with Image.open(tmp_path / 'one.png') as sheet:
+        assert sheet.width > 4 * 96 and sheet.height < 2 * 96
     assert not (tmp_path / 'b.png').exists()
