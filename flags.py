@@ -623,6 +623,22 @@ def add_image_flags(parser: Parser) -> Callable:
     return add
 
 
+def add_fit_flags(add: Callable, options: Any) -> None:
+    """What the programs share that fit a tokenizer on a CPU; the defaults are those of the class of their options."""
+    add('--data-path', required=True, metavar='PATH',
+        help='class folders of images, a list file .txt, tar shards or parquet files: see image_data/sources.py')
+    add('--output-dir', required=True, metavar='DIR', help='folder for tokenizer.pt and codebook.ckpt')
+    add('--image-size', type=integer(1), default=options.image_size,
+        help='resize images to this many pixels on both sides')
+    add('--codes', type=integer(2), default=options.codes, help='rows of the codebook')
+    add('--iterations', type=integer(0), default=options.iterations, help='iterations of k-means')
+    add('--seed', type=SEED, default=options.seed, help='seed of the draws and of k-means')
+    add('--num-workers', type=integer(0), metavar='N', help='processes that decode images; default: as many as cores')
+    add('--skip-bad-images', action='store_true', help='leave out unreadable images, instead of stopping at one')
+    add_max_pixels(add)
+    add_exif_rotate(add)
+
+
 def add_classifier_flags(parser: Parser) -> None:
     """A trained model, and what it needs: the options of inference/classifier.py."""
     add = parser.add_group('the model; what its checkpoint says need not be given')

@@ -13,7 +13,7 @@ from torch import nn
 
 from fileio.files import read_json
 from fileio.hub import fetch_beside, local_path
-from image_tokenizer.vitvqgan import check_divides, check_names_and_shapes
+from image_tokenizer.vitvqgan import check_divides, check_names_and_shapes, grid_side
 from token_files.codebook_sources import deviation, fit_rows
 from utils import InputError, first_line
 
@@ -64,7 +64,7 @@ class DiffusersVQ(nn.Module):
     def decode(self, embeddings: torch.Tensor) -> torch.Tensor:
         """(B, n, embed_dim) rows of `codebook`, n a square -> (B, 3, H, W) float in `input_range`, unclamped."""
         width = self.model.quantize.embedding.weight.shape[1]  # without a constant element
-        side = round(embeddings.shape[1] ** 0.5)
+        side = grid_side(self.model.decoder, embeddings)
         rows = rearrange(embeddings[..., :width] * self.deviation, 'b (h w) d -> b d h w', h=side)
         spatial = self.model.config.norm_type == 'spatial'
         return self.model.decoder(self.model.post_quant_conv(rows), rows if spatial else None)

@@ -13,10 +13,12 @@ direction, and rows of gray patches, whose components are all near 0, would have
 """
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 
 from fileio.files import check_writable, save_torch
 from image_data.sources import Source, load_images
@@ -54,7 +56,7 @@ class FitOptions:
 
 def fit_to_folder(source: Source, folder: str | Path, options: FitOptions, workers: int | None = None,
                   skip_bad: bool | None = None, max_pixels: int | None = None) -> None:
-    """Fit a patch tokenizer, write it as tokenizer.pt and its codebook as codebook.ckpt, and print what was made.
+    """Fit a patch tokenizer, and write it as `write_fitted` does.
 
     Args:
         folder: must hold neither file yet.
@@ -63,6 +65,19 @@ def fit_to_folder(source: Source, folder: str | Path, options: FitOptions, worke
     Raises:
         InputError: as `fit` does, and for files that exist or cannot be written, before the work.
     """
+    write_fitted(folder, lambda: fit(source, options, workers, skip_bad, max_pixels))
+
+
+def write_fitted(folder: str | Path, fit_one: Callable[[], tuple[nn.Module, str]]) -> None:
+    """Fit a tokenizer, write it as tokenizer.pt and its codebook as codebook.ckpt, and print what was made.
+
+    Args:
+        folder: must hold neither file yet.
+        fit_one: gives the tokenizer, and a line about it.
+
+    Raises:
+        InputError: for files that exist or cannot be written, before the work.
+    """
     tokenizer_path = Path(folder) / 'tokenizer.pt'
     codebook_path = Path(folder) / 'codebook.ckpt'
     for path in (tokenizer_path, codebook_path):
@@ -70,7 +85,7 @@ def fit_to_folder(source: Source, folder: str | Path, options: FitOptions, worke
             raise InputError(f'{path}: is there, and tokens may have been made with it: choose another folder, or '
                              'remove it')
         check_writable(path)
-    tokenizer, summary = fit(source, options, workers, skip_bad, max_pixels)
+    tokenizer, summary = fit_one()
     save_torch(dict(tokenizer.state_dict()), tokenizer_path)
     save_torch(tokenizer.codebook, codebook_path)
     print0(f'{summary}; wrote {tokenizer_path} and codebook.ckpt')

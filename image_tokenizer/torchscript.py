@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fileio.hub import fetch_beside, local_path
-from image_tokenizer.vitvqgan import check_divides
+from image_tokenizer.vitvqgan import check_divides, grid_side
 from utils import InputError
 
 SIDE = 256  # pixels of the image by which a program is tried
@@ -58,7 +58,7 @@ class TorchScriptTokenizer(nn.Module):
 
     def images_of(self, codes: torch.Tensor) -> torch.Tensor:
         """(B, n) int64 codes, n a square -> (B, 3, H, W) float32 in `input_range`, unclamped."""
-        side = round(codes.shape[1] ** 0.5)
+        side = grid_side(self.decoder, codes)
         with torch.autocast(codes.device.type, enabled=False):
             return first_of(self.decoder(codes.view(-1, side, side).to(self.code_dtype))).float()
 

@@ -8,19 +8,18 @@ tokenizer.pt (plain tensors: autoencoder and centers) and codebook.ckpt; equal i
 machine.
 """
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from fileio.files import check_writable, save_torch
-from flags import SEED, Parser, add_exif_rotate, add_max_pixels, integer
+from flags import Parser, add_fit_flags, integer
 from image_data.sources import open_source
 from image_tokenizer.latent_fit import LatentOptions, fit
 from image_tokenizer.latents import PATCH
+from image_tokenizer.patch_fit import write_fitted
 from image_tokenizer.tokenizers import check_sizes
-from utils import InputError, print0, run
+from utils import run
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -30,21 +29,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--encoder', required=True, metavar='FILE',
         help="weights of the autoencoder's encoder; a file of both halves is given to --decoder too")
     add('--decoder', default='', metavar='FILE', help='weights of its decoder; without, codes cannot be drawn')
-    add('--data-path', required=True, metavar='PATH',
-        help='class folders of images, a list file .txt, tar shards or parquet files: see image_data/sources.py')
-    add('--output-dir', required=True, metavar='DIR', help='folder for tokenizer.pt and codebook.ckpt')
-    add('--image-size', type=integer(1), default=LatentOptions.image_size,
-        help='resize images to this many pixels on both sides')
-    add('--codes', type=integer(2), default=LatentOptions.codes, help='rows of the codebook')
     add('--max-images', type=integer(1), default=LatentOptions.max_images,
         help='images to draw at random; an image of 256 pixels takes about half a second of a core')
     add('--max-latents', type=integer(1), default=LatentOptions.max_latents, help='latents to draw from them')
-    add('--iterations', type=integer(0), default=LatentOptions.iterations, help='iterations of k-means')
-    add('--seed', type=SEED, default=LatentOptions.seed, help='seed of the draws and of k-means')
-    add('--num-workers', type=integer(0), metavar='N', help='processes that decode images; default: as many as cores')
-    add('--skip-bad-images', action='store_true', help='leave out unreadable images, instead of stopping at one')
-    add_max_pixels(add)
-    add_exif_rotate(add)
+    add_fit_flags(add, LatentOptions)
     args = parser.parse_args(argv)
     check_sizes(args.image_size, PATCH)
     return args
@@ -52,18 +40,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     """Fit, and write the two files."""
-    paths = [Path(args.output_dir, name) for name in ('tokenizer.pt', 'codebook.ckpt')]
-    for path in paths:
-        if os.path.isfile(path):
-            raise InputError(f'{path}: is there, and tokens may have been made with it: choose another folder, or '
-                             'remove it')
-        check_writable(path)
     options = LatentOptions(args.image_size, args.codes, args.max_images, args.max_latents, args.iterations, args.seed)
-    tokenizer, summary = fit(open_source(args.data_path, args.exif_rotate), args.encoder, args.decoder, options,
-                             args.num_workers, args.skip_bad_images, args.max_image_pixels)
-    save_torch(dict(tokenizer.state_dict()), paths[0])
-    save_torch(tokenizer.codebook, paths[1])
-    print0(f'{summary}; wrote {paths[0]} and codebook.ckpt')
+    source = open_source(args.data_path, args.exif_rotate)
+    write_fitted(args.output_dir, lambda: fit(source, args.encoder, args.decoder, options, args.num_workers,
+                                              args.skip_bad_images, args.max_image_pixels))
 
 
 if __name__ == '__main__':

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from flags import SEED, Parser, add_exif_rotate, add_max_pixels, integer
+from flags import Parser, add_fit_flags, integer
 from image_data.sources import open_source
 from image_tokenizer.patch_fit import FitOptions, fit_to_folder
 from image_tokenizer.tokenizers import check_sizes
@@ -23,29 +23,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError for values that cannot be."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add('--data-path', required=True, metavar='PATH',
-        help='class folders of images, a list file .txt, tar shards or parquet files: see image_data/sources.py')
-    add('--output-dir', required=True, metavar='DIR', help='folder for tokenizer.pt and codebook.ckpt')
-    add('--image-size', type=integer(1), default=FitOptions.image_size,
-        help='resize images to this many pixels on both sides')
     add('--patch-size', type=integer(1), default=FitOptions.patch_size, help='pixels on a side that a code covers')
     add('--dim', type=integer(2), default=FitOptions.dim,
         help='elements of a codebook row: principal components, and a constant')
-    add('--codes', type=integer(2), default=FitOptions.codes, help='rows of the codebook')
     add('--max-images', type=integer(1), default=FitOptions.max_images, help='images to draw at random')
     add('--max-patches', type=integer(1), default=FitOptions.max_patches, help='patches to draw from them')
-    add('--iterations', type=integer(0), default=FitOptions.iterations, help='iterations of k-means')
-    add('--seed', type=SEED, default=FitOptions.seed, help='seed of the draws and of k-means')
-    add('--num-workers', type=integer(0), metavar='N', help='processes that decode images; default: as many as cores')
-    add('--skip-bad-images', action='store_true', help='leave out unreadable images, instead of stopping at one')
-    add_max_pixels(add)
-    add_exif_rotate(add)
+    add_fit_flags(add, FitOptions)
     args = parser.parse_args(argv)
     check_sizes(args.image_size, args.patch_size)
     return args
 
 
 def main(args: argparse.Namespace) -> None:
+    """Fit, and write the two files."""
     options = FitOptions(args.image_size, args.patch_size, args.dim, args.codes, args.max_images, args.max_patches,
                          args.iterations, args.seed)
     source = open_source(args.data_path, args.exif_rotate)

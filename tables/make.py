@@ -67,7 +67,8 @@ def pixel_lines(plan: Plan, longer: Plan | None, name: str, seeds: Sequence[int]
     """The line of images, its groups of classes, and both trained longer where the preset asks for it."""
     lines = []
     for of, title in titles(plan, longer, name):
-        line = of.pixel_line(title, seeds, images, **paper(title), facts={'longer': of.preset.epochs} if of is longer else {})
+        facts = {'longer': of.preset.epochs} if of is longer else {}
+        line = of.pixel_line(title, seeds, images, **paper(title), facts=facts)
         lines += [line, *of.group_lines(line, ('main_pixels.py', '--val-path', images.val, *of.workers))]
     return lines
 
@@ -78,7 +79,8 @@ def token_lines(plan: Plan, longer: Plan | None, name: str, seeds: Sequence[int]
     val = [word for flag in ('--codebook-path', '--val-token-file', '--val-label-file')
            for word in (flag, flag_value(tokens.flags, flag))] if plan.preset.groups else []
     for of, title in titles(plan, longer, name):
-        line = of.token_line(title, seeds, tokens, **paper(title), facts={'longer': of.preset.epochs} if of is longer else {})
+        facts = {'longer': of.preset.epochs} if of is longer else {}
+        line = of.token_line(title, seeds, tokens, **paper(title), facts=facts)
         lines += [line, *of.group_lines(line, ('main_seit.py', *val))]
     return lines
 

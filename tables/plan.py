@@ -355,11 +355,11 @@ class Plan:
 
     # ------------------------------------------------------------ SeiT++
 
-    def token_adapt(self, tokens: Tokens) -> tuple[tuple[Row, ...], Path]:
-        """The rows that make TokenAdapt for a tokenizer, and its path; Path() where the preset does without."""
+    def token_adapt(self, tokens: Tokens) -> tuple[tuple[Row, ...], Path | None]:
+        """The rows that make TokenAdapt for a tokenizer, and its path; None where the preset does without."""
         make = self.preset.masked.token_adapt
         if make is None:
-            return (), Path()
+            return (), None
         if not make:
             return (), self.data / 'weights' / TOKEN_ADAPT
         tokenizer = tokens.tokenizer
@@ -380,8 +380,8 @@ class Plan:
             files = [word for flag in ('--codebook-path', '--train-token-file')
                      for word in (flag, flag_value(files, flag))]
             flags = masked.pretrain
-        return [program, *files, '--tokenadapt-path', '' if path == Path() else path, '--input-size', tokens.tokenizer.input_size, '--epochs',
-                epochs, '--warmup-epochs', warmup, *masked.batch, *flags, *more], [tokens.row, *rows]
+        return [program, *files, '--tokenadapt-path', path or '', '--input-size', tokens.tokenizer.input_size,
+                '--epochs', epochs, '--warmup-epochs', warmup, *masked.batch, *flags, *more], [tokens.row, *rows]
 
     @property
     def tuning_epochs(self) -> int:

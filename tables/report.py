@@ -242,8 +242,8 @@ def robustness_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]
         lines.append([f'{kind}, mean of corruptions', DASH, *(mean_of(column) if whole else DASH for column in columns),
                       mean_of(sum(columns, [])) if whole else DASH, DASH])
     return (['', 'top-1 (seeds)', *map(str, severities), 'mean', 'paper, ImageNet-1k'], lines,
-            f"Columns {', '.join(map(str, severities))} are severities. Of which severity the paper's numbers for noise "
-            'and blur are, and which blur it was, is not known to us.')
+            f"Columns {', '.join(map(str, severities))} are severities. Of which severity the paper's numbers for "
+            'noise and blur are, and which blur it was, is not known to us.')
 
 
 def mean_of(results: Sequence[dict[str, Any] | None]) -> str:

@@ -77,7 +77,8 @@ def test_convolutions_in_the_place_of_attention():
     torch.manual_seed(0)
     model = ViTVQGAN(size, size, codebook_size=7, embed_dim=8, image_size=32, patch_size=8).eval()
     loaded = ViTVQGAN.from_state_dict(model.state_dict())
-    assert loaded.kind == model.kind == 'VQGAN of ConvNeXt blocks' and read_config(model.state_dict())['encoder'] == size
+    assert loaded.kind == model.kind == 'VQGAN of ConvNeXt blocks'
+    assert read_config(model.state_dict())['encoder'] == size
     images = torch.rand(2, 3, 32, 48)
     features = loaded(images)
     assert torch.equal(features, model(images)) and features.shape == (2, 4 * 6, 8)
