@@ -133,7 +133,9 @@ class Preset:
         """The preset with other classes, images or epochs; None for its own. Raises InputError."""
         preset = self
         if epochs:
-            preset = replace(preset, epochs=epochs, warmup_epochs=min(self.warmup_epochs, epochs))
+            # all lines have them: none is longer, and the search is not shorter
+            preset = replace(preset, epochs=epochs, warmup_epochs=min(self.warmup_epochs, epochs), long_epochs=0,
+                             search_epochs=None)
         if not classes and not images_per_class:
             return preset
         if not classes and self.classes is None:

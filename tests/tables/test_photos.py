@@ -45,6 +45,11 @@ def test_seitpp_stands_beside_the_long_row_without_token_adapt():
     assert list(runs) == ['tokens, 24 epochs', 'MTM network, from scratch', 'MTM network, from scratch, 6 epochs',
                           'pre-trained, equal epochs', 'pre-trained, published epochs']
     assert runs['tokens, 24 epochs'].runs[0].folder == lines_of()['tokens, 24 epochs'].runs[0].folder
+    _, shorter = make.planned('seitpp', make.parse_args(['seitpp', *WORDS[1:], '--epochs', '8']))
+    assert {line.name: (line.pretraining, line.epochs) for line in shorter if line.rate is None} == {
+        'tokens': (0, 8), 'MTM network, from scratch': (0, 8), 'MTM network, from scratch, 2 epochs': (0, 2),
+        'pre-trained, equal epochs': (6, 2), 'pre-trained, published epochs': (8, 2)}
+    assert not any(name.endswith(' epochs') for name in lines_of('--epochs', '8'))
     equal = runs['pre-trained, equal epochs']
     assert (equal.pretraining, equal.epochs) == (18, 6)
     for line in list(runs.values())[1:]:
