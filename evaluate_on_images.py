@@ -36,7 +36,7 @@ from flags import (DEVICE_HELP, SEED, KeyValues, Parser, add_allow_torchscript, 
 from image_data.class_subsets import OnlyClasses, match_classes
 from image_data.corruptions import add_robustness_flags, make_corruption
 from image_data.sources import ImageBatch, Source, load_images, open_source
-from image_tokenizer.tokenizers import check_codes, compile_tokenizer, encode_images, load_tokenizer
+from image_tokenizer.tokenizers import check_codes, check_found, compile_tokenizer, encode_images, load_tokenizer
 from inference.models import weights_of
 from inference.report import Report, check_report, class_names
 from models_seit import MODELS, STEMS, classifier_of, create_model
@@ -180,7 +180,8 @@ class CodeBatches:
             if not len(batch.indices):
                 continue
             with torch.no_grad():
-                _, codes = encode_images(self.tokenizer, self.codebook, batch.pixels, self.amp)
+                features, codes = encode_images(self.tokenizer, self.codebook, batch.pixels, self.amp)
+            check_found(features, codes)
             grid_size = math.isqrt(codes.shape[1])
             self.indices += batch.indices.tolist()  # predictions are matched with files by these, skipped ones aside
             yield codes.view(-1, grid_size, grid_size), self.labels[batch.indices].to(codes.device)

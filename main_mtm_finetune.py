@@ -198,6 +198,7 @@ def main(args: argparse.Namespace) -> int:
         args = recipe.model_of_start(args, pretrained, MODELS.__contains__)
     model = make_model(args, len(codebook), size, classes)
     if pretrained:
+        recipe.note_held_out(args, pretrained, facts)
         load_encoder(model, args.finetune, facts, args.codebook_path, pretrained)
     model.to(device)
     amp = recipe.print_model(args, args.model, model, device)

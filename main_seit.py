@@ -181,6 +181,7 @@ def main(args: argparse.Namespace) -> int:
     model = create_model(args.model, args.model_kwargs, classes, size, codebook.shape[1], args.stem,
                          args.token_patch_size, args.drop, args.drop_path)
     if pretrained:
+        recipe.note_held_out(args, pretrained, facts)
         load_pretrained(model, args.finetune, names, codebook=facts['codebook'], checkpoint=pretrained)
     if args.attn_only:
         freeze_all_but_attention(model)

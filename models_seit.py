@@ -348,7 +348,8 @@ def create_model(name: str, model_kwargs: dict[str, Any], num_classes: int, img_
         raise InputError(f'{flags.removesuffix(" with ")}: {why}') from None
     if in_chans not in (None, model.in_chans):
         raise InputError(f"the codebook's rows have {in_chans} elements, but {name} reads {model.in_chans}: choose the "
-                         'codebook or the model of the tokens')
+                         'codebook or the model of the tokens, or make it read these by --model-kwargs '
+                         f'in_chans={in_chans}')
     return model
 
 

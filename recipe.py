@@ -206,12 +206,43 @@ def check_evaluated(args: Flags, checkpoint: dict[str, Any], path: str, facts: d
     """
     compare_model_flags(checkpoint, {name: vars(args)[name] for name in sorted(args.rules.of_the_model)}, path)
     if facts:
-        share, before = vars(args).get('val_share', 0), saved_flags(checkpoint)
-        if share and before and before.get('val_share', 0) != share:
-            raise InputError(f'{path}: its run held a share of {before.get("val_share", 0):g} of the images out, so '
-                             f'--val-share {share:g} would evaluate images that it was trained on: give the same share')
+        check_held_out(args, checkpoint, path, facts)
         check_tokens_of(checkpoint, path, facts, {'codebook': args.codebook_path,
                                                   'tokenizer': split_files(args)['val'][0]})
+
+
+def check_held_out(args: Flags, checkpoint: dict[str, Any], path: str, facts: dict[str, Any]) -> None:
+    """InputError where --val-share of an evaluation holds out other images than the training did."""
+    share, before = vars(args).get('val_share', 0), saved_flags(checkpoint)
+    if not share or not before:
+        return
+    if before.get('val_share', 0) != share:
+        raise InputError(f'{path}: its run held a share of {before.get("val_share", 0):g} of the images out, so '
+                         f'--val-share {share:g} would evaluate images that it was trained on: give the same share')
+    if tuple(before.get('views') or ()) != tuple(args.views or ()):
+        raise InputError(f'{path}: its run had {views_in_words(before.get("views"))}, and this evaluation has '
+                         f'{views_in_words(args.views)}: other images would be held out, and those are trained on; '
+                         'give the same --views')
+    data = checkpoint.get('data') or {}
+    same = [data.get(f'{name} tokens') in (None, facts['validation tokens']) for name in ('validation', 'training')]
+    if not all(same):
+        raise InputError(f'{path}: its run held images of another --train-token-file out than {args.train_token_file}: '
+                         'give that one, or evaluate --val-token-file')
+
+
+def views_in_words(views: Sequence[int] | None) -> str:
+    """--views as it is typed."""
+    return f'--views {":".join(map(str, views))}' if views else 'no --views'
+
+
+def note_held_out(args: Flags, start: dict[str, Any], facts: dict[str, Any]) -> None:
+    """Say where the weights of --finetune were trained on images that --val-share holds out now."""
+    before, data = saved_flags(start), start.get('data') or {}
+    tokens = facts.get('training tokens')
+    same = before.get('val_share', 0) == args.val_share and tuple(before.get('views') or ()) == tuple(args.views or ())
+    if args.val_share and tokens and data.get('training tokens') == tokens and not same:
+        print0(f'note: {args.finetune}: was trained on these images, and held others of them out than --val-share '
+               f'{args.val_share:g} does now: results on those say nothing of other images')
 
 
 def files_by_default(args: Flags, codebook: Codebook) -> Flags:
@@ -221,6 +252,10 @@ def files_by_default(args: Flags, codebook: Codebook) -> Flags:
     order, would be taken in silence. Likewise '' stands for synonyms made from the codebook.
     """
     flags = vars(args)
+    if 'val_token_file' in flags and holds_foreign(args.train_token_file) and not (
+            'val_token_file' in args.given or flags.get('val_share') or args.no_eval or flags.get('eval')):
+        raise InputError(f'{args.train_token_file}: validation tokens are not given, and {args.val_token_file}, the '
+                         "default, is of SeiT's tokens: give --val-token-file, --val-share 0.02, or --no-eval")
     known = {}
     for split in ('train', 'val') if 'val_label_file' in flags else ():
         if f'{split}_label_file' not in args.given and holds_foreign(flags[f'{split}_token_file']):
@@ -444,9 +479,13 @@ def parallel(model: nn.Module, compiled: bool, device: torch.device, amp: str, *
         # DDP arranges its buckets of gradients for good in the first backward pass, and their layout decides in which
         # order the ranks' gradients are summed. A resumed run that trained its first step with buckets not yet arranged
         # would round differently, so they are built here, before anything is resumed or trained.
+        before = {name: value.clone() for name, value in model.named_buffers()}
         with autocast(device, amp):
             train_model(*inputs).float().sum().backward()
         model.zero_grad()
+        with torch.no_grad():
+            for name, value in model.named_buffers():  # the statistics of BatchNorm have seen no image yet
+                value.copy_(before[name])
     return train_model
 
 

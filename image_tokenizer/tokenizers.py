@@ -143,6 +143,13 @@ def find_codes(tokenizer: nn.Module, codebook: torch.Tensor, images: torch.Tenso
     return features, quantize(features, codebook)
 
 
+def check_found(features: torch.Tensor | None, codes: torch.Tensor) -> None:
+    """InputError where a tokenizer gives no code for some image, by what `find_codes` returns."""
+    if not (codes.min() >= 0 if features is None else features.isfinite().all()):
+        raise InputError('the tokenizer gives no codes for some images: its features are not finite, so its weights '
+                         'are damaged, or its precision is too coarse for them')
+
+
 def compile_tokenizer(tokenizer: nn.Module) -> nn.Module:
     """A tokenizer by torch.compile, for `find_codes`."""
     if not gives_codes(tokenizer):

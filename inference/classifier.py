@@ -20,7 +20,7 @@ from fileio.files import is_address
 from fileio.torch_files import digest_of
 from image_data.dataset import Normalize, eval_transform
 from image_data.decoding import resize_square, upright
-from image_tokenizer.tokenizers import check_codes, find_codes, load_tokenizer, unit_range
+from image_tokenizer.tokenizers import check_codes, check_found, find_codes, load_tokenizer, unit_range
 from inference.models import TrainedModel, load_model
 from seitpp.mtm_recipe import canonical_codes
 from token_augment import center_crop, check_crop
@@ -97,7 +97,9 @@ class Classifier(nn.Module):
 
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels -> what a model of tokens reads: embeddings (B, d, g, g), or codes (B, g, g) int64 in SeiT++."""
-        _, codes = find_codes(self.tokenizer, self.codebook, unit_range(pixels))  # (B, n)
+        features, codes = find_codes(self.tokenizer, self.codebook, unit_range(pixels))  # (B, n)
+        if not torch.compiler.is_compiling():  # an export cannot look at values
+            check_found(features, codes)
         side = self.size // self.tokenizer.patch_size
         codes = center_crop(codes.view(-1, side, side), self.grid_size)
         return look_up(codes, self.codebook) if self.canonical is None else self.canonical[codes]

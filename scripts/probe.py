@@ -45,7 +45,7 @@ from flags import (DEVICE_HELP, KeyValues, Parser, add_allow_torchscript, add_ex
 from image_data.dataset import ImageDataset, eval_transform
 from image_data.decoding import resize_square
 from image_data.overlap import note_shared_images
-from image_tokenizer.tokenizers import check_codes, encode_images, load_tokenizer
+from image_tokenizer.tokenizers import check_codes, check_found, encode_images, load_tokenizer
 from inference.models import load_model, make_prepare
 from samplers import in_order, shuffled
 from token_dataset import TokenDataset, facts_of, note_shared_files
@@ -314,9 +314,8 @@ def tokenized(data: ImageDataset, tokenizer: nn.Module, codebook: torch.Tensor, 
     """The codes of all images. Raises InputError for a tokenizer that gives none."""
     codes = []
     for pixels, _ in data.batches(in_order(len(data), 1, 0), batch_size, device):
-        _, part = encode_images(tokenizer, codebook, pixels)  # (B, n)
-        if part.min() < 0:
-            raise InputError('the tokenizer gives no codes for some images: its weights are damaged')
+        features, part = encode_images(tokenizer, codebook, pixels)  # (B, n)
+        check_found(features, part)
         codes.append(part.cpu().numpy().astype(np.uint16))
     codes = np.concatenate(codes)
     side = math.isqrt(codes.shape[1])

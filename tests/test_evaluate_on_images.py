@@ -5,6 +5,7 @@ import io
 import os
 import re
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -279,6 +280,19 @@ def test_images_that_lack_a_class_are_refused_and_those_that_lack_the_last_are_n
     fails(lambda: on_images(tmp_path / 'zero', checkpoint), "zero: class 0 is '1-trouser'.*it is '0-tshirt'")
     on_images(tmp_path / 'nine', checkpoint)  # its labels mean the same
     assert 'nine has 9 classes and the model 10' in capsys.readouterr().out
+
+
+def test_damaged_tokenizers_give_no_accuracy(monkeypatch):
+    codes = torch.zeros(2, 16, dtype=torch.int64)
+    codebook = torch.randn(5, 4)
+    features = torch.randn(2, 16, 4)
+    batch = SimpleNamespace(indices=np.arange(2), pixels=None, skipped=[])
+    for found in ((None, codes), (features, codes)):
+        monkeypatch.setattr(evaluate_on_images, 'encode_images', lambda *_, found=found: found)
+        assert len(list(evaluate_on_images.CodeBatches([batch], torch.arange(2), None, codebook, 'off'))) == 1
+        found[0 if found[0] is not None else 1][1, 3] = float('nan') if found[0] is not None else -1
+        fails(lambda: list(evaluate_on_images.CodeBatches([batch], torch.arange(2), None, codebook, 'off')),
+              'the tokenizer gives no codes for some images')
 
 
 # ---------------------------------------------------------------- robustness

@@ -303,6 +303,18 @@ def test_views_are_the_same_after_a_kill(tmp_path, monkeypatch, capsys, resident
              '--eval', '--resume', tmp_path / 'a/checkpoint.pth')
     out = capsys.readouterr().out
     assert 'val: 4 images of' in out and 'train:' not in out
+    # other rows would be held out, of images that were trained on
+    evaluate = ['--device', 'cpu', '--val-share', '0.1', '--eval', '--resume', tmp_path / 'a/checkpoint.pth']
+    line = mistake(*evaluate, '--train-token-file', tmp_path / 'a.jsonl')
+    assert 'its run had --views 2:1, and this evaluation has no --views: other images would be held out' in line
+    write_jsonl(tmp_path / 'b.jsonl', codes_of(80, 10, 512), labels_of(40).repeat(2))
+    line = mistake(*evaluate, '--views', '2', '--train-token-file', tmp_path / 'b.jsonl')
+    assert 'held images of another --train-token-file out' in line
+    # weights that start a training have seen what it holds out
+    run_here(*words, '--val-share', '0.2', '--finetune', tmp_path / 'a/checkpoint.pth')
+    assert 'a/checkpoint.pth: was trained on these images, and held others' in capsys.readouterr().out
+    run_here(*words, '--finetune', tmp_path / 'a/checkpoint.pth')
+    assert 'was trained on these images' not in capsys.readouterr().out
 
 
 def test_mistakes_of_sets_of_others(tmp_path):
@@ -314,6 +326,8 @@ def test_mistakes_of_sets_of_others(tmp_path):
     np.save(tmp_path / 'a.npy', codes_of(8, 10, 512))
     assert 'a.npy: holds no labels that are known here' in mistake(*words, '--train-token-file', tmp_path / 'a.npy')
     assert 'must hold out some' in mistake(*words, '--val-share', '0.001')
+    words = [word for word in words if word not in ('--val-share', '0.1')]
+    assert "the default, is of SeiT's tokens: give --val-token-file, --val-share 0.02, or --no-eval" in mistake(*words)
 
 
 def test_an_evaluation_does_not_hold_out_what_was_trained_on(data, tmp_path):

@@ -287,7 +287,7 @@ def test_create_model():
     ('deit_tiny_token_32', {}, {'img_size': 27}, '--model deit_tiny_token_32: an input size of 27 is no multiple'),
     ('deit_tiny_token_32', {}, {'in_chans': 4},
      "^the codebook's rows have 4 elements, but deit_tiny_token_32 reads 32: "
-     'choose the codebook or the model of the tokens$'),
+     'choose the codebook or the model of the tokens, or make it read these by --model-kwargs in_chans=4$'),
 ])
 def test_create_model_says_what_is_wrong(name, model_kwargs, options, message):
     with pytest.raises(InputError, match=message) as error:

@@ -452,3 +452,14 @@ def test_two_processes_end_for_a_bad_step_of_one(tmp_path):
         assert record['rank'] == rank and record['step'] == records[0]['step']
         assert record['indices'] == order[4 * record['step']:4 * record['step'] + 4].tolist()
     assert 3 in records[0]['indices'] + records[1]['indices'] and not (tmp_path / 'checkpoint.pth').exists()
+
+
+def test_statistics_of_batch_norm_begin_alike_in_any_number_of_processes(monkeypatch):
+    """The pass that arranges DDP's buckets is no training."""
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4))
+    monkeypatch.setattr(recipe, 'world_size', lambda: 2)
+    monkeypatch.setattr(recipe, 'DistributedDataParallel', lambda model, **_: model)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    recipe.parallel(model, False, CPU, 'off', torch.ones(2, 3, 4, 4))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
