@@ -65,7 +65,7 @@ def make_parser() -> Parser:
         help=f'one of {", ".join(MODELS)}, or any other model of timm')
     add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE', of_the_model=True,
         help='arguments of the model, as they were given in training')
-    add_stem(add, STEMS)
+    add_stem(add, STEMS, exact=True, of_the_model=True)
     add('--model-path', default='weights/trained-vit.ckpt', metavar='FILE', help='the checkpoint of the model')
     add('--use-ema', action='store_true', help="take the checkpoint's EMA of the weights")
     add('--codebook-path', default='weights/codebook.ckpt', metavar='FILE',

@@ -466,9 +466,9 @@ def add_model_flags(parser: Parser, default: str, names: str) -> Callable:
     return add
 
 
-def add_stem(add: Callable, stems: Sequence[str]) -> None:
-    """How models that are no ViT read tokens, added by a group's add."""
-    add('--stem', choices=stems, exact=True, of_the_model=True,
+def add_stem(add: Callable, stems: Sequence[str], **rules: bool) -> None:
+    """How models that are no ViT read tokens, added by a parser's add_argument, or a group's add with its rules."""
+    add('--stem', choices=stems, **rules,
         help='for models of timm that are no ViT: native upsamples codes to the grids that pixels would give the '
         'model, fast to half of that on a side, for a quarter of the compute (default: native)')
 
@@ -639,8 +639,8 @@ def add_fit_flags(add: Callable, options: Any) -> None:
     add_exif_rotate(add)
 
 
-def add_classifier_flags(parser: Parser) -> None:
-    """A trained model, and what it needs: the options of inference/classifier.py."""
+def add_classifier_flags(parser: Parser, stems: Sequence[str]) -> None:
+    """A trained model, and what it needs: the options of inference/classifier.py. `stems` are as of `add_stem`."""
     add = parser.add_group('the model; what its checkpoint says need not be given')
     add('checkpoint', metavar='CHECKPOINT', help='a checkpoint, or the folder of a run, whose best one is taken')
     add('--use-ema', action='store_true', help="take the checkpoint's EMA of the weights")
@@ -653,7 +653,10 @@ def add_classifier_flags(parser: Parser) -> None:
     add('--model', default='', help='name of the model')
     add('--model-kwargs', nargs='*', default={}, action=KeyValues, metavar='KEY=VALUE',
         help='arguments of the model, as they were given in training')
-    add('--input-size', type=integer(1), metavar='N', help='pixels on a side of what a model of images reads')
+    add_stem(add, stems)
+    add('--input-size', type=integer(1), metavar='N',
+        help='pixels on a side of what a model of images reads; of tokens, where the checkpoint does not say it, 8 to '
+        'a code')
     add('--eval-crop-ratio', type=number(0.01, 1), metavar='R',
         help='images are resized to --input-size divided by this, and their middle is cropped')
     add_exif_rotate(add)

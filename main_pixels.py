@@ -227,7 +227,7 @@ def main(args: argparse.Namespace) -> int:
                          (args.val_path, len(val_data)) if val_data else None, checkpoint)
 
     # model
-    pretrained = load_checkpoint(args.finetune) if args.finetune else None
+    pretrained = load_checkpoint(args.finetune, weights_alone=True) if args.finetune else None
     if pretrained:
         args = recipe.model_of_start(args, pretrained, lambda name: timm.is_model(name) and name not in MODELS)
     model = create_model(args, classes)

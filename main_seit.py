@@ -57,7 +57,7 @@ def get_args_parser() -> Parser:
     parser = Parser('Train and evaluate SeiT on token files.')
     flags.add_token_label_flags(flags.add_token_flags(parser))
     add = flags.add_model_flags(parser, 'deit_base_token_32', f'{", ".join(MODELS)}, or any other model of timm')
-    flags.add_stem(add, STEMS)
+    flags.add_stem(add, STEMS, exact=True, of_the_model=True)
     flags.add_optimization_flags(parser)
     add = flags.add_token_augmentation_flags(parser)
     add('--eda-erase-prob', type=flags.FRACTION, default=0.,
@@ -170,7 +170,7 @@ def main(args: argparse.Namespace) -> int:
     if train_data:
         args = recipe.choose(args, {'model': 'deit_tiny_token_32', 'model_kwargs': recipe.SMALL_VIT}, len(train_data),
                              size, classes, (files['val'][0], len(val_data)) if val_data else None, checkpoint)
-    pretrained = load_checkpoint(args.finetune) if args.finetune else None
+    pretrained = load_checkpoint(args.finetune, weights_alone=True) if args.finetune else None
     if pretrained:
         # a ViT of images has arguments that one of tokens has not, so its name is the user's to give
         args = recipe.model_of_start(args, pretrained, lambda name: program_of(pretrained) == SEIT)

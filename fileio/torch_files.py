@@ -17,6 +17,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
+import safetensors
+import safetensors.torch
 import torch
 
 from fileio.files import MAX_TENSOR_RATIO, SMALL, download, is_address
@@ -133,6 +135,20 @@ def load_torch(path: str | Path, what: str) -> Any:
             raise InputError(f'{path}: cannot read {what} ({error.strerror or error})') from None
         except Exception as error:  # damage makes the unpickler raise nearly anything
             raise InputError(f'{path}: damaged or not {what} ({first_line(error)[:120]})') from None
+
+
+def load_safetensors(path: str | Path, what: str) -> dict[str, torch.Tensor]:
+    """The tensors of a .safetensors on the CPU; `path` and `what` as of `load_torch`. Raises InputError."""
+    path = str(path)
+    if is_address(path):
+        with tempfile.TemporaryDirectory() as folder:
+            return load_safetensors(download(path, folder), what)
+    try:
+        return safetensors.torch.load_file(path)
+    except OSError as error:
+        raise InputError(f'{path}: cannot read {what} ({error.strerror or error})') from None
+    except safetensors.SafetensorError as error:
+        raise InputError(f'{path}: damaged or no .safetensors file ({first_line(error)})') from None
 
 
 def check_fields(value: dict[str, Any], checks: dict[str, Callable], path: str | Path, what: str) -> None:

@@ -8,6 +8,7 @@ tokenizer, codes, codebook, ViT. Images become pixels as the programs that evalu
 those of evaluate_on_images.py, of main_pixels.py --eval and of main_mtm_finetune.py --eval.
 """
 import os
+from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,12 @@ from fileio.torch_files import digest_of
 from image_data.dataset import Normalize, eval_transform
 from image_data.decoding import resize_square, upright
 from image_tokenizer.tokenizers import check_codes, check_found, find_codes, load_tokenizer, unit_range
-from inference.models import TrainedModel, load_model
+from inference.models import TrainedModel, load_model, program_with
 from seitpp.mtm_recipe import canonical_codes
 from token_augment import center_crop, check_crop
 from token_files.codebook import load_codebook, look_up
 from token_files.made_with import digest_of_entry, file_of, identity_of_tokenizer
-from training.checkpoints import (FINETUNE, PIXELS, PRETRAIN, SEEN, check_tokens_of, load_checkpoint, program_of,
+from training.checkpoints import (FINETUNE, PIXELS, PRETRAIN, SEEN, check_tokens_of, load_checkpoint,
                                   said_of_the_model, saved_flags)
 from training.run_folder import FILES, CheckpointFiles
 from utils import CPU, InputError, device_of, print0
@@ -138,7 +139,8 @@ def load_classifier(path: str | Path, device: str | torch.device = 'cpu', *, use
                     tokenizer_code_path: str | Path | None = None, allow_torchscript: bool = False,
                     tokenizer_input_size: int | None = None,
                     model: str = '', model_kwargs: dict[str, Any] | None = None, input_size: int | None = None,
-                    eval_crop_ratio: float | None = None, exif_rotate: bool | None = None) -> Classifier:
+                    eval_crop_ratio: float | None = None, exif_rotate: bool | None = None,
+                    stem: str | None = None) -> Classifier:
     """The classifier of a checkpoint of main_seit.py, main_pixels.py, main_mtm_finetune.py or a task's of a continual
     run, or of a published one. Options have the names of the flags of scripts/predict.py.
 
@@ -153,8 +155,10 @@ def load_classifier(path: str | Path, device: str | torch.device = 'cpu', *, use
         tokenizer_input_size: pixels to which both sides of images are resized, for tokens. Default: as the checkpoint
             says, or 256 for the published model's 28 x 28 codes.
         model, model_kwargs: default: as the checkpoint says. Published checkpoints do not.
-        input_size, eval_crop_ratio: of a model of images; default: as the checkpoint says.
+        input_size, eval_crop_ratio: of a model of images; default: as the checkpoint says. `input_size` also of a model
+            of tokens that is no ViT, 8 pixels to a code.
         exif_rotate: turn images as their EXIF orientation says; default: as the checkpoint says, else not.
+        stem: 'native' or 'fast', of a model of tokens that is no ViT; default: as the checkpoint says.
 
     Raises:
         InputError: for a checkpoint of no classifier, one that does not say enough, and files that are not there or do
@@ -162,7 +166,7 @@ def load_classifier(path: str | Path, device: str | torch.device = 'cpu', *, use
     """
     path = find_file(str(path), use_ema)
     checkpoint = load_checkpoint(path)
-    program = program_of(checkpoint)
+    program = program_with(checkpoint, path, stem)
     if program == PRETRAIN:
         raise InputError(f'{path}: is of {PRETRAIN}, whose model predicts codes and no classes: fine-tune it with '
                          f'{FINETUNE}, and give that checkpoint')
@@ -176,7 +180,8 @@ def load_classifier(path: str | Path, device: str | torch.device = 'cpu', *, use
         codebook = load_codebook(codebook_path)
         tokenizer = load_tokenizer(tokenizer_path, tokenizer_code_path, allow_torchscript)
         check_codes(tokenizer, codebook, codebook_path)
-    trained = load_model(checkpoint, path, codebook, use_ema, model, model_kwargs, input_size, eval_crop_ratio)
+    trained = load_model(checkpoint, path, codebook, use_ema, model, model_kwargs, input_size, eval_crop_ratio,
+                         stem)
     if tokenizer is not None:
         tokenizer_input_size = tokenizer_input_size or image_size_of(checkpoint, path, trained, tokenizer)
         # a wrong codebook or tokenizer has the right shape, and gives chance
@@ -188,6 +193,14 @@ def load_classifier(path: str | Path, device: str | torch.device = 'cpu', *, use
     classifier = Classifier(trained, class_names(checkpoint, path, trained), tokenizer, codebook, tokenizer_input_size,
                             exif_rotate)
     return classifier.eval().to(device)
+
+
+def classifier_of(args: Namespace, device: torch.device) -> Classifier:
+    """The classifier of a command line with the flags of `flags.add_classifier_flags`. Raises InputError."""
+    names = ('use_ema', 'codebook_path', 'tokenizer_path', 'tokenizer_code_path', 'allow_torchscript',
+             'tokenizer_input_size', 'model', 'model_kwargs', 'stem', 'input_size', 'eval_crop_ratio')
+    return load_classifier(args.checkpoint, device, exif_rotate=args.exif_rotate or None,
+                           **{name: getattr(args, name) for name in names})
 
 
 def find_file(path: str, use_ema: bool = False) -> str:

@@ -53,7 +53,7 @@ class TrainedModel:
 
 def load_model(checkpoint: dict[str, Any], path: str, codebook: torch.Tensor | None = None, use_ema: bool = False,
                name: str = '', model_kwargs: dict[str, Any] | None = None, input_size: int | None = None,
-               crop_ratio: float | None = None) -> TrainedModel:
+               crop_ratio: float | None = None, stem: str | None = None) -> TrainedModel:
     """The model of a checkpoint, with its weights.
 
     Args:
@@ -62,18 +62,21 @@ def load_model(checkpoint: dict[str, Any], path: str, codebook: torch.Tensor | N
         codebook: (K, d), which must be the one of the model's tokens; None checks nothing.
         use_ema: take the averaged weights.
         name, model_kwargs: as --model and --model-kwargs of the program; default: as the checkpoint says.
-        input_size, crop_ratio: of images; default: as the checkpoint says.
+        input_size, crop_ratio: of images; default: as the checkpoint says. `input_size` is that of a model of tokens
+            too, 8 pixels to a code, where the checkpoint and its weights do not say it.
+        stem: of a model of tokens that is no ViT; default: as the checkpoint says.
 
     Raises:
         InputError: where the checkpoint does not say enough, or does not fit what is given.
     """
     weights = weights_of(checkpoint, path, use_ema)
     flags = saved_flags(checkpoint)
-    program = program_of(checkpoint)
-    given = {'model': name, 'model_kwargs': model_kwargs, 'input_size': input_size, 'eval_crop_ratio': crop_ratio}
+    program = program_with(checkpoint, path, stem)
+    given = {'model': name, 'model_kwargs': model_kwargs, 'stem': stem, 'input_size': input_size,
+             'eval_crop_ratio': crop_ratio}
     compare_model_flags(checkpoint, {flag: value for flag, value in given.items() if value}, path)
     # arguments of the checkpoint belong to its model, not to another one that the caller names
-    kwargs = model_kwargs or (flags.get('model_kwargs') if not name else None) or {}
+    kwargs = model_kwargs or (flags.get('model_kwargs') if name in ('', flags.get('model')) else None) or {}
     encoder_alone = program == PRETRAIN and not name
     name = name or flags.get('model')
     if not isinstance(name, str) or not isinstance(kwargs, dict):
@@ -84,11 +87,11 @@ def load_model(checkpoint: dict[str, Any], path: str, codebook: torch.Tensor | N
         classes = pixel_classes(weights, path, name, kwargs, size)
         model = create_pixel_model(name, kwargs, classes, size)
     elif program == SEIT:
-        size, crop_ratio = token_grid_of(checkpoint, weights, path, name, kwargs), None
+        size, crop_ratio = token_grid_of(checkpoint, weights, path, name, kwargs, input_size), None
         classes = head_size(weights, models_seit.classifier_of(name), path)
         code_dim = None if codebook is None else codebook.shape[1]
         said = flags if name == flags.get('model') else {}  # a stem belongs to its model, too
-        model = models_seit.create_model(name, kwargs, classes, size, code_dim, said.get('stem'),
+        model = models_seit.create_model(name, kwargs, classes, size, code_dim, stem or said.get('stem'),
                                          said.get('token_patch_size', 8))
     else:
         size, crop_ratio = grid_size_of(weights, path, kwargs), None
@@ -147,14 +150,28 @@ def grid_size_of(weights: dict[str, Any], path: str, model_kwargs: dict[str, Any
     return (1 if is_single else 2) * math.isqrt(weights[POSITIONS].shape[1] - prefix)
 
 
+def program_with(checkpoint: dict[str, Any], path: str, stem: str | None) -> str:
+    """The program of a checkpoint, of which a stem that is given says what weights alone do not. Raises InputError."""
+    program = program_of(checkpoint)
+    if not stem or program == SEIT:
+        return program
+    if program != PIXELS or saved_flags(checkpoint):
+        raise InputError(f'--stem {stem}: is of models of {SEIT}, and {path} is of {program}: omit it')
+    return SEIT
+
+
 def token_grid_of(checkpoint: dict[str, Any], weights: dict[str, Any], path: str, name: str,
-                  model_kwargs: dict[str, Any]) -> int:
-    """Codes on a side that a model of main_seit.py reads, by its positions, or as its flags say. Raises InputError."""
+                  model_kwargs: dict[str, Any], input_size: int | None = None) -> int:
+    """Codes on a side that a model of main_seit.py reads: by its positions, as its flags say, or by `input_size`.
+
+    Raises InputError.
+    """
     if name in models_seit.MODELS:
         return grid_size_of(weights, path, model_kwargs)
-    size = said_of_the_model(checkpoint).get('vit_input_size')
+    size = said_of_the_model(checkpoint).get('vit_input_size') or (input_size or 0) // 8
     if type(size) is not int or size < 1:
-        raise InputError(f'{path}: does not say how many codes its model reads: give a checkpoint of {SEIT}')
+        raise InputError(f'{path}: does not say how many codes its model reads: give --input-size, with 8 pixels to a '
+                         'code')
     return size
 
 

@@ -15,15 +15,16 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import check_writable
 from flags import Parser, add_classifier_flags
-from inference.classifier import load_classifier
+from inference.classifier import classifier_of
 from inference.export import check_kind, export_classifier
+from models_seit import STEMS
 from utils import device_of_rank, print0, run
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
     parser = Parser(__doc__)
-    add_classifier_flags(parser)
+    add_classifier_flags(parser, STEMS)
     add = parser.add_group('the export')
     add('--output', required=True, metavar='FILE', help='the file to write, .pt2 or .onnx')
     parser.set_defaults(device='cpu')  # a .pt2 runs on the device on which it was made
@@ -34,12 +35,7 @@ def main(args: argparse.Namespace) -> None:
     """Export a classifier."""
     check_kind(args.output)
     check_writable(args.output, inputs=[args.checkpoint] if os.path.isfile(args.checkpoint) else [])
-    classifier = load_classifier(
-        args.checkpoint, device_of_rank(args.device), use_ema=args.use_ema, codebook_path=args.codebook_path,
-        tokenizer_path=args.tokenizer_path, tokenizer_code_path=args.tokenizer_code_path,
-        allow_torchscript=args.allow_torchscript, tokenizer_input_size=args.tokenizer_input_size, model=args.model,
-        model_kwargs=args.model_kwargs, input_size=args.input_size, eval_crop_ratio=args.eval_crop_ratio,
-        exif_rotate=args.exif_rotate or None)
+    classifier = classifier_of(args, device_of_rank(args.device))
     difference = export_classifier(classifier, args.output)
     size = os.path.getsize(args.output) / 1e6
     print0(f'{args.output}: {size:.1f} MB, pixels (batch, 3, {classifier.size}, {classifier.size}) uint8 -> '

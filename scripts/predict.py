@@ -27,7 +27,8 @@ from fileio.files import atomic_path, check_writable
 from flags import Parser, add_classifier_flags, add_max_pixels, integer
 from image_data.pictures import open_pictures
 from image_data.sources import OrientedImages, Source, load_images
-from inference.classifier import Classifier, load_classifier
+from inference.classifier import Classifier, classifier_of
+from models_seit import STEMS
 from utils import InputError, device_of, device_of_rank, print0, run
 
 MOST_WIDE = 60  # characters of a column of the table
@@ -38,7 +39,7 @@ Top = list[tuple[str, float]]  # classes and their probabilities, the most proba
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line. Raises InputError."""
     parser = Parser(__doc__)
-    add_classifier_flags(parser)
+    add_classifier_flags(parser, STEMS)
     add = parser.add_group('pictures')
     add('pictures', nargs='+', metavar='PICTURES', help='pictures, folders, lists .txt, tar shards or parquet files')
     add('--output', default='', metavar='FILE', help='write to this file, .csv or .jsonl, and not on the terminal')
@@ -153,12 +154,7 @@ def main(args: argparse.Namespace) -> None:
         check_writable(args.output, inputs=inputs)
     device = device_of_rank(args.device)
     sources = open_pictures(args.pictures)
-    classifier = load_classifier(
-        args.checkpoint, device, use_ema=args.use_ema, codebook_path=args.codebook_path,
-        tokenizer_path=args.tokenizer_path, tokenizer_code_path=args.tokenizer_code_path,
-        allow_torchscript=args.allow_torchscript, tokenizer_input_size=args.tokenizer_input_size, model=args.model,
-        model_kwargs=args.model_kwargs, input_size=args.input_size, eval_crop_ratio=args.eval_crop_ratio,
-        exif_rotate=args.exif_rotate or None)
+    classifier = classifier_of(args, device)
     top_k = min(args.top_k, len(classifier.classes))
     pictures = sum(map(len, sources))
     read = 0

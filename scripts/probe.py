@@ -40,19 +40,20 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import check_writable, write_text
 from fileio.labels import check_class_names, count_classes
-from flags import (DEVICE_HELP, KeyValues, Parser, add_allow_torchscript, add_exif_rotate, add_max_pixels, integer,
-                   number, views)
+from flags import (DEVICE_HELP, KeyValues, Parser, add_allow_torchscript, add_exif_rotate, add_max_pixels, add_stem,
+                   integer, number, views)
 from image_data.dataset import ImageDataset, eval_transform
 from image_data.decoding import resize_square
 from image_data.overlap import note_shared_images
 from image_tokenizer.tokenizers import check_codes, check_found, encode_images, load_tokenizer
-from inference.models import load_model, make_prepare
+from inference.models import load_model, make_prepare, program_with
+from models_seit import STEMS
 from samplers import in_order, shuffled
 from token_dataset import TokenDataset, facts_of, note_shared_files
 from token_files.codebook import load_codebook, look_up
 from token_files.made_with import check_made_with, file_of
 from token_files.token_file import MAX_CODES, holds_foreign
-from training.checkpoints import FINETUNE, PIXELS, check_tokens_of, load_checkpoint, program_of, said_of_the_model
+from training.checkpoints import FINETUNE, PIXELS, check_tokens_of, load_checkpoint, said_of_the_model
 from training.run_info import print_model
 from utils import InputError, init_distributed, print0, run
 
@@ -85,6 +86,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             help='a path, a glob or a comma-separated list of shards; sets of other projects have labels inside')
     add('--views', type=views, metavar='V[:B]',
         help='each image is in --train-token-file V times, as in main_seit.py; the first view is read')
+    add_stem(add, STEMS)
     add('--codebook-path', default='', metavar='FILE',
         help='the codebook of the tokens (default: as the checkpoint says)')
     add('--tokenizer-path', default='', metavar='FILE',
@@ -97,7 +99,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--token-cache', default='', metavar='DIR', help='where token files are decoded to, as in main_seit.py')
     for flag in IMAGE_FLAGS:
         add(f'--{flag.replace("_", "-")}', default='', metavar='PATH', help='images: see image_data/sources.py')
-    add('--input-size', type=integer(1), help='pixels on a side of images; default: as the checkpoint says')
+    add('--input-size', type=integer(1), help='pixels on a side of images, or 8 to a code; default: as the '
+        'checkpoint says')
     add('--eval-crop-ratio', type=number(0.01, 1),
         help='part of the side of images that the center crop keeps; default: as the checkpoint says')
     add('--num-workers', type=integer(), default=10, help='processes that decode images; never more than the cores')
@@ -428,7 +431,7 @@ def open_tokens(args: argparse.Namespace, codebook: torch.Tensor, codebook_path:
 def open_checkpoint(args: argparse.Namespace, device: torch.device) -> tuple[str, nn.Module, Callable, dict[str, Any]]:
     """What is judged of --checkpoint: its name, the model, what prepares its input, and the data."""
     checkpoint = load_checkpoint(args.checkpoint)
-    program = program_of(checkpoint)
+    program = program_with(checkpoint, args.checkpoint, args.stem)
     if bool(args.train_path) != (program == PIXELS):
         reads, flag = ('images', 'train-path') if program == PIXELS else ('tokens', 'train-token-file')
         raise InputError(f'{args.checkpoint}: is of {program}, which reads {reads}: give --{flag} and the others')
@@ -440,7 +443,7 @@ def open_checkpoint(args: argparse.Namespace, device: torch.device) -> tuple[str
                              '--codebook-path')
         codebook = load_codebook(codebook_path)
     trained = load_model(checkpoint, args.checkpoint, codebook, args.use_ema, args.model, args.model_kwargs,
-                         args.input_size, args.eval_crop_ratio)
+                         args.input_size, args.eval_crop_ratio, args.stem)
     model = trained.model
     if program == FINETUNE:
         model.reset_classifier(0)  # only its features are read

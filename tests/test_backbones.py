@@ -4,6 +4,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import evaluate_on_images
 import main_pixels
@@ -13,7 +14,7 @@ from helpers import Killed, accuracy_lines, before_step, call, fails, kill, make
 from inference.classifier import load_classifier
 from models_seit import UpsampledConv2d, create_model
 from processes import training_differs
-from scripts import fit_patch_tokenizer, probe
+from scripts import fit_patch_tokenizer, predict, probe
 
 SWIN = ['depths=(1,1,1,1)', 'embed_dim=24', 'num_heads=(1,1,2,2)']
 VIT = ['depth=1', 'embed_dim=32', 'num_heads=2']
@@ -82,6 +83,28 @@ def test_features_of_a_convolutional_network(tokens, tmp_path, capsys):
     assert '368 numbers' in capsys.readouterr().out
 
 
+def test_weights_alone_are_used_with_model_and_stem(tokens, tmp_path, capsys):
+    train(tokens, *flags_of('regnetx_002', 'fast'), '--epochs', 1, '--output-dir', tmp_path)
+    checkpoint = states(tmp_path / 'checkpoint.pth')
+    torch.save({'model': checkpoint['model']}, tmp_path / 'alone.pth')
+    files = {'codebook_path': tokens / 'codebook.ckpt', 'tokenizer_path': tokens / 'tokenizer.pt',
+             'tokenizer_input_size': 40, 'model': 'regnetx_002'}
+    image = Image.open(next((tokens / 'images').rglob('*.png')))
+    _, known = load_classifier(tmp_path / 'checkpoint.pth')([image])
+    fails(lambda: load_classifier(tmp_path / 'alone.pth', **files, stem='fast'),
+          'does not say how many codes its model reads: give --input-size, with 8 pixels to a code')
+    _, told = load_classifier(tmp_path / 'alone.pth', **files, stem='fast', input_size=64)([image])
+    assert known.shape[1] == 3 and told.shape == known.shape
+    fails(lambda: load_classifier(tmp_path / 'checkpoint-pixels.pth', stem='fast'), 'checkpoint-pixels.pth')
+    torch.save({**checkpoint, 'args': {'train_path': 'x', 'aug': 'deit', 'model': 'regnetx_002'}},
+               tmp_path / 'pixels.pth')
+    fails(lambda: load_classifier(tmp_path / 'pixels.pth', stem='fast'), '--stem fast: is of models of main_seit.py')
+    capsys.readouterr()
+    call(predict, tmp_path / 'checkpoint.pth', '--model', 'regnetx_002', '--stem', 'fast', tokens / 'images',
+         '--num-workers', 0, '--device', 'cpu')
+    assert 'differs' not in capsys.readouterr().err
+
+
 def test_weights_of_pixels_start_a_model_of_tokens_without_its_stem(tokens, tmp_path, capsys):
     call(main_pixels, '--model', 'regnetx_002', '--train-path', tokens / 'images', '--val-path', tokens / 'images',
          '--input-size', 40, '--num-workers', 0, '--device', 'cpu', '--batch-size', 6, '--epochs', 1, '--output-dir',
@@ -94,6 +117,16 @@ def test_weights_of_pixels_start_a_model_of_tokens_without_its_stem(tokens, tmp_
     differ = {name for name in after if before[name].shape != after[name].shape}
     assert differ == {'stem.conv.weight'} and before.keys() == after.keys()
     assert torch.equal(before['head.fc.weight'], after['head.fc.weight'])
+    # weights alone, as timm publishes them
+    for suffix, save in (('bin', torch.save), ('safetensors', save_file)):
+        save(before, tmp_path / f'weights.{suffix}')
+        train(tokens, *flags_of('regnetx_002'), '--finetune', tmp_path / f'weights.{suffix}', '--epochs', 1,
+              '--output-dir', tmp_path / suffix)
+        assert f'weights.{suffix}: ' in (said := capsys.readouterr().out)
+        assert 'started from scratch: stem.conv.* (another shape)' in said
+    (tmp_path / 'bad.safetensors').write_bytes(b'x' * 100)
+    fails(lambda: train(tokens, *flags_of('regnetx_002'), '--finetune', tmp_path / 'bad.safetensors'),
+          'bad.safetensors: damaged or no .safetensors file')
     # from there the model is known: its name, and its stem
     train(tokens, '--finetune', tmp_path / 'tokens' / 'checkpoint.pth', '--epochs', 1, '--output-dir',
           tmp_path / 'more')

@@ -139,16 +139,19 @@ def find_table(value: Any, path: str | Path) -> torch.Tensor:
 
 
 def unit_rows(rows: torch.Tensor) -> torch.Tensor:
-    """Rows (K, d) in float32 and of unit length."""
-    return F.normalize(rows.detach().float(), dim=-1)
+    """Rows (K, d) in float32 and of unit length, the same on any processor: float32's own norms are not."""
+    return F.normalize(rows.detach().double(), dim=-1).float()
 
 
 # ---------------------------------------------------------------- scale and directions
 
 def deviation(rows: torch.Tensor) -> float:
-    """Root mean square of what elements of rows (K, d) differ from the mean row."""
+    """Root mean square of what elements of rows (K, d) differ from the mean row, to seven digits.
+
+    The order in which processors and threads add changes later ones, and with them the digest of the codebook.
+    """
     rows = rows.double()
-    return (rows - rows.mean(0)).square().mean().sqrt().item()
+    return float(f'{(rows - rows.mean(0)).square().mean().sqrt().item():.7g}')
 
 
 def fit_rows(rows: torch.Tensor, path: str | Path) -> torch.Tensor:

@@ -13,7 +13,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from fileio.torch_files import MAX_STRING, check_fields, digest_of, load_torch
+from fileio.torch_files import MAX_STRING, check_fields, digest_of, load_safetensors, load_torch
 from utils import InputError, check_same_on_all_ranks, print0, shown, world_size
 
 MOMENTS = {'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'momentum_buffer'}  # of fused optimizers: of a parameter's shape
@@ -82,12 +82,19 @@ class TrainState:
 
 # ---------------------------------------------------------------- reading
 
-def load_checkpoint(path: str) -> dict[str, Any]:
+def load_checkpoint(path: str, weights_alone: bool = False) -> dict[str, Any]:
     """A checkpoint of this program or of the published one, as a dict with 'model'. Raises InputError.
 
-    What DDP and torch.compile put before the names of weights is taken off.
+    What DDP and torch.compile put before the names of weights is taken off. With `weights_alone` the file may hold
+    nothing else, as those of timm do: a .safetensors, or a dict of tensors.
     """
-    checkpoint = load_torch(path, 'a checkpoint')
+    if weights_alone and path.partition('#')[0].lower().endswith('.safetensors'):
+        checkpoint = {'model': load_safetensors(path, 'a checkpoint')}
+    else:
+        checkpoint = load_torch(path, 'a checkpoint')
+        values = checkpoint.values() if isinstance(checkpoint, dict) else ()
+        if weights_alone and values and all(isinstance(value, torch.Tensor) for value in values):
+            checkpoint = {'model': checkpoint}
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get('model'), dict):
         raise InputError(f'{path}: not a checkpoint (no "model" in it)')
     check_fields(checkpoint, FIELDS, path, 'a checkpoint')

@@ -59,7 +59,9 @@ def load_pretrained(model: nn.Module, path: str, classes: list[str] | None = Non
     stem = prefixes(model, 'first_conv')
     renewed = dict.fromkeys(heads, OTHER_CLASSES) if renew_head else {}
     # filters of colors may have the shape of those of a codebook of three elements
-    if codebook and saved_flags(checkpoint) and program_of(checkpoint) == PIXELS:
+    colors = any(isinstance(value, torch.Tensor) and value.shape[1:2] == (3,) for key, value in weights.items()
+                 if str(key).startswith(tuple(stem)))
+    if codebook and program_of(checkpoint) == PIXELS and (saved_flags(checkpoint) or colors):
         renewed |= dict.fromkeys(stem, 'of pixels')
     weights, scratch, left_out = fit_parts(weights, wanted, (*stem, *heads, *OPTIONAL), renewed)
     load_weights(model, weights, path)
