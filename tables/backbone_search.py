@@ -193,10 +193,11 @@ def print_table(file: str) -> None:
     for arm in arms():
         rate = results.get('best', {}).get(arm)
         told = [value['odd'] for key, value in results['runs'].items() if key.startswith(f'{arm}, {rate}, seed')]
-        if told:
-            speeds = results.get('speed', {}).get(arm)
-            speed = f'{statistics.median(speeds):.0f} ({min(speeds):.0f} to {max(speeds):.0f})' if speeds else ''
-            print(f'| {arm} | {rate} | {len(told)} | {statistics.mean(told):.1f} ({spread(told)}) | {speed} |')
+        speeds = results.get('speed', {}).get(arm)
+        speed = f'{statistics.median(speeds):.0f} ({min(speeds):.0f} to {max(speeds):.0f})' if speeds else ''
+        top1 = f'{statistics.mean(told):.1f} ({spread(told)})' if told else ''
+        if told or speeds:
+            print(f'| {arm} | {rate or ""} | {len(told) or ""} | {top1} | {speed} |')
 
 
 def main(args: argparse.Namespace) -> None:
