@@ -4,8 +4,8 @@
 
 Each input must end in the right result, which a slow and obvious reader confirms, or in an InputError: one line that
 names the file. Anything else stops the program and shows the smallest input that does it: another exception, a wrong
-result, more time or memory than tests/helpers.py allows. Prints one JSON line with counts of each reader. Takes two to
-six minutes, with one core; needs hypothesis (requirements-test.txt).
+result, more time or memory than tests/helpers.py allows. Prints one JSON line with counts of each reader. Takes some
+minutes with one core, most of them for VQGANs; needs hypothesis (requirements-test.txt).
 """
 import argparse
 import contextlib
