@@ -260,6 +260,7 @@ def files_by_default(args: Flags, codebook: Codebook) -> Flags:
     for split in ('train', 'val') if 'val_label_file' in flags else ():
         if f'{split}_label_file' not in args.given and holds_foreign(flags[f'{split}_token_file']):
             known[f'{split}_label_file'] = ''
+            print0(f'labels: those inside {flags[f"{split}_token_file"]}')
     are_given = 'token_synonym_dict' in args.given or (codebook.as_stored and os.path.exists(args.token_synonym_dict))
     if args.eda_rc_prob and not are_given:
         known['token_synonym_dict'] = ''

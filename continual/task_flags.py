@@ -8,6 +8,7 @@ from continual.tasks import ORDER_SEED
 from flags import SYNONYMS, Parser, add_exif_rotate, add_max_pixels, byte_count, integer
 from utils import InputError
 
+LABELS = '; scripts/convert_tokens.py writes the labels that are inside a set of another project to a file'
 # Flags of main_seit.py and main_pixels.py that are refused here, and why: they would be ignored in silence.
 NOT_HERE = {
     'eval': 'each task is evaluated when it ends',
@@ -101,10 +102,10 @@ def check_task_flags(flags: dict[str, Any]) -> None:
          '--eval-stored is for --new pixels with --memory jpeg, resize or tokens: others store images as new ones are'),
         (not tokens and (given or made), 'a tokenizer or tokens are given, but --new and --memory have no tokens'),
         (given and (not flags['train_label_file'] or not flags['codebook_path']),
-         '--train-token-file needs --train-label-file and --codebook-path'),
+         f'--train-token-file needs --train-label-file and --codebook-path{LABELS}'),
         (given and (new == 'tokens' or flags['eval_stored']) and not (flags['val_token_file'] and
                                                                       flags['val_label_file']),
-         '--train-token-file needs --val-token-file and --val-label-file'),
+         f'--train-token-file needs --val-token-file and --val-label-file{LABELS}'),
         (not given and flags['tokenizer_from_task'] is not None and flags['codebook_path'],
          '--tokenizer-from-task makes a codebook of its own: it takes no --codebook-path'),
         (given and flags['tokenizer_from_task'] is not None,

@@ -8,7 +8,6 @@ import contextlib
 import errno
 import fcntl
 import glob
-import hashlib
 import http.client
 import json
 import os
@@ -23,7 +22,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from fileio.hub import is_on_hub, local_path
+from fileio.hub import check_digest, check_fragment, digest_of_file, is_on_hub, local_path
 from utils import InputError, first_line, is_main
 
 # What a file may claim before memory is taken for it. Damaged or hostile ones would have us allocate anything.
@@ -123,14 +122,10 @@ def read_json(path: str | Path) -> Any:
 
 def sha256(path: str | Path) -> str:
     """SHA-256 of a file, in hexadecimal. Raises InputError."""
-    digest = hashlib.sha256()
     try:
-        with open(local_path(path), 'rb') as file:
-            for block in iter(lambda: file.read(1 << 20), b''):
-                digest.update(block)
+        return digest_of_file(local_path(path))
     except OSError as error:
         raise InputError(f'{path}: {error.strerror}') from None
-    return digest.hexdigest()
 
 
 def identity(path: str | Path) -> dict[str, str]:
@@ -372,17 +367,15 @@ def download(url: str, folder: str | Path) -> str:
     """
     # No cache: torch.hub's goes by file name alone, and checkpoints of many runs are called checkpoint.pth.
     address, _, fragment = url.partition('#')
-    expected = re.fullmatch(r'sha256=([0-9a-f]{64})', fragment)
-    if fragment and not expected:
-        raise InputError(f'{url}: after # may stand sha256= and 64 hexadecimal digits, and nothing else')
+    if fragment:
+        check_fragment(url)
+    if is_on_hub(url):
+        return str(local_path(url))
     try:
-        if is_on_hub(address):
-            path = str(local_path(address))
-        else:
-            path = os.path.join(folder, Path(urllib.parse.urlparse(address).path).name or 'file')
-            torch.hub.download_url_to_file(address, path, progress=is_main() and sys.stderr.isatty())
+        path = os.path.join(folder, Path(urllib.parse.urlparse(address).path).name or 'file')
+        torch.hub.download_url_to_file(address, path, progress=is_main() and sys.stderr.isatty())
     except (OSError, ValueError, http.client.HTTPException) as error:
         raise InputError(f'{url}: cannot be fetched ({error})') from None
-    if expected and sha256(path) != expected.group(1):
-        raise InputError(f'{url}: what was fetched has SHA-256 {sha256(path)}: fetch it again, or mistrust it')
+    if fragment:
+        check_digest(path, url)
     return path

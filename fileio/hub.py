@@ -11,6 +11,7 @@ download may last longer than ranks wait for one another.
 A token set is more than its stream. What lies beside a fetched file is fetched by `fetch_beside`, where its reader
 looks for it, at the commit of that file.
 """
+import hashlib
 import os
 import re
 from pathlib import Path
@@ -19,9 +20,11 @@ from typing import NamedTuple
 from utils import InputError, first_line, print0
 
 PREFIX = 'hf://'
-FORM = 'hf://datasets/OWNER/NAME@REVISION/FILE, or hf://OWNER/NAME@REVISION/FILE (@REVISION may be left out)'
+FORM = ('hf://datasets/OWNER/NAME@REVISION/FILE, or hf://OWNER/NAME@REVISION/FILE (@REVISION may be left out; for a '
+        'branch with a slash it is a commit)')
 # a revision with slashes is a pull request's, or one of those that the Hub makes, as refs/convert/parquet
 ADDRESS = re.compile(r'hf://(datasets/)?([^/@]+/[^/@]+)(?:@(refs/(?:pr|convert)/[^/]+|[^/]+))?/([^/].*)')
+DIGEST = 'sha256='  # behind the '#' of an address
 _fetched = {}  # address -> where it lies: all of a run is of one commit, whatever becomes of a branch
 _snapshots = {}  # folder -> Address of the files in it, without a file
 
@@ -50,17 +53,46 @@ def parse(address: str) -> Address:
 def local_path(path: str | Path) -> str | Path:
     """Where the file of an address lies on this node, fetched if it has to be; any other path as it is.
 
-    What stands behind a '#', which names parts of a file, is kept.
+    Behind a '#' may stand 'sha256=' and 64 hexadecimal digits, with which the file is compared. Anything else there
+    names parts of a file, and is kept.
 
     Raises:
-        InputError: for an address of another form, and for what cannot be fetched.
+        InputError: for an address of another form, for what cannot be fetched, and for another file than it should be.
     """
     if not is_on_hub(path):
         return path
     address, mark, part = str(path).partition('#')
     if address not in _fetched:
         _fetched[address] = _fetch(parse(address), address)
-    return f'{_fetched[address]}{mark}{part}'
+    if not part.startswith(DIGEST):
+        return f'{_fetched[address]}{mark}{part}'
+    if str(path) not in _fetched:  # compared once, since a large file takes seconds
+        check_digest(_fetched[address], str(path))
+        _fetched[str(path)] = _fetched[address]
+    return _fetched[str(path)]
+
+
+def digest_of_file(path: str | Path) -> str:
+    """SHA-256 of a file, in hexadecimal. Raises OSError."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        for block in iter(lambda: file.read(1 << 20), b''):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def check_fragment(address: str) -> None:
+    """InputError unless what stands behind the '#' of an address is a SHA-256."""
+    if not re.fullmatch(f'{DIGEST}[0-9a-f]{{64}}', address.partition('#')[2]):
+        raise InputError(f'{address}: after # may stand sha256= and 64 hexadecimal digits, and nothing else')
+
+
+def check_digest(file: str | Path, address: str) -> None:
+    """InputError unless a fetched file has the SHA-256 that stands behind the '#' of its address."""
+    check_fragment(address)
+    found = digest_of_file(file)
+    if address.partition('#')[2] != DIGEST + found:
+        raise InputError(f'{address}: what was fetched has SHA-256 {found}: fetch it again, or mistrust it')
 
 
 def fetch_beside(path: Path) -> None:

@@ -28,6 +28,7 @@ import contextlib
 import math
 import pickle
 import re
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ import torch
 from einops import rearrange
 from torch import nn
 
+from fileio.files import download, is_address
 from fileio.hub import local_path
 from fileio.torch_files import load_torch
 from image_tokenizer.diffusers_vq import is_vq_model, load_vq_model
@@ -263,7 +265,8 @@ def load_tokenizer(path: str | Path, code_path: str | Path | None = None,
     """Read a tokenizer file of any kind, for use in eval mode on the CPU.
 
     Args:
-        path: a .safetensors, or a torch file; an hf:// address of either, or an http(s) address of a torch file.
+        path: a .safetensors, or a torch file, or an http(s) or hf:// address of either; a TorchScript program has no
+            http(s) address.
         code_path: a folder with the code of a pickled module. Giving it is the user's consent to run what the file
             says; it is used only for a file that cannot be read without.
         allow_torchscript: the user's consent to run a TorchScript program.
@@ -299,10 +302,14 @@ class CodeNeeded(InputError):
 
 def read_file(path: str | Path) -> Any:
     """What a .safetensors or torch file holds, without running code from it. Raises InputError, or its CodeNeeded."""
-    if str(path).lower().endswith('.safetensors'):
+    file = local_path(path)
+    if is_address(file) and file.partition('#')[0].lower().endswith('.safetensors'):
+        with tempfile.TemporaryDirectory() as folder:
+            return read_file(download(file, folder))
+    if str(file).lower().endswith('.safetensors'):
         try:
             check_version(path)
-            return safetensors.torch.load_file(local_path(path))
+            return safetensors.torch.load_file(file)
         except OSError as error:
             raise InputError(f'{path}: cannot read a tokenizer ({error.strerror or error})') from None
         except safetensors.SafetensorError as error:

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from fileio.figures import draw_sheet, printable, pyplot, save_figure
 from fileio.files import atomic_path, check_writable, read_json, write_text
 from image_tokenizer.tokenizers import check_codebook, decode_codes, load_tokenizer
+from image_tokenizer.torchscript import is_torchscript
 from token_files.made_with import file_of
 from utils import InputError, gather, is_main, on_main, print0
 
@@ -121,6 +122,8 @@ def token_images(checkpoint: dict[str, Any], path: str, codebook: torch.Tensor,
         if not file:
             raise InputError(f'the tokenizer that {path} names is not there' if file is None else
                              f'{path} names no tokenizer')
+        if is_torchscript(file):
+            raise InputError(f'{file} is a TorchScript program, which is not run for it')
         tokenizer = load_tokenizer(file)
         check_codebook(tokenizer, codebook, file)
 

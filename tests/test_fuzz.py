@@ -17,7 +17,7 @@ from image_tokenizer.vitvqgan import Size, ViTVQGAN
 from training.checkpoints import load_checkpoint, load_weights
 from training.run_folder import RunLog
 
-INPUTS = {'index': 100, 'labels': 100, 'synonyms': 80, 'log': 80, 'cache': 80, 'tar': 80, 'list': 100}
+INPUTS = {'index': 100, 'labels': 100, 'synonyms': 80, 'log': 80, 'cache': 80, 'tar': 80, 'list': 100, 'vqgan': 8}
 
 
 @pytest.mark.parametrize('name', fuzz.READERS)

@@ -358,6 +358,8 @@ MISTAKES = {
     'stored': ([*TOKENS, *MEMORY, '--eval-stored'], 'sets', '--eval-stored is for --new pixels with --memory jpeg, re'),
     'stored files': ([*PIXELS, *MEMORY, '--eval-stored', '--tokenizer-path', 'x'], 'train only',
                      '--train-token-file needs --val-token-file'),
+    'labels inside': ([*TOKENS, *MEMORY], 'train only',
+                      'needs --val-token-file and --val-label-file; scripts/convert_tokens.py writes the labels'),
     'only': ([*TOKENS, '--tokenize-only'], 'sets', '--tokenize-only needs'),
 }
 

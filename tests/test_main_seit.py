@@ -254,6 +254,7 @@ def test_a_set_of_others_is_trained_on_and_evaluated(tmp_path, capsys):
     run_here(*words, '--epochs', '2')
     out = capsys.readouterr().out
     assert 'synonyms: 5 for each code are made from fsq:8,8,8' in out and 'decoding' not in out
+    assert all(f'labels: those inside {tmp_path}/{split}.safetensors\n' in out for split in ('train', 'val'))
     accuracies = [line for line in accuracy_lines(out) if 'EMA' not in line]
     best = max(accuracies, key=lambda line: float(line.split()[2]))
     run_here('--device', 'cpu', '--val-token-file', tmp_path / 'val.safetensors', '--token-cache', tmp_path / 'cache',

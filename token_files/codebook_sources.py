@@ -85,11 +85,11 @@ def check_rows(formula: str, rows: int) -> None:
 
 def read_file(path: str | Path) -> Any:
     """What a .safetensors or torch file holds; no code in it runs. Raises InputError."""
-    if not str(path).partition('#')[0].lower().endswith('.safetensors'):
-        return load_torch(path, 'a codebook')
     if is_address(path):
         with tempfile.TemporaryDirectory() as folder:
             return read_file(download(str(path), folder))
+    if not str(path).lower().endswith('.safetensors'):
+        return load_torch(path, 'a codebook')
     try:
         with safetensors.safe_open(path, 'pt') as file:  # of large weights the table alone is read
             names = list(file.keys())

@@ -120,9 +120,10 @@ class ForeignSet:
 def split_name(spec: str | Path) -> tuple[str, str]:
     """A path, and what stands behind '#', which names the arrays in the file; '' where nothing does."""
     text = str(spec)
-    if '#' not in text or os.path.lexists(text):
-        return text, ''
     name, _, part = text.rpartition('#')
+    # a folder may have a '#' in its name, too
+    if not name or os.path.lexists(text) or ('/' in part and not name.lower().endswith(ENDINGS)):
+        return text, ''
     return name, part
 
 

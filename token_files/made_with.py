@@ -7,6 +7,7 @@ tokens that it was trained on (`made_with`), so that whoever has it finds codebo
 """
 import hashlib
 import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import safetensors
 import torch
 
-from fileio.files import identity, is_address
+from fileio.files import download, identity, is_address
 from fileio.hub import local_path
 from fileio.torch_files import digest_of
 from token_files.codebook import load_codebook
@@ -29,8 +30,11 @@ SHOWN = 12  # hexadecimal digits of a SHA-256 in messages
 def identity_of_tokenizer(path: str) -> dict[str, str]:
     """Name and SHA-256 of a tokenizer's file, and of the one that it was converted from. Raises InputError."""
     path = local_path(path)
+    if is_address(path):  # of the web
+        with tempfile.TemporaryDirectory() as folder:
+            return identity_of_tokenizer(download(path, folder))
     entry = identity(path)
-    if str(path).lower().endswith('.safetensors') and not is_address(path):
+    if str(path).lower().endswith('.safetensors'):
         try:
             with safetensors.safe_open(path, 'pt') as file:
                 converted = (file.metadata() or {}).get(CONVERTED)

@@ -6,21 +6,28 @@ import hashlib
 import http.server
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
 import urllib.parse
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 
 import fileio.hub
-from fileio.files import expand_files, is_address
+from fileio.files import expand_files, is_address, sha256
 from fileio.hub import Address, local_path, parse
+from fileio.labels import read_labels
 from helpers import (SMALL, fails, flag_values, make_compact_set, make_data, read_log, run_here, without_times,
                      words_of)
+from image_tokenizer.tokenizers import load_tokenizer
+from token_files.codebook import load_codebook
+from token_files.made_with import identity_of_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMITS = {'main': 'a' * 40, 'v1': 'b' * 40, 'refs/pr/1': 'c' * 40}
@@ -133,7 +140,7 @@ def test_the_parts_of_an_address():
 @pytest.mark.parametrize('address', ['hf://', 'hf://o', 'hf://o/n', 'hf://o/n/', 'hf://datasets/o/n', 'hf://o/n@/f',
                                      'hf://datasets/o/n@v1', 'hf://spaces/o/n/f', 'hf:///n/f', 'hf://o/n//f'])
 def test_what_is_no_address(address):
-    fails(lambda: local_path(address), f'^{address}: no address of a file: give hf://datasets/OWNER/NAME')
+    fails(lambda: local_path(address), f'^{address}: no address of a file: give hf://datasets/OWNER/NAME', 'a slash')
 
 
 def test_other_paths_stay():
@@ -148,6 +155,49 @@ def test_lists_and_counts(monkeypatch):
     assert list(map(str, expand_files('hf://o/n/a-{0..1}.bin, hf://o/m/b.bin'))) == [
         '/cache/o/n/a-0.bin', '/cache/o/n/a-1.bin', '/cache/o/m/b.bin']
     assert local_path('hf://o/n/a.safetensors#codes+labels') == '/cache/o/n/a.safetensors#codes+labels'
+
+
+@pytest.fixture
+def fetched(monkeypatch, tmp_path):
+    """A folder whose files are those of every repository, and of every host of the web."""
+    monkeypatch.setattr(fileio.hub, '_fetch', lambda address, name: str(tmp_path / address.file))
+    monkeypatch.setattr(fileio.hub, '_fetched', {})
+    monkeypatch.setattr(torch.hub, 'download_url_to_file',
+                        lambda url, path, **_: shutil.copy(tmp_path / Path(url).name, path))
+    return tmp_path
+
+
+@pytest.mark.parametrize('start', ['hf://o/n/', 'https://x.y/'])
+def test_tokenizers_with_a_digest(fetched, start):
+    state = {'mean': torch.zeros(12), 'basis': torch.eye(12)[:, :4].contiguous(), 'scale': torch.tensor(2.)}
+    torch.save(state, fetched / 'a.pt')
+    safetensors.torch.save_file(state, fetched / 'a.safetensors', {'converted_from': 'f' * 64})
+    for name in 'a.pt', 'a.safetensors':
+        address = f'{start}{name}#sha256={sha256(fetched / name)}'
+        for path in address, start + name:
+            assert load_tokenizer(path).embed_dim == 4
+            assert identity_of_tokenizer(path) == identity_of_tokenizer(fetched / name)
+        other = f'{start}{name}#sha256={"0" * 64}'
+        for read in load_tokenizer, identity_of_tokenizer:
+            fails(lambda: read(other), f'^{other}: what was fetched has SHA-256 {sha256(fetched / name)}')
+            fails(lambda: read(f'{start}{name}#sha256=1'), 'after # may stand sha256= and 64 hexadecimal digits')
+
+
+def test_programs_codebooks_and_lists_with_a_digest(fetched):
+    with zipfile.ZipFile(fetched / 'encoder.jit', 'w') as file:
+        file.writestr('a/constants.pkl', '')
+        file.writestr('a/code/b.py', '')
+    address = f'hf://o/n/encoder.jit#sha256={sha256(fetched / "encoder.jit")}'
+    fails(lambda: load_tokenizer(address), f'^{address}: is a TorchScript program')
+    rows = torch.randn(5, 3)
+    (fetched / 'b#1').mkdir()  # which is the name of a folder
+    for name in 'a.safetensors', 'b#1/a.safetensors':
+        safetensors.torch.save_file({'quantize.embedding.weight': rows}, fetched / name)
+    expected = load_codebook(fetched / 'a.safetensors')
+    assert torch.equal(load_codebook(f'hf://o/n/a.safetensors#sha256={sha256(fetched / "a.safetensors")}'), expected)
+    assert torch.equal(load_codebook(fetched / 'b#1/a.safetensors'), expected)
+    (fetched / 'labels.txt').write_text('3\n')
+    assert read_labels(f'hf://o/n/labels.txt#sha256={sha256(fetched / "labels.txt")}').tolist() == [3]
 
 
 # ---------------------------------------------------------------- fetching

@@ -2,6 +2,7 @@
 import csv
 import json
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -280,6 +281,10 @@ def demo_checkpoint(folder, **more):
 
 
 def test_of_tokens_with_the_tokenizer_that_the_checkpoint_names(tmp_path, capsys):
+    with zipfile.ZipFile(tmp_path / 'encoder.jit', 'w') as file:
+        file.writestr('a/constants.pkl', '')
+        file.writestr('a/code/b.py', '')
+    program = {'file': 'encoder.jit', 'sha256': sha256(tmp_path / 'encoder.jit'), 'path': 'encoder.jit'}
     entry = {'file': 'tokenizer.pt', 'sha256': sha256(DEMO / 'tokenizer.pt'), 'path': str(DEMO / 'tokenizer.pt')}
     words = [*SIZES_OF_DEMO, '--device', 'cpu', '--input-size', 64, '--codebook-path', DEMO / 'codebook.ckpt',
              '--val-token-file', DEMO / 'fashion-val-token.data.bin', '--val-label-file',
@@ -287,13 +292,16 @@ def test_of_tokens_with_the_tokenizer_that_the_checkpoint_names(tmp_path, capsys
              '--no-model-ema', '--eval', '--report', tmp_path / 'r', '--resume']
     drawn = {}
     for name, made_with in (('drawn', {'tokenizer': entry}), ('none', None),
-                            ('gone', {'tokenizer': {**entry, 'path': 'x', 'sha256': '0' * 64}})):
+                            ('gone', {'tokenizer': {**entry, 'path': 'x', 'sha256': '0' * 64}}),
+                            ('program', {'tokenizer': program})):
         run_here(*words, demo_checkpoint(tmp_path, made_with=made_with))
         printed = capsys.readouterr().out
         check_adds_up(tmp_path / 'r', accuracy_lines(printed)[0])
         drawn[name] = (tmp_path / 'r' / 'mistakes.png').exists()
         assert drawn[name] != ('note: the report shows no images of mistakes: ' in printed)
-    assert drawn == {'drawn': True, 'none': False, 'gone': False}
+        assert 'allow-torchscript' not in printed
+    assert drawn == {'drawn': True, 'none': False, 'gone': False, 'program': False}
+    assert 'encoder.jit is a TorchScript program, which is not run for it' in printed
     assert rows_of(tmp_path / 'r' / 'classes.csv')[3]['name'] == '3-dress'  # of the token set's manifest
 
 

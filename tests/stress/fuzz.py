@@ -4,11 +4,12 @@
 
 Each input must end in the right result, which a slow and obvious reader confirms, or in an InputError: one line that
 names the file. Anything else stops the program and shows the smallest input that does it: another exception, a wrong
-result, more time or memory than tests/helpers.py allows. Prints one JSON line with counts of each reader. Takes two to
-six minutes, with one core; needs hypothesis (requirements-test.txt).
+result, more time or memory than tests/helpers.py allows. Prints one JSON line with counts of each reader. Takes some
+minutes with one core, most of them for VQGANs; needs hypothesis (requirements-test.txt).
 """
 import argparse
 import contextlib
+import functools
 import gzip
 import hashlib
 import io
@@ -52,6 +53,7 @@ from token_files.published import CODECS, encode  # noqa: E402
 from token_files.published import gzip_bytes, companion_path, read_index  # noqa: E402
 from token_files.token_file import decode, manifest_path, open_token_file, write_set as write_files  # noqa: E402
 from fileio.labels import read_labels  # noqa: E402
+from small_vqgans import FAMILIES, SIDE, small_state  # noqa: E402
 from twins import SLOW_DECODERS, slow_decode_compact  # noqa: E402
 from utils import InputError, run  # noqa: E402
 from image_tokenizer.vitvqgan import Size, ViTVQGAN  # noqa: E402
@@ -756,13 +758,25 @@ def from_safetensors(path):
 
 
 def tokenizer(draw, folder):
-    right = tokenizer_state(draw)
+    found, value = read_weights(draw, folder, tokenizer_state(draw), load_tokenizer)
+    if found is not REFUSED:
+        check_tokenizer(found, value.get('state_dict', value))
+    return found
+
+
+def read_weights(draw, folder, right, read, nest=('state_dict',)):
+    """What `read` makes of a state dict in a file that may be damaged, or hold something else; and what is in it.
+
+    Args:
+        right: the state dict.
+        nest: names under which it may stand.
+    """
     plain = draw(st.booleans())
-    path = folder / ('tokenizer.safetensors' if plain else 'tokenizer.pt')
+    path = folder / ('weights.safetensors' if plain else 'weights.pt')
 
     def change():
         state = dict(right)
-        kind = draw(st.sampled_from(['tensor', 'tensor', 'lost', 'more', 'whole', 'lightning']))
+        kind = draw(st.sampled_from(['tensor', 'tensor', 'lost', 'more', 'whole', 'nested']))
         key = draw(st.sampled_from(sorted(state)))
         if kind == 'tensor':
             state[key] = any_tensor(draw)
@@ -772,18 +786,17 @@ def tokenizer(draw, folder):
             state[key.replace('0', draw(st.sampled_from('12x'))) + draw(st.sampled_from('xy'))] = any_tensor(draw)
         if kind == 'whole':
             return any_object(draw)
-        return {'state_dict': state} if kind == 'lightning' else state
+        return {draw(st.sampled_from(nest)): state} if kind == 'nested' else state
 
     if plain:
         path.write_bytes(draw(damaged(safetensors.torch.save(right))))
         value = None
     else:
         value = torch_file(draw, path, right, change)
-    found = outcome([path], load_tokenizer, path)
+    found = outcome([path], read, path)
     if found is not REFUSED:
         value = from_safetensors(path) if plain else torch_says(path) if value is None else value
-        check_tokenizer(found, value.get('state_dict', value))
-    return found
+    return found, value
 
 
 def check_tokenizer(model, state):
@@ -793,6 +806,83 @@ def check_tokenizer(model, state):
     side = 2 * model.patch_size
     with torch.no_grad():
         assert model(torch.zeros(1, 3, side, side)).shape == (1, 4, model.embed_dim)
+
+
+@functools.cache
+def vqgan_state(family, decoder):
+    return small_state(family, decoder=decoder)
+
+
+def weights_of_vqgan(draw):
+    """A right state dict of a tiny VQGAN of any family."""
+    return dict(vqgan_state(draw(st.sampled_from(FAMILIES)), draw(st.sampled_from([False, False, False, True]))))
+
+
+def inner(value):
+    """The state dict in what a file of weights holds."""
+    for name in ('state_dict', 'model'):
+        if isinstance(value.get(name), dict):
+            value = value[name]
+    return value
+
+
+def vqgan(draw, folder):
+    """Weights of a VQGAN as tokenizer: it has the tensors of the file, and gives codes."""
+    found, value = read_weights(draw, folder, weights_of_vqgan(draw), load_tokenizer, ('state_dict', 'model'))
+    if found is not REFUSED:
+        state = inner(value)
+        expected = Counter(slow_digest(tensor) for key, tensor in state.items() if isinstance(tensor, torch.Tensor))
+        assert not Counter(map(slow_digest, found.state_dict().values())) - expected
+        with torch.no_grad():
+            assert found.codes(torch.zeros(1, 3, 2 * SIDE, 2 * SIDE)).shape == (1, 4)
+        check_table(found.codebook, state)
+    return found
+
+
+def slow_digest(tensor):
+    return hashlib.sha256(repr(tuple(tensor.shape)).encode() + tensor.detach().float().contiguous().numpy().tobytes()
+                          ).digest()
+
+
+def check_table(found, state):
+    """A codebook is the table in a state dict, as it is trained on; by numpy, in float64."""
+    key, = [key for key in state if isinstance(key, str) and key.endswith(('quantize.embedding.weight',
+                                                                           'quantize.embed.weight'))]
+    prefix = key[:key.rindex('quantize.')]
+    rows = state.get(f'{prefix}model_ema.{key[len(prefix):].replace(".", "")}', state[key]).double().numpy()
+    if any(str(name).startswith(f'{prefix}encoder.conv_blocks.') for name in state):
+        rows = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    rows = rows / np.sqrt(np.square(rows - rows.mean(0)).mean())
+    found = found.numpy()
+    assert np.allclose(found[:, :rows.shape[1]], rows, rtol=1e-4, atol=1e-5)
+    more = found[:, rows.shape[1]:]
+    assert more.shape[1] < 2 and (more == 2).all()
+    lengths = np.linalg.norm(rows, axis=1, keepdims=True)
+    units = rows / np.maximum(lengths, 1e-300)
+    apart = np.abs(units[:, None] - units).max(2)[(rows[:, None] != rows).any(2)]  # rows that differ, in direction
+    # where a damaged number dwarfs all others, their directions are lost in use, and either may be
+    assert more.shape[1] or (lengths.all() and (apart > 1e-9).all())
+    assert not more.shape[1] or (lengths < 1e-9).any() or (apart < 1e-5).any()
+
+
+def table(draw, folder):
+    """The table of a codebook in weights of another tokenizer."""
+    right = {key: value for key, value in weights_of_vqgan(draw).items()
+             if key.startswith(('quantize.', 'encoder.conv_in.', 'encoder.conv_blocks.0.res.0.norm1.'))}
+    prefix = draw(st.sampled_from(['', '', 'vq.model.']))
+    right = {prefix + key: value for key, value in right.items()}
+    if draw(st.integers(0, 3)) == 0:
+        key = next(key for key in right if key.endswith(('embedding.weight', 'embed.weight')))
+        right[f'{prefix}model_ema.{key[len(prefix):].replace(".", "")}'] = torch.randn(
+            6, 3, generator=torch.Generator().manual_seed(0))
+    found, value = read_weights(draw, folder, right, load_codebook, ('state_dict', 'model'))
+    if found is not REFUSED:
+        assert found.dtype == torch.float32 and found.ndim == 2 and found.isfinite().all()
+        if isinstance(value, torch.Tensor):
+            assert same(found, value)
+        else:
+            check_table(found, inner(value))
+    return found
 
 
 # ---------------------------------------------------------------- images
@@ -838,7 +928,8 @@ def slow_tar(path):
 
 
 READERS = {'stream': stream, 'compact': compact, 'index': index, 'labels': labels, 'synonyms': synonyms,
-           'codebook': codebook, 'checkpoint': checkpoint, 'tokenizer': tokenizer, 'manifest': manifest, 'log': log,
+           'codebook': codebook, 'table': table, 'checkpoint': checkpoint, 'tokenizer': tokenizer, 'vqgan': vqgan,
+           'manifest': manifest, 'log': log,
            'cache': cache, 'tar': tar, 'list': listed, 'safetensors': foreign_safetensors, 'npz': foreign_npz,
            'npy': foreign_npy, 'lines': foreign_lines, 'parquet': foreign_parquet}
 

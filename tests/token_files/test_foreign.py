@@ -1,6 +1,7 @@
 """Token sets of other projects: each format made by hand, and what is refused."""
 import os
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -85,6 +86,16 @@ def test_names_behind_globs_and_lists(tmp_path):
     assert labels.tolist() == 3 * labels_of().tolist()
     named = write_safetensors(tmp_path / 'odd#name.safetensors', codes_of().astype('u2'), labels_of())
     assert read(named)[0].tolist() == codes_of().reshape(6, 9).tolist()
+    (tmp_path / 'set#1').mkdir()
+    for name in 'a-0.data.bin.gz', 'a-1.data.bin.gz', 'a.npz':
+        (tmp_path / 'set#1' / name).touch()
+    below = f'{tmp_path}/set#1'
+    assert expand_token_files(f'{below}/a-*.data.bin.gz, {below}/a-1.data.bin.gz') == [
+        Path(f'{below}/a-{i}.data.bin.gz') for i in (0, 1, 1)]
+    assert expand_token_files(f'{below}/a-{{0..1}}.data.bin.gz') == [Path(f'{below}/a-{i}.data.bin.gz') for i in (0, 1)]
+    assert expand_token_files(f'{below}/a*.npz#b/x+b/y') == [Path(f'{below}/a.npz#b/x+b/y')]
+    assert holds_foreign(f'{below}/a*.npz') and not holds_foreign(f'{below}/a-*.gz')
+    fails(lambda: open_token_files(f'{below}/b.data.bin.gz'), '/set#1/b.data.bin.gz: No such file')
     assert holds_foreign(f'{tmp_path}/a-*.safetensors#x+y') and not holds_foreign(f'{tmp_path}/b-*.npy')
 
 
