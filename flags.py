@@ -639,6 +639,13 @@ def add_fit_flags(add: Callable, options: Any) -> None:
     add_exif_rotate(add)
 
 
+def classifier_options(flags: argparse.Namespace) -> dict[str, Any]:
+    """The options of `inference.classifier.load_classifier` that a command line with these flags has."""
+    names = ('use_ema', 'codebook_path', 'tokenizer_path', 'tokenizer_code_path', 'allow_torchscript',
+             'tokenizer_input_size', 'model', 'model_kwargs', 'stem', 'input_size', 'eval_crop_ratio')
+    return {name: getattr(flags, name) for name in names} | {'exif_rotate': flags.exif_rotate or None}
+
+
 def add_classifier_flags(parser: Parser, stems: Sequence[str]) -> None:
     """A trained model, and what it needs: the options of inference/classifier.py. `stems` are as of `add_stem`."""
     add = parser.add_group('the model; what its checkpoint says need not be given')

@@ -277,8 +277,8 @@ def load_tokenizer(path: str | Path, code_path: str | Path | None = None,
     if is_torchscript(path):
         if not allow_torchscript:
             raise InputError(f'{path}: is a TorchScript program, which is run on each image. If you trust it, add '
-                             '--allow-torchscript, which the programs that tokenize, evaluate, probe, inspect and '
-                             'predict have')
+                             '--allow-torchscript of tokenize_images.py, and of the programs that evaluate, probe, '
+                             'inspect and predict')
         return load_torchscript(path)
     try:
         value = read_file(path)

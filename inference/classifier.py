@@ -8,7 +8,6 @@ tokenizer, codes, codebook, ViT. Images become pixels as the programs that evalu
 those of evaluate_on_images.py, of main_pixels.py --eval and of main_mtm_finetune.py --eval.
 """
 import os
-from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -99,7 +98,7 @@ class Classifier(nn.Module):
     def embed(self, pixels: torch.Tensor) -> torch.Tensor:
         """Pixels -> what a model of tokens reads: embeddings (B, d, g, g), or codes (B, g, g) int64 in SeiT++."""
         features, codes = find_codes(self.tokenizer, self.codebook, unit_range(pixels))  # (B, n)
-        if not torch.compiler.is_compiling():  # an export cannot look at values
+        if not (torch.compiler.is_compiling() or codes.is_meta):  # an export cannot look at values
             check_found(features, codes)
         side = self.size // self.tokenizer.patch_size
         codes = center_crop(codes.view(-1, side, side), self.grid_size)
@@ -193,14 +192,6 @@ def load_classifier(path: str | Path, device: str | torch.device = 'cpu', *, use
     classifier = Classifier(trained, class_names(checkpoint, path, trained), tokenizer, codebook, tokenizer_input_size,
                             exif_rotate)
     return classifier.eval().to(device)
-
-
-def classifier_of(args: Namespace, device: torch.device) -> Classifier:
-    """The classifier of a command line with the flags of `flags.add_classifier_flags`. Raises InputError."""
-    names = ('use_ema', 'codebook_path', 'tokenizer_path', 'tokenizer_code_path', 'allow_torchscript',
-             'tokenizer_input_size', 'model', 'model_kwargs', 'stem', 'input_size', 'eval_crop_ratio')
-    return load_classifier(args.checkpoint, device, exif_rotate=args.exif_rotate or None,
-                           **{name: getattr(args, name) for name in names})
 
 
 def find_file(path: str, use_ema: bool = False) -> str:

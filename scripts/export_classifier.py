@@ -14,8 +14,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import check_writable
-from flags import Parser, add_classifier_flags
-from inference.classifier import classifier_of
+from flags import Parser, add_classifier_flags, classifier_options
+from inference.classifier import load_classifier
 from inference.export import check_kind, export_classifier
 from models_seit import STEMS
 from utils import device_of_rank, print0, run
@@ -35,7 +35,7 @@ def main(args: argparse.Namespace) -> None:
     """Export a classifier."""
     check_kind(args.output)
     check_writable(args.output, inputs=[args.checkpoint] if os.path.isfile(args.checkpoint) else [])
-    classifier = classifier_of(args, device_of_rank(args.device))
+    classifier = load_classifier(args.checkpoint, device_of_rank(args.device), **classifier_options(args))
     difference = export_classifier(classifier, args.output)
     size = os.path.getsize(args.output) / 1e6
     print0(f'{args.output}: {size:.1f} MB, pixels (batch, 3, {classifier.size}, {classifier.size}) uint8 -> '

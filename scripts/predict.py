@@ -24,10 +24,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import atomic_path, check_writable
-from flags import Parser, add_classifier_flags, add_max_pixels, integer
+from flags import Parser, add_classifier_flags, classifier_options, add_max_pixels, integer
 from image_data.pictures import open_pictures
 from image_data.sources import OrientedImages, Source, load_images
-from inference.classifier import Classifier, classifier_of
+from inference.classifier import Classifier, load_classifier
 from models_seit import STEMS
 from utils import InputError, device_of, device_of_rank, print0, run
 
@@ -154,7 +154,7 @@ def main(args: argparse.Namespace) -> None:
         check_writable(args.output, inputs=inputs)
     device = device_of_rank(args.device)
     sources = open_pictures(args.pictures)
-    classifier = classifier_of(args, device)
+    classifier = load_classifier(args.checkpoint, device, **classifier_options(args))
     top_k = min(args.top_k, len(classifier.classes))
     pictures = sum(map(len, sources))
     read = 0

@@ -38,6 +38,7 @@ FLOAT64 = {
     ('token_augment.py', 'swap_table'): 'on the CPU', ('token_files/codebook.py', 'nearest_codes'): 'on the CPU',
     ('token_files/codebook_sources.py', 'deviation'): 'on the CPU',
     ('token_files/codebook_sources.py', 'fit_rows'): 'on the CPU',
+    ('token_files/codebook_sources.py', 'unit_rows'): 'on the CPU',
     ('utils.py', 'uniform_float64'): 'device_of_sums'}
 
 

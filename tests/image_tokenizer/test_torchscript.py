@@ -131,7 +131,7 @@ def test_the_manifest_names_kind_and_file(made):
 
 
 def test_it_runs_on_consent_alone(made, tmp_path):
-    line = 'encoder.jit: is a TorchScript program, .* add --allow-torchscript, which the programs that tokenize'
+    line = 'encoder.jit: is a TorchScript program, .* add --allow-torchscript of tokenize_images.py'
     fails(lambda: tokenize(made, tmp_path / 'x'), line)
     assert not (tmp_path / 'x').exists()
     fails(lambda: load_classifier(made / 'run' / 'checkpoint.pth'), line)

@@ -143,7 +143,8 @@ def test_what_is_given_wins_over_the_flags_of_the_file(runs, tmp_path):
     pixels = runs['main_pixels.py']
     assert loaded(pixels, crop_ratio=1.).crop_ratio == 1
     fails(lambda: loaded(pixels, input_size=48), 'pixels/checkpoint.pth: does not fit the model: pos_embed')
-    fails(lambda: loaded(pixels, name='deit_tiny_patch16_224'), 'does not fit the model')  # not with the file's kwargs
+    assert loaded(pixels, name='deit_tiny_patch16_224').name == 'deit_tiny_patch16_224'  # with its arguments
+    fails(lambda: loaded(pixels, name='deit_small_patch16_224'), 'does not fit the model')  # another's has not these
     fails(lambda: loaded(runs['main_seit.py'], model_kwargs={'depth': 2}), 'does not fit the model')
 
 

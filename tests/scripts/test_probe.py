@@ -171,7 +171,7 @@ def test_mistakes_are_one_line(tokens, images, tmp_path):
     fails(lambda: probed(words[:-2], checkpoint), 'give --train-path, --val-path, or --train-token-file, ')
     fails(lambda: probed([*words, *paths], checkpoint), 'give --train-path, --val-path, or --train-token-file, ')
     fails(lambda: probed(words, checkpoint, '--neighbors', 41), '--neighbors 41: .*train-token.data.bin.gz has 40 imag')
-    fails(lambda: probed(words, checkpoint, '--model', 'deit_tiny_token_32'), 'checkpoint.pth: does not fit the model')
+    fails(lambda: probed(words, checkpoint, '--model', 'deit_small_token_32'), 'checkpoint.pth: does not fit the model')
     fails(lambda: probed(paths, pixels, '--model', 'resnet10t'), 'no fc.bias among its weights')
     fails(lambda: probed(words, checkpoint, '--output', checkpoint), 'is read, and would be replaced')
     smooth_images(tmp_path / 'val')

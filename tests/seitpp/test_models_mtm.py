@@ -44,6 +44,7 @@ def filled(**sizes):
 @pytest.fixture(scope='module')
 def full():
     """The published model, with TokenAdapt in it."""
+    torch.manual_seed(1)  # 32 biases are few: their deviation is as published to 15 % with most seeds
     model = timm.create_model(NAME)
     keep_token_adapt(model, TokenAdapt(391, 32))
     return model
