@@ -470,7 +470,7 @@ def add_stem(add: Callable, stems: Sequence[str], **rules: bool) -> None:
     """How models that are no ViT read tokens, added by a parser's add_argument, or a group's add with its rules."""
     add('--stem', choices=stems, **rules,
         help='for models of timm that are no ViT: native upsamples codes to the grids that pixels would give the '
-        'model, fast to half of that on a side, for a quarter of the compute (default: native)')
+        'model, fast to half of that on a side, for a quarter of the compute (default: fast)')
 
 
 def add_average_flags(add: Callable) -> None:

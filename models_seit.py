@@ -195,7 +195,7 @@ def deit_base_token_32_patch(pretrained: bool = False, **kwargs: Any) -> nn.Modu
 
 # ---------------------------------------------------------------- any other model of timm
 
-STEMS = 'native', 'fast'
+STEMS = 'fast', 'native'  # the first is the default: docs/backbones.md has what each is worth
 LEAST_PATCH = 8  # pixels on a side of a patch: a model of larger ones, all of one size, is a plain ViT
 
 # the user's arguments go into timm and torch as they are, so a mistake in them may surface as any of these
@@ -223,7 +223,7 @@ def create_backbone(name: str, model_kwargs: dict[str, Any], num_classes: int, i
     """A model of timm that was made for images, reading (B, in_chans, img_size, img_size) embeddings of codes.
 
     A plain ViT gets the Stem-adaptor. In any other model its first convolution is replaced by `UpsampledConv2d`, with
-    which all later grids are those that pixels would give it, or, with the fast stem, half of that on a side.
+    which all later grids are half of those on a side that pixels would give it, or the same with the native stem.
 
     Args:
         name, model_kwargs, num_classes, img_size, in_chans, token_patch_size: as of `create_model`.
@@ -253,12 +253,13 @@ def create_backbone(name: str, model_kwargs: dict[str, Any], num_classes: int, i
         adapted = nn.Conv2d(in_chans, first.out_channels, kernel_size=patch_size + 2, stride=patch_size, padding=1,
                             bias=first.bias is not None)
     else:
-        pixels = token_patch_size if stem != 'fast' else token_patch_size / 2  # that a code stands for
+        stem = stem or STEMS[0]
+        pixels = token_patch_size / 2 if stem == 'fast' else token_patch_size  # that a code stands for
         scale, rest = divmod(pixels, first.stride[0])
         if rest or not scale:
             raise InputError(f'--model {name}: its first convolution has stride {first.stride[0]}, so it cannot read '
-                             f'codes of {token_patch_size} pixels with --stem {stem or STEMS[0]}: choose another '
-                             'stem or model')
+                             f'codes of {token_patch_size} pixels with --stem {stem}: choose another stem or '
+                             'model')
         # models whose positions or windows belong to a size are told that of pixels
         size = {'img_size': int(img_size * pixels)} if cfg.fixed_input_size else {}
         model = timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **rates, **(size | model_kwargs))
@@ -306,7 +307,7 @@ def create_model(name: str, model_kwargs: dict[str, Any], num_classes: int, img_
         img_size: side of the input in codes.
         in_chans: elements of a codebook row. A model of MODELS must be one that reads so many; None for no check.
             Others are made to read them.
-        stem: 'native' or 'fast', of models that are no ViT; None: native.
+        stem: 'fast' or 'native', of models that are no ViT; None: fast.
         token_patch_size: pixels on a side that a code stands for: what 'native' makes of a code.
         drop, drop_path: rates of dropout and of stochastic depth.
 

@@ -63,7 +63,7 @@ def row(name: str) -> str:
 
 def main(args: argparse.Namespace) -> None:
     """Print the table."""
-    print('| model | M parameters | pixels | Stem-adaptor | native | fast |')
+    print('| model | M parameters | pixels | Stem-adaptor | fast | native |')
     print('|-------|-------------:|-------:|-------------:|-------:|-----:|')
     for name in args.models:
         print(row(name), flush=True)
