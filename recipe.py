@@ -219,7 +219,7 @@ def check_held_out(args: Flags, checkpoint: dict[str, Any], path: str, facts: di
     if before.get('val_share', 0) != share:
         raise InputError(f'{path}: its run held a share of {before.get("val_share", 0):g} of the images out, so '
                          f'--val-share {share:g} would evaluate images that it was trained on: give the same share')
-    if tuple(before.get('views') or ()) != tuple(args.views or ()):
+    if not same_views(before, args):
         raise InputError(f'{path}: its run had {views_in_words(before.get("views"))}, and this evaluation has '
                          f'{views_in_words(args.views)}: other images would be held out, and those are trained on; '
                          'give the same --views')
@@ -228,6 +228,11 @@ def check_held_out(args: Flags, checkpoint: dict[str, Any], path: str, facts: di
     if not all(same):
         raise InputError(f'{path}: its run held images of another --train-token-file out than {args.train_token_file}: '
                          'give that one, or evaluate --val-token-file')
+
+
+def same_views(before: dict[str, Any], args: Flags) -> bool:
+    """Whether --views is that of the flags of another run, from which it comes as a tuple, a list, or not at all."""
+    return tuple(before.get('views') or ()) == tuple(args.views or ())
 
 
 def views_in_words(views: Sequence[int] | None) -> str:
@@ -239,7 +244,7 @@ def note_held_out(args: Flags, start: dict[str, Any], facts: dict[str, Any]) -> 
     """Say where the weights of --finetune were trained on images that --val-share holds out now."""
     before, data = saved_flags(start), start.get('data') or {}
     tokens = facts.get('training tokens')
-    same = before.get('val_share', 0) == args.val_share and tuple(before.get('views') or ()) == tuple(args.views or ())
+    same = before.get('val_share', 0) == args.val_share and same_views(before, args)
     if args.val_share and tokens and data.get('training tokens') == tokens and not same:
         print0(f'note: {args.finetune}: was trained on these images, and held others of them out than --val-share '
                f'{args.val_share:g} does now: results on those say nothing of other images')

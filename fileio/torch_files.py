@@ -137,6 +137,11 @@ def load_torch(path: str | Path, what: str) -> Any:
             raise InputError(f'{path}: damaged or not {what} ({first_line(error)[:120]})') from None
 
 
+def is_safetensors(path: str | Path) -> bool:
+    """Whether a path or an address is of a .safetensors, by its ending; behind the '#' of an address is its digest."""
+    return (str(path).partition('#')[0] if is_address(path) else str(path)).lower().endswith('.safetensors')
+
+
 def load_safetensors(path: str | Path, what: str) -> dict[str, torch.Tensor]:
     """The tensors of a .safetensors on the CPU; `path` and `what` as of `load_torch`. Raises InputError."""
     path = str(path)

@@ -40,7 +40,7 @@ from torch import nn
 
 from fileio.files import download, is_address
 from fileio.hub import local_path
-from fileio.torch_files import load_torch
+from fileio.torch_files import is_safetensors, load_torch
 from image_tokenizer.diffusers_vq import is_vq_model, load_vq_model
 from image_tokenizer.kmeans import nearest_rows
 from image_tokenizer.latents import LatentTokenizer, is_latent_tokenizer
@@ -303,10 +303,10 @@ class CodeNeeded(InputError):
 def read_file(path: str | Path) -> Any:
     """What a .safetensors or torch file holds, without running code from it. Raises InputError, or its CodeNeeded."""
     file = local_path(path)
-    if is_address(file) and file.partition('#')[0].lower().endswith('.safetensors'):
+    if is_address(file) and is_safetensors(file):
         with tempfile.TemporaryDirectory() as folder:
             return read_file(download(file, folder))
-    if str(file).lower().endswith('.safetensors'):
+    if is_safetensors(file):
         try:
             check_version(path)
             return safetensors.torch.load_file(file)

@@ -13,8 +13,7 @@ import torch
 from timm.utils import ModelEmaV3
 from torch import nn
 
-from fileio.files import is_address
-from fileio.torch_files import MAX_STRING, check_fields, digest_of, load_safetensors, load_torch
+from fileio.torch_files import MAX_STRING, check_fields, digest_of, is_safetensors, load_safetensors, load_torch
 from utils import InputError, check_same_on_all_ranks, print0, shown, world_size
 
 MOMENTS = {'exp_avg', 'exp_avg_sq', 'max_exp_avg_sq', 'momentum_buffer'}  # of fused optimizers: of a parameter's shape
@@ -89,9 +88,7 @@ def load_checkpoint(path: str, weights_alone: bool = False) -> dict[str, Any]:
     What DDP and torch.compile put before the names of weights is taken off. With `weights_alone` the file may hold
     nothing else, as those of timm do: a .safetensors, or a dict of tensors.
     """
-    # behind the '#' of an address stands its digest
-    name = path.partition('#')[0] if is_address(path) else path
-    if weights_alone and name.lower().endswith('.safetensors'):
+    if weights_alone and is_safetensors(path):
         checkpoint = {'model': load_safetensors(path, 'a checkpoint')}
     else:
         checkpoint = load_torch(path, 'a checkpoint')
