@@ -149,16 +149,16 @@ def robustness(plan: Plan, seeds: Sequence[int]) -> list[Line]:
     what comes out.
     """
     rows, val = plan.corrupted()
-    sets = {'clean': (val, ())}
-    sets |= {f'{name} {severity}': (val, ('--corruption', name, '--severity', str(severity)))
+    sets = {'clean': (val, (), {})}
+    sets |= {f'{name} {severity}': (val, ('--corruption', name, '--severity', str(severity)), {'severity': severity})
              for name in plan.preset.corruptions for severity in plan.preset.severities}
-    sets |= {name: (plan.data / name, ('--classes', name)) for name in plan.preset.more_sets}
+    sets |= {name: (plan.data / name, ('--classes', name), {}) for name in plan.preset.more_sets}
     lines = []
     for kind in ('tokens', 'pixels'):
         base = plan.base_line(kind, seeds)
-        for name, (path, flags) in sets.items():
+        for name, (path, flags, facts) in sets.items():
             runs = {seed: plan.evaluation(kind, run, name, path, flags, rows) for seed, run in base.runs.items()}
-            lines.append(Line(f'{kind} {name}', kind, runs, 'evaluated top1',
+            lines.append(Line(f'{kind} {name}', kind, runs, 'evaluated top1', facts=facts,
                               paper=PAPER_ROBUSTNESS.get(name) if kind == 'tokens' else None))
     return lines
 

@@ -224,19 +224,19 @@ def ablation_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]],
 def robustness_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
     """Head, lines and note of table 3: a line for each corruption, a column for each severity, and their means."""
     rows = results['rows']
-    severity_of = {name: int(name[-1]) for name in rows if name[-1].isdigit()}
-    severities = sorted(set(severity_of.values()))
+    corrupted = [row for row in rows.values() if 'severity' in row]
+    severities = sorted({row['severity'] for row in corrupted})
     lines = []
-    for name in dict.fromkeys(name[:-2] if name in severity_of else name for name in rows):
+    for name in dict.fromkeys(name.removesuffix(f' {row.get("severity")}') for name, row in rows.items()):
         kind, _, corruption = name.partition(' ')
         found = [rows.get(f'{name} {severity}') for severity in severities]
         paper = paper_of(rows[name]) if name in rows else DASH
         if kind == 'tokens':
             paper = PAPER_CORRUPTIONS.get(corruption, paper)
         lines.append([name, spread(rows.get(name)), *map(spread, found), mean_of(found), paper])
-    for kind in dict.fromkeys(name.partition(' ')[0] for name in rows):
-        of_kind = [name for name in severity_of if name.startswith(f'{kind} ')]
-        columns = [[rows[name] for name in of_kind if severity_of[name] == severity] for severity in severities]
+    for kind in dict.fromkeys(row['kind'] for row in rows.values()):
+        columns = [[row for row in corrupted if row['kind'] == kind and row['severity'] == severity]
+                   for severity in severities]
         # a mean of some corruptions would be compared with one of others
         whole = bool(columns) and len(set(map(len, columns))) == 1
         lines.append([f'{kind}, mean of corruptions', DASH, *(mean_of(column) if whole else DASH for column in columns),

@@ -561,11 +561,13 @@ def test_the_curve_and_the_table_of_storage(tmp_path):
 def test_the_tables_of_robustness_and_speed():
     facts = {'title': 'T', 'preset': 'tiny', 'lrs': {}}
     made = {'tokens clean': result('tokens', 4, 8, 8, 30.)} | {
-        f'tokens gaussian_noise {severity}': result('tokens', 4, 8, 8, 30. - severity) for severity in (1, 2)}
+        f'tokens gaussian_noise {severity}': result('tokens', 4, 8, 8, 30. - severity) | {'severity': severity}
+        for severity in (1, 2)}
     text = report.markdown({'table': 'robustness', 'rows': made, **facts})
     assert f'| tokens clean | 30.00 (1) |{f" {report.DASH} |" * 4}' in text
     assert f'| tokens gaussian_noise | {report.DASH} | 29.00 (1) | 28.00 (1) | 28.50 | 50.7 |' in text
-    made |= {f'tokens contrast {severity}': result('tokens', 4, 8, 8, 20. - severity) for severity in (1, 2)}
+    made |= {f'tokens contrast {severity}': result('tokens', 4, 8, 8, 20. - severity) | {'severity': severity}
+             for severity in (1, 2)}
     text = report.markdown({'table': 'robustness', 'rows': made, **facts})
     assert f'| tokens, mean of corruptions | {report.DASH} | 24.00 | 23.00 | 23.50 |' in text
     del made['tokens contrast 2']
