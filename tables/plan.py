@@ -324,8 +324,10 @@ class Plan:
     def of_epochs(self, epochs: int) -> 'Plan':
         """A plan of the same rows, whose trainings take another number of epochs, and are named by it."""
         plan = copy.copy(self)
-        plan.preset = replace(self.preset, epochs=epochs,
-                              warmup_epochs=max(1, round(self.preset.warmup_epochs * epochs / self.preset.epochs)))
+        warmup = round(self.preset.warmup_epochs * epochs / self.preset.epochs)
+        if self.preset.warmup_epochs:
+            warmup = max(1, warmup)
+        plan.preset = replace(self.preset, epochs=epochs, warmup_epochs=warmup)
         plan.named = f'{epochs}-epochs/'
         return plan
 

@@ -36,7 +36,8 @@ def test_the_lines_of_the_first_table():
     words = rows.flags_of(lines['tokens, 24 epochs'].runs[0].commands[0])
     assert words['--epochs'] == ['24'] and '--no-model-ema' in words
     searched = [line for name, line in lines.items() if name.startswith('search tokens')]
-    assert [rows.flags_of(line.runs[0].commands[0])['--epochs'] for line in searched] == [['3']] * 3
+    searched = [rows.flags_of(line.runs[0].commands[0]) for line in searched]
+    assert [(flags['--epochs'], flags['--warmup-epochs']) for flags in searched] == [(['3'], ['0'])] * 3
 
 
 def test_seitpp_stands_beside_the_long_row_without_token_adapt():
