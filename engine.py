@@ -123,13 +123,14 @@ def optimizer_step(state: TrainState, clip_grad: float | None) -> None:
 
 
 def train(state: TrainState, order_of: Callable, batches_of: Callable, loss_of: Callable, evaluate_of: Callable | None,
-          folder: RunFolder, log: RunLog, epochs: int, options: StepOptions) -> bool:
+          folder: RunFolder, log: RunLog, epochs: int, options: StepOptions, eval_freq: int = 1) -> bool:
     """Epochs from `state.epoch` on: schedule, train, evaluate, log, save.
 
     Args:
         state: changed in place.
         order_of, batches_of, loss_of, evaluate_of: see the module's docstring; evaluate_of may be None.
         epochs: in all, those before `state.epoch` too.
+        eval_freq: epochs from one evaluation to the next; the last epoch has one.
 
     Returns:
         False when a signal stopped it, after saving.
@@ -163,7 +164,7 @@ def train(state: TrainState, order_of: Callable, batches_of: Callable, loss_of: 
                 return False
             speed = (options.steps - first) * options.batch_size * world_size() / (time.monotonic() - began)
             stats = {f'train_{key}': value for key, value in stats.items()}
-            if evaluate_of:
+            if evaluate_of and ((state.epoch + 1) % eval_freq == 0 or state.epoch + 1 == epochs):
                 stats |= evaluate_models(state, evaluate_of)
             finish_epoch(state, stats, folder, log, {'epoch_time': round(time.monotonic() - began, 2),
                                                      'images_per_second_time': round(speed, 1)})

@@ -324,8 +324,7 @@ ELSEWHERE = {
     '--recovery-interval': Elsewhere(['--save-every']),
     '--log-interval': Elsewhere(otherwise='the loss is shown every 50 steps'),
     '--print-freq': Elsewhere(otherwise='the loss is shown every 50 steps'),
-    '--eval-freq': Elsewhere(['--no-eval'], 'each epoch is evaluated, or with {} none',
-                             'a training evaluates each epoch'),
+    '--eval-every': Elsewhere(['--eval-freq']),
     '--evaluate': Elsewhere(['--eval']), '--eval-only': Elsewhere(['--eval']),
     # processes
     '--gpu': Elsewhere(['--device'], 'here it is {}, as in cuda:1'),
@@ -509,6 +508,9 @@ def add_step_flags(parser: Parser) -> Callable:
     add('--weight-decay', type=number(0), default=0.1, help='weight decay; biases and norms have none')
     add('--sched', default='cosine', choices=['cosine', 'tanh', 'step', 'poly'],
         help='how the learning rate falls; it changes once an epoch')
+    add('--sched-on-updates', action='store_true',
+        help='change the learning rate with every step; by epochs, as published, it lags by one, and a run of few '
+        'epochs ends with a high one')
     add('--lr', type=number(0), default=7.5e-4,
         help='learning rate for 512 images a step over all processes; it is scaled in proportion to the images')
     add('--unscale-lr', action='store_true', help='take --lr as it is, whatever the size of the batch')
@@ -563,6 +565,8 @@ def add_run_flags(parser: Parser) -> None:
         'mistakes that the model was surest of, as tables and pictures; needs matplotlib')
     add('--dist-eval', action='store_true',
         help='divide the validation images among the ranks; without it each evaluates all')
+    add('--eval-freq', type=integer(1), default=1, metavar='N',
+        help='evaluate after every N epochs, and after the last')
     add('--no-eval', action='store_true', help='train without evaluating, so that no validation set is read')
 
 

@@ -313,7 +313,7 @@ def train_task(args: argparse.Namespace, modality: Modality, tasks: Tasks, task:
 
     # model and optimizer
     state = recipe.make_state(args, start_model(args, modality, task).to(device), device, modality.input_shape,
-                              {SEEN: seen})
+                              steps, {SEEN: seen})
     recipe.resume_run(args, state, checkpoint, checkpoint_path, steps)
 
     # loss: over the classes seen so far, which are the model's first outputs

@@ -261,7 +261,7 @@ def main(args: argparse.Namespace) -> int:
 
     # train
     steps = recipe.count_steps(args, len(order_of(0)), args.train_path)
-    state = recipe.make_state(args, model, device, (3, args.input_size, args.input_size), facts)
+    state = recipe.make_state(args, model, device, (3, args.input_size, args.input_size), steps, facts)
     recipe.resume_run(args, state, checkpoint, path, steps)
     return recipe.fit(args, state, folder, steps, order_of, batches_of, loss_of, evaluate_of, train_data.classes)
 

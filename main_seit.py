@@ -230,7 +230,7 @@ def main(args: argparse.Namespace) -> int:
     # ------------------------------------------------------------ train
     steps = recipe.count_steps(args, len(order_of(0)), args.train_token_file)  # all epochs are equally long
     # a checkpoint is loaded last, into a state that is complete: DDP has run once by then
-    state = recipe.make_state(args, model, device, (codebook.shape[1], size, size), facts)
+    state = recipe.make_state(args, model, device, (codebook.shape[1], size, size), steps, facts)
     recipe.resume_run(args, state, checkpoint, path, steps)
     recipe.print_recipe_batch(args)
     files = [file for data in datasets.values() for file in data.files]

@@ -44,6 +44,7 @@ def check_flags(args: Flags) -> None:
          '--bce-loss needs --smoothing 0 (any smoothing makes every target 1) and --cutmix or --mixup on'),
         (args.eval and not args.resume, '--eval needs --resume CHECKPOINT'),
         (args.eval and args.no_eval, '--eval and --no-eval exclude each other'),
+        (args.no_eval and 'eval_freq' in args.given, '--eval-freq and --no-eval exclude each other'),
         (args.output and not args.eval, '--output belongs to --eval; training writes to --output-dir'),
         (args.report and not args.eval, '--report belongs to --eval; training writes to --output-dir'),
     ]
@@ -425,12 +426,13 @@ def can_fuse(model: nn.Module) -> bool:
     return device_of(model).type in ('cpu', 'cuda')
 
 
-def make_scheduler(args: Flags, optimizer: torch.optim.Optimizer) -> Any:
-    """timm's schedule, a function of the epoch alone."""
+def make_scheduler(args: Flags, optimizer: torch.optim.Optimizer, steps: int) -> Any:
+    """timm's schedule, a function of the epoch alone, or of the batch, of which an epoch has `steps`."""
     return create_scheduler_v2(
         optimizer, args.sched, args.epochs, decay_epochs=args.decay_epochs, decay_rate=args.decay_rate,
         min_lr=args.min_lr, warmup_lr=args.warmup_lr, warmup_epochs=args.warmup_epochs,
-        noise=args.lr_noise, noise_pct=args.lr_noise_pct, noise_std=args.lr_noise_std)[0]
+        noise=args.lr_noise, noise_pct=args.lr_noise_pct, noise_std=args.lr_noise_std,
+        step_on_epochs=not args.sched_on_updates, updates_per_epoch=steps)[0]
 
 
 def print_model(args: Flags, name: str, model: nn.Module, device: torch.device) -> str:
@@ -495,9 +497,12 @@ def parallel(model: nn.Module, compiled: bool, device: torch.device, amp: str, *
     return train_model
 
 
-def make_state(args: Flags, model: nn.Module, device: torch.device,
-               input_shape: tuple[int, ...], data: dict[str, Any] | None = None) -> TrainState:
-    """The state of a new run, from a model on `device` that reads inputs (B, *input_shape); for `data` see there."""
+def make_state(args: Flags, model: nn.Module, device: torch.device, input_shape: tuple[int, ...], steps: int,
+               data: dict[str, Any] | None = None) -> TrainState:
+    """The state of a new run, from a model on `device` that reads inputs (B, *input_shape); for `data` see there.
+
+    `steps` is of `count_steps`.
+    """
     amp = args.amp or default_amp(device)
     try:
         model.set_grad_checkpointing(args.grad_checkpointing)
@@ -507,8 +512,8 @@ def make_state(args: Flags, model: nn.Module, device: torch.device,
     ema = ModelEmaV3(model, decay=args.model_ema_decay, device=ema_device) if args.model_ema else None
     optimizer = make_optimizer(args, model)
     x = torch.zeros(args.batch_size, *input_shape, device=device).to(memory_format=torch.channels_last)
-    return TrainState(model, parallel(model, args.compile, device, amp, x), optimizer, make_scheduler(args, optimizer),
-                      make_scaler(device, amp), ema, amp, epoch=args.start_epoch, data=data or {})
+    return TrainState(model, parallel(model, args.compile, device, amp, x), optimizer,
+                      make_scheduler(args, optimizer, steps), make_scaler(device, amp), ema, amp, epoch=args.start_epoch, data=data or {})
 
 
 def count_steps(args: Flags, images: int, source: str) -> int:
@@ -614,7 +619,8 @@ def fit(args: Flags, state: TrainState, folder: RunFolder, steps: int, order_of:
     options = dataclasses.replace(step_options(args, steps), seed=seed)
     # At a bad step the run says which images it saw, so that `bad_step_rankN.json` is enough to replay it.
     try:
-        finished = train(state, order_of, batches_of, loss_of, evaluate_of, folder, log, args.epochs, options)
+        finished = train(state, order_of, batches_of, loss_of, evaluate_of, folder, log, args.epochs, options,
+                         vars(args).get('eval_freq', 1))
     except NotFinite as error:
         indices = order_of(error.epoch)[error.step * args.batch_size:(error.step + 1) * args.batch_size]
         folder.save_bad_step(error, rank(), seed, np.asarray(indices).tolist())

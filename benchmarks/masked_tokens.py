@@ -70,7 +70,7 @@ def seit_step(args: argparse.Namespace, codebook: torch.Tensor, data: TokenDatas
         x, targets = augment(*batch, generator)
         return criterion(model(x), targets)
 
-    return recipe.make_state(args, model, device, (codebook.shape[1], size, size)), loss_of
+    return recipe.make_state(args, model, device, (codebook.shape[1], size, size), 1), loss_of
 
 
 def pretraining_step(args: argparse.Namespace, codebook: torch.Tensor, data: TokenDataset,

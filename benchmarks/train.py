@@ -83,7 +83,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     mixup, criterion = recipe.make_loss(main_args, main_args.nb_classes)
     unmixed, augment = (main_seit.make_augment(main_args, codebook, data.grid_size, size, device, mixing)
                         for mixing in (None, mixup))
-    state = recipe.make_state(main_args, model, device, input_shape)
+    state = recipe.make_state(main_args, model, device, input_shape, args.steps)
     options = recipe.step_options(main_args, args.steps)
 
     # The two that are compared: their difference is what reading and augmenting take of a step.

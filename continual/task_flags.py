@@ -13,6 +13,7 @@ LABELS = '; scripts/convert_tokens.py writes the labels that are inside a set of
 NOT_HERE = {
     'eval': 'each task is evaluated when it ends',
     'no_eval': 'each task is evaluated when it ends',
+    'eval_freq': 'each task is evaluated when it ends',
     'output': 'results.jsonl has the numbers of each task',
     'report': 'results.jsonl has the numbers of each task',
     'corruption': 'each task is evaluated on images as they are',

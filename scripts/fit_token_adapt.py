@@ -135,7 +135,7 @@ def main(args: argparse.Namespace) -> int:
 
     # ------------------------------------------------------------ train
     steps = recipe.count_steps(args, len(order_of(0)), args.data_path)
-    state = recipe.make_state(args, model, device, (codebook.shape[1], grid_size, grid_size), facts)
+    state = recipe.make_state(args, model, device, (codebook.shape[1], grid_size, grid_size), steps, facts)
     recipe.resume_run(args, state, checkpoint, path, steps)
     return recipe.fit(args, state, folder, steps, order_of, batches_of, loss_of, evaluate_of)
 

@@ -204,7 +204,7 @@ def main(args: argparse.Namespace) -> int:
     # rank 0 fits, and all ranks load what it fitted: they must begin with the same weights
     if not checkpoint:
         training.load_state_dict(on_main(fitted_start, args, training, images))
-    state = recipe.make_state(args, training, device, (3, args.image_size, args.image_size), facts)
+    state = recipe.make_state(args, training, device, (3, args.image_size, args.image_size), steps, facts)
     recipe.resume_run(args, state, checkpoint, path, steps)
     return recipe.fit(args, state, folder, steps, order_of, batches_of, loss_of, evaluate_of)
 

@@ -266,7 +266,7 @@ class Plan:
     def token_words(self, tokens: Tokens, more: Sequence[str] = (), model: Sequence[str] = ()) -> Command:
         """Program and flags of a training on tokens; `more` of them win."""
         epochs, warmup = self.epochs(tokens.share)
-        return ('main_seit.py', *tokens.flags, *self.no_eval(), '--input-size', str(tokens.tokenizer.input_size),
+        return ('main_seit.py', *tokens.flags, *self.evaluating(tokens.share), '--input-size', str(tokens.tokenizer.input_size),
                 '--model', *(model or self.preset.token_model), '--epochs', str(epochs), '--warmup-epochs', str(warmup),
                 *self.preset.training, *self.preset.tokens, *more)
 
@@ -274,13 +274,17 @@ class Plan:
         """Program and flags of a training on pixels; `more` of them win."""
         epochs, warmup = self.epochs(images.share)
         val = ('--val-path', str(images.val)) if self.preset.evaluated else ()
-        return ('main_pixels.py', '--train-path', str(images.path), *val, *self.no_eval(), *self.workers,
+        return ('main_pixels.py', '--train-path', str(images.path), *val, *self.evaluating(images.share), *self.workers,
                 '--model', *(model or self.preset.pixel_model), '--epochs', str(epochs),
                 '--warmup-epochs', str(warmup), *self.preset.training, *self.preset.pixels, *more)
 
-    def no_eval(self) -> Command:
-        """The flag of a training without validation images."""
-        return () if self.preset.evaluated else ('--no-eval',)
+    def evaluating(self, share: float) -> Command:
+        """The flags that say when a training on a part of the images is evaluated: at equal steps in all rows."""
+        if not self.preset.evaluated:
+            return ('--no-eval',)
+        epochs, _ = self.epochs(share)
+        freq = epochs if self.preset.at_end else round(epochs / self.preset.epochs)
+        return ('--eval-freq', str(freq)) if freq > 1 else ()
 
     def token_line(self, name: str, seeds: Sequence[int], tokens: Tokens, more: Sequence[str] = (),
                    after: Sequence[Row] = (), **facts: Any) -> Line:
@@ -324,10 +328,9 @@ class Plan:
     def of_epochs(self, epochs: int) -> 'Plan':
         """A plan of the same rows, whose trainings take another number of epochs, and are named by it."""
         plan = copy.copy(self)
-        warmup = round(self.preset.warmup_epochs * epochs / self.preset.epochs)
-        if self.preset.warmup_epochs:
-            warmup = max(1, warmup)
-        plan.preset = replace(self.preset, epochs=epochs, warmup_epochs=warmup)
+        plan.preset = replace(self.preset, epochs=epochs,
+                              warmup_epochs=max(1, round(self.preset.warmup_epochs * epochs / self.preset.epochs)),
+                              at_end=self.preset.at_end and epochs <= self.preset.epochs)
         plan.named = f'{epochs}-epochs/'
         return plan
 

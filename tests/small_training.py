@@ -55,7 +55,7 @@ def train(batches, steps, flags=(), device=CPU, model=None, augment=None, after_
     model = (model or tiny_model()).to(device)
     augment = augment or whole_augment(device)[0]
     mixup, criterion = recipe.make_loss(args, 5)
-    state = recipe.make_state(args, model, device, (32, 8, 8))
+    state = recipe.make_state(args, model, device, (32, 8, 8), 1)
     state.ema = ModelEmaV3(model, decay=0.9)
 
     def loss_of(model, batch, generator):
@@ -138,7 +138,7 @@ def main(args: Flags) -> int:
         engine.evaluate_checkpoint(model, checkpoint, path, args.model_ema, evaluate_of)
         return 0
     steps = recipe.count_steps(args, len(order_of(0)), 'images in small')
-    state = recipe.make_state(args, model, device, (32, 8, 8))
+    state = recipe.make_state(args, model, device, (32, 8, 8), steps)
     recipe.resume_run(args, state, checkpoint, path, steps)
     return recipe.fit(args, state, folder, steps, order_of, batches_of, loss_of, None if args.no_eval else evaluate_of,
                       list('abcde'))

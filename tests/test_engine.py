@@ -26,7 +26,7 @@ def test_four_training_steps_are_the_published_ones(golden):
                                  '--model-ema-decay', '0.9', '--warmup-epochs', '0'])
     x = torch.from_numpy(np.random.default_rng(seed + 99).standard_normal((4, 4, 32, 28, 28)).astype(np.float32))
     targets = torch.from_numpy(z['targets'])
-    state = recipe.make_state(args, model, CPU, (32, 28, 28))
+    state = recipe.make_state(args, model, CPU, (32, 28, 28), 1)
     criterion = SoftTargetCrossEntropy()
     losses = []
 
@@ -132,7 +132,7 @@ def test_compiled_equals_eager():
 def small_run(folder, epochs, evaluate_of, flags=()):
     """engine.train on synthetic batches; returns (whether it finished, the state)."""
     args = main_seit.parse_args(['--no-model-ema', '--amp', 'off', '--epochs', str(epochs), *flags])
-    state = recipe.make_state(args, tiny_model(), CPU, (32, 8, 8))
+    state = recipe.make_state(args, tiny_model(), CPU, (32, 8, 8), 1)
     augment, _ = whole_augment(CPU)
 
     def loss_of(model, batch, generator):

@@ -41,7 +41,7 @@ def test_schedule_is_the_published_one(name, flags, golden):
     args = main_seit.parse_args([*flags, '--unscale-lr'])
     assert recipe.scaled_lr(args) == golden('lr_schedule.json')[name]['base_lr']
     optimizer = recipe.make_optimizer(args, torch.nn.Linear(2, 2))
-    scheduler = recipe.make_scheduler(args, optimizer)
+    scheduler = recipe.make_scheduler(args, optimizer, 1)
     rates = []
     for epoch in range(args.epochs):
         scheduler.step(max(epoch - 1, 0))
@@ -68,7 +68,7 @@ def test_the_learning_rate_scales_with_the_effective_batch_and_args_stay(flags, 
     assert recipe.scaled_lr(args) == pytest.approx(rate)
     optimizer = recipe.make_optimizer(args, torch.nn.Linear(2, 2))
     assert optimizer.param_groups[0]['lr'] == pytest.approx(rate)
-    recipe.make_state(args, timm.create_model('deit_tiny_token_32', depth=1), torch.device('cpu'), (32, 28, 28))
+    recipe.make_state(args, timm.create_model('deit_tiny_token_32', depth=1), torch.device('cpu'), (32, 28, 28), 1)
     assert vars(args) == before
 
 
@@ -211,7 +211,7 @@ def test_the_rules_of_each_programs_flags(name):
 def test_a_resumed_run_keeps_each_programs_exact_flags(name, capsys):
     program, words, *_, exact = PROGRAMS[name]
     args = program.parse_args(words)
-    state = recipe.make_state(main_seit.parse_args(['--amp', 'off']), tiny_model(), CPU, (32, 8, 8))
+    state = recipe.make_state(main_seit.parse_args(['--amp', 'off']), tiny_model(), CPU, (32, 8, 8), 1)
 
     def resume(**values):
         """Resume a run of `args`, with other values of some flags; returns what is printed."""

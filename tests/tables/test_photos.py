@@ -37,7 +37,7 @@ def test_the_lines_of_the_first_table():
     assert words['--epochs'] == ['24'] and '--no-model-ema' in words
     searched = [line for name, line in lines.items() if name.startswith('search tokens')]
     searched = [rows.flags_of(line.runs[0].commands[0]) for line in searched]
-    assert [(flags['--epochs'], flags['--warmup-epochs']) for flags in searched] == [(['3'], ['0'])] * 3
+    assert [(flags['--epochs'], flags['--eval-freq']) for flags in searched] == [(['3'], ['3'])] * 3
 
 
 def test_seitpp_stands_beside_the_long_row_without_token_adapt():

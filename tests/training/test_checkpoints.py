@@ -47,7 +47,7 @@ def state_of(*flags, width=32, code_dim=32):
     args = main_seit.parse_args(['--amp', 'off', '--model-ema-decay', '0.9', *flags])
     torch.manual_seed(0)
     model = tiny(embed_dim=width, num_heads=2, num_classes=3, img_size=8, in_chans=code_dim)
-    return recipe.make_state(args, model, torch.device('cpu'), (code_dim, 8, 8)), vars(args)
+    return recipe.make_state(args, model, torch.device('cpu'), (code_dim, 8, 8), 1), vars(args)
 
 
 def saved(state, flags):
