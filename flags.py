@@ -565,8 +565,8 @@ def add_run_flags(parser: Parser) -> None:
         'mistakes that the model was surest of, as tables and pictures; needs matplotlib')
     add('--dist-eval', action='store_true',
         help='divide the validation images among the ranks; without it each evaluates all')
-    add('--eval-freq', type=integer(1), default=1, metavar='N',
-        help='evaluate after every N epochs, and after the last')
+    add('--eval-freq', type=integer(1), metavar='N',
+        help='evaluate after every N epochs, and after the last (default: after each)')
     add('--no-eval', action='store_true', help='train without evaluating, so that no validation set is read')
 
 

@@ -44,7 +44,7 @@ def check_flags(args: Flags) -> None:
          '--bce-loss needs --smoothing 0 (any smoothing makes every target 1) and --cutmix or --mixup on'),
         (args.eval and not args.resume, '--eval needs --resume CHECKPOINT'),
         (args.eval and args.no_eval, '--eval and --no-eval exclude each other'),
-        (args.no_eval and 'eval_freq' in args.given, '--eval-freq and --no-eval exclude each other'),
+        (args.no_eval and args.eval_freq, '--eval-freq and --no-eval exclude each other'),
         (args.output and not args.eval, '--output belongs to --eval; training writes to --output-dir'),
         (args.report and not args.eval, '--report belongs to --eval; training writes to --output-dir'),
     ]
@@ -513,7 +513,8 @@ def make_state(args: Flags, model: nn.Module, device: torch.device, input_shape:
     optimizer = make_optimizer(args, model)
     x = torch.zeros(args.batch_size, *input_shape, device=device).to(memory_format=torch.channels_last)
     return TrainState(model, parallel(model, args.compile, device, amp, x), optimizer,
-                      make_scheduler(args, optimizer, steps), make_scaler(device, amp), ema, amp, epoch=args.start_epoch, data=data or {})
+                      make_scheduler(args, optimizer, steps), make_scaler(device, amp), ema, amp,
+                      epoch=args.start_epoch, data=data or {})
 
 
 def count_steps(args: Flags, images: int, source: str) -> int:
@@ -620,7 +621,7 @@ def fit(args: Flags, state: TrainState, folder: RunFolder, steps: int, order_of:
     # At a bad step the run says which images it saw, so that `bad_step_rankN.json` is enough to replay it.
     try:
         finished = train(state, order_of, batches_of, loss_of, evaluate_of, folder, log, args.epochs, options,
-                         vars(args).get('eval_freq', 1))
+                         vars(args).get('eval_freq') or 1)
     except NotFinite as error:
         indices = order_of(error.epoch)[error.step * args.batch_size:(error.step + 1) * args.batch_size]
         folder.save_bad_step(error, rank(), seed, np.asarray(indices).tolist())

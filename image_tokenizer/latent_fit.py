@@ -81,7 +81,8 @@ def fit(source: Source, encoder: str | Path, decoder: str | Path | None, options
     """
     check_sizes(options.image_size, PATCH)
     state = read_half(encoder, 'encoder') | (read_half(decoder, 'decoder') if decoder else {})
-    dim = max((value.shape[0] for key, value in state.items() if key == 'encoder.14.weight'), default=1)
+    last = state.get('encoder.14.weight')
+    dim = len(last) if last is not None and last.ndim else 1  # of another layout: refused below
     try:
         model = LatentTokenizer.from_state_dict(state | {'centers': torch.randn(2, dim)})
     except InputError as error:

@@ -89,10 +89,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     recipe.check_output_flags(args)
     check_sizes(args.image_size, args.patch_size)
-    if args.width and args.width % HEAD_DIM:
-        near = args.width // HEAD_DIM * HEAD_DIM
-        raise InputError(f'--width {args.width}: heads of {HEAD_DIM} do not divide it: choose {near} or '
-                         f'{near + HEAD_DIM}')
+    part, what = (HEAD_DIM, f'heads of {HEAD_DIM}') if args.mixer == 'attention' else (4, 'the four parts of positions')
+    if args.width and args.width % part:
+        near = args.width // part * part
+        raise InputError(f'--width {args.width}: {what} do not divide it: choose {near or part} or {near + part}')
     if not (args.l1 or args.l2 or args.gradient):
         raise InputError('--l1, --l2 and --gradient are all 0: nothing would hold reconstructions to their images')
     return args

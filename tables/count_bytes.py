@@ -4,8 +4,9 @@
     python tables/count_bytes.py --token-file tokens/x-token.data.bin.gz --codebook-path tokens/codebook.ckpt \\
         --output bytes.json
 
-Without headers means, of JPEGs, the entropy-coded scans alone (null where an image is no JPEG or WebP); of tokens, the
-fewest bytes that a coder can reach that sees each code on its own: their entropy. Labels are not counted.
+Without headers means, of images, the coded data alone (null where one is no JPEG, WebP or AVIF); of published tokens,
+the fewest bytes that a coder can reach that sees each code on its own, their entropy, or the .gz where that is less; of
+compact ones the coded words and the model. The codebook is counted with the tokens, in both. Labels are not counted.
 """
 import argparse
 import json
@@ -52,23 +53,26 @@ def image_bytes(data_path: str) -> dict[str, int | None]:
         files += len(data)
         scans.append(bare_bytes(data))
         if scans[-1] is None and scans.count(None) == 1:
-            print0(f'note: {data_path}: {name} is no whole JPEG or WebP, so bytes without headers are not known')
+            print0(f'note: {data_path}: {name} is no whole JPEG, WebP or AVIF, so bytes without headers are not known')
     return {'images': len(source), 'files': files, 'without_headers': None if None in scans else sum(scans)}
 
 
 def token_bytes(token_file: str, codebook_path: str) -> dict[str, int]:
-    """Images of a token set, and their bytes in all. Raises InputError."""
+    """Images of a token set, and their bytes in all, with the codebook's rows. Raises InputError."""
     files = [open_token_file(path) for path in expand_files(token_file)]
     codes = open_codes(files, cache='none')
+    codebook = load_codebook(codebook_path)
     try:
-        counts = count_codes(codes, len(load_codebook(codebook_path)))
+        counts = count_codes(codes, len(codebook))
     except ValueError as error:
         raise InputError(f'{token_file}: {error}; give the codebook the tokens were made with') from None
-    size = bytes_per_image(files, codes.shape, counts)
-    bare = round(size['entropy'] * len(codes))
+    on_disk = bytes_on_disk(files)
+    # a .gz can be smaller: it sees which codes follow which
+    bare = min(on_disk, round(bytes_per_image(files, codes.shape, counts)['entropy'] * len(codes)))
     if isinstance(files[0].content, compact.Stream):  # its words, and the model that they cannot be read without
         bare = sum(4 * int(file.content.lengths.sum()) for file in files) + files[0].content.model_path.stat().st_size
-    return {'images': len(codes), 'files': bytes_on_disk(files), 'without_headers': bare}
+    rows = codebook.numel() * codebook.element_size()
+    return {'images': len(codes), 'files': on_disk + rows, 'without_headers': bare + rows}
 
 
 def main(args: argparse.Namespace) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from fileio.figures import pyplot
 from fileio.files import write_text
 from flags import DEVICE_HELP, SEED, Parser, byte_count, integer, number
 from image_data.sources import FolderImages, open_source
@@ -132,7 +133,7 @@ def ablation(plan: Plan, seeds: Sequence[int]) -> list[Line]:
     lacks = ['erase'] + [part for part in OFF if OFF[part] == plan.preset.tokens]
     variants = {f'without {part}': flags for part, flags in OFF.items() if part not in lacks}
     variants |= {f'with {part}': ON[part] for part in lacks}
-    variants |= {'none': off()}
+    variants |= {'without Token-EDA': OFF['synonym'] + OFF['swap'] + OFF['erase'], 'none': off()}
     variants |= {f'only {part}': off(part) + ON.get(part, ()) for part in OFF}
     model, *kwargs = plan.preset.token_model
     variants |= {'patch stem': ('--model', f'{model}_patch', *kwargs)}
@@ -210,12 +211,12 @@ def seitpp(plan: Plan, seeds: Sequence[int]) -> list[Line]:
     tokens = plan.main_tokens()
     rows, path = plan.token_adapt(tokens)
     adapted = [
-        plan.token_line('ColorAdapt', seeds, tokens, COLOR_ADAPT),
         plan.token_line('ColorAdapt, TokenAdapt', seeds, tokens, (*COLOR_ADAPT, '--tokenadapt-path', path), rows),
     ] if preset.masked.token_adapt is not None else []
     return [
         plan.token_line(long_name('tokens', preset) if preset.long_epochs else 'tokens', seeds, tokens,
                         paper=PAPER['tokens'][0]),
+        plan.token_line('ColorAdapt', seeds, tokens, COLOR_ADAPT),
         *adapted,
         plan.base_line('codes', seeds),
         plan.codes_line(f'MTM network, from scratch, {plan.tuning_epochs} epochs', seeds, plan.tuning_epochs),
@@ -357,10 +358,11 @@ def planned(name: str, args: argparse.Namespace) -> tuple[Plan, list[Line]]:
 
 
 def chosen_lines(lines: Sequence[Line], patterns: Sequence[str]) -> list[Line]:
-    """The lines whose names a pattern fits; without patterns all but those of the search."""
+    """The lines whose names a pattern fits, with the columns of them; without patterns all but those of the search."""
     if not patterns:
         return [line for line in lines if line.rate is None]
-    return [line for line in lines if any(fnmatch.fnmatchcase(line.name, pattern) for pattern in patterns)]
+    return [line for line in lines if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns
+                                          for name in (line.name, line.facts.get('of', line.name)))]
 
 
 def rows_of(name: str, args: argparse.Namespace) -> list[Row]:
@@ -391,6 +393,7 @@ def check_data(plan: Plan, asked: int | None) -> None:
                 raise InputError(f'{plan.images}: has no folder {split}/; give one with train/ and val/')
             continue
         if plan.preset.groups:
+            pyplot()  # which the reports are drawn with that the groups are read from
             names = sorted(name for names in plan.preset.groups.values() for name in names)
             found = folder_images(path).classes
             if found != names:
@@ -440,7 +443,8 @@ def results_of(name: str, args: argparse.Namespace, outcomes: dict[str, str]) ->
     kinds = [kind for kind in dict.fromkeys(line.kind for line in lines) if kind]
     search = report.search_results(plan.search_lines(kinds))
     results = {'table': name, 'title': TABLES[name].title, 'preset': args.preset,
-               'lrs': {kind: {'chosen': plan.lrs[kind], 'search': search.get(kind, {})} for kind in kinds},
+               'lrs': {kind: {'chosen': plan.lrs[kind], 'search': search.get(kind, {}),
+                              'epochs': plan.preset.search_epochs or plan.preset.epochs} for kind in kinds},
                'rows': {line: result for line, result in found.items() if result}}
     if isinstance(plan, class_incremental.TasksPlan):
         results |= {'title': f'{TABLES[name].title}, {plan.name}', 'policy': plan.policy[1],

@@ -14,7 +14,6 @@ from tables.presets import DATA, Preset, Tokenizer
 from tables.rows import Command, Row
 
 BYTES = 'bytes.json'  # of a row that makes a set
-MANIFEST = Path('set', 'manifest.json')  # of scripts/shrink_images.py, in such a row
 CHECKPOINT = 'checkpoint.pth'
 EVALUATION = 'evaluation.json'  # of evaluate_on_images.py and main_pixels.py --eval
 PROBE = 'probe.json'  # of scripts/probe.py
@@ -266,9 +265,9 @@ class Plan:
     def token_words(self, tokens: Tokens, more: Sequence[str] = (), model: Sequence[str] = ()) -> Command:
         """Program and flags of a training on tokens; `more` of them win."""
         epochs, warmup = self.epochs(tokens.share)
-        return ('main_seit.py', *tokens.flags, *self.evaluating(tokens.share), '--input-size', str(tokens.tokenizer.input_size),
-                '--model', *(model or self.preset.token_model), '--epochs', str(epochs), '--warmup-epochs', str(warmup),
-                *self.preset.training, *self.preset.tokens, *more)
+        return ('main_seit.py', *tokens.flags, *self.evaluating(tokens.share), '--input-size',
+                str(tokens.tokenizer.input_size), '--model', *(model or self.preset.token_model), '--epochs',
+                str(epochs), '--warmup-epochs', str(warmup), *self.preset.training, *self.preset.tokens, *more)
 
     def pixel_words(self, images: Images, more: Sequence[str] = (), model: Sequence[str] = ()) -> Command:
         """Program and flags of a training on pixels; `more` of them win."""
@@ -395,7 +394,8 @@ class Plan:
 
     def codes_line(self, name: str, seeds: Sequence[int], epochs: int) -> Line:
         """SeiT++'s network from scratch."""
-        words, after = self.masked_words(FINETUNE, epochs, self.preset.warmup_epochs, '--layer-decay', 1)
+        warmup = max(1, round(self.preset.warmup_epochs * epochs / self.preset.epochs))
+        words, after = self.masked_words(FINETUNE, epochs, warmup, '--layer-decay', 1)
         runs = {seed: self.train(name, self.lrs['codes'], seed, words, after) for seed in seeds}
         return Line(name, 'codes', runs, files={'bytes': (after[0], BYTES)}, epochs=epochs)
 

@@ -257,8 +257,8 @@ PHOTO_TOKENIZERS = {
 # The best PSNR at 224 pixels within so many bytes an image, of JPEG, WebP and AVIF at sides of 224 to 32 pixels:
 # searched on 100 validation images (tables/README.md).
 RIVALS = {500: ('webp', 64, 19), 1000: ('webp', 112, 15), 2000: ('avif', 224, 27), 4000: ('avif', 224, 44)}
-# The published schedule goes by epochs, and lags by one: six would end with a quarter of the rate, and a sample's thirty
-# with a fiftieth.
+# The published schedule goes by epochs, and lags by one: six would end with a quarter of the rate, and the thirty of a
+# sample with a fiftieth.
 PHOTOS = replace(
     TINY, classes=None, images_per_class=None, at_end=True,
     training=('--batch-size', '100', '--unscale-lr', '--sched-on-updates', '--warmup-lr', '1e-4', '--drop-path', '0',
@@ -277,7 +277,9 @@ PHOTOS = replace(
                  'jpeg_compression'),
     severities=(1, 3, 5), corrupted_images=25, search_epochs=3)
 PHOTOS_GPU = replace(
-    PHOTOS, epochs=100, warmup_epochs=5, training=(*TINY_GPU.training, '--sched-on-updates'), token_model=('deit_small_token_32',),
+    PHOTOS, epochs=100, warmup_epochs=5, token_model=('deit_small_token_32',),
+    # batches that divide the samples of a twenty-fifth and a fifth
+    training=('--batch-size', '400', *TINY_GPU.training[2:], '--sched-on-updates'),
     pixel_model=('deit_small_patch16_224', '--model-kwargs', 'global_pool=avg'), lrs=TINY_GPU.lrs,
     search=TINY_GPU.search, masked=GPU_MASKED, long_epochs=0, search_epochs=None, workers=8)
 

@@ -10,7 +10,7 @@ from typing import Any
 from continual.results import read_results
 from fileio.files import read_json, write_text
 from tables.figures import COMPACT, COUNTS, FIGURES, frontier, storage_of
-from tables.plan import EVALUATION, MANIFEST, PROBE, Line
+from tables.plan import EVALUATION, PROBE, Line
 from tables.presets import PAPER_CORRUPTIONS
 from tables.rows import Row, failures_of, final_line, is_done, log_lines
 from utils import InputError
@@ -27,7 +27,8 @@ MEASURES = {'average': 'average incremental (seeds)', 'last': 'last', 'old': 'ol
 
 def seeds_on_disk(output: Path) -> set[int]:
     """The seeds of runs in an output folder, whoever asked for them."""
-    patterns = 'train/*/lr-*-seed-*', '*/train/*/lr-*-seed-*', 'continual/*/*/seed-*'
+    # those of other epochs, and of other images, stand a folder lower
+    patterns = 'train/*/lr-*-seed-*', 'train/*/*/lr-*-seed-*', '*/train/*/lr-*-seed-*', 'continual/*/*/seed-*'
     found = (re.search(r'(?:^|-)seed-(\d+)$', path.name) for pattern in patterns for path in output.glob(pattern))
     return {int(match[1]) for match in found if match}
 
@@ -65,8 +66,6 @@ def line_result(line: Line, outcomes: dict[str, str]) -> dict[str, Any] | None:
         for name, (row, file) in line.files.items():
             path = row.folder / file
             result[name] = read_json(path) if path.exists() else None
-            if name == 'bytes' and (row.folder / MANIFEST).exists():
-                result['psnr'] = read_json(row.folder / MANIFEST).get('psnr')
     return result | ({'failed': failed[0]} if failed else {})
 
 
@@ -165,7 +164,8 @@ def rates(results: dict[str, Any]) -> str:
     parts = []
     for kind, found in results['lrs'].items():
         tried = ', '.join(f'{rate}: {top1:.2f}' for rate, top1 in found['search'].items())
-        parts.append(f'{kind} {found["chosen"]:g}' + (f' (top-1 of the search: {tried})' if tried else ''))
+        search = f' (top-1 of the search, {found["epochs"]} epochs each: {tried})' if tried else ''
+        parts.append(f'{kind} {found["chosen"]:g}{search}')
     return f'Learning rates: {"; ".join(parts)}.' if parts else ''
 
 
@@ -201,9 +201,9 @@ def storage_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], 
             cells += [f'{size[0]:,.0f}', f'{size[1]:.1f}'] if size else [DASH, DASH]
         of_groups = [spread(results['rows'].get(f'{name.removesuffix(COMPACT)} ({group})')) for group in groups]
         lines.append([*cells, spread(result), *of_groups, paper_of(result)])
-    note = ('Bytes of the whole training set, for each image of the full one. Without headers: the scans of JPEGs, the '
-            'entropy of single codes of tokens, the coded words and the model of compact ones. Top-1 is of the last '
-            'epoch.')
+    note = ('Bytes of the whole training set, of tokens with the codebook, for each image of the full one. Without '
+            'headers: the coded data of images, the entropy of single codes of tokens, the coded words and the model '
+            'of compact ones. Top-1 is of the last epoch.')
     best = [f'{name} ({top1:.2f} in {size:,.0f} bytes)' for name, size, top1 in frontier(results, 'files')]
     return head, lines, note + (f' No other line is better in as few bytes, as files, than {", ".join(best)}.'
                                 if len(best) > 1 else '')
@@ -224,8 +224,8 @@ def ablation_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]],
 def robustness_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:
     """Head, lines and note of table 3: a line for each corruption, a column for each severity, and their means."""
     rows = results['rows']
-    corrupted = [row for row in rows.values() if 'severity' in row]
-    severities = sorted({row['severity'] for row in corrupted})
+    corrupted = {name: row for name, row in rows.items() if 'severity' in row}
+    severities = sorted({row['severity'] for row in corrupted.values()})
     lines = []
     for name in dict.fromkeys(name.removesuffix(f' {row.get("severity")}') for name, row in rows.items()):
         kind, _, corruption = name.partition(' ')
@@ -234,13 +234,11 @@ def robustness_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]
         if kind == 'tokens':
             paper = PAPER_CORRUPTIONS.get(corruption, paper)
         lines.append([name, spread(rows.get(name)), *map(spread, found), mean_of(found), paper])
+    names = {name.removesuffix(f' {row["severity"]}').partition(' ')[2] for name, row in corrupted.items()}
     for kind in dict.fromkeys(row['kind'] for row in rows.values()):
-        columns = [[row for row in corrupted if row['kind'] == kind and row['severity'] == severity]
-                   for severity in severities]
-        # a mean of some corruptions would be compared with one of others
-        whole = bool(columns) and len(set(map(len, columns))) == 1
-        lines.append([f'{kind}, mean of corruptions', DASH, *(mean_of(column) if whole else DASH for column in columns),
-                      mean_of(sum(columns, [])) if whole else DASH, DASH])
+        # a dash where one is not known: a mean of some corruptions would be compared with one of others
+        columns = [[rows.get(f'{kind} {name} {severity}') for name in names] for severity in severities]
+        lines.append([f'{kind}, mean of corruptions', DASH, *map(mean_of, columns), mean_of(sum(columns, [])), DASH])
     return (['', 'top-1 (seeds)', *map(str, severities), 'mean', 'paper, ImageNet-1k'], lines,
             f"Columns {', '.join(map(str, severities))} are severities. Of which severity the paper's numbers for "
             'noise and blur are, and which blur it was, is not known to us.')
@@ -268,9 +266,10 @@ def seitpp_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], s
     """Head, lines and note of table 5."""
     lines = [[name.replace('tokens', 'SeiT'), result['epochs'], spread(result), paper_of(result)]
              for name, result in results['rows'].items()]
+    adapted = any('TokenAdapt' in name for name in results['rows'])
     return (['', 'epochs', 'top-1 (seeds)', 'paper, ImageNet-1k'], lines,
-            'All but the first have ColorAdapt, all but the first two TokenAdapt. Published: 400 + 100 epochs, against '
-            '300.')
+            f'All but the first have ColorAdapt, {"all but the first two" if adapted else "none"} TokenAdapt. '
+            'Published: 400 + 100 epochs, against 300.')
 
 
 def pretraining_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:

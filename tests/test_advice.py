@@ -38,6 +38,7 @@ NEVER_PRINTED = {
     ('models_seit', 'create_model', '--stem'): 'a checkpoint has a stem that its model can have',
     ('recipe', 'check_flags', '--bce-loss'): 'main_mtm_finetune.py sets it to False',
     ('recipe', 'check_flags', '--eval'): 'main_continual.py refuses it before',
+    ('recipe', 'check_flags', '--eval-freq'): 'main_continual.py refuses it before',
     ('recipe', 'check_flags', '--no-eval'): 'main_continual.py refuses it before',
     ('recipe', 'check_flags', '--output'): 'main_continual.py refuses it before',
     ('recipe', 'check_flags', '--report'): 'main_continual.py refuses it before',

@@ -49,6 +49,33 @@ def test_schedule_is_the_published_one(name, flags, golden):
     np.testing.assert_allclose(rates, golden('lr_schedule.json')[name]['lr_by_epoch'], atol=1e-12, rtol=0)
 
 
+def test_a_schedule_by_steps_does_not_lag(tmp_path):
+    """It rises in the first epoch, and ends at the least rate, however few the epochs are."""
+    args = main_seit.parse_args(['--sched-on-updates', '--epochs', '3', '--warmup-epochs', '1', '--warmup-lr', '1e-4',
+                                 '--min-lr', '1e-5', '--lr', '1e-3', '--unscale-lr'])
+    optimizer = recipe.make_optimizer(args, torch.nn.Linear(2, 2))
+    scheduler = recipe.make_scheduler(args, optimizer, 10)
+    rates = []
+    for step in range(30):
+        scheduler.step(step // 10)
+        scheduler.step_update(step)
+        rates.append(optimizer.param_groups[0]['lr'])
+    assert rates[0] == pytest.approx(1e-4) and rates[5] == pytest.approx(5.5e-4)
+    cosine = [1e-5 + (1e-3 - 1e-5) / 2 * (1 + np.cos(np.pi * step / 30)) for step in range(10, 30)]
+    np.testing.assert_allclose(rates[10:], cosine)
+    flags = ['--sched-on-updates', '--lr', 0.01, '--warmup-epochs', 1, '--unscale-lr', '--min-lr', 1e-5]
+    assert small(tmp_path, *flags, '--epochs', 2) == 0
+    rate = [line['train_lr'] for line in read_log(tmp_path)]
+    assert rate[0] == pytest.approx(5 / 6 * 0.01, rel=1e-3) and rate[1] < 0.001  # of the last of six steps
+
+
+def test_evaluation_is_every_so_many_epochs_and_at_the_end(tmp_path):
+    assert small(tmp_path, '--epochs', 5, '--eval-freq', 2) == 0
+    assert ['test_acc1' in line for line in read_log(tmp_path)] == [False, True, False, True, True]
+    assert {'epoch_time', 'best_acc1'} <= set(read_log(tmp_path)[0])
+    fails(lambda: main_seit.parse_args(['--no-eval', '--eval-freq', '2']), '--eval-freq and --no-eval exclude')
+
+
 def test_parameter_groups_are_the_published_ones(golden):
     model = timm.create_model('deit_small_token_32')
     optimizer = recipe.make_optimizer(main_seit.parse_args([]), model)
@@ -317,11 +344,12 @@ def test_a_checkpoint_that_only_rank_0_finds_is_taken_by_all(tmp_path):
 
 # ---------------------------------------------------------------- resuming
 
-@pytest.mark.parametrize('accumulated, places', [
-    (1, [(0, 1), (0, 4), (0, 5), (1, 0), (1, 1), (1, 5)]), (2, [(0, 3), (1, 1), (1, 4)])])
-def test_killed_after_a_step_it_resumes_bit_by_bit(tmp_path, capsys, accumulated, places):
+@pytest.mark.parametrize('accumulated, more, places', [
+    (1, [], [(0, 1), (0, 4), (0, 5), (1, 0), (1, 1), (1, 5)]), (2, [], [(0, 3), (1, 1), (1, 4)]),
+    (1, ['--sched-on-updates'], [(0, 3), (1, 1)])])
+def test_killed_after_a_step_it_resumes_bit_by_bit(tmp_path, capsys, accumulated, more, places):
     """Within an epoch and across its border, and amid batches that make one step."""
-    words = ['--accum-iter', accumulated, '--save-every', 1]
+    words = ['--accum-iter', accumulated, '--save-every', 1, *more]
     assert small(tmp_path / 'whole', *words) == 0
     for epoch, step in places:
         cut = tmp_path / f'{epoch}-{step}'

@@ -163,6 +163,8 @@ def test_what_is_no_autoencoder_is_refused_in_one_line(files, tmp_path):
     fails(lambda: fit(files, tmp_path, '--encoder', tmp_path / 'broken.pth'), 'encoder.7.conv.2.weight is missing')
     torch.save({'0.weight': torch.zeros(8, 3, 3, 3)}, tmp_path / 'short.pth')
     fails(lambda: fit(files, tmp_path, '--encoder', tmp_path / 'short.pth'), 'short.pth')
+    torch.save(weights('encoder') | {'14.weight': torch.tensor(1.)}, tmp_path / 'flat.pth')
+    fails(lambda: fit(files, tmp_path, '--encoder', tmp_path / 'flat.pth'), 'flat.pth and .*encoder.14.weight')
     assert not (tmp_path / 'tokenizer.pt').exists()
     fit(files, tmp_path / 'there')
     fails(lambda: fit(files, tmp_path / 'there'), 'tokenizer.pt: is there')

@@ -182,6 +182,7 @@ def test_tokenize_train_and_evaluate_with_it(images, whole, tmp_path, capsys):
     (['--image-size', 4], '--image-size 4: smaller than patches of 8 pixels'),
     (['--image-size', 36], '--image-size 36: .* choose 32 or 40'),
     (['--width', 100], '--width 100: heads of 64 do not divide it: choose 64 or 128'),
+    (['--width', 97, '--mixer', 'convolution'], '--width 97: the four parts of positions do not divide it: choose 96'),
     (['--l2', 0], '--l1, --l2 and --gradient are all 0'),
     (['--codes', 800], '--codes 800: more than the 640 patches of the first 40 images'),
     (['--val-images', 48], 'of its 48 images 48 cannot be held out'),

@@ -80,7 +80,7 @@ def test_results_and_figures(tmp_path, monkeypatch):
     assert '| pixels, joint | ' in text and '\npixels, joint: main_continual.py ended' in text
     results = json.loads(Path('out', 'continual', 'results.json').read_text())
     assert results['rows']['tokens, replay of tokens, 0.25 MB']['accuracy'] == [[40., 20.], [40., 21.]]
-    assert results['lrs'] == {kind: {'chosen': 5e-4, 'search': {}} for kind in ('tokens', 'pixels')}
+    assert results['lrs'] == {kind: {'chosen': 5e-4, 'search': {}, 'epochs': 6} for kind in ('tokens', 'pixels')}
     assert 'Learning rates: tokens 0.0005; pixels 0.0005.' in text and '(tiny)' in text.splitlines()[0]
     for name in ('tasks.png', 'bytes.png'):
         assert Path('out', 'continual', name).read_bytes().startswith(b'\x89PNG')

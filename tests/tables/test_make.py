@@ -21,6 +21,8 @@ from small_tables import TOY, Forked
 from tables import choose_images, count_bytes, figures, make, presets, report, rows
 from tables.plan import Plan
 from tables.rows import Row, run_rows
+from token_files.codebook import load_codebook
+from token_files.token_file import bytes_on_disk, open_token_file
 from training.run_info import run_record
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -522,6 +524,25 @@ def test_bytes_of_images(tmp_path):
             assert size['files'] / 4 < size['without_headers'] < size['files'] - 3 * 600
 
 
+def test_bytes_of_tokens_are_with_their_codebook(tmp_path):
+    data = make_images(tmp_path)
+    out = tokenize(data, tmp_path / 'out', source='val')
+    stream = out / 'my-token.data.bin.gz'
+    words = ['--token-file', stream, '--codebook-path', data / 'codebook.ckpt', '--output', tmp_path / 'bytes.json']
+    call(count_bytes, *words)
+    size = json.loads((tmp_path / 'bytes.json').read_text())
+    rows_of_codes = load_codebook(data / 'codebook.ckpt').nbytes
+    assert size['files'] == bytes_on_disk([open_token_file(stream)]) + rows_of_codes
+    assert rows_of_codes < size['without_headers'] <= size['files']
+
+
+def test_seeds_of_longer_runs_are_found(tmp_path):
+    for name in ('train/tokens/lr-0.001-seed-1', 'train/24-epochs/tokens/lr-0.001-seed-2',
+                 'after/train/tokens/lr-1-seed-3', 'continual/a/b/seed-4'):
+        (tmp_path / name).mkdir(parents=True)
+    assert report.seeds_on_disk(tmp_path) == {1, 2, 3, 4}
+
+
 def result(kind, images, files, scan, *top1, paper=None):
     mean = sum(top1) / len(top1) if top1 else None
     return {'kind': kind, 'seeds': list(range(len(top1))), 'top1': list(top1), 'mean': mean,
@@ -540,7 +561,7 @@ def test_the_curve_and_the_table_of_storage(tmp_path):
             'tokens patch-8x8': result('tokens', 100, 6_000, 6_400), 'resize x0.5': result('pixels', 100, 9, None, 30.)}
     made['tokens patch-8x8']['failed'] = 'main_seit.py ended with code 2 (a | b); see x'
     results = {'table': 'storage', 'title': 'Storage', 'preset': 'tiny',
-               'lrs': {'tokens': {'chosen': 1e-3, 'search': {'0.001': 29.}}}, 'rows': made}
+               'lrs': {'tokens': {'chosen': 1e-3, 'search': {'0.001': 29.}, 'epochs': 3}}, 'rows': made}
     folder = tmp_path / 'storage'
     report.write(results, folder)
     assert (folder / 'curve.png').read_bytes().startswith(b'\x89PNG')
@@ -555,6 +576,7 @@ def test_the_curve_and_the_table_of_storage(tmp_path):
     assert f'| tokens | 100 | 237 | 8.4 | 259 | 5.0 | 29.50 ± 0.50 (2) | {report.DASH} |' in text
     assert f'| resize x0.5 | 100 | 0 | 22222.2 | {report.DASH} | {report.DASH} | 30.00 (1) |' in text
     assert '| failed |' in text and '\ntokens patch-8x8: main_seit.py ended' in text
+    assert 'Learning rates: tokens 0.001 (top-1 of the search, 3 epochs each: 0.001: 29.00).' in text
     assert json.loads((folder / 'results.json').read_text()) == results
 
 
@@ -570,9 +592,12 @@ def test_the_tables_of_robustness_and_speed():
              for severity in (1, 2)}
     text = report.markdown({'table': 'robustness', 'rows': made, **facts})
     assert f'| tokens, mean of corruptions | {report.DASH} | 24.00 | 23.00 | 23.50 |' in text
+    made |= {'pixels contrast 1': result('pixels', 4, 8, 8, 9.) | {'severity': 1}}
     del made['tokens contrast 2']
     text = report.markdown({'table': 'robustness', 'rows': made, **facts})
-    assert f'| tokens, mean of corruptions |{f" {report.DASH} |" * 5}' in text, 'no mean of some'
+    dashes = f' {report.DASH} |'
+    assert f'| tokens, mean of corruptions |{dashes} 24.00 |{3 * dashes}' in text, 'no mean of some'
+    assert f'| pixels, mean of corruptions |{5 * dashes}' in text, 'nor of others than tokens have'
     fast = result('tokens', 4, 1000, 8, 2000.)
     text = report.markdown({'table': 'speed', 'rows': {'tokens loader-bound': fast}, **facts})
     assert '| tokens loader-bound | 2,000 (1) | 250 | 0.50 |' in text
@@ -609,6 +634,11 @@ def test_what_rows_keep_is_drawn(tmp_path):
           '9 images, but --data-path has 45')
     fails(lambda: call(draw_rows, *words, '--tokenizer-path', 'a', 'b', '--output', tmp_path / 'b.png'),
           '--tokenizer-path: 2 for 1 --token-file')
+    torch.save(torch.zeros(2, load_codebook(data / 'codebook.ckpt').shape[1]), tmp_path / 'small.ckpt')
+    torch.save(torch.zeros(600, 5), tmp_path / 'wide.ckpt')
+    for name, said in (('small', 'small.ckpt'), ('wide', 'wide.ckpt')):
+        fails(lambda: call(draw_rows, *words[:-6], '--codebook-path', tmp_path / f'{name}.ckpt', '--output',
+                           tmp_path / 'b.png'), said)
     # two token sets, and one image
     more = ['--token-file', words[4], words[4], '--tokenizer-path', words[6], words[6], '--codebook-path', words[8],
             words[8], '--images', 1, '--titles', 'as it is', 'again', 'tokens', 'other tokens']

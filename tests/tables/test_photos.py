@@ -1,5 +1,6 @@
 """The tables on photographs: rivals, groups of classes, and lines that are trained longer."""
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def test_the_lines_of_the_first_table():
     assert [name for name in trained if name.startswith('best codec')] == [
         'best codec at 500 bytes', 'best codec at 500 bytes, 24 epochs', 'best codec at 1,000 bytes',
         'best codec at 2,000 bytes', 'best codec at 4,000 bytes']
-    assert len([name for name in trained if not name.endswith(' epochs')]) >= 17
+    assert len([name for name in trained if not name.endswith(' epochs')]) == 18
     assert {name for name in trained if name.endswith(', 24 epochs')} == {
         f'{name}, 24 epochs' for name in presets.PHOTOS.long_lines}
     for name in trained:
@@ -36,6 +37,10 @@ def test_the_lines_of_the_first_table():
     words = rows.flags_of(lines['tokens, 24 epochs'].runs[0].commands[0])
     assert words['--epochs'] == ['24'] and '--no-model-ema' in words
     searched = [line for name, line in lines.items() if name.startswith('search tokens')]
+    sample = rows.flags_of(lines['sample 20%'].runs[0].commands[0])
+    assert (sample['--epochs'], sample['--eval-freq']) == (['30'], ['30']), 'evaluated at its end'
+    sample = rows.flags_of(lines['sample 20%, 24 epochs'].runs[0].commands[0])
+    assert (sample['--epochs'], sample['--eval-freq'], '--eval-freq' in words) == (['120'], ['5'], False)
     searched = [rows.flags_of(line.runs[0].commands[0]) for line in searched]
     assert [(flags['--epochs'], flags['--eval-freq']) for flags in searched] == [(['3'], ['3'])] * 3
 
@@ -43,19 +48,23 @@ def test_the_lines_of_the_first_table():
 def test_seitpp_stands_beside_the_long_row_without_token_adapt():
     _, lines = make.planned('seitpp', make.parse_args(['seitpp', *WORDS[1:]]))
     runs = {line.name: line for line in lines if line.rate is None}
-    assert list(runs) == ['tokens, 24 epochs', 'MTM network, from scratch', 'MTM network, from scratch, 6 epochs',
-                          'pre-trained, equal epochs', 'pre-trained, published epochs']
+    assert list(runs) == ['tokens, 24 epochs', 'ColorAdapt', 'MTM network, from scratch',
+                          'MTM network, from scratch, 6 epochs', 'pre-trained, equal epochs',
+                          'pre-trained, published epochs']
     assert runs['tokens, 24 epochs'].runs[0].folder == lines_of()['tokens, 24 epochs'].runs[0].folder
     _, shorter = make.planned('seitpp', make.parse_args(['seitpp', *WORDS[1:], '--epochs', '8']))
     assert {line.name: (line.pretraining, line.epochs) for line in shorter if line.rate is None} == {
-        'tokens': (0, 8), 'MTM network, from scratch': (0, 8), 'MTM network, from scratch, 2 epochs': (0, 2),
-        'pre-trained, equal epochs': (6, 2), 'pre-trained, published epochs': (8, 2)}
+        'tokens': (0, 8), 'ColorAdapt': (0, 8), 'MTM network, from scratch': (0, 8),
+        'MTM network, from scratch, 2 epochs': (0, 2), 'pre-trained, equal epochs': (6, 2),
+        'pre-trained, published epochs': (8, 2)}
     assert not any(name.endswith(' epochs') for name in lines_of('--epochs', '8'))
     equal = runs['pre-trained, equal epochs']
     assert (equal.pretraining, equal.epochs) == (18, 6)
-    for line in list(runs.values())[1:]:
+    for line in list(runs.values())[2:]:
         words = rows.flags_of(line.runs[0].commands[0])
         assert words['--tokenadapt-path'] == ['']
+    few = rows.flags_of(runs['MTM network, from scratch, 6 epochs'].runs[0].commands[0])
+    assert few['--warmup-epochs'] == ['1']
     assert {runs[name].epochs for name in ('tokens, 24 epochs', 'MTM network, from scratch')} == {24}
 
 
@@ -78,6 +87,26 @@ def test_the_curves_of_longer_training(tmp_path):
     assert list(figures.long_lines(results)) == ['sample 20%, 8 epochs']
     figures.draw_long(results, tmp_path / 'long.png')
     assert (tmp_path / 'long.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_columns_of_a_line_come_with_it():
+    _, lines = make.planned('storage', make.parse_args(WORDS))
+    names = [line.name for line in make.chosen_lines(lines, ['tokens', '*4%'])]
+    assert names == [f'{name}{group}' for name in ('sample 4%', 'tokens')
+                     for group in ('', ' (Imagenette)', ' (Imagewoof)')]
+
+
+def test_groups_need_what_draws_reports(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    for split in ('train', 'val'):
+        smooth_images(tmp_path / split, 2)
+    words = ['storage', '--preset', 'photos', '--data-path', tmp_path, '--output-dir', tmp_path / 'out']
+    fails(lambda: call(make, *words), 'plots need matplotlib: pip install')
+
+
+def test_samples_of_the_large_preset_take_equal_steps():
+    size = int(presets.PHOTOS_GPU.training[presets.PHOTOS_GPU.training.index('--batch-size') + 1])
+    assert {10_000 * share // size / share for share in (1, 0.2, 0.04)} == {10_000 / size}
 
 
 def test_groups_are_all_classes_once():
@@ -103,7 +132,7 @@ def test_groups_and_long_lines_from_end_to_end(tmp_path, monkeypatch):
     for split in ('train', 'val'):
         smooth_images(tmp_path / split, 5)
     words = ['storage', '--preset', 'photos', '--data-path', tmp_path, '--output-dir', tmp_path / 'out', '--device',
-             'cpu', '--rows', 'tokens', 'tokens ?A?', 'tokens ?B?', 'tokens, 4 epochs*']
+             'cpu', '--rows', 'tokens', 'tokens, 4 epochs']
     assert call(make, *words) == 0
     results = json.loads((tmp_path / 'out' / 'storage' / 'results.json').read_text())['rows']
     assert [name for name in results if 'compact' not in name] == [
