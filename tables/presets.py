@@ -266,7 +266,7 @@ PHOTOS = replace(
     pixel_model=('deit_tiny_patch16_224', '--model-kwargs', 'global_pool=avg', *TINY_KWARGS),
     small_pixel_model=('deit_tiny_patch16_224', '--model-kwargs', 'global_pool=avg', *SMALL_KWARGS),
     pixels=('--input-size', '224', '--aug', 'tokens', '--eval-crop-ratio', '1'),
-    lrs={'tokens': 1e-3, 'pixels': 1e-3, 'codes': 1e-3, 'fine-tuning': 2e-3},  # until the search has said more
+    lrs={'tokens': 1e-3, 'pixels': 2e-3, 'codes': 1e-3, 'fine-tuning': 2e-3},
     search={'tokens': (5e-4, 1e-3, 2e-3), 'pixels': (5e-4, 1e-3, 2e-3)},
     tokenizers=PHOTO_TOKENIZERS, shares=(0.2, 0.04), token_shares=(0.2,), sides=(0.286,), qualities=(10,),
     masked=replace(TINY_MASKED, token_adapt=None, pretrain_lrs=(3e-3,), tuning_part=4),

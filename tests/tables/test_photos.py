@@ -6,16 +6,41 @@ from pathlib import Path
 
 import pytest
 
-from helpers import call, fails, smooth_images
+from helpers import ROOT, call, fails, smooth_images
 from small_tables import TOY, Forked
 from tables import figures, make, presets, report, rows
 
+FILES = sorted((ROOT / 'docs' / 'photos').glob('*.json'))
+FIRST_SENTENCE = ('tokens, compact', 'full pixels', 'best codec at 500 bytes')
 WORDS = ['storage', '--preset', 'photos', '--data-path', 'data', '--output-dir', 'out']
 
 
 def lines_of(*words):
     _, lines = make.planned('storage', make.parse_args([*WORDS, *words]))
     return {line.name: line for line in lines}
+
+
+def numbers_of(path):
+    """The cells of a table's lines by the name of the line, as report.py writes them."""
+    text = report.markdown(json.loads(path.read_text()))
+    return [line for line in text.splitlines() if line.startswith('| ') and not line.startswith('| ---')]
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+def test_the_docs_have_the_numbers_of_the_files(path):
+    text = (ROOT / 'docs' / 'results.md').read_text()
+    missing = [line for line in numbers_of(path) if line not in text]
+    assert not missing and len(numbers_of(path)) > 2
+
+
+def test_the_first_sentence_has_the_numbers_of_the_file():
+    """README's, and that of the results: top-1 and bytes of each line that it names."""
+    rows = json.loads((ROOT / 'docs' / 'photos' / 'storage.json').read_text())['rows']
+    for name in ('README.md', 'docs/results.md'):
+        text = ' '.join((ROOT / name).read_text().replace('*', '').split())
+        for line in FIRST_SENTENCE:
+            size, ratio = figures.storage_of(rows[line], 'files')
+            assert f'{rows[line]["mean"]:.1f} % in {size:,.0f} bytes' in text, (name, line)
 
 
 def test_the_lines_of_the_first_table():
