@@ -324,7 +324,8 @@ ELSEWHERE = {
     '--recovery-interval': Elsewhere(['--save-every']),
     '--log-interval': Elsewhere(otherwise='the loss is shown every 50 steps'),
     '--print-freq': Elsewhere(otherwise='the loss is shown every 50 steps'),
-    '--eval-every': Elsewhere(['--eval-freq']),
+    '--eval-freq': Elsewhere(otherwise='a training evaluates each epoch'),
+    '--eval-every': Elsewhere(['--eval-freq'], otherwise='a training evaluates each epoch'),
     '--evaluate': Elsewhere(['--eval']), '--eval-only': Elsewhere(['--eval']),
     # processes
     '--gpu': Elsewhere(['--device'], 'here it is {}, as in cuda:1'),
@@ -507,7 +508,7 @@ def add_step_flags(parser: Parser) -> Callable:
     add('--momentum', type=number(0), default=0.9, help='momentum of SGD')
     add('--weight-decay', type=number(0), default=0.1, help='weight decay; biases and norms have none')
     add('--sched', default='cosine', choices=['cosine', 'tanh', 'step', 'poly'],
-        help='how the learning rate falls; it changes once an epoch')
+        help='how the learning rate falls; it changes once an epoch, or as --sched-on-updates says')
     add('--sched-on-updates', action='store_true',
         help='change the learning rate with every step; by epochs, as published, it lags by one, and a run of few '
         'epochs ends with a high one')
@@ -520,7 +521,7 @@ def add_step_flags(parser: Parser) -> Callable:
         help='largest change by this noise, as a fraction of the learning rate')
     add('--lr-noise-std', type=number(), default=1., help='standard deviation of this noise')
     add('--warmup-lr', type=number(0), default=1e-6,
-        help='learning rate of the first epoch; it is not scaled with the batch')
+        help='learning rate that the warm-up begins with; it is not scaled with the batch')
     add('--min-lr', type=number(0), default=1e-5,
         help='learning rate at the end of the schedule; it is not scaled with the batch')
     add('--decay-epochs', type=POSITIVE, default=30, help='epochs between two steps of --sched step')

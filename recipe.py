@@ -573,17 +573,20 @@ def resume_run(args: Flags, state: TrainState, checkpoint: dict[str, Any] | None
     """
     if checkpoint is None:
         return
-    epochs = saved_flags(checkpoint).get('epochs')
+    saved = saved_flags(checkpoint)
+    epochs = saved.get('epochs')
+    by_steps = saved.get('sched_on_updates', False) != vars(args).get('sched_on_updates', False)
     resume(state, checkpoint, path, vars(args), steps, args.rules.exact, args.rules.of_a_start)
     checkpoint.clear()  # its tensors are copied, and the program still holds it
     best = f', best Acc@1 {state.best["model"]:.3f}' if state.best['model'] else ''
     print0(f'{path}: resumed at epoch {state.epoch}, step {state.step}{best}')
-    if epochs not in (None, args.epochs) and state.epoch < args.epochs:
+    if (epochs not in (None, args.epochs) or by_steps) and state.epoch < args.epochs:
         state.scheduler.step(max(state.epoch - 1, 0))  # as the engine does at the beginning of each epoch ...
         state.scheduler.step_update(state.epoch * steps + state.step)  # ... and step
         now = max(group['lr'] for group in state.optimizer.param_groups)
-        print0(f'note: the learning rate is that of a schedule of {args.epochs} epochs from here on, not of {epochs}: '
-               f'{now:.3g} in epoch {state.epoch}')
+        other = 'by epochs' if vars(args).get('sched_on_updates') else 'by steps'
+        print0(f'note: the learning rate is that of a schedule of {args.epochs} epochs from here on, not '
+               f'{other if by_steps else f"of {epochs}"}: {now:.3g} in epoch {state.epoch}')
 
 
 def fit(args: Flags, state: TrainState, folder: RunFolder, steps: int, order_of: Callable, batches_of: Callable,

@@ -92,7 +92,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     part, what = (HEAD_DIM, f'heads of {HEAD_DIM}') if args.mixer == 'attention' else (4, 'the four parts of positions')
     if args.width and args.width % part:
         near = args.width // part * part
-        raise InputError(f'--width {args.width}: {what} do not divide it: choose {near or part} or {near + part}')
+        choices = f'{near} or {near + part}' if near else str(part)
+        raise InputError(f'--width {args.width}: {what} do not divide it: choose {choices}')
     if not (args.l1 or args.l2 or args.gradient):
         raise InputError('--l1, --l2 and --gradient are all 0: nothing would hold reconstructions to their images')
     return args

@@ -219,7 +219,8 @@ def seitpp(plan: Plan, seeds: Sequence[int]) -> list[Line]:
         plan.token_line('ColorAdapt', seeds, tokens, COLOR_ADAPT),
         *adapted,
         plan.base_line('codes', seeds),
-        plan.codes_line(f'MTM network, from scratch, {plan.tuning_epochs} epochs', seeds, plan.tuning_epochs),
+        plan.codes_line(f'MTM network, from scratch, {plan.tuning_epochs} epochs', seeds, plan.tuning_epochs,
+                        preset.masked.warmup_epochs),
         plan.base_line('fine-tuning', seeds),
         *(plan.pretrained_line(f'pre-trained at {lr:g}, equal epochs', [SEARCH_SEED], plan.equal_times, lr)
           for lr in preset.masked.pretrain_lrs[1:]),
@@ -361,8 +362,13 @@ def chosen_lines(lines: Sequence[Line], patterns: Sequence[str]) -> list[Line]:
     """The lines whose names a pattern fits, with the columns of them; without patterns all but those of the search."""
     if not patterns:
         return [line for line in lines if line.rate is None]
-    return [line for line in lines if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns
-                                          for name in (line.name, line.facts.get('of', line.name)))]
+    chosen = []
+    for line in lines:
+        of = line.facts.get('of')
+        names = (line.name, of, f'{of}{COMPACT}') if of else (line.name,)
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns for name in names):
+            chosen.append(line)
+    return chosen
 
 
 def rows_of(name: str, args: argparse.Namespace) -> list[Row]:
@@ -393,7 +399,6 @@ def check_data(plan: Plan, asked: int | None) -> None:
                 raise InputError(f'{plan.images}: has no folder {split}/; give one with train/ and val/')
             continue
         if plan.preset.groups:
-            pyplot()  # which the reports are drawn with that the groups are read from
             names = sorted(name for names in plan.preset.groups.values() for name in names)
             found = folder_images(path).classes
             if found != names:
@@ -446,6 +451,8 @@ def results_of(name: str, args: argparse.Namespace, outcomes: dict[str, str]) ->
                'lrs': {kind: {'chosen': plan.lrs[kind], 'search': search.get(kind, {}),
                               'epochs': plan.preset.search_epochs or plan.preset.epochs} for kind in kinds},
                'rows': {line: result for line, result in found.items() if result}}
+    if name == 'seitpp':
+        results['token_adapt'] = plan.preset.masked.token_adapt is not None
     if isinstance(plan, class_incremental.TasksPlan):
         results |= {'title': f'{TABLES[name].title}, {plan.name}', 'policy': plan.policy[1],
                     'epochs': plan.preset.epochs}
@@ -493,6 +500,8 @@ def main(args: argparse.Namespace) -> int:
         cluster.connect(cluster.parameters_of(args.slurm))
     for name in names if not args.report else ():
         plan = plan_of(name, args)
+        if name == 'storage' and plan.preset.groups:
+            pyplot()  # which the reports are drawn with that the groups are read from
         check_data(plan, args.images_per_class)
         if isinstance(plan, pretraining.PretrainingPlan) and plan.before.preset.classes:
             check_data(plan.before, args.images_per_class)

@@ -265,7 +265,7 @@ class Plan:
     def token_words(self, tokens: Tokens, more: Sequence[str] = (), model: Sequence[str] = ()) -> Command:
         """Program and flags of a training on tokens; `more` of them win."""
         epochs, warmup = self.epochs(tokens.share)
-        return ('main_seit.py', *tokens.flags, *self.evaluating(tokens.share), '--input-size',
+        return ('main_seit.py', *tokens.flags, *self.evaluating(tokens.share, more), '--input-size',
                 str(tokens.tokenizer.input_size), '--model', *(model or self.preset.token_model), '--epochs',
                 str(epochs), '--warmup-epochs', str(warmup), *self.preset.training, *self.preset.tokens, *more)
 
@@ -273,16 +273,17 @@ class Plan:
         """Program and flags of a training on pixels; `more` of them win."""
         epochs, warmup = self.epochs(images.share)
         val = ('--val-path', str(images.val)) if self.preset.evaluated else ()
-        return ('main_pixels.py', '--train-path', str(images.path), *val, *self.evaluating(images.share), *self.workers,
-                '--model', *(model or self.preset.pixel_model), '--epochs', str(epochs),
+        return ('main_pixels.py', '--train-path', str(images.path), *val, *self.evaluating(images.share, more),
+                *self.workers, '--model', *(model or self.preset.pixel_model), '--epochs', str(epochs),
                 '--warmup-epochs', str(warmup), *self.preset.training, *self.preset.pixels, *more)
 
-    def evaluating(self, share: float) -> Command:
-        """The flags that say when a training on a part of the images is evaluated: at equal steps in all rows."""
+    def evaluating(self, share: float, more: Sequence[str]) -> Command:
+        """The flags that say when a training on a part of the images is evaluated, before `more` flags."""
         if not self.preset.evaluated:
             return ('--no-eval',)
-        epochs, _ = self.epochs(share)
-        freq = epochs if self.preset.at_end else round(epochs / self.preset.epochs)
+        if not self.preset.evaluations or '--no-eval' in more:
+            return ()
+        freq = self.epochs(share)[0] // self.preset.evaluations
         return ('--eval-freq', str(freq)) if freq > 1 else ()
 
     def token_line(self, name: str, seeds: Sequence[int], tokens: Tokens, more: Sequence[str] = (),
@@ -308,7 +309,7 @@ class Plan:
         if kind == 'pixels':
             return self.pixel_line('full pixels', seeds, self.full(), **facts)
         if kind == 'codes':
-            return self.codes_line('MTM network, from scratch', seeds, self.preset.epochs)
+            return self.codes_line('MTM network, from scratch', seeds, self.preset.epochs, self.preset.warmup_epochs)
         return self.pretrained_line('pre-trained, equal epochs', seeds, self.equal_times)
 
     def search_lines(self, kinds: Iterable[str]) -> list[Line]:
@@ -329,7 +330,7 @@ class Plan:
         plan = copy.copy(self)
         plan.preset = replace(self.preset, epochs=epochs,
                               warmup_epochs=max(1, round(self.preset.warmup_epochs * epochs / self.preset.epochs)),
-                              at_end=self.preset.at_end and epochs <= self.preset.epochs)
+                              evaluations=self.preset.evaluations and (1 if epochs <= self.preset.epochs else epochs))
         plan.named = f'{epochs}-epochs/'
         return plan
 
@@ -392,9 +393,8 @@ class Plan:
         """Of fine-tuning SeiT++."""
         return max(1, self.preset.epochs // self.preset.masked.tuning_part)
 
-    def codes_line(self, name: str, seeds: Sequence[int], epochs: int) -> Line:
+    def codes_line(self, name: str, seeds: Sequence[int], epochs: int, warmup: int) -> Line:
         """SeiT++'s network from scratch."""
-        warmup = max(1, round(self.preset.warmup_epochs * epochs / self.preset.epochs))
         words, after = self.masked_words(FINETUNE, epochs, warmup, '--layer-decay', 1)
         runs = {seed: self.train(name, self.lrs['codes'], seed, words, after) for seed in seeds}
         return Line(name, 'codes', runs, files={'bytes': (after[0], BYTES)}, epochs=epochs)

@@ -81,7 +81,7 @@ class Preset:
         skip_classes: so many of the first classes are not taken.
         images: the folder in DATA that holds train/ and val/; '' for DATA.
         evaluated: whether there are validation images.
-        at_end: whether a training is evaluated at its end alone; one of more epochs has a curve.
+        evaluations: of a training, at equal distances; 0 for one after each epoch. A longer one has as many as epochs.
         rivals: the best of JPEG, WebP and AVIF within so many bytes an image: method, short side, quality, as
             `scripts/shrink_images.py --side` finds them.
         groups: names of groups of classes, all classes together, with the names of their classes: table 1 has their
@@ -120,7 +120,7 @@ class Preset:
     skip_classes: int = 0
     images: str = ''
     evaluated: bool = True
-    at_end: bool = False
+    evaluations: int = 0
     rivals: dict[int, tuple[str, int, int]] = field(default_factory=dict)
     groups: dict[str, Words] = field(default_factory=dict)
     long_epochs: int = 0
@@ -260,7 +260,7 @@ RIVALS = {500: ('webp', 64, 19), 1000: ('webp', 112, 15), 2000: ('avif', 224, 27
 # The published schedule goes by epochs, and lags by one: six would end with a quarter of the rate, and the thirty of a
 # sample with a fiftieth.
 PHOTOS = replace(
-    TINY, classes=None, images_per_class=None, at_end=True,
+    TINY, classes=None, images_per_class=None, evaluations=1,
     training=('--batch-size', '100', '--unscale-lr', '--sched-on-updates', '--warmup-lr', '1e-4', '--drop-path', '0',
               '--rrc-ratio', '0.35', '--mixup-prob', '0.2', '--no-model-ema'),
     pixel_model=('deit_tiny_patch16_224', '--model-kwargs', 'global_pool=avg', *TINY_KWARGS),

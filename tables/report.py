@@ -70,7 +70,7 @@ def line_result(line: Line, outcomes: dict[str, str]) -> dict[str, Any] | None:
 
 
 def top1_by_epoch(row: Row) -> list[float]:
-    """Top-1 after each epoch of a run, of which an interrupted one may have logged some twice."""
+    """Top-1 at each evaluation of a run, of which an interrupted one may have logged some twice."""
     return list({log['epoch']: log['test_acc1'] for log in log_lines(row.folder) if 'test_acc1' in log}.values())
 
 
@@ -202,8 +202,8 @@ def storage_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], 
         of_groups = [spread(results['rows'].get(f'{name.removesuffix(COMPACT)} ({group})')) for group in groups]
         lines.append([*cells, spread(result), *of_groups, paper_of(result)])
     note = ('Bytes of the whole training set, of tokens with the codebook, for each image of the full one. Without '
-            'headers: the coded data of images, the entropy of single codes of tokens, the coded words and the model '
-            'of compact ones. Top-1 is of the last epoch.')
+            'headers: the coded data of images, the entropy of single codes of tokens or the .gz where that is less, '
+            'the coded words and the model of compact ones. Top-1 is of the last epoch.')
     best = [f'{name} ({top1:.2f} in {size:,.0f} bytes)' for name, size, top1 in frontier(results, 'files')]
     return head, lines, note + (f' No other line is better in as few bytes, as files, than {", ".join(best)}.'
                                 if len(best) > 1 else '')
@@ -266,7 +266,7 @@ def seitpp_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], s
     """Head, lines and note of table 5."""
     lines = [[name.replace('tokens', 'SeiT'), result['epochs'], spread(result), paper_of(result)]
              for name, result in results['rows'].items()]
-    adapted = any('TokenAdapt' in name for name in results['rows'])
+    adapted = results['token_adapt']
     return (['', 'epochs', 'top-1 (seeds)', 'paper, ImageNet-1k'], lines,
             f'All but the first have ColorAdapt, {"all but the first two" if adapted else "none"} TokenAdapt. '
             'Published: 400 + 100 epochs, against 300.')

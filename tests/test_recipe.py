@@ -346,7 +346,7 @@ def test_a_checkpoint_that_only_rank_0_finds_is_taken_by_all(tmp_path):
 
 @pytest.mark.parametrize('accumulated, more, places', [
     (1, [], [(0, 1), (0, 4), (0, 5), (1, 0), (1, 1), (1, 5)]), (2, [], [(0, 3), (1, 1), (1, 4)]),
-    (1, ['--sched-on-updates'], [(0, 3), (1, 1)])])
+    (1, ['--sched-on-updates'], [(0, 3), (1, 1)]), (2, ['--sched-on-updates'], [(1, 1)])])
 def test_killed_after_a_step_it_resumes_bit_by_bit(tmp_path, capsys, accumulated, more, places):
     """Within an epoch and across its border, and amid batches that make one step."""
     words = ['--accum-iter', accumulated, '--save-every', 1, *more]

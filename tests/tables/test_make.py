@@ -445,7 +445,7 @@ def test_a_table_killed_resumed_and_collected(toy, tmp_path, capsys):
     text = (out / 'ablation' / 'table.md').read_text()
     assert text in (out / 'tables.md').read_text()
     assert text.count('\n| ') == 4 and '(2) |' in text and f'| {report.DASH} |' in text and '| 74.0 |' in text
-    assert 'Learning rates: tokens 0.003 (top-1 of the search: 0.001: ' in text
+    assert 'Learning rates: tokens 0.003 (top-1 of the search, 4 epochs each: 0.001: ' in text
     assert not (out / 'speed').exists()  # of which nothing is done
 
     # another table takes what is there, and evaluates it: images through the tokenizer are the tokens of the training
@@ -634,9 +634,10 @@ def test_what_rows_keep_is_drawn(tmp_path):
           '9 images, but --data-path has 45')
     fails(lambda: call(draw_rows, *words, '--tokenizer-path', 'a', 'b', '--output', tmp_path / 'b.png'),
           '--tokenizer-path: 2 for 1 --token-file')
+    (out / 'my-token.json').unlink()  # which says what codebook it is
     torch.save(torch.zeros(2, load_codebook(data / 'codebook.ckpt').shape[1]), tmp_path / 'small.ckpt')
     torch.save(torch.zeros(600, 5), tmp_path / 'wide.ckpt')
-    for name, said in (('small', 'small.ckpt'), ('wide', 'wide.ckpt')):
+    for name, said in (('small', 'holds code'), ('wide', 'rows of 5 elements')):
         fails(lambda: call(draw_rows, *words[:-6], '--codebook-path', tmp_path / f'{name}.ckpt', '--output',
                            tmp_path / 'b.png'), said)
     # two token sets, and one image

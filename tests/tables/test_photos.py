@@ -39,7 +39,7 @@ def test_the_first_sentence_has_the_numbers_of_the_file():
     for name in ('README.md', 'docs/results.md'):
         text = ' '.join((ROOT / name).read_text().replace('*', '').split())
         for line in FIRST_SENTENCE:
-            size, ratio = figures.storage_of(rows[line], 'files')
+            size, _ = figures.storage_of(rows[line], 'files')
             assert f'{rows[line]["mean"]:.1f} % in {size:,.0f} bytes' in text, (name, line)
 
 
@@ -131,7 +131,12 @@ def test_groups_need_what_draws_reports(tmp_path, monkeypatch):
 
 def test_samples_of_the_large_preset_take_equal_steps():
     size = int(presets.PHOTOS_GPU.training[presets.PHOTOS_GPU.training.index('--batch-size') + 1])
-    assert {10_000 * share // size / share for share in (1, 0.2, 0.04)} == {10_000 / size}
+    assert {10_000 * share // size / share for share in (1, *presets.PHOTOS_GPU.shares)} == {10_000 / size}
+
+
+def test_other_presets_evaluate_each_epoch_as_before():
+    _, lines = make.planned('storage', make.parse_args(['storage', '--preset', 'tiny', *WORDS[3:]]))
+    assert not any('--eval-freq' in command for line in lines for row in line.runs.values() for command in row.commands)
 
 
 def test_groups_are_all_classes_once():
