@@ -11,7 +11,8 @@ from small_tables import TOY, Forked
 from tables import figures, make, presets, report, rows
 
 FILES = sorted((ROOT / 'docs' / 'photos').glob('*.json'))
-FIRST_SENTENCE = ('tokens, compact', 'full pixels', 'best codec at 500 bytes')
+FIRST_SENTENCE = ('tokens, compact', 'full pixels', 'best codec at 500 bytes', 'best codec at 1,000 bytes',
+                  'sample 20%')
 WORDS = ['storage', '--preset', 'photos', '--data-path', 'data', '--output-dir', 'out']
 
 
