@@ -635,8 +635,8 @@ def test_what_rows_keep_is_drawn(tmp_path):
     fails(lambda: call(draw_rows, *words, '--tokenizer-path', 'a', 'b', '--output', tmp_path / 'b.png'),
           '--tokenizer-path: 2 for 1 --token-file')
     (out / 'my-token.json').unlink()  # which says what codebook it is
-    torch.save(torch.zeros(2, load_codebook(data / 'codebook.ckpt').shape[1]), tmp_path / 'small.ckpt')
-    torch.save(torch.zeros(600, 5), tmp_path / 'wide.ckpt')
+    torch.save(torch.rand(2, load_codebook(data / 'codebook.ckpt').shape[1]), tmp_path / 'small.ckpt')
+    torch.save(torch.rand(600, 5), tmp_path / 'wide.ckpt')
     for name, said in (('small', 'holds code'), ('wide', 'rows of 5 elements')):
         fails(lambda: call(draw_rows, *words[:-6], '--codebook-path', tmp_path / f'{name}.ckpt', '--output',
                            tmp_path / 'b.png'), said)
