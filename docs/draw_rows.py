@@ -20,7 +20,7 @@ from torchvision.transforms.functional import resize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.figures import draw_sheet, picture_format
-from fileio.files import atomic_path, check_writable, expand_files
+from fileio.files import atomic_path, check_writable
 from fileio.labels import name_labels, spread
 from flags import Parser, integer
 from image_data.sources import load_images, open_source
@@ -28,7 +28,7 @@ from image_tokenizer.tokenizers import check_codebook, decode_codes, load_tokeni
 from token_files.cache import open_codes
 from token_files.codebook import load_codebook
 from token_files.made_with import check_made_with
-from token_files.token_file import count_codes, open_token_file
+from token_files.token_file import count_uses, open_token_files
 from utils import InputError, print0, run
 
 COLUMNS = 4  # of pictures of one image
@@ -61,7 +61,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def decoded(path: str, tokenizer_path: str, codebook_path: str, chosen: np.ndarray, images: int) -> torch.Tensor:
     """Images of the tokens of some images, (B, 3, S, S) float32 in [0, 1]. Raises InputError."""
-    files = [open_token_file(part) for part in expand_files(path)]
+    files = open_token_files(path)
     codes = open_codes(files, cache='none')
     if len(codes) != images:
         raise InputError(f'{path}: {len(codes)} images, but --data-path has {images}; give the tokens of the same '
@@ -69,10 +69,7 @@ def decoded(path: str, tokenizer_path: str, codebook_path: str, chosen: np.ndarr
     tokenizer, codebook = load_tokenizer(tokenizer_path), load_codebook(codebook_path)
     check_made_with(files, codebook, codebook_path, tokenizer_path)
     check_codebook(tokenizer, codebook, codebook_path)
-    try:
-        count_codes(codes[chosen], len(codebook))
-    except ValueError as error:
-        raise InputError(f'{path}: {error}; give the codebook the tokens were made with') from None
+    count_uses(codes[chosen], len(codebook), path)
     pictures = decode_codes(tokenizer, codebook, torch.from_numpy(codes[chosen].astype(np.int64)))
     if pictures is None:
         raise InputError(f'{tokenizer_path}: has no decoder')

@@ -32,7 +32,7 @@ from token_augment import center_crop, check_crop
 from token_files.cache import open_codes
 from token_files.codebook import load_codebook
 from token_files.made_with import check_made_with, note_rotation
-from token_files.token_file import open_token_files
+from token_files.token_file import count_uses, open_token_files
 from training.checkpoints import (PRETRAIN, check_codes, check_origin, load_checkpoint, load_weights, saved_flags,
                                   without_token_adapt)
 from utils import InputError, print0, run
@@ -138,9 +138,7 @@ def main(args: argparse.Namespace) -> None:
                              'images; give the labels of this token file')
     chosen = spread(labels, len(all_codes), args.images)
     codes = torch.from_numpy(all_codes[chosen].astype(np.int64))
-    if codes.max() >= len(codebook):
-        raise InputError(f'{args.token_file}: holds code {codes.max()}, but the codebook has {len(codebook)} rows; '
-                         'give the codebook the tokens were made with')
+    count_uses(all_codes[chosen], len(codebook), args.token_file)
     grid_size = math.isqrt(codes.shape[1])
     check_crop(size, grid_size, args.token_file)
     codes = center_crop(codes.view(-1, grid_size, grid_size), size)

@@ -39,7 +39,7 @@ from image_tokenizer.tokenizers import check_codebook, decode_codes, load_tokeni
 from token_files.cache import labels_inside, open_codes
 from token_files.codebook import load_codebook
 from token_files.made_with import check_made_with, note_rotation
-from token_files.token_file import TokenFile, bytes_per_image, count_codes, entropy_bits, open_token_files
+from token_files.token_file import TokenFile, bytes_per_image, count_uses, entropy_bits, open_token_files
 from utils import InputError, cores, device_of_rank, print0, run
 
 BATCH = 64  # images decoded at a time
@@ -224,10 +224,7 @@ def main(args: argparse.Namespace) -> None:
     if source:
         note_rotation(files, args.exif_rotate)
     codes = open_codes(files, cache='none')
-    try:
-        counts = count_codes(codes, len(codebook))
-    except ValueError as error:
-        raise InputError(f'{args.token_file}: {error}; give the codebook the tokens were made with') from None
+    counts = count_uses(codes, len(codebook), args.token_file)
     if source and len(source) != len(codes):
         raise InputError(f'{args.data_path}: {len(source)} images, but {args.token_file} holds {len(codes)}; give the '
                          'images that the tokens were made from')

@@ -15,14 +15,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from fileio.files import check_writable, expand_files, write_text
+from fileio.files import check_writable, write_text
 from flags import Parser
 from image_data.decoding import BadImage, bare_bytes
 from image_data.sources import open_source
 from token_files import compact
 from token_files.cache import open_codes
 from token_files.codebook import load_codebook
-from token_files.token_file import bytes_on_disk, bytes_per_image, count_codes, open_token_file
+from token_files.token_file import bytes_on_disk, bytes_per_image, count_uses, open_token_files
 from utils import InputError, print0, run
 
 
@@ -59,13 +59,10 @@ def image_bytes(data_path: str) -> dict[str, int | None]:
 
 def token_bytes(token_file: str, codebook_path: str) -> dict[str, int]:
     """Images of a token set, and their bytes in all, with the codebook's rows. Raises InputError."""
-    files = [open_token_file(path) for path in expand_files(token_file)]
+    files = open_token_files(token_file)
     codes = open_codes(files, cache='none')
     codebook = load_codebook(codebook_path)
-    try:
-        counts = count_codes(codes, len(codebook))
-    except ValueError as error:
-        raise InputError(f'{token_file}: {error}; give the codebook the tokens were made with') from None
+    counts = count_uses(codes, len(codebook), token_file)
     on_disk = bytes_on_disk(files)
     # a .gz can be smaller: it sees which codes follow which
     bare = min(on_disk, round(bytes_per_image(files, codes.shape, counts)['entropy'] * len(codes)))

@@ -266,10 +266,9 @@ def seitpp_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], s
     """Head, lines and note of table 5."""
     lines = [[name.replace('tokens', 'SeiT'), result['epochs'], spread(result), paper_of(result)]
              for name, result in results['rows'].items()]
-    adapted = results['token_adapt']
+    adapted = 'all but the first two' if results['token_adapt'] else 'none'
     return (['', 'epochs', 'top-1 (seeds)', 'paper, ImageNet-1k'], lines,
-            f'All but the first have ColorAdapt, {"all but the first two" if adapted else "none"} TokenAdapt. '
-            'Published: 400 + 100 epochs, against 300.')
+            f'All but the first have ColorAdapt, {adapted} TokenAdapt. Published: 400 + 100 epochs, against 300.')
 
 
 def pretraining_table(results: dict[str, Any]) -> tuple[list[str], list[list[str]], str]:

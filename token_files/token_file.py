@@ -366,6 +366,14 @@ def count_codes(codes: np.ndarray, codebook_size: int) -> np.ndarray:
     return counts[:codebook_size]
 
 
+def count_uses(codes: np.ndarray, codebook_size: int, path: str) -> np.ndarray:
+    """`count_codes` of a token set `path` of the user's. Raises InputError for a code beyond the codebook."""
+    try:
+        return count_codes(codes, codebook_size)
+    except ValueError as error:
+        raise InputError(f'{path}: {error}; give the codebook the tokens were made with') from None
+
+
 def source_bytes_of(files: Sequence[TokenFile]) -> int | None:
     """Bytes of the images that tokens were made from, where all manifests state them, else None."""
     recorded = [file.manifest.get('source_bytes') for file in files]

@@ -89,9 +89,9 @@ def test_numbers_are_the_slow_ones_on_the_golden_file(golden, tmp_path, capsys):
 def test_counting_in_runs_is_counting_at_once(monkeypatch):
     codes = np.random.default_rng(0).integers(0, 8192, (50, 16)).astype(np.uint16)
     monkeypatch.setattr(token_file, 'IMAGES_AT_ONCE', 7)
-    assert inspect_tokens.count_codes(codes, 9000).tolist() == np.bincount(codes.ravel(), minlength=9000).tolist()
+    assert token_file.count_codes(codes, 9000).tolist() == np.bincount(codes.ravel(), minlength=9000).tolist()
     with pytest.raises(ValueError, match=f'holds code {codes.max()}, but the codebook has 5 rows'):
-        inspect_tokens.count_codes(codes, 5)
+        token_file.count_codes(codes, 5)
 
 
 def test_shards_are_one_set(fitted, tmp_path, capsys):

@@ -21,8 +21,8 @@ def lines_of(*words):
     return {line.name: line for line in lines}
 
 
-def numbers_of(path):
-    """The cells of a table's lines by the name of the line, as report.py writes them."""
+def lines_in(path):
+    """The lines of a table, as report.py writes them."""
     text = report.markdown(json.loads(path.read_text()))
     return [line for line in text.splitlines() if line.startswith('| ') and not line.startswith('| ---')]
 
@@ -30,8 +30,8 @@ def numbers_of(path):
 @pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
 def test_the_docs_have_the_numbers_of_the_files(path):
     text = (ROOT / 'docs' / 'results.md').read_text()
-    missing = [line for line in numbers_of(path) if line not in text]
-    assert not missing and len(numbers_of(path)) > 2
+    missing = [line for line in lines_in(path) if line not in text]
+    assert not missing and len(lines_in(path)) > 2
 
 
 def test_the_first_sentence_has_the_numbers_of_the_file():
