@@ -571,8 +571,8 @@ def npy(array):
 def write_raw_set(folder, stream, index):
     """Write a token file and its index of any content; returns the token file."""
     path = folder / 'a.data.bin.gz'
-    path.write_bytes(gzip.compress(stream, 1))
-    companion_path(path).write_bytes(gzip.compress(index if isinstance(index, bytes) else npy(index), 1))
+    path.write_bytes(gzip.compress(stream, 1, mtime=0))
+    companion_path(path).write_bytes(gzip.compress(index if isinstance(index, bytes) else npy(index), 1, mtime=0))
     return path
 
 
