@@ -98,6 +98,8 @@ def start(args: Flags, no_effect: dict[str, str] | None = None, outputs: Sequenc
     print_no_effect(no_effect or {}, vars(args))
     set_up_torch(args)
     evaluating = vars(args).get('eval', False)  # some programs only train
+    if not evaluating and not args.output_dir:
+        print0('note: without --output-dir no checkpoint and no log is kept')
     # The folder is locked before it is searched, so that no other run writes the checkpoint that this one reads.
     folder = RunFolder('' if evaluating else args.output_dir, args.save_every, outputs, files)
     return device, folder, *find_checkpoint(args.output_dir, args.resume, evaluating, outputs, files)

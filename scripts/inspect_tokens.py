@@ -56,7 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--label-file', metavar='FILE', help='labels of the images: adds the number of images of each class, and the '
         'contact sheet shows images of different classes')
     add('--data-path', metavar='PATH', help='the images that the tokens were made from (class folders, a list file '
-        '.txt, tar shards or parquet files: see image_sources.py): adds their bytes')
+        '.txt, tar shards or parquet files: see image_data/sources.py): adds their bytes')
     add('--tokenizer-path', metavar='FILE', help='reconstructs the images, where it has a decoder')
     add_allow_torchscript(add)
     add('--quality', action='store_true', help='adds PSNR and SSIM; needs --data-path and --tokenizer-path')

@@ -81,7 +81,7 @@ def draw_curve(results: dict[str, Any], path: Path) -> None:
                            linestyle='none' if alone else '-')
             texts += [((size, accuracy), f'{names.get((size, accuracy), "")} {ratio:.1f}x'.strip(), colors[family])
                       for _, size, ratio, accuracy, _ in of_family]
-        panel.set(title=f'bytes {words}', xlabel='bytes of the training set, for each of its images')
+        panel.set(title=f'bytes {words}', xlabel='bytes of the training set, for each image of the full one')
         panel.margins(0.07)
         panel.grid(alpha=0.3, which='both')
         labels.append((panel, texts))

@@ -274,7 +274,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "imagenet: the paper's, eight GPUs. The table `continual` has "
         'tiny (five tasks of four classes), b10-inc10 and b50-inc5 (100 classes of DATA, as of ImageNet, one GPU)')
     add('--data-path', required=True, metavar='DIR', help='train/ and val/ with a folder of images for every class; '
-        'for imagenet also tokens/ (the published token files) and weights/tokenizer.ckpt')
+        'for imagenet also tokens/ (the published token files) and weights/tokenizer.safetensors')
     add('--output-dir', required=True, metavar='DIR', help='for all rows and results; tables may share it, and then '
         'share what they have in common')
     add('--rows', nargs='+', default=[], metavar='NAME', help="lines of the table, as in '*' or 'JPEG*'; default: all "

@@ -267,7 +267,7 @@ PHOTOS = replace(
     small_pixel_model=('deit_tiny_patch16_224', '--model-kwargs', 'global_pool=avg', *SMALL_KWARGS),
     pixels=('--input-size', '224', '--aug', 'tokens', '--eval-crop-ratio', '1'),
     lrs={'tokens': 1e-3, 'pixels': 2e-3, 'codes': 1e-3, 'fine-tuning': 2e-3},
-    search={'tokens': (5e-4, 1e-3, 2e-3), 'pixels': (5e-4, 1e-3, 2e-3)},
+    search={'tokens': (5e-4, 1e-3, 2e-3), 'pixels': (5e-4, 1e-3, 2e-3, 4e-3)},  # on, while the largest is the best
     tokenizers=PHOTO_TOKENIZERS, shares=(0.2, 0.04), token_shares=(0.2,), sides=(0.286,), qualities=(10,),
     masked=replace(TINY_MASKED, token_adapt=None, pretrain_lrs=(3e-3,), tuning_part=4),
     quality_size=224, rivals=RIVALS, groups={'Imagenette': IMAGENETTE, 'Imagewoof': IMAGEWOOF}, long_epochs=24,
@@ -299,8 +299,8 @@ IMAGENET = Preset(
     small_pixel_model=('deit_tiny_patch16_224', '--model-kwargs', *SMALL_KWARGS),
     tokens=(), pixels=('--input-size', '224', '--aug', 'deit', '--weight-decay', '0.05'),
     lrs={'tokens': 7.5e-4, 'pixels': 5e-4, 'codes': 1.5e-3, 'fine-tuning': 4e-3}, search={}, masked=IMAGENET_MASKED,
-    tokenizers={'vitvqgan-32x32': Tokenizer(256, 224, (), 'tokenizer.ckpt'),
-                'vitvqgan-16x16': Tokenizer(128, 112, (), 'tokenizer.ckpt')},
+    tokenizers={'vitvqgan-32x32': Tokenizer(256, 224, (), 'tokenizer.safetensors'),
+                'vitvqgan-16x16': Tokenizer(128, 112, (), 'tokenizer.safetensors')},
     published={'train': 'imagenet1k-train', 'val': 'imagenet1k-val'}, shares=(0.6, 0.4, 0.2, 0.1),
     token_shares=(0.6, 0.2), sides=(0.5, 0.2), qualities=(50, 5), workers=10, quality_size=256,
     more_sets=('imagenet-r', 'imagenet-a', 'imagenet-sketch'))
