@@ -33,14 +33,13 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from einops import rearrange
 from torch import nn
 
 from fileio.files import download, is_address
 from fileio.hub import local_path
-from fileio.torch_files import is_safetensors, load_torch
+from fileio.torch_files import is_safetensors, load_safetensors, load_torch
 from image_tokenizer.diffusers_vq import is_vq_model, load_vq_model
 from image_tokenizer.kmeans import nearest_rows
 from image_tokenizer.latents import LatentTokenizer, is_latent_tokenizer
@@ -50,7 +49,7 @@ from image_tokenizer.torchscript import is_torchscript, load_torchscript
 from image_tokenizer.vitvqgan import ViTVQGAN, check_divides, prefixes
 from image_tokenizer.vqgan import VQGAN
 from token_files.codebook import quantize
-from utils import InputError, first_line
+from utils import InputError
 
 DECODED_AT_ONCE = 8  # images: bounds memory
 LIFT = 2.  # of the last element of a patch tokenizer's rows, where the others have standard deviation 1
@@ -307,13 +306,9 @@ def read_file(path: str | Path) -> Any:
         with tempfile.TemporaryDirectory() as folder:
             return read_file(download(file, folder))
     if is_safetensors(file):
-        try:
-            check_version(path)
-            return safetensors.torch.load_file(file)
-        except OSError as error:
-            raise InputError(f'{path}: cannot read a tokenizer ({error.strerror or error})') from None
-        except safetensors.SafetensorError as error:
-            raise InputError(f'{path}: damaged or no .safetensors file ({first_line(error)})') from None
+        state = load_safetensors(file, 'a tokenizer')
+        check_version(file)
+        return state
     try:
         return load_torch(path, 'a tokenizer')
     except InputError as error:
@@ -327,7 +322,7 @@ def read_file(path: str | Path) -> Any:
 
 def check_version(path: str | Path) -> None:
     """InputError for a .safetensors that a later version of this project wrote; others may be anything."""
-    with safetensors.safe_open(local_path(path), 'pt') as file:
+    with safetensors.safe_open(path, 'pt') as file:
         metadata = file.metadata() or {}
     version = metadata.get('version', '')
     if metadata.get('format') == FORMAT and version != str(VERSION):
