@@ -8,6 +8,7 @@ import contextlib
 import functools
 import json
 import os
+import random
 import socket
 import tempfile
 import time
@@ -265,8 +266,14 @@ def make_tokenizer(name: str, device: torch.device) -> tuple[nn.Module, torch.Te
 
 # ---------------------------------------------------------------- processes
 
+# below those that the system hands out, so that nothing else takes one before it is used
+_ports = iter(random.SystemRandom().sample(range(10_000, 32_768), 22_768))
+
+
 def free_port() -> int:
-    """A TCP port that is free on this machine now."""
-    with socket.socket() as probe:
-        probe.bind(('127.0.0.1', 0))
-        return probe.getsockname()[1]
+    """A TCP port that is free on this machine now, and another at each call."""
+    for port in _ports:
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(('127.0.0.1', port))
+            return port
+    raise RuntimeError('no TCP port from 10,000 to 32,767 is free')

@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import tempfile
-import threading
+import time
 import urllib.parse
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -337,17 +337,15 @@ def lock_file(path: str | Path, wait: float = 0) -> BinaryIO:
 
 def _wait_for_lock(file: BinaryIO, seconds: float) -> bool:
     """Whether this process gets the lock of an open file within some seconds."""
-    locked = []
-
-    def wait() -> None:
-        with contextlib.suppress(OSError):  # such as the file's being closed when the time is over
-            fcntl.lockf(file, fcntl.LOCK_EX)
-            locked.append(True)
-    if seconds:
-        thread = threading.Thread(target=wait, daemon=True)  # the system's call has no time limit of its own
-        thread.start()
-        thread.join(seconds)
-    return bool(locked)
+    # Not in a thread that waits in the system's call: when the time is over it would wait on, and what it gets for a
+    # file that is closed by then drops all locks that this process has on the path.
+    end = time.monotonic() + seconds
+    while (left := end - time.monotonic()) > 0:
+        time.sleep(min(left, 0.05))
+        with contextlib.suppress(BlockingIOError, PermissionError):
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    return False
 
 
 # ---------------------------------------------------------------- the web

@@ -267,7 +267,7 @@ def met_by(ranks, wait):
         refuse('a.txt: bad')
     wait()
 
-WAITS = {'barrier': utils.barrier, 'on_main': lambda: utils.on_main(int), 'none': lambda: time.sleep(1)}
+WAITS = {'barrier': utils.barrier, 'on_main': lambda: utils.on_main(int), 'none': lambda: time.sleep(5)}
 
 def main(args):
     utils.init_distributed('cpu', minutes=1)
@@ -412,7 +412,7 @@ def test_an_output_that_is_not_utf8_gets_all_text(variables, tmp_path):
     """Also from print, from --help, and as an error."""
     (tmp_path / 'speaks.py').write_text(SPEAKS, encoding='utf-8')
     for words, code in (([], 2), (['--help'], 0)):
-        done = subprocess.run([sys.executable, tmp_path / 'speaks.py', *words], capture_output=True, timeout=60,
+        done = subprocess.run([sys.executable, tmp_path / 'speaks.py', *words], capture_output=True, timeout=300,
                               env=clean_environment(PYTHONPATH=str(ROOT), **variables))
         assert done.returncode == code and b'Traceback' not in done.stderr, done.stderr
         if words:

@@ -1,4 +1,5 @@
 """tables/cluster.py: rows as jobs, with stand-ins for SLURM's programs that really run them."""
+import contextlib
 import json
 import os
 import signal
@@ -151,6 +152,9 @@ def test_rows_are_jobs_after_one_another(tmp_path, slurm, monkeypatch, capsys):
         capsys.readouterr().out)
     subprocess.run(['scancel', ids['long']], check=True)
     states = settle(slurm)
+    while (lock := rows.take(table[2])) is None:  # its process may still be ending
+        time.sleep(0.05)
+    lock.close()
     assert {name: states[job] for name, job in ids.items()} == {
         'good': 'COMPLETED', 'bad': 'FAILED', 'long': 'CANCELLED', 'after/bad': 'CANCELLED', 'after/long': 'CANCELLED'}
     assert (out / 'good' / rows.OUTPUT).read_text() == '3 a\n3 b\n' and rows.is_done(table[0])
@@ -173,7 +177,7 @@ def test_rows_are_jobs_after_one_another(tmp_path, slurm, monkeypatch, capsys):
 def test_the_time_of_a_job_is_up(tmp_path, slurm, monkeypatch):
     """SLURM's signal lets the program save; then the job is queued again, and goes on where it was."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / 'bin' / 'scontrol').write_text('#!/bin/sh\necho "$@" > "$SLURM_FAKE/requeued"\n')
+    (tmp_path / 'bin' / 'scontrol').write_text('#!/bin/sh\necho "$@" > "$0.new"; mv "$0.new" "$SLURM_FAKE/requeued"\n')
     (tmp_path / 'bin' / 'scontrol').chmod(0o755)
     program = stub(tmp_path, 'saves', 'import signal, sys, time\nsignal.signal(signal.SIGTERM, lambda *_: (print('
                    '"saved", flush=True), sys.exit(75)))\nprint("begun", flush=True)\ntime.sleep(600)')
@@ -194,8 +198,12 @@ def test_the_time_of_a_job_is_up(tmp_path, slurm, monkeypatch):
 
 def processes_of(group):
     """The /proc folders of the processes of a session."""
-    return [path for path in Path('/proc').glob('[0-9]*') if (path / 'stat').exists()
-            and (path / 'stat').read_text().rpartition(')')[2].split()[3] == str(group)]
+    found = []
+    for path in Path('/proc').glob('[0-9]*'):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if (path / 'stat').read_text().rpartition(')')[2].split()[3] == str(group):
+                found.append(path)
+    return found
 
 
 @pytest.mark.slow
