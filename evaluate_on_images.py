@@ -36,7 +36,8 @@ from flags import (DEVICE_HELP, SEED, KeyValues, Parser, add_allow_torchscript, 
 from image_data.class_subsets import OnlyClasses, match_classes
 from image_data.corruptions import add_robustness_flags, make_corruption
 from image_data.sources import ImageBatch, Source, load_images, open_source
-from image_tokenizer.tokenizers import check_codes, check_found, compile_tokenizer, encode_images, load_tokenizer
+from image_tokenizer.tokenizers import (check_codes, check_found, check_sizes, compile_tokenizer, encode_images,
+                                        load_tokenizer)
 from inference.models import weights_of
 from inference.report import Report, check_report, class_names
 from models_seit import MODELS, STEMS, classifier_of, create_model
@@ -241,6 +242,7 @@ def main(args: argparse.Namespace) -> None:
                               args.nb_classes, args.vit_input_size, codebook.shape[1], args.stem,
                               args.token_patch_size)
     tokenizer = load_tokenizer(args.tokenizer_path, args.tokenizer_code_path, args.allow_torchscript)
+    check_sizes(args.tokenizer_input_size, tokenizer.patch_size, '--tokenizer-input-size')
     check_codes(tokenizer, codebook, args.codebook_path)
     source = open_source(args.data_path, args.exif_rotate)
     source.change = change  # images are corrupted where they are decoded, by the workers

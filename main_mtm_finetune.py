@@ -82,7 +82,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = get_args_parser().parse_args(argv)
     recipe.check_flags(args)
     recipe.check_val_share(args)
-    check_sizes(args)
+    recipe.check_cutmix(args, check_sizes(args))
     if args.tokenadapt_path and not args.eval:  # only training goes by halves of a batch
         check_halves(args.batch_size, recipe.mixes(args))
     checkpoint_files(args.save_periods, args.epochs)

@@ -98,6 +98,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.set_defaults(**AUGMENTATIONS[parser.parse_known_args(argv)[0].aug])
     args = parser.parse_args(argv)
     recipe.check_flags(args)
+    recipe.check_cutmix(args, args.input_size)
     make_corruption(args.corruption, args.severity, args.seed)  # both or neither
     for flag in ('corruption', 'classes'):
         if getattr(args, flag) and not args.eval:

@@ -26,7 +26,7 @@ import recipe
 from engine import evaluate, evaluate_checkpoint, rank_indices
 from fileio.labels import check_class_names, count_classes
 from flags import Parser
-from models_seit import MODELS, STEMS, classifier_of, create_model
+from models_seit import MODELS, STEMS, UpsampledConv2d, classifier_of, create_model
 from samplers import draw_views, repeated_augmentation, shuffled
 from inference.report import Report, check_report, class_names, token_images
 from seitpp.color_adapt import color_recipe
@@ -85,10 +85,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     recipe.check_val_share(args)
     if not args.eval:
         size_of(args)
-    # with no whole code between the sides, CutMix would draw from an empty range and end in a traceback
-    low, high = (int(args.input_size // args.token_patch_size * side) for side in args.cutmix_minmax or (0, 1))
-    if low >= high:
-        raise InputError(f'--cutmix-minmax {args.cutmix_minmax}: give two rising shares, with whole codes between them')
+    recipe.check_cutmix(args, args.input_size // args.token_patch_size)
     if args.eda_rc_prob + args.eda_sc_prob + args.eda_erase_prob > 1:
         raise InputError('--eda-rc-prob, --eda-sc-prob and --eda-erase-prob add up to more than 1')
     return args
@@ -180,6 +177,8 @@ def main(args: argparse.Namespace) -> int:
     # ------------------------------------------------------------ model
     model = create_model(args.model, args.model_kwargs, classes, size, codebook.shape[1], args.stem,
                          args.token_patch_size, args.drop, args.drop_path)
+    if any(isinstance(module, UpsampledConv2d) for module in model.modules()):
+        args = args.replaced(stem=args.stem or STEMS[0])  # a checkpoint says which, whatever the default is then
     if pretrained:
         recipe.note_held_out(args, pretrained, facts)
         load_pretrained(model, args.finetune, names, codebook=facts['codebook'], checkpoint=pretrained)

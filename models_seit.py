@@ -255,15 +255,15 @@ def create_backbone(name: str, model_kwargs: dict[str, Any], num_classes: int, i
     else:
         stem = stem or STEMS[0]
         pixels = token_patch_size / 2 if stem == 'fast' else token_patch_size  # that a code stands for
+        # models whose positions or windows belong to a size are told that of pixels
+        size = {'img_size': int(img_size * pixels)} if cfg.fixed_input_size else {}
+        model = timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **rates, **(size | model_kwargs))
+        first, parent = first_convolution(model, name, cfg, in_chans)  # of the patch_size that is asked for
         scale, rest = divmod(pixels, first.stride[0])
         if rest or not scale:
             raise InputError(f'--model {name}: its first convolution has stride {first.stride[0]}, so it cannot read '
                              f'codes of {token_patch_size} pixels with --stem {stem}: choose another stem or '
                              'model')
-        # models whose positions or windows belong to a size are told that of pixels
-        size = {'img_size': int(img_size * pixels)} if cfg.fixed_input_size else {}
-        model = timm.create_model(name, num_classes=num_classes, in_chans=in_chans, **rates, **(size | model_kwargs))
-        first, parent = first_convolution(model, name, cfg, in_chans)
         adapted = UpsampledConv2d(in_chans, first.out_channels, int(scale), first.bias is not None)
         if isinstance(parent, PatchEmbed):
             parent.img_size = None  # it would refuse what is not of this size; the grid is that of this size
@@ -295,6 +295,14 @@ def classifier_of(name: str) -> str:
     return 'head' if not classifier else classifier if isinstance(classifier, str) else classifier[0]
 
 
+def check_loads_nothing(model_kwargs: dict[str, Any]) -> None:
+    """InputError for arguments by which timm would read weights, past our checks of files and in silence."""
+    for key in ('pretrained', 'pretrained_cfg', 'checkpoint_path'):
+        if key in model_kwargs:
+            raise InputError(f'--model-kwargs {key}: a model is made without weights: omit it, and start from those of '
+                             'a file by --finetune where the program has it')
+
+
 def create_model(name: str, model_kwargs: dict[str, Any], num_classes: int, img_size: int, in_chans: int | None = None,
                  stem: str | None = None, token_patch_size: int = 8, drop: float = 0.,
                  drop_path: float = 0.) -> nn.Module:
@@ -319,6 +327,7 @@ def create_model(name: str, model_kwargs: dict[str, Any], num_classes: int, img_
         similar = difflib.get_close_matches(name, timm.list_models(), 3)
         raise InputError(f'--model {name} is none of {", ".join(MODELS)}, and timm has no such model'
                          + (f'; near it are {", ".join(similar)}' if similar else ''))
+    check_loads_nothing(model_kwargs)
     values = {'--model-kwargs': model_kwargs, '--drop': drop, '--drop-path': drop_path, '--stem': stem}
     flags = ' with '.join([f'--model {name}', ', '.join(f'{flag} {value}' for flag, value in values.items() if value)])
     try:
@@ -330,10 +339,6 @@ def create_model(name: str, model_kwargs: dict[str, Any], num_classes: int, img_
             if not isinstance(model, TokenVisionTransformer):
                 raise TypeError('this makes no classifier')  # features_only=True
         else:
-            loads = [key for key in ('pretrained', 'pretrained_cfg', 'checkpoint_path') if key in model_kwargs]
-            if loads:
-                raise InputError(f'--model-kwargs {loads[0]}: no weights are fetched here, and those of images lack a '
-                                 'stem for tokens: omit it')
             rates = {'drop_rate': drop or None, 'drop_path_rate': drop_path or None}
             channels = model_kwargs.get('in_chans', in_chans) or 32
             kwargs = {key: value for key, value in model_kwargs.items() if key != 'in_chans'}

@@ -74,6 +74,14 @@ def mixes(args: Flags) -> bool:
     return args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None
 
 
+def check_cutmix(args: Flags, side: int) -> None:
+    """InputError where the box of CutMix would be drawn from an empty range, of images of `side` codes or pixels."""
+    low, high = (int(side * part) for part in args.cutmix_minmax or (0, 1))
+    if low >= high:
+        raise InputError(f'--cutmix-minmax {args.cutmix_minmax}: give two rising shares, with whole codes or pixels '
+                         'between them')
+
+
 # ---------------------------------------------------------------- the beginning of a program
 
 def start(args: Flags, no_effect: dict[str, str] | None = None, outputs: Sequence[str] = (),

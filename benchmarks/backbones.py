@@ -11,13 +11,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import timm
-import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.common import forward_flops
 from flags import Parser
+from inference.pixel_models import create_pixel_model
 from models_seit import STEMS, create_model
 from utils import InputError, run
 
@@ -35,9 +34,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def gmac(model: nn.Module, shape: Sequence[int]) -> float:
     """Pairs of a multiplication and an addition, in 1e9, in the forward pass of an input (1, *shape)."""
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model.eval()(torch.zeros(1, *shape))
-    return counter.get_total_flops() / 2e9
+    return forward_flops(model, shape) / 2e9
 
 
 def row(name: str) -> str:
@@ -57,7 +54,7 @@ def row(name: str) -> str:
             else:
                 on_tokens, size = gmac(model, CODES), sum(weight.numel() for weight in model.parameters())
     adapted = '' if any(cells) else f'{on_tokens:.2f}'
-    pixels = gmac(timm.create_model(name), PIXELS)
+    pixels = gmac(create_pixel_model(name, {}, 1000, PIXELS[-1]), PIXELS)
     return f'| {name} | {size / 1e6:.1f} | {pixels:.2f} | {adapted} | {" | ".join(cells)} |'
 
 

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import main_seit
 from fileio.files import check_writable, save_torch, write_text
@@ -262,6 +264,17 @@ def make_tokenizer(name: str, device: torch.device) -> tuple[nn.Module, torch.Te
         tokenizer = ViTVQGAN.from_name(name).eval()
         codebook = tokenizer.codebook
     return tokenizer.to(device), codebook.to(device)
+
+
+def forward_flops(model: nn.Module, input_shape: Sequence[int]) -> int:
+    """Floating-point operations of one image's forward pass in evaluation, a multiply-add being two."""
+    x = torch.zeros(1, *input_shape, device=next(model.parameters()).device)
+    training = model.training
+    # the plain kernel of attention: the counter does not see into the fused ones
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model.eval()(x)
+    model.train(training)
+    return counter.get_total_flops()
 
 
 # ---------------------------------------------------------------- processes

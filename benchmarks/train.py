@@ -12,8 +12,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main_seit
@@ -51,15 +49,6 @@ def matmul_peak(device: torch.device, amp: str, repeats: int, clock: str) -> flo
     return best
 
 
-def forward_flops(model: nn.Module, input_shape: tuple[int, ...]) -> int:
-    """Floating-point operations of one image's forward pass, a multiply-add being two."""
-    # the plain kernel of attention: the counter does not see into the fused ones
-    x = torch.zeros(1, *input_shape, device=next(model.parameters()).device)
-    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        model(x)
-    return counter.get_total_flops()
-
-
 def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dict[str, Any]:
     """The numbers of the JSON line; data are made in `folder`."""
     # what main_seit.main makes before its loop
@@ -79,7 +68,7 @@ def measure(args: argparse.Namespace, device: torch.device, folder: Path) -> dic
     data = datasets['train']
     model = create_model(main_args.model, main_args.model_kwargs, main_args.nb_classes, size, codebook.shape[1],
                          main_args.stem, main_args.token_patch_size, main_args.drop, main_args.drop_path).to(device)
-    flops = forward_flops(model, input_shape)
+    flops = common.forward_flops(model, input_shape)
     mixup, criterion = recipe.make_loss(main_args, main_args.nb_classes)
     unmixed, augment = (main_seit.make_augment(main_args, codebook, data.grid_size, size, device, mixing)
                         for mixing in (None, mixup))

@@ -7,6 +7,7 @@ In order: `hold_tokens` keeps other runs out of the folder, `fit_tokenizer` make
 the token files. `open_token_store` is for a memory of tokens beside training on pixels.
 """
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -63,8 +64,9 @@ class TokenFiles(NamedTuple):
 
     def sizes(self) -> dict[str, int | None]:
         """Bytes of the tokenizer and of the codebook, None where there is no file."""
-        return {f'{name}_bytes': Path(local_path(path)).stat().st_size if path else None
-                for name, path in (('tokenizer', self.tokenizer), ('codebook', self.codebook))}
+        paths = {'tokenizer_bytes': local_path(self.tokenizer), 'codebook_bytes': local_path(self.codebook)}
+        # a codebook may also be a formula, or lie on the web
+        return {name: os.path.getsize(path) if os.path.isfile(path) else None for name, path in paths.items()}
 
 
 def fit_tokenizer(first: Source, folder: Path, image_size: int) -> TokenFiles:

@@ -59,14 +59,14 @@ VERSION = 1  # of that format
 
 # ---------------------------------------------------------------- images to codes and back
 
-def check_sizes(image_size: int, patch_size: int) -> None:
-    """InputError unless patches divide images of --image-size."""
+def check_sizes(image_size: int, patch_size: int, flag: str = '--image-size') -> None:
+    """InputError unless patches divide images of so many pixels on a side, which a flag says."""
     if patch_size > image_size:
-        raise InputError(f'--image-size {image_size}: smaller than patches of {patch_size} pixels; choose a multiple '
+        raise InputError(f'{flag} {image_size}: smaller than patches of {patch_size} pixels; choose a multiple '
                          f'of {patch_size}')
     if image_size % patch_size:
         multiple = image_size // patch_size * patch_size
-        raise InputError(f'--image-size {image_size}: images of it do not divide into patches of {patch_size}: choose '
+        raise InputError(f'{flag} {image_size}: images of it do not divide into patches of {patch_size}: choose '
                          f'{multiple} or {multiple + patch_size}')
 
 

@@ -29,7 +29,7 @@ from fileio.files import atomic_path, identity
 from fileio.stamps import Stamp
 from fileio.torch_files import digest_of
 from image_data.sources import ImageBatch, Source, load_images
-from image_tokenizer.tokenizers import (check_codes, compile_tokenizer, encode_images, gives_codes,
+from image_tokenizer.tokenizers import (check_codes, check_sizes, compile_tokenizer, encode_images, gives_codes,
                                         load_tokenizer)
 from token_files.codebook import load_codebook
 from token_files.made_with import identity_of_codebook, identity_of_tokenizer, seen_from
@@ -148,11 +148,7 @@ def load_models(tokenizer_path: str | Path, code_path: str | Path | None, codebo
     if len(codebook) > MAX_CODES and not limit_codes:
         raise InputError(f'{source}: {len(codebook)} codes, but token files hold {MAX_CODES}: tokenize_images.py '
                          '--limit-codes keeps those in use')
-    patch = tokenizer.patch_size
-    if image_size % patch:
-        multiple = max(patch, image_size // patch * patch)
-        raise InputError(f'--image-size {image_size}: patches of {patch} do not divide it; choose {multiple} or '
-                         f'{multiple + patch}')
+    check_sizes(image_size, tokenizer.patch_size)
     return tokenizer, codebook
 
 

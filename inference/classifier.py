@@ -20,7 +20,8 @@ from fileio.files import is_address
 from fileio.torch_files import digest_of
 from image_data.dataset import Normalize, eval_transform
 from image_data.decoding import resize_square, upright
-from image_tokenizer.tokenizers import check_codes, check_found, find_codes, load_tokenizer, unit_range
+from image_tokenizer.tokenizers import (check_codes, check_found, check_sizes, find_codes, load_tokenizer,
+                                        unit_range)
 from inference.models import TrainedModel, load_model, program_with
 from seitpp.mtm_recipe import canonical_codes
 from token_augment import center_crop, check_crop
@@ -79,9 +80,7 @@ class Classifier(nn.Module):
         if trained.program == FINETUNE:
             # models of masked tokens have seen only the first of codebook rows of one direction
             self.canonical = canonical_codes(codebook)
-        if image_size % tokenizer.patch_size:
-            raise InputError(f'--tokenizer-input-size {image_size}: images of it do not divide into patches of '
-                             f'{tokenizer.patch_size}: choose a multiple')
+        check_sizes(image_size, tokenizer.patch_size, '--tokenizer-input-size')
         check_crop(self.grid_size, image_size // tokenizer.patch_size)
 
     def __call__(self, images: torch.Tensor | Image.Image | Sequence[Image.Image]) -> Any:

@@ -7,7 +7,7 @@ import torch
 from timm.layers import to_2tuple
 from torch import nn
 
-from models_seit import MODELS
+from models_seit import MODELS, check_loads_nothing
 from utils import InputError
 
 
@@ -24,6 +24,7 @@ def create_pixel_model(name: str, model_kwargs: dict[str, Any], classes: int, in
                          + (f'; near it are {", ".join(similar)}' if similar else ', and none of a name like it'))
     if name in MODELS:
         raise InputError(f'--model {name} reads tokens; train it with main_seit.py')
+    check_loads_nothing(model_kwargs)
     values = {'--model-kwargs': model_kwargs, '--drop': drop, '--drop-path': drop_path, '--input-size': input_size}
     flags = f'--model {name} with ' + ', '.join(f'{flag} {value}' for flag, value in values.items() if value)
     try:

@@ -45,7 +45,7 @@ from flags import (DEVICE_HELP, KeyValues, Parser, add_allow_torchscript, add_ex
 from image_data.dataset import ImageDataset, eval_transform
 from image_data.decoding import resize_square
 from image_data.overlap import note_shared_images
-from image_tokenizer.tokenizers import check_codes, check_found, encode_images, load_tokenizer
+from image_tokenizer.tokenizers import check_codes, check_found, check_sizes, encode_images, load_tokenizer
 from inference.models import load_model, make_prepare, program_with
 from models_seit import STEMS
 from samplers import in_order, shuffled
@@ -469,9 +469,7 @@ def open_codes(args: argparse.Namespace, device: torch.device) -> tuple[str, nn.
     if args.tokenizer_path:
         tokenizer = load_tokenizer(args.tokenizer_path, args.tokenizer_code_path, args.allow_torchscript)
         check_codes(tokenizer, codebook, args.codebook_path)
-        if args.tokenizer_input_size % tokenizer.patch_size:
-            raise InputError(f'--tokenizer-input-size {args.tokenizer_input_size}: images of it do not divide into '
-                             f'patches of {tokenizer.patch_size}: choose a multiple')
+        check_sizes(args.tokenizer_input_size, tokenizer.patch_size, '--tokenizer-input-size')
         images = open_images(args, args.tokenizer_input_size,
                              functools.partial(resize_square, size=args.tokenizer_input_size), args.exif_rotate)
         tokenizer = tokenizer.to(device).eval()

@@ -117,7 +117,6 @@ def main(args: argparse.Namespace) -> None:
         raise InputError('scripts/run_with_submitit.py needs the submitit package: pip install submitit; '
                          'scripts/slurm_train.sbatch does without') from None
     output_dir = training_args(args.program, args.training).output_dir
-    os.chdir(ROOT)
     # The job imports modules of ours before any line of this file runs there.
     os.environ['PYTHONPATH'] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get('PYTHONPATH')])])
     executor = submitit.AutoExecutor(args.job_dir or Path(output_dir) / 'submitit',

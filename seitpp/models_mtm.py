@@ -21,6 +21,7 @@ from timm.models.vision_transformer import Block
 from torch import nn
 
 from image_tokenizer.vitvqgan import position_table
+from models_seit import check_loads_nothing
 from utils import InputError, device_of_sums, uniform_float64
 
 PATCH = 2  # codes on a side
@@ -296,6 +297,7 @@ def make_model(name: str, registered: str, model_kwargs: dict[str, Any], **optio
         model_kwargs: the user's arguments.
         **options: the program's arguments.
     """
+    check_loads_nothing(model_kwargs)
     try:
         return timm.create_model(registered, **options, **model_kwargs)
     except (ArithmeticError, AssertionError, AttributeError, InputError, LookupError, RuntimeError, TypeError,

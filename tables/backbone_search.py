@@ -12,20 +12,16 @@ measures training in turn, arm after arm.
 """
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before installed packages of the same names
-from fileio.files import read_json, write_text
-from flags import Parser, integer
+from fileio.files import write_text
+from flags import Parser, integer, number
 from image_data.sources import open_source
-from tables.recipe_search import ROOT, TokenSet, spread
+from tables.recipe_search import TokenSet, open_results, read_results, spread, train
 from utils import InputError, run
 
 RATES = ('5e-4', '1e-3', '2e-3', '4e-3')
@@ -38,6 +34,12 @@ VIT_OF_PIXELS = 'deit_tiny_patch16_224', *MODELS['ViT'][1:], 'patch_size=16', 'g
 STEMS = 'native', 'fast'
 
 
+def rate(text: str) -> str:
+    """A learning rate as it was typed, which names a run. Raises argparse's error for what is none."""
+    number(1e-12)(text)
+    return text
+
+
 def get_args_parser() -> Parser:
     """All flags."""
     parser = Parser(__doc__)
@@ -48,7 +50,7 @@ def get_args_parser() -> Parser:
     add('--input-size', type=integer(2), help='pixels on a side that a model sees; tokens have 8 pixels a code')
     add('--epochs', type=integer(1), default=6, help='of every run')
     add('--arms', nargs='+', choices=list(arms()), default=list(arms()), help='those to be run')
-    add('--rates', nargs='+', default=list(RATES), help='learning rates of the search')
+    add('--rates', type=rate, nargs='+', default=list(RATES), help='learning rates of the search')
     add('--seeds', type=integer(1), default=3, help='how many runs of the best rate')
     add('--speed', type=integer(), default=0, metavar='ROUNDS',
         help='train no more; measure one epoch of each arm, arm after arm, so many times')
@@ -86,6 +88,7 @@ class ImageSet:
     """Training images, and the validation images in two halves: `TokenSet` of pixels.
 
     Attributes:
+        counts: how many images there are of either.
         flags: main_pixels.py's for training.
         halves: main_pixels.py's for evaluating the 'even' or the 'odd' images.
     """
@@ -94,6 +97,7 @@ class ImageSet:
         # images of one size are decoded faster than a small model is trained
         self.flags = ['--train-path', f'{folder}/train', '--num-workers', '0']
         source = open_source(f'{folder}/val')
+        self.counts = {'images': len(open_source(f'{folder}/train')), 'validation images': len(source)}
         self.halves = {}
         for start, half in enumerate(('even', 'odd')):
             lines = [f'{Path(folder, "val", name).resolve()}\t{label}'
@@ -102,47 +106,18 @@ class ImageSet:
             self.halves[half] = ['--val-path', str(work / f'{half}.txt'), '--num-workers', '0']
 
 
-def call(program: str, *words: str) -> None:
-    """Run a program. Raises InputError with the last line of one that failed."""
-    done = subprocess.run([sys.executable, str(ROOT / program), '--device', 'cpu', *words],
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode:
-        raise InputError(f'{program}: {(done.stdout.splitlines() or [""])[-1]}')
-
-
-def train(program: str, data: TokenSet | ImageSet, flags: list[str], evaluate: bool = True) -> dict[str, Any]:
-    """Train once, and evaluate its end.
-
-    Returns:
-        top-1 (%) of the 'even' and of the 'odd' images, if `evaluate`; 'seconds', and 'images_per_second' of training.
-    """
-    with tempfile.TemporaryDirectory() as output:
-        begun = time.monotonic()
-        call(program, '--no-eval', *data.flags, *flags, '--output-dir', output)
-        result = {'seconds': round(time.monotonic() - begun)}
-        lines = Path(output, 'log.txt').read_text().splitlines()
-        result['images_per_second'] = statistics.median(json.loads(line)['images_per_second_time'] for line in lines)
-        for half, words in data.halves.items() if evaluate else ():
-            call(program, '--eval', '--resume', f'{output}/checkpoint.pth', '--no-model-ema', *words, '--output',
-                 f'{output}/{half}.json')
-            result[half] = round(read_json(f'{output}/{half}.json')['acc1'], 2)
-    return result
-
-
 def run_all(args: argparse.Namespace) -> None:
     """Run what is missing, and print what came out."""
     work = Path(args.output).resolve().with_suffix('.work')
     work.mkdir(parents=True, exist_ok=True)
     sets = {'main_seit.py': TokenSet(args.tokens, 'train', 'val', work), 'main_pixels.py': ImageSet(args.images, work)}
-    results = read_json(args.output) if os.path.exists(args.output) else {}
-    tokens = sets['main_seit.py']
-    settings = {'images': tokens.images, 'validation images': tokens.val_images, 'epochs': args.epochs,
-                'input_size': args.input_size}
-    for name, value in settings.items():
-        if results.get(name, value) != value:
-            raise InputError(f'{args.output}: is of {name} {results[name]}, not {value}: choose another --output')
-    results |= settings
-    runs = results.setdefault('runs', {})
+    tokens = sets['main_seit.py'].facts
+    for split, count in sets['main_pixels.py'].counts.items():
+        if count != tokens[split]:
+            raise InputError(f'{args.images}: has {count:,} {split}, but {args.tokens} {tokens[split]:,}: name those '
+                             'that the tokens were made of')
+    results = open_results(args.output, epochs=args.epochs, input_size=args.input_size, **tokens)
+    runs = results['runs']
     common = ['--recipe', 'small', '--input-size', str(args.input_size), '--no-model-ema']
 
     def flags_of(arm: str, rate: str, seed: int, epochs: int) -> tuple[str, Any, list[str]]:
@@ -187,7 +162,7 @@ def run_all(args: argparse.Namespace) -> None:
 
 def print_table(file: str) -> None:
     """Print a Markdown table of a file of results. Raises InputError."""
-    results = read_json(file)
+    results = read_results(file)
     print('| arm | rate | seeds | top-1 | images a second |')
     print('|-----|-----:|------:|------:|----------------:|')
     for arm in arms():

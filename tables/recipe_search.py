@@ -11,6 +11,7 @@ command does what is missing. Files of results become the table of docs/results.
     python tables/recipe_search.py --report docs/recipe_search/*.json
 """
 import argparse
+import hashlib
 import itertools
 import json
 import math
@@ -22,6 +23,8 @@ import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # before installed packages of the same names
 from fileio.files import read_json, write_text
@@ -82,7 +85,7 @@ class TokenSet:
         work: folder of decoded tokens and of the halves.
 
     Attributes:
-        images, val_images: how many there are.
+        facts: how many images there are, and a digest of the codes of validation.
         flags: main_seit.py's for training.
         halves: main_seit.py's for evaluating the 'even' or the 'odd' images.
     """
@@ -91,38 +94,66 @@ class TokenSet:
         codebook = ['--codebook-path', f'{folder}/codebook.ckpt', '--token-cache', str(work)]
         self.flags = [*codebook, '--token-synonym-dict', f'{folder}/synonyms.json', '--train-token-file',
                       f'{folder}/{train}-token.data.bin', '--train-label-file', f'{folder}/{train}-label.txt']
-        self.images = len(open_token_file(f'{folder}/{train}-token.data.bin'))
+        images = len(open_token_file(f'{folder}/{train}-token.data.bin'))
         val_file = open_token_file(f'{folder}/{val}-token.data.bin')
         codes, labels = open_codes([val_file], str(work)), labels_of(val_file, Path(folder, f'{val}-label.txt'))
-        self.val_images = len(labels)
+        self.facts = {'images': images, 'validation images': len(labels),
+                      'validation codes': hashlib.sha256(np.ascontiguousarray(codes)).hexdigest()[:16]}
         self.halves = {}
         for start, half in enumerate(('even', 'odd')):
             paths = work / f'{half}-token.data.bin.gz', work / f'{half}-label.txt'
-            if not all(map(os.path.exists, paths)):
-                write_set(paths[0], [codes[start::2]], len(labels[start::2]), paths[1], labels[start::2])
+            write_set(paths[0], [codes[start::2]], len(labels[start::2]), paths[1], labels[start::2])
             self.halves[half] = [*codebook, '--val-token-file', str(paths[0]), '--val-label-file', str(paths[1])]
 
 
-def call(*words: str) -> None:
-    """Run main_seit.py. Raises InputError with the last line of one that failed."""
-    done = subprocess.run([sys.executable, str(ROOT / 'main_seit.py'), '--device', 'cpu', *words],
+def call(program: str, *words: str) -> None:
+    """Run a program. Raises InputError with the last line of one that failed."""
+    done = subprocess.run([sys.executable, str(ROOT / program), '--device', 'cpu', *words],
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
-        raise InputError(f'main_seit.py: {(done.stdout.splitlines() or [""])[-1]}')
+        raise InputError(f'{program}: {(done.stdout.splitlines() or [""])[-1]}')
 
 
-def train(tokens: TokenSet, flags: list[str], seed: int) -> dict[str, Any]:
-    """Train once, and evaluate its end. Returns top-1 (%) of the even and of the odd images, and seconds."""
+def train(program: str, data: Any, flags: list[str], evaluate: bool = True) -> dict[str, Any]:
+    """Train once, and evaluate its end.
+
+    Args:
+        program: its file's name.
+        data: a `TokenSet`, or one like it of images.
+        flags: of the program, beside those of the data.
+        evaluate: else it is only timed.
+
+    Returns:
+        top-1 (%) of the 'even' and of the 'odd' images, if `evaluate`; 'seconds', and 'images_per_second' of training.
+    """
     with tempfile.TemporaryDirectory() as output:
         begun = time.monotonic()
-        call('--no-eval', *tokens.flags, *flags, '--seed', str(seed), '--output-dir', output)
-        seconds = time.monotonic() - begun
-        result = {}
-        for half, words in tokens.halves.items():
-            call('--eval', '--resume', f'{output}/checkpoint.pth', '--no-model-ema', *words, '--output',
+        call(program, '--no-eval', *data.flags, *flags, '--output-dir', output)
+        result = {'seconds': round(time.monotonic() - begun)}
+        lines = Path(output, 'log.txt').read_text().splitlines()
+        result['images_per_second'] = statistics.median(json.loads(line)['images_per_second_time'] for line in lines)
+        for half, words in data.halves.items() if evaluate else ():
+            call(program, '--eval', '--resume', f'{output}/checkpoint.pth', '--no-model-ema', *words, '--output',
                  f'{output}/{half}.json')
             result[half] = round(read_json(f'{output}/{half}.json')['acc1'], 2)
-    return result | {'seconds': round(seconds)}
+    return result
+
+
+def open_results(path: str, **settings: Any) -> dict[str, Any]:
+    """The results that are in a file, with the settings they are of. InputError where they are of others."""
+    results = read_results(path) if os.path.exists(path) else {'runs': {}}
+    for name, value in settings.items():
+        if results.setdefault(name, value) != value:
+            raise InputError(f'{path}: is of {name} {results[name]}, not {value}: choose another --output')
+    return results
+
+
+def read_results(path: str) -> dict[str, Any]:
+    """A file of results. Raises InputError for any other."""
+    results = read_json(path)
+    if not isinstance(results, dict) or not isinstance(results.get('runs'), dict):
+        raise InputError(f'{path}: holds no results of a search: name a file that --output wrote')
+    return results
 
 
 def run_all(args: argparse.Namespace) -> None:
@@ -130,15 +161,15 @@ def run_all(args: argparse.Namespace) -> None:
     work = Path(args.output).resolve().with_suffix('.work')
     work.mkdir(parents=True, exist_ok=True)
     tokens = TokenSet(args.tokens, args.train, args.val, work)
-    results = read_json(args.output) if os.path.exists(args.output) else {}
-    results |= {'images': tokens.images, 'validation images': tokens.val_images, 'epochs': args.epochs}
-    runs = results.setdefault('runs', {})
-    common = ['--input-size', str(args.input_size)] + (['--epochs', str(args.epochs)] if args.epochs else [])
+    results = open_results(args.output, epochs=args.epochs, input_size=args.input_size, **tokens.facts)
+    runs = results['runs']
+    epochs = ['--epochs', str(args.epochs)] if args.epochs else []
+    common = ['--recipe', 'small', '--input-size', str(args.input_size), *epochs]
 
     def run_once(name: str, seed: int, flags: list[str]) -> dict[str, Any]:
         key = f'{name}, seed {seed}'
         if key not in runs:
-            runs[key] = train(tokens, [*common, '--recipe', 'small', *flags], seed)
+            runs[key] = train('main_seit.py', tokens, [*common, '--seed', str(seed), *flags])
             write_text(args.output, json.dumps(results, indent=1) + '\n')
             print(f'{key}: {runs[key]}', flush=True)
         return runs[key]
@@ -161,7 +192,9 @@ def print_table(files: list[str]) -> None:
     print('| set | images | epochs | best of 12 trials | its top-1 | `--recipe small` | behind | standard error |')
     print('|-----|-------:|-------:|-------------------|----------:|-----------------:|-------:|---------------:|')
     for file in files:
-        results = read_json(file)
+        results = read_results(file)
+        if str(results.get('best')) not in trials():
+            raise InputError(f'{file}: names no best trial: name the file of a search of this program that has ended')
         odd = results['validation images'] // 2
         best, recipe = told(results, results['best']), told(results, RECIPE)
         mean, mean_of_recipe = statistics.mean(best), statistics.mean(recipe)

@@ -152,6 +152,8 @@ MISTAKES = {
     'path': (['--val-path', '/nowhere'], '/nowhere'),
     'classes': (['--nb-classes', '3'], 'holds class 3, but there are 3 classes'),
     'odd': (['--batch-size', '7'], 'is odd'),
+    'box': (['--cutmix-minmax', '0.8', '0.3'], 'give two rising shares'),
+    'weights': (['--model-kwargs', 'checkpoint_path=x.pth'], '--model-kwargs checkpoint_path: a model is made'),
 }
 
 

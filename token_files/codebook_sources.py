@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from fileio.files import download, is_address
-from fileio.torch_files import load_torch
+from fileio.torch_files import is_safetensors, load_torch
 from utils import InputError, first_line
 
 MAX_ROWS = 1 << 16  # token files hold codes of two bytes
@@ -88,7 +88,7 @@ def read_file(path: str | Path) -> Any:
     if is_address(path):
         with tempfile.TemporaryDirectory() as folder:
             return read_file(download(str(path), folder))
-    if not str(path).lower().endswith('.safetensors'):
+    if not is_safetensors(path):
         return load_torch(path, 'a codebook')
     try:
         with safetensors.safe_open(path, 'pt') as file:  # of large weights the table alone is read

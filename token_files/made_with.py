@@ -17,7 +17,7 @@ import torch
 
 from fileio.files import download, identity, is_address
 from fileio.hub import local_path
-from fileio.torch_files import digest_of
+from fileio.torch_files import digest_of, is_safetensors
 from token_files.codebook import load_codebook
 from token_files.codebook_sources import is_formula
 from token_files.token_file import TokenFile
@@ -34,7 +34,7 @@ def identity_of_tokenizer(path: str) -> dict[str, str]:
         with tempfile.TemporaryDirectory() as folder:
             return identity_of_tokenizer(download(path, folder))
     entry = identity(path)
-    if str(path).lower().endswith('.safetensors'):
+    if is_safetensors(path):
         try:
             with safetensors.safe_open(path, 'pt') as file:
                 converted = (file.metadata() or {}).get(CONVERTED)

@@ -137,7 +137,7 @@ def test_train_with_other_flags_of_the_program(capsys, monkeypatch):
 
 def test_flops_of_vit_b_are_those_in_the_literature():
     model = timm.create_model('deit_base_token_32', num_classes=1000)
-    assert benchmarks.train.forward_flops(model, (32, 28, 28)) / 1e9 == pytest.approx(35, abs=0.5)
+    assert benchmarks.common.forward_flops(model, (32, 28, 28)) / 1e9 == pytest.approx(35, abs=0.5)
 
 
 # ---------------------------------------------------------------- start

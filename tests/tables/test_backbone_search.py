@@ -35,8 +35,8 @@ def test_arms_are_commands_of_models_of_equal_compute():
 
 def test_a_comparison_resumes_and_is_told(tmp_path, monkeypatch, capsys):
     make_data(tmp_path)
-    for split in ('train', 'val'):
-        smooth_images(tmp_path / 'images' / split, per_class=3)
+    smooth_images(tmp_path / 'images' / 'train')
+    smooth_images(tmp_path / 'images' / 'val', per_class=4)[0].unlink()
     called = []
 
     def train(program, data, words, evaluate=True):
@@ -62,8 +62,18 @@ def test_a_comparison_resumes_and_is_told(tmp_path, monkeypatch, capsys):
     line = next(line for line in capsys.readouterr().out.splitlines()[::-1] if line.startswith('| ViT, tokens'))
     assert line.endswith('| 3 | 40.0 (40.0 to 40.0) | 159 (151 to 167) |')
     lists = [(tmp_path / 'r.work' / f'{half}.txt').read_text().splitlines() for half in ('even', 'odd')]
-    assert [len(lines) for lines in lists] == [5, 4]
+    assert [len(lines) for lines in lists] == [6, 5]
     assert len(json.loads((tmp_path / 'r.json').read_text())['runs']) == 50
+
+
+def test_other_images_than_those_of_the_tokens_are_refused(tmp_path, monkeypatch):
+    make_data(tmp_path)
+    for split in ('train', 'val'):
+        smooth_images(tmp_path / 'images' / split, per_class=2)
+    monkeypatch.setattr('tables.recipe_search.open_token_file', lambda path: open_token_file(f'{path}.gz'))
+    words = ['--tokens', tmp_path, '--images', tmp_path / 'images', '--input-size', 64, '--output', tmp_path / 'r.json']
+    fails(lambda: call(backbone_search, *words), 'images: has 6 images, but .* 24: name those that the tokens')
+    fails(lambda: call(backbone_search, *words, '--rates', 'abc'), '--rates')
 
 
 @pytest.mark.parametrize('words', [[], ['--tokens', 'x', '--images', 'a', '--input-size', '64']])

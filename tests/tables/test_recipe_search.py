@@ -31,9 +31,10 @@ def test_a_search_resumes_and_is_told(tmp_path, monkeypatch, capsys):
     make_data(tmp_path)
     called = []
 
-    def train(tokens, words, seed):
-        assert tokens.images == 24 and tokens.val_images == 11 and set(tokens.halves) == {'even', 'odd'}
-        called.append((words, seed))
+    def train(program, tokens, words):
+        assert program == 'main_seit.py' and set(tokens.halves) == {'even', 'odd'}
+        assert (tokens.facts['images'], tokens.facts['validation images']) == (24, 11)
+        called.append(words)
         return {'even': 50 + len(called) % 7, 'odd': 40., 'seconds': 1}
     monkeypatch.setattr(recipe_search, 'train', train)
     # compact sets, which it is for, have no .gz
@@ -41,10 +42,19 @@ def test_a_search_resumes_and_is_told(tmp_path, monkeypatch, capsys):
     words = ['--tokens', tmp_path, '--train', 'train', '--val', 'val', '--input-size', 64, '--output',
              tmp_path / 'r.json']
     call(recipe_search, *words)
-    assert len(called) == 12 + 2 + 3 and all(flags[2:4] == ['--recipe', 'small'] for flags, _ in called)
+    assert len(called) == 12 + 2 + 3 and all(flags[:2] == ['--recipe', 'small'] for flags in called)
     assert '| r | 24 | its own | ' in capsys.readouterr().out
     call(recipe_search, *words)
     assert len(called) == 17, 'nothing is run twice'
+    fails(lambda: call(recipe_search, *words, '--epochs', 3), 'r.json: is of epochs None, not 3: choose')
+    make_data(tmp_path, seed=1)
+    fails(lambda: call(recipe_search, *words), 'r.json: is of validation codes')
+
+
+def test_what_is_no_search_is_not_told(tmp_path):
+    (tmp_path / 'r.json').write_text('[]')
+    fails(lambda: call(recipe_search, '--report', tmp_path / 'r.json'), 'r.json: holds no results of a search')
+    fails(lambda: call(recipe_search, '--report', ROOT / 'docs' / 'backbones' / 'tiny20x500.json'), 'no best trial')
 
 
 @pytest.mark.parametrize('words', [[], ['--tokens', 'x', '--train', 'a', '--val', 'b', '--input-size', '64']])
