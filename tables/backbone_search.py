@@ -26,7 +26,7 @@ from utils import InputError, run
 
 RATES = ('5e-4', '1e-3', '2e-3', '4e-3')
 MORE_RATES = ('8e-3', '1.6e-2')  # tried in turn while the largest is an arm's best
-# of 14 to 16 million multiplications for 64 pixels or 8x8 codes, but for the fast stem, and 17 times that for 224
+# of 14 to 16 million multiplications for 64 pixels or 8x8 codes, but for the fast stem, and 12 to 14 times that for 224
 MODELS = {'ViT': ('deit_tiny_token_32', 'depth=4', 'embed_dim=128', 'num_heads=4'),
           'RegNet': ('regnetx_002', 'stem_width=12', 'depth=11'),
           'ConvNeXt': ('convnext_atto', 'depths=(2,2,4,2)', 'dims=(24,48,96,192)')}

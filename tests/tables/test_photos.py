@@ -42,6 +42,8 @@ def test_the_first_sentence_has_the_numbers_of_the_file():
         for line in FIRST_SENTENCE:
             size, _ = figures.storage_of(rows[line], 'files')
             assert f'{rows[line]["mean"]:.1f} % in {size:,.0f} bytes' in text, (name, line)
+        ends = [f'{rows[line]["mean"]:.1f}' for line in ('tokens, 24 epochs', 'full pixels, 24 epochs')]
+        assert f'after 24 epochs {" and ".join(ends)} %' in text, name
 
 
 def test_the_lines_of_the_first_table():
