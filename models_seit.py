@@ -299,8 +299,7 @@ def check_loads_nothing(model_kwargs: dict[str, Any]) -> None:
     """InputError for arguments by which timm would read weights, past our checks of files and in silence."""
     for key in ('pretrained', 'pretrained_cfg', 'checkpoint_path'):
         if key in model_kwargs:
-            raise InputError(f'--model-kwargs {key}: a model is made without weights: omit it, and start from those of '
-                             'a file by --finetune where the program has it')
+            raise InputError(f'--model-kwargs {key}: a model is made without weights: omit it')
 
 
 def create_model(name: str, model_kwargs: dict[str, Any], num_classes: int, img_size: int, in_chans: int | None = None,

@@ -197,7 +197,8 @@ def test_a_list_of_files_is_evaluated_like_their_folder(images, checkpoint, tmp_
 
 
 @pytest.mark.parametrize('flags, message', [
-    (['--tokenizer-input-size', 60], 'multiple of 8'), (['--tokenizer-input-size', 40], 'larger than the 5x5'),
+    (['--tokenizer-input-size', 60], '--tokenizer-input-size 60: .* patches of 8: choose 56 or 64'),
+    (['--tokenizer-input-size', 40], 'larger than the 5x5'),
     (['--tokenizer-input-size', 8], 'a token grid of 1x1 codes is too small for any model'),
     (['--vit-input-size', 4], 'pos_embed'), (['--data-path', 'nowhere'], 'nowhere: no such file or folder'),
     (['--tokenizer-path', 'no.pt'], 'no.pt'), (['--nb_classes', 3], 'head.weight'),

@@ -282,7 +282,7 @@ def test_create_model():
     ('deit_tiny_token_32', {'depth': '2x'}, {}, 'depth'),
     ('deit_tiny_token_32', {'act_layer': 'none_such'}, {}, 'none_such'),
     ('deit_tiny_token_32', {'img_size': 14}, {}, 'img_size'),
-    ('deit_tiny_token_32', {'pretrained': True}, {}, 'no weights are hosted'),
+    ('deit_tiny_token_32', {'pretrained': True}, {}, 'is made without weights'),
     ('deit_tiny_token_32', {'features_only': True}, {}, 'features_only.*no classifier'),
     ('deit_tiny_token_32', {}, {'img_size': 27}, '--model deit_tiny_token_32: an input size of 27 is no multiple'),
     ('deit_tiny_token_32', {}, {'in_chans': 4},

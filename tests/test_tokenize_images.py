@@ -114,7 +114,7 @@ def test_bad_options_get_one_line(data, tmp_path):
     out = tmp_path / 'out'
     torch.save(torch.ones(40, 5), tmp_path / 'narrow.ckpt')
     torch.save(torch.ones(65537, DIM), tmp_path / 'huge.ckpt')
-    for options, said in (({'image_size': 18}, '--image-size 18: patches of 4.*choose 16 or 20'),
+    for options, said in (({'image_size': 18}, '--image-size 18: .* patches of 4: choose 16 or 20'),
                           ({'codebook_path': tmp_path / 'narrow.ckpt'}, 'narrow.ckpt: rows of 5.*gives 8'),
                           ({'codebook_path': tmp_path / 'huge.ckpt'}, 'huge.ckpt: 65537 codes.*--limit-codes'),
                           ({'codebook_path': None}, 'tok.pt: has no codebook of its own'),

@@ -122,7 +122,7 @@ def test_main_seit_trains_with_it(data, whole, tmp_path, capsys):
     (['--width', 100], '--width 100: heads of 64 do not divide it: choose 64 or 128'),
     (['--input-size', 30], '--input-size 30: give a multiple of 8'),
     (['--input-size', 40], '--input-size 40: give a multiple of 8, the pixels of a code, up to --image-size 32'),
-    (['--image-size', 36], '--image-size 36: patches of 8 do not divide it'),
+    (['--image-size', 36], '--image-size 36: .* patches of 8: choose 32 or 40'),
     (['--batch-size', 64], 'the 40 images of a process make no step of --batch-size 64'),
     (['--tokenizer-path', __file__], 'test_fit_token_adapt.py: '),
     (['--codebook-path', 'gone.ckpt'], 'gone.ckpt: cannot read a codebook'),
