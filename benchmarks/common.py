@@ -279,13 +279,15 @@ def forward_flops(model: nn.Module, input_shape: Sequence[int]) -> int:
 
 # ---------------------------------------------------------------- processes
 
-# below those that the system hands out, so that nothing else takes one before it is used
-_ports = iter(random.SystemRandom().sample(range(10_000, 32_768), 22_768))
+@functools.cache
+def _ports() -> Iterator[int]:
+    """All below those that the system hands out, so that nothing else takes one before it is used; in any order."""
+    return iter(random.SystemRandom().sample(range(10_000, 32_768), 22_768))
 
 
 def free_port() -> int:
     """A TCP port that is free on this machine now, and another at each call."""
-    for port in _ports:
+    for port in _ports():
         with contextlib.suppress(OSError), socket.socket() as probe:
             probe.bind(('127.0.0.1', port))
             return port

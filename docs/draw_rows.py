@@ -69,8 +69,9 @@ def decoded(path: str, tokenizer_path: str, codebook_path: str, chosen: np.ndarr
     tokenizer, codebook = load_tokenizer(tokenizer_path), load_codebook(codebook_path)
     check_made_with(files, codebook, codebook_path, tokenizer_path)
     check_codebook(tokenizer, codebook, codebook_path)
-    count_uses(codes[chosen], len(codebook), path)
-    pictures = decode_codes(tokenizer, codebook, torch.from_numpy(codes[chosen].astype(np.int64)))
+    codes = codes[chosen]
+    count_uses(codes, len(codebook), path)
+    pictures = decode_codes(tokenizer, codebook, torch.from_numpy(codes.astype(np.int64)))
     if pictures is None:
         raise InputError(f'{tokenizer_path}: has no decoder')
     return pictures

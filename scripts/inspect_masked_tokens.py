@@ -137,8 +137,9 @@ def main(args: argparse.Namespace) -> None:
             raise InputError(f'{args.label_file}: {len(labels)} labels, but {args.token_file} holds {len(all_codes)} '
                              'images; give the labels of this token file')
     chosen = spread(labels, len(all_codes), args.images)
-    codes = torch.from_numpy(all_codes[chosen].astype(np.int64))
-    count_uses(all_codes[chosen], len(codebook), args.token_file)
+    codes = all_codes[chosen]
+    count_uses(codes, len(codebook), args.token_file)
+    codes = torch.from_numpy(codes.astype(np.int64))
     grid_size = math.isqrt(codes.shape[1])
     check_crop(size, grid_size, args.token_file)
     codes = center_crop(codes.view(-1, grid_size, grid_size), size)
