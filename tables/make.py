@@ -270,8 +270,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add('table', choices=[*TABLES, ALL])
     add('--preset', default='tiny', choices=list(PRESETS | PROTOCOLS),
-        help="tiny: two CPU cores; tiny-gpu: one GPU; photos, photos-gpu: 20 classes of photographs of 224 pixels; "
-        "imagenet: the paper's, eight GPUs. The table `continual` has "
+        help="tiny: two CPU cores; tiny-gpu: one GPU; photos, photos-float32, photos-gpu: 20 classes of photographs of "
+        "224 pixels; imagenet: the paper's, eight GPUs. The table `continual` has "
         'tiny (five tasks of four classes), b10-inc10 and b50-inc5 (100 classes of DATA, as of ImageNet, one GPU)')
     add('--data-path', required=True, metavar='DIR', help='train/ and val/ with a folder of images for every class; '
         'for imagenet also tokens/ (the published token files) and weights/tokenizer.safetensors')
@@ -282,6 +282,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--seeds', type=SEED, nargs='+', default=[0])
     add('--dry-run', action='store_true', help='print the commands, and run nothing')
     add('--report', action='store_true', help='run nothing, and write the results of what is done')
+    add('--results', type=Path, nargs='+', default=[], metavar='FILE.json', help='results.json of this table from '
+        'other machines: seeds and lines that are not done here are written as they are there')
 
     add = parser.add_argument_group('instead of what the preset says').add_argument
     add('--lr', type=number(1e-12), help='learning rate of every row but those of pre-training')
@@ -317,6 +319,8 @@ def check_args(args: argparse.Namespace) -> None:
     for flag, table in (('memories', 'continual'), ('memory_policy', 'continual'), ('tokenizer', 'tokenizers')):
         if getattr(args, flag) and args.table not in (table, ALL):
             raise InputError(f'--{flag.replace("_", "-")}: is for the table {table}')
+    if args.results and args.table in (class_incremental.NAME, ALL):
+        raise InputError(f'--results: is for one table, and not for {class_incremental.NAME}')
     if args.slurm and args.cluster != 'slurm':
         raise InputError('--slurm: needs --cluster slurm')
     if args.cluster == 'slurm':
@@ -450,13 +454,15 @@ def results_of(name: str, args: argparse.Namespace, outcomes: dict[str, str]) ->
     results = {'table': name, 'title': TABLES[name].title, 'preset': args.preset,
                'lrs': {kind: {'chosen': plan.lrs[kind], 'search': search.get(kind, {}),
                               'epochs': plan.preset.search_epochs or plan.preset.epochs} for kind in kinds},
-               'rows': {line: result for line, result in found.items() if result}}
+               'flags': shlex.join(plan.preset.training), 'rows': found}
     if name == 'seitpp':
         results['token_adapt'] = plan.preset.masked.token_adapt is not None
     if isinstance(plan, class_incremental.TasksPlan):
         results |= {'title': f'{TABLES[name].title}, {plan.name}', 'policy': plan.policy[1],
                     'epochs': plan.preset.epochs}
-    return results
+    for path in args.results:
+        results = report.with_results(results, path)
+    return results | {'rows': {line: result for line, result in results['rows'].items() if result}}
 
 
 def write_results(names: Sequence[str], args: argparse.Namespace, outcomes: dict[str, str]) -> None:

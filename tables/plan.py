@@ -347,8 +347,8 @@ class Plan:
         for seed, run in line.runs.items():
             name = f'groups/{run.name.removeprefix("train/")}'
             report = self.output / name / 'report'
-            command = (*val, *self.device, '--eval', '--resume', run.folder / CHECKPOINT, '--no-model-ema', '--report',
-                       report, '--output', self.output / name / 'all.json')
+            command = (*val, *self.device, *self.amp, '--eval', '--resume', run.folder / CHECKPOINT, '--no-model-ema',
+                       '--report', report, '--output', self.output / name / 'all.json')
             evaluated = self.row(name, [command], [run])
             for group, classes in self.preset.groups.items():
                 folder = f'{name}/{group}'
@@ -424,6 +424,12 @@ class Plan:
 
     # ------------------------------------------------------------ evaluations
 
+    @property
+    def amp(self) -> Command:
+        """The precision of trainings, as flags of an evaluation; none where it is the default."""
+        training = self.preset.training
+        return ('--amp', flag_value(training, '--amp')) if '--amp' in training else ()
+
     def corrupted(self) -> tuple[tuple[Row, ...], Path]:
         """The validation images of table 3, and the row that chooses them where they are a part of all."""
         if self.preset.corrupted_images is None:
@@ -446,7 +452,7 @@ class Plan:
             after: rows that make the images.
         """
         folder = f'evaluate/{kind}/{run.folder.name}/{name.replace(" ", "-")}'
-        end = (*self.workers, *self.device, *more, '--output', self.output / folder / EVALUATION)
+        end = (*self.workers, *self.device, *self.amp, *more, '--output', self.output / folder / EVALUATION)
         if kind == 'tokens':
             tokens = self.main_tokens()
             size = tokens.tokenizer.image_size

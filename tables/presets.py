@@ -259,7 +259,7 @@ PHOTO_TOKENIZERS = {
 RIVALS = {500: ('webp', 64, 19), 1000: ('webp', 112, 15), 2000: ('avif', 224, 27), 4000: ('avif', 224, 44)}
 # The published schedule goes by epochs, and lags by one: six would end with a quarter of the rate, and the thirty of a
 # sample with a fiftieth.
-PHOTOS = replace(
+PHOTOS_FLOAT32 = replace(
     TINY, classes=None, images_per_class=None, evaluations=1,
     training=('--batch-size', '100', '--unscale-lr', '--sched-on-updates', '--warmup-lr', '1e-4', '--drop-path', '0',
               '--rrc-ratio', '0.35', '--mixup-prob', '0.2', '--no-model-ema'),
@@ -276,6 +276,11 @@ PHOTOS = replace(
     corruptions=('gaussian_noise', 'shot_noise', 'impulse_noise', 'defocus_blur', 'brightness', 'contrast', 'pixelate',
                  'jpeg_compression'),
     severities=(1, 3, 5), corrupted_images=25, search_epochs=3)
+BF16 = ('--amp', 'bf16')
+PHOTOS = replace(
+    PHOTOS_FLOAT32, training=(*PHOTOS_FLOAT32.training, *BF16),
+    masked=replace(PHOTOS_FLOAT32.masked, pretrain=(*TINY_MASKED.pretrain, *BF16),
+                   finetune=(*TINY_MASKED.finetune, *BF16)))
 PHOTOS_GPU = replace(
     PHOTOS, epochs=100, warmup_epochs=5, token_model=('deit_small_token_32',),
     # batches that divide the samples of a twenty-fifth and a fifth
@@ -305,7 +310,8 @@ IMAGENET = Preset(
     token_shares=(0.6, 0.2), sides=(0.5, 0.2), qualities=(50, 5), workers=10, quality_size=256,
     more_sets=('imagenet-r', 'imagenet-a', 'imagenet-sketch'))
 
-PRESETS = {'imagenet': IMAGENET, 'tiny': TINY, 'tiny-gpu': TINY_GPU, 'photos': PHOTOS, 'photos-gpu': PHOTOS_GPU}
+PRESETS = {'imagenet': IMAGENET, 'tiny': TINY, 'tiny-gpu': TINY_GPU, 'photos': PHOTOS,
+           'photos-float32': PHOTOS_FLOAT32, 'photos-gpu': PHOTOS_GPU}
 
 
 # ---------------------------------------------------------------- the table of pre-training

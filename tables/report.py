@@ -18,6 +18,7 @@ from utils import InputError
 RESULTS = 'results.json'
 TABLE = 'table.md'
 DASH = '\N{EM DASH}'
+PER_SEED = ('top1', 'images_per_second', 'curves', 'ema_top1')  # lists of a line's result; first the measures
 # Of continual learning: columns, in percent.
 MEASURES = {'average': 'average incremental (seeds)', 'last': 'last', 'old': 'old classes', 'old_stored': 'as stored',
             'new': 'new classes', 'new_stored': 'as stored', 'forgetting': 'forgetting'}
@@ -123,6 +124,57 @@ def search_results(lines: Iterable[Line]) -> dict[str, dict[str, float]]:
             if is_done(row):
                 found.setdefault(line.kind, {})[str(line.rate)] = value_of(line, row)[0]
     return found
+
+
+# ---------------------------------------------------------------- results of other machines
+
+def with_results(results: dict[str, Any], path: Path) -> dict[str, Any]:
+    """A table's results with what another machine has of the same table: lines, seeds and rates that are not here.
+
+    Args:
+        results: as `write` takes them, with every line of the table, which may be None.
+        path: RESULTS of the other one.
+
+    Raises:
+        InputError: that file is of other rates, epochs or lines, or of another table.
+    """
+    more = read_json(path)
+    facts = ('table', 'preset', 'flags')
+    if not isinstance(more, dict) or [more.get(key) for key in facts] != [results[key] for key in facts]:
+        raise InputError(f'{path}: is no {RESULTS} of the table {results["table"]} with --preset {results["preset"]}, '
+                         'trained with the same flags')
+    rows = dict(results['rows'])
+    for name, other in more['rows'].items():
+        if name not in rows:
+            raise InputError(f'{path}: has a line that this table has not: {name}')
+        mine = rows[name]
+        if mine and mine['epochs'] != other['epochs']:
+            raise InputError(f'{path}: {name} is of {other["epochs"]} epochs there, of {mine["epochs"]} here')
+        rows[name] = with_seeds(mine, other) if mine else other
+    lrs = {}
+    for kind, rate in results['lrs'].items():
+        there = more['lrs'].get(kind, rate)
+        if there['chosen'] != rate['chosen']:
+            raise InputError(f'{path}: {kind} have the learning rate {there["chosen"]:g} there, {rate["chosen"]:g} '
+                             'here')
+        search = there['search'] | rate['search']
+        lrs[kind] = rate | {'search': {key: search[key] for key in sorted(search, key=float)}}
+    return results | {'rows': rows, 'lrs': lrs}
+
+
+def with_seeds(mine: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The result of a line of numbers with the seeds of another result that it lacks; `mine` wins."""
+    measure = next(key for key in PER_SEED if key in mine)
+    missing = [at for at, seed in enumerate(other['seeds']) if seed not in mine['seeds']]
+    merged = dict(mine)
+    if missing:
+        order = sorted([*mine['seeds'], *(other['seeds'][at] for at in missing)])
+        for key in ('seeds', *PER_SEED):
+            if key in mine and key in other:
+                by_seed = dict(zip(other['seeds'], other[key])) | dict(zip(mine['seeds'], mine[key]))
+                merged[key] = [by_seed[seed] for seed in order]
+        merged |= mean_and_sd(merged[measure])
+    return merged | {key: other[key] for key in other if merged.get(key) is None}
 
 
 # ---------------------------------------------------------------- writing

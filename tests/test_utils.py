@@ -447,6 +447,26 @@ def draws(*numbers):
     return np.random.rand(), torch.rand(1).item(), torch.rand(1, generator=generator).item()
 
 
+def test_attention_on_the_cpu_in_half_precision_is_products_and_a_softmax():
+    """torch's fused one is slower there."""
+    q, k, v = (torch.randn(2, 3, 16, 8) for _ in range(3))
+    attention = torch.nn.functional.scaled_dot_product_attention
+    expected = attention(q, k, v)
+    fused = {}
+    for amp in ('off', 'bf16'):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile, \
+                utils.autocast(utils.CPU, amp):
+            found = attention(q, k, v)
+        assert found.dtype == (torch.bfloat16 if amp == 'bf16' else torch.float32)
+        torch.testing.assert_close(found.float(), expected, atol=0.03, rtol=0.03)
+        fused[amp] = any('flash' in event.key for event in profile.key_averages())
+    assert fused == {'off': True, 'bf16': False}
+    with pytest.raises(InputError), utils.autocast(utils.CPU, 'bf16'):
+        assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+        raise InputError('a')  # the switch is of all the process
+    assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+
+
 def test_the_randomness_of_a_step_is_a_function_of_its_numbers():
     assert draws(0, 1, 2, 3) == draws(0, 1, 2, 3)
     places = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (2 ** 63 - 1, 0, 0, 0)]

@@ -28,6 +28,8 @@ def print_model(name: str, model: nn.Module, device: torch.device, amp: str) -> 
     print0(f'model: {name}, {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters{classes}')
     versions = ', '.join(f'{package} {version}' for package, version in VERSIONS.items())
     print0(f'device: {world_size()} x {device_name(device)}, amp {amp}, {versions}')
+    if amp != 'off' and device.type == 'cpu' and torch.backends.cpu.get_cpu_capability() == 'AVX2':
+        print0(f'note: this CPU has no AVX-512, without which {amp} is many times slower than float32')
 
 
 def print_batch(batch_size: int, accum_iter: int, steps: int, epochs: int, lr: float) -> None:

@@ -117,6 +117,17 @@ def test_the_curves_of_longer_training(tmp_path):
     assert (tmp_path / 'long.png').read_bytes().startswith(b'\x89PNG')
 
 
+def test_all_is_trained_and_evaluated_in_one_precision():
+    found = set()
+    for table in ('storage', 'ablation', 'robustness', 'speed', 'seitpp', 'tokenizers'):
+        plan, _ = make.planned(table, make.parse_args([table, *WORDS[1:]]))
+        for command in (command for row in plan.rows.values() for command in row.commands):
+            if command[0].startswith(('main_', 'evaluate_')):
+                found.add((command[0], *rows.flags_of(command).get('--amp', ())))
+    assert found == {(program, 'bf16') for program in (
+        'main_seit.py', 'main_pixels.py', 'main_mtm_pretrain.py', 'main_mtm_finetune.py', 'evaluate_on_images.py')}
+
+
 def test_the_columns_of_a_line_come_with_it():
     _, lines = make.planned('storage', make.parse_args(WORDS))
     names = [line.name for line in make.chosen_lines(lines, ['tokens', '*4%'])]

@@ -22,3 +22,11 @@ def test_print_model(capsys):
     print_model('deit_tiny_token_32', model, torch.device('cpu'), 'off')
     output = capsys.readouterr().out
     assert 'M parameters, 7 classes' in output and 'amp off' in output and torch.__version__ in output
+
+
+@pytest.mark.parametrize('capability, amp, noted', [('AVX2', 'bf16', True), ('AVX2', 'off', False),
+                                                    ('AVX512', 'bf16', False), ('DEFAULT', 'bf16', False)])
+def test_half_precision_that_the_cpu_has_no_instructions_for_is_noted(monkeypatch, capsys, capability, amp, noted):
+    monkeypatch.setattr(torch.backends.cpu, 'get_cpu_capability', lambda: capability)
+    print_model('a', torch.nn.Linear(2, 3), torch.device('cpu'), amp)
+    assert ('no AVX-512' in capsys.readouterr().out) == noted
