@@ -622,8 +622,7 @@ def add_image_flags(parser: Parser) -> Callable:
     add('--num-workers', type=integer(), default=cores(), metavar='N',
         help='processes that decode images, for each rank')
     add('--skip-bad-images', action='store_true', help='leave unreadable images out, instead of stopping at the first')
-    add('--max-image-pixels', type=integer(1), metavar='N',
-        help="images of more pixels are refused (default: PIL's limit, 178,956,970)")
+    add_max_pixels(add)
     add_exif_rotate(add, exact=True)
     return add
 

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.figures import draw_sheet, picture_format, square_columns
 from fileio.files import atomic_path, check_writable, expand_files
 from fileio.labels import name_labels, read_labels, spread
-from flags import SEED, KeyValues, Parser, add_allow_torchscript, add_exif_rotate, integer, number
+from flags import SEED, KeyValues, Parser, add_allow_torchscript, add_exif_rotate, add_max_pixels, integer, number
 from image_data.sources import open_source, source_images
 from image_tokenizer.tokenizers import check_codebook, decode_codes, load_tokenizer
 from inference.models import grid_size_of
@@ -58,7 +58,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add('--images', type=integer(1), default=16, help='images to draw')
     add('--mask-ratio', type=number(0.01, 1), default=0.6, help='part of the patches that are masked')
     add('--seed', type=SEED, default=0, help='seed of the masks')
-    add('--max-image-pixels', type=integer(1), metavar='N', help="refuse images with more pixels; default: PIL's limit")
+    add_max_pixels(add)
     add_exif_rotate(add)
     return parser.parse_args(argv)
 

@@ -32,7 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.figures import draw_sheet, picture_format, square_columns
 from fileio.files import atomic_path, check_writable, expand_files, write_text
 from fileio.labels import name_labels, read_labels, spread
-from flags import DEVICE_HELP, Parser, add_allow_torchscript, add_exif_rotate, integer
+from flags import DEVICE_HELP, Parser, add_allow_torchscript, add_exif_rotate, add_max_pixels, integer
 from image_data.quality import psnr, ssim
 from image_data.sources import Source, load_images, open_source, source_images
 from image_tokenizer.tokenizers import check_codebook, decode_codes, load_tokenizer, unit_range
@@ -66,7 +66,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         'source images and reconstructions, whichever there are')
     add('--images', type=integer(1), default=16, help='on the contact sheet, of different classes where --data-path or '
         '--label-file tells them')
-    add('--max-image-pixels', type=integer(1), metavar='N', help="images with more are refused; default: PIL's limit")
+    add_max_pixels(add)
     add_exif_rotate(add)
     add('--num-workers', type=integer(), default=cores(), help='processes that decode images for --quality')
     add('--device', default='cpu', help=f'that reconstructs for --quality: {DEVICE_HELP}')

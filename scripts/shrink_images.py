@@ -44,7 +44,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fileio.files import read_json
-from flags import SEED, Parser, add_exif_rotate, integer, number
+from flags import SEED, Parser, add_exif_rotate, add_max_pixels, integer, number
 from image_data.shrinking import (METHODS, SIDED, Unreachable, check_encoder, check_parameter, find_parameter,
                                   search_sides)
 from image_data.shrunk_sets import MANIFEST, SetFolder, check_outside, class_folders, identify_run, write_set
@@ -71,7 +71,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help='of jpeg, webp, avif: resize short sides to S pixels first; of several, with a budget, the best is taken')
     add('--seed', type=SEED, default=0, help='seed of the images that are drawn')
     add('--num-workers', type=integer(), default=cores(), metavar='N', help='processes that make images smaller')
-    add('--max-image-pixels', type=integer(1), metavar='N', help="refuse images with more pixels; default: PIL's limit")
+    add_max_pixels(add)
     add_exif_rotate(add)
     args = parser.parse_args(argv)
     if args.parameter is not None:
