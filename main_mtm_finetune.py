@@ -24,7 +24,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # before installed packages of the same names
 import flags
 import recipe
-from engine import evaluate, evaluate_checkpoint, rank_indices
+from engine import evaluate_checkpoint
 from fileio.labels import check_class_names, count_classes
 from flags import Parser, number
 from inference.report import Report, check_report, class_names, token_images
@@ -93,22 +93,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 def make_evaluate(args: argparse.Namespace, data: TokenDataset, codebook: torch.Tensor, size: int,
                   device: torch.device, report: Report | None = None) -> Callable:
-    """The engine's evaluate_of, on a data set: the middle codes of each grid; a `report` counts too."""
+    """The recipe's evaluate_of: of the middle codes of each grid."""
     # Of the codes of one direction training reads only the first (see make_input), so the model has learned nothing of
     # the others: they are read as the first one here too.
     canonical = canonical_codes(codebook).to(device)
-    amp = args.amp or recipe.default_amp(device)
-
-    def evaluate_of(model: nn.Module, name: str) -> dict[str, float]:
-        indices = rank_indices(len(data), args.dist_eval)
-        batches = data.batches(indices, int(1.5 * args.batch_size), device, args.pin_mem)
-        stats = evaluate(model, batches, lambda codes: canonical[center_crop(codes.long(), size)], amp=amp,
-                         distributed=args.dist_eval, name=name, record=report.record if report else None)
-        if report:
-            report.write(name, indices)
-        return stats
-
-    return evaluate_of
+    return recipe.make_evaluate(args, data, lambda codes: canonical[center_crop(codes.long(), size)], device, report)
 
 
 def evaluate_only(args: argparse.Namespace, checkpoint: dict[str, Any], path: str, device: torch.device) -> None:

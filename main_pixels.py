@@ -13,7 +13,7 @@ what the augmentation of each image is seeded (`draws_of`).
 """
 import argparse
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # before installed packages of the same names
 import flags
 import recipe
-from engine import evaluate, evaluate_checkpoint, rank_indices
+from engine import evaluate_checkpoint
 from fileio.labels import check_class_names, count_classes
 from flags import Parser, add_exif_rotate, add_max_pixels, integer, number
 from image_data.class_subsets import OnlyClasses, match_classes
@@ -161,23 +161,6 @@ def draws_of(seed: int, epoch: int, indices: np.ndarray, first: int, repeats: in
 
 # ---------------------------------------------------------------- evaluation
 
-def make_evaluate(args: argparse.Namespace, data: ImageDataset, device: torch.device, amp: str,
-                  report: Report | None = None) -> Callable:
-    """The engine's evaluate_of, on a data set; a `report` counts too."""
-    normalize = Normalize(device)
-
-    def evaluate_of(model: nn.Module, name: str) -> dict[str, float]:
-        indices = rank_indices(len(data), args.dist_eval)
-        batches = data.batches(indices, int(1.5 * args.batch_size), device, args.pin_mem)
-        stats = evaluate(model, batches, normalize, amp=amp, distributed=args.dist_eval, name=name,
-                         record=report.record if report else None)
-        if report:
-            report.write(name, indices)
-        return stats
-
-    return evaluate_of
-
-
 def evaluate_only(args: argparse.Namespace, checkpoint: dict[str, Any], path: str, device: torch.device) -> None:
     """--eval: evaluate a checkpoint, on corrupted images or some of its classes where asked for. Raises InputError."""
     data = load_split(args, 'val')
@@ -189,13 +172,13 @@ def evaluate_only(args: argparse.Namespace, checkpoint: dict[str, Any], path: st
     classes = args.nb_classes or head_size(checkpoint['model'], classifier_of(args.model), path)
     data.labels, _, subset = match_classes(data.source, checkpoint.get('classes'), classes, path, args.classes)
     model = create_model(args, classes).to(device)
-    amp = recipe.print_model(args, args.model, model, device)
+    recipe.print_model(args, args.model, model, device)
     report = None
     if args.report:
         names = class_names(classes, checkpoint.get('classes'), data.source.classes, data.source.labels, data.labels)
         report = Report(args.report, names, device, args.dist_eval, subset, image_names=data.source.names,
                         images_of=lambda numbers: next(data.batches(numbers, len(numbers), device))[0])
-    evaluate_of = make_evaluate(args, data, device, amp, report)
+    evaluate_of = recipe.make_evaluate(args, data, Normalize(device), device, report)
     scored = model if subset is None else OnlyClasses(model, subset, classes).to(device)
     evaluate_checkpoint(model, checkpoint, path, args.model_ema, lambda _, name: evaluate_of(scored, name),
                         args.output)
@@ -237,8 +220,8 @@ def main(args: argparse.Namespace) -> int:
     if args.attn_only:
         freeze_all_but_attention(model)
     model.to(device)
-    amp = recipe.print_model(args, args.model, model, device)
-    evaluate_of = make_evaluate(args, val_data, device, amp) if val_data else None
+    recipe.print_model(args, args.model, model, device)
+    evaluate_of = recipe.make_evaluate(args, val_data, Normalize(device), device) if val_data else None
 
     # loss
     normalize = Normalize(device)

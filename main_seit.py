@@ -23,7 +23,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # before installed packages of the same names
 import flags
 import recipe
-from engine import evaluate, evaluate_checkpoint, rank_indices
+from engine import evaluate_checkpoint
 from fileio.labels import check_class_names, count_classes
 from flags import Parser
 from models_seit import MODELS, STEMS, UpsampledConv2d, classifier_of, create_model
@@ -185,25 +185,15 @@ def main(args: argparse.Namespace) -> int:
     if args.attn_only:
         freeze_all_but_attention(model)
     model.to(device)
-    amp = recipe.print_model(args, args.model, model, device)
+    recipe.print_model(args, args.model, model, device)
 
     # ------------------------------------------------------------ evaluation
-    transform = EvalTransform(codebook, size, device)
     report = None
     if args.report:
         images_of = token_images(checkpoint, path, codebook, lambda numbers: val_data.batch(numbers)[0])
         report = Report(args.report, class_names(classes, checkpoint.get('classes'), names), device, args.dist_eval,
                         images_of=images_of)
-
-    def evaluate_of(model: nn.Module, name: str) -> dict[str, float]:
-        indices = rank_indices(len(val_data), args.dist_eval)
-        # without gradients there is memory for larger batches; the factor is DeiT's
-        batches = val_data.batches(indices, int(1.5 * args.batch_size), device, args.pin_mem)
-        stats = evaluate(model, batches, transform, amp=amp, distributed=args.dist_eval, name=name,
-                         record=report.record if report else None)
-        if report:
-            report.write(name, indices)
-        return stats
+    evaluate_of = recipe.make_evaluate(args, val_data, EvalTransform(codebook, size, device), device, report)
 
     if args.eval:
         recipe.check_evaluated(args, checkpoint, path, facts)

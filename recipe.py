@@ -19,7 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from engine import StepOptions, train
+from engine import StepOptions, evaluate, rank_indices, train
 from fileio.files import identity, is_address
 from flags import Flags, print_no_effect
 from token_files.codebook import Codebook, load_synonyms, made_synonyms
@@ -468,6 +468,23 @@ def make_scaler(device: torch.device, amp: str) -> torch.amp.GradScaler:
         return torch.amp.GradScaler(device.type)
     # The scale never grows; it shrinks at a bad step, by which `loss_meter.check_finite` notices one.
     return torch.amp.GradScaler(device.type, init_scale=1., growth_interval=1 << 30)
+
+
+def make_evaluate(args: Flags, data: Any, prepare: Callable, device: torch.device, report: Any = None) -> Callable:
+    """The engine's evaluate_of on a data set; `prepare` is as in `evaluate`, and a `report` counts too."""
+    amp = args.amp or default_amp(device)
+
+    def evaluate_of(model: nn.Module, name: str) -> dict[str, float]:
+        indices = rank_indices(len(data), args.dist_eval)
+        # without gradients there is memory for larger batches; the factor is DeiT's
+        batches = data.batches(indices, int(1.5 * args.batch_size), device, args.pin_mem)
+        stats = evaluate(model, batches, prepare, amp=amp, distributed=args.dist_eval, name=name,
+                         record=report.record if report else None)
+        if report:
+            report.write(name, indices)
+        return stats
+
+    return evaluate_of
 
 
 def make_loss(args: Flags, classes: int) -> tuple[Mixup | None, Callable]:

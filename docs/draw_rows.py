@@ -19,8 +19,8 @@ import torch
 from torchvision.transforms.functional import resize
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from fileio.figures import draw_sheet, picture_format
-from fileio.files import atomic_path, check_writable
+from fileio.figures import draw_sheet, picture_format, save_sheet
+from fileio.files import check_writable
 from fileio.labels import name_labels, spread
 from flags import Parser, integer
 from image_data.sources import load_images, open_source
@@ -79,7 +79,7 @@ def decoded(path: str, tokenizer_path: str, codebook_path: str, chosen: np.ndarr
 
 def main(args: argparse.Namespace) -> None:
     """Draw the sheet."""
-    picture = picture_format(args.output)
+    picture_format(args.output)  # raises for another ending, before the work
     check_writable(args.output, inputs=[*args.data_path, *args.token_file, *args.tokenizer_path, *args.codebook_path])
     sources = [open_source(path) for path in args.data_path]
     images = len(sources[0])
@@ -97,8 +97,7 @@ def main(args: argparse.Namespace) -> None:
         sheet = draw_sheet(pictures, COLUMNS, captions=titles)
     else:
         sheet = draw_sheet(pictures, 1, name_labels(sources[0].labels[chosen], sources[0].classes), titles)
-    with atomic_path(args.output) as temporary:
-        sheet.save(temporary, picture, quality=95)
+    save_sheet(sheet, args.output)
     print0(f'{len(lines)} lines of {len(chosen)} images: {args.output}')
 
 

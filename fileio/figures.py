@@ -134,6 +134,13 @@ def _broken(text: str, width: int, font: Any, most: int) -> list[str]:
     return [_cut(line.rstrip(' '), width, font) for line in lines]
 
 
+def save_sheet(sheet: Image.Image, path: str | Path) -> None:
+    """Write a sheet whole or not at all, in the format that its name asks for. Raises InputError."""
+    picture = picture_format(path)
+    with atomic_path(path) as temporary:
+        sheet.save(temporary, picture, quality=95)
+
+
 # ---------------------------------------------------------------- figures by matplotlib
 
 def pyplot() -> Any:

@@ -20,8 +20,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from fileio.figures import draw_sheet, printable, pyplot, save_figure
-from fileio.files import atomic_path, check_writable, read_json, write_text
+from fileio.figures import draw_sheet, printable, pyplot, save_figure, save_sheet
+from fileio.files import check_writable, read_json, write_text
 from image_tokenizer.tokenizers import check_codebook, decode_codes, load_tokenizer
 from image_tokenizer.torchscript import is_torchscript
 from token_files.made_with import file_of
@@ -279,9 +279,7 @@ class Report:
         captions = [f'is {self.title(mistake.label)}\ntaken for {self.title(mistake.prediction)}\n'
                     f'at {100 * mistake.probability:.1f} %' for mistake in mistakes]
         images = images if images.is_floating_point() else images / 255
-        sheet = draw_sheet(images[:, None], SHEET_COLUMNS, captions=captions)
-        with atomic_path(path) as temporary:
-            sheet.save(temporary, 'PNG')
+        save_sheet(draw_sheet(images[:, None], SHEET_COLUMNS, captions=captions), path)
 
 
 def _csv(rows: Iterable[Sequence[Any]]) -> str:

@@ -20,8 +20,8 @@ import torch
 import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from fileio.figures import draw_sheet, picture_format, square_columns
-from fileio.files import atomic_path, check_writable, expand_files
+from fileio.figures import draw_sheet, picture_format, save_sheet, square_columns
+from fileio.files import check_writable, expand_files
 from fileio.labels import name_labels, read_labels, spread
 from flags import SEED, KeyValues, Parser, add_allow_torchscript, add_exif_rotate, add_max_pixels, integer, number
 from image_data.sources import open_source, source_images
@@ -113,7 +113,7 @@ def class_attention(model: MaskedTokenModel, codes: torch.Tensor) -> torch.Tenso
 
 
 def main(args: argparse.Namespace) -> None:
-    picture = picture_format(args.output)
+    picture_format(args.output)  # raises for another ending, before the work
     codebook = load_codebook(args.codebook_path)
     files = open_token_files(args.token_file)
     check_made_with(files, codebook, args.codebook_path, args.tokenizer_path)
@@ -159,8 +159,7 @@ def main(args: argparse.Namespace) -> None:
     names = files[0].classes or (source.classes if source else None)
     sheet = draw_sheet(torch.stack(list(parts.values()), 1), square_columns(len(chosen), len(parts)), list(parts),
                        name_labels(None if labels is None else labels[chosen], names))
-    with atomic_path(args.output) as temporary:
-        sheet.save(temporary, picture, quality=95)
+    save_sheet(sheet, args.output)
     right = (filled == codes)[masked].double().mean()
     print0(f'{len(codes)} images, {int(masked.sum()):,} of {masked.numel():,} codes masked: {right:.1%} predicted '
            f'right, cross-entropy {loss:.3f}; {args.output}')

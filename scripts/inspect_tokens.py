@@ -29,8 +29,8 @@ from PIL import Image
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from fileio.figures import draw_sheet, picture_format, square_columns
-from fileio.files import atomic_path, check_writable, expand_files, write_text
+from fileio.figures import draw_sheet, picture_format, save_sheet, square_columns
+from fileio.files import check_writable, expand_files, write_text
 from fileio.labels import name_labels, read_labels, spread
 from flags import DEVICE_HELP, Parser, add_allow_torchscript, add_exif_rotate, add_max_pixels, integer
 from image_data.quality import psnr, ssim
@@ -242,9 +242,7 @@ def main(args: argparse.Namespace) -> None:
         write_text(args.output, json.dumps(summary) + '\n')
     elif args.output:
         names = files[0].classes or (source.classes if source else None)
-        sheet = contact_sheet(args, codes, codebook, source, labels, names)
-        with atomic_path(args.output) as temporary:
-            sheet.save(temporary, picture_format(args.output), quality=95)
+        save_sheet(contact_sheet(args, codes, codebook, source, labels, names), args.output)
         print0(f'contact sheet: {args.output}')
     print0(json.dumps(summary))
 

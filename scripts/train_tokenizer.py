@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import flags
 import recipe
 from engine import rank_indices
-from fileio.figures import draw_sheet, square_columns
-from fileio.files import atomic_path, identity, save_torch
+from fileio.figures import draw_sheet, save_sheet, square_columns
+from fileio.files import identity, save_torch
 from fileio.labels import name_labels, spread
 from flags import Parser, add_image_flags, integer, number
 from image_data.dataset import Images, facts_of, hold_out
@@ -143,9 +143,7 @@ def write_outputs(training: TokenizerTraining, pixels: torch.Tensor, names: list
     """Write tokenizer, codebook and sheet. Raises InputError."""
     save_tokenizer(training, folder / TOKENIZER)
     save_torch(training.codebook(), folder / CODEBOOK)
-    sheet = reconstruction_sheet(training, pixels, names)
-    with atomic_path(folder / SHEET) as temporary:
-        sheet.save(temporary, 'PNG')
+    save_sheet(reconstruction_sheet(training, pixels, names), folder / SHEET)
 
 
 # ---------------------------------------------------------------- the program
