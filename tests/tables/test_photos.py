@@ -34,6 +34,16 @@ def test_the_docs_have_the_numbers_of_the_files(path):
     assert not missing and len(lines_in(path)) > 2
 
 
+@pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+def test_the_files_are_of_these_presets(path, tmp_path):
+    """Of the same lines, flags and rates: what make.py writes with such a file alone is that file."""
+    pytest.importorskip('matplotlib')
+    table, preset = (json.loads(path.read_text())[key] for key in ('table', 'preset'))
+    words = table, '--preset', preset, '--data-path', tmp_path, '--output-dir', tmp_path
+    assert call(make, *words, '--report', '--results', path) == 0
+    assert (tmp_path / table / 'results.json').read_text() == path.read_text()
+
+
 def test_the_first_sentence_has_the_numbers_of_the_file():
     """README's, and that of the results: top-1 and bytes of each line that it names."""
     rows = json.loads((ROOT / 'docs' / 'photos' / 'storage.json').read_text())['rows']
