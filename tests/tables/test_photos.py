@@ -12,7 +12,7 @@ from tables import figures, make, presets, report, rows
 
 FILES = sorted((ROOT / 'docs' / 'photos').glob('*.json'))
 FIRST_SENTENCE = ('tokens, compact', 'tokens latents-28x28, compact', 'full pixels', 'best codec at 500 bytes',
-                  'sample 20%')
+                  'best codec at 1,000 bytes', 'sample 20%')
 WORDS = ['storage', '--preset', 'photos', '--data-path', 'data', '--output-dir', 'out']
 
 
