@@ -140,7 +140,8 @@ def with_results(results: dict[str, Any], path: Path) -> dict[str, Any]:
     """
     more = read_json(path)
     facts = ('table', 'preset', 'flags')
-    if not isinstance(more, dict) or [more.get(key) for key in facts] != [results[key] for key in facts]:
+    if (not isinstance(more, dict) or [more.get(key) for key in facts] != [results[key] for key in facts]
+            or not all(isinstance(more.get(key), dict) for key in ('rows', 'lrs'))):
         raise InputError(f'{path}: is no {RESULTS} of the table {results["table"]} with --preset {results["preset"]}, '
                          'trained with the same flags')
     rows = dict(results['rows'])

@@ -46,6 +46,8 @@ def test_rates_are_added_in_order(tmp_path):
     ({}, {'table': 'speed'}, 'is no results.json of the table storage with --preset photos'),
     ({}, {'preset': 'tiny'}, 'is no results.json of the table storage with --preset photos'),
     ({}, {'flags': ''}, 'trained with the same flags'),
+    ([], {}, 'trained with the same flags'),
+    ({}, {'lrs': 3}, 'trained with the same flags'),
     ({'ours': line([0], [1.])}, {}, 'has a line that this table has not: ours'),
     ({'full pixels': line([0], [1.], epochs='7')}, {}, 'full pixels is of 7 epochs there, of 6 here'),
     ({}, {'lrs': {'pixels': {'chosen': 1e-3, 'search': {}}}}, 'the learning rate 0.001 there, 0.002 here'),
