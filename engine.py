@@ -26,8 +26,8 @@ from training.checkpoints import TrainState, load_weights, note_average
 from training.loss_meter import LossMeter, Progress, check_finite
 from training.preemption import AnyRank, StopSignal
 from training.run_folder import RunFolder, RunLog, check_evaluation, write_evaluation
-from utils import (InputError, autocast, barrier, device_of, device_of_sums, keep_freed_memory, print0, rank,
-                   seed_step, sum_over_ranks, world_size)
+from utils import (InputError, autocast, barrier, device_of, device_of_sums, keep_freed_memory, plain_attention,
+                   print0, rank, seed_step, sum_over_ranks, world_size)
 
 LOG_EVERY = 50  # steps between readings of the loss; in between, the host never waits for the device
 
@@ -88,7 +88,8 @@ def train_one_epoch(state: TrainState, batches: Iterable, loss_of: Callable, opt
         with model.no_sync() if no_reduce else contextlib.nullcontext():
             with autocast(device, state.amp):
                 loss = loss_of(model, batch, generator)
-            state.scaler.scale(loss / options.accum_iter).backward()
+            with plain_attention(device, state.amp):
+                state.scaler.scale(loss / options.accum_iter).backward()
         meter.update(loss.detach(), step)
         if update:
             optimizer_step(state, options.clip_grad)

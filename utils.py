@@ -456,17 +456,18 @@ def autocast(device: torch.device, amp: str) -> Iterator[None]:
     if amp == 'off':
         yield
     else:
-        with torch.autocast(device.type, AMP_DTYPE[amp]), _plain_attention(device):
+        with torch.autocast(device.type, AMP_DTYPE[amp]), plain_attention(device, amp):
             yield
 
 
 @contextlib.contextmanager
-def _plain_attention(device: torch.device) -> Iterator[None]:
-    """On the CPU, attention as products and a softmax, in the precision of its inputs.
+def plain_attention(device: torch.device, amp: str) -> Iterator[None]:
+    """In half precision on the CPU, attention as products and a softmax, in the precision of its inputs.
 
-    torch's fused attention is slower there than these in half precision: a third of a small ViT's step.
+    torch's fused attention is slower there than these: a third of a small ViT's step. A backward pass belongs here too,
+    as checkpointed blocks compute attention again in it.
     """
-    if device.type != 'cpu':
+    if device.type != 'cpu' or amp == 'off':
         yield
         return
     before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # which the CPU asks, too

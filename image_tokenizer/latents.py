@@ -119,9 +119,9 @@ class LatentTokenizer(nn.Module):
     def latents(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) float in [0, 1] -> (B, n, dim), row by row. H and W: multiples of 8."""
         check_divides(images, PATCH)
-        # convolutions of the CPU are twice as fast with channels last
-        latents = self.encoder(images.contiguous(memory_format=torch.channels_last))
-        return rearrange(latents, 'b d h w -> b (h w) d')
+        if images.device.type == 'cpu':  # whose convolutions are 1.6 times as fast so
+            images = images.contiguous(memory_format=torch.channels_last)
+        return rearrange(self.encoder(images), 'b d h w -> b (h w) d')
 
     def codes(self, images: torch.Tensor) -> torch.Tensor:
         """(B, 3, H, W) float in [0, 1] -> (B, n) int64, row by row; -1 where latents are not finite."""
@@ -137,8 +137,7 @@ class LatentTokenizer(nn.Module):
         """(B, n, embed_dim) rows of `codebook`, n a square -> (B, 3, H, W) float, unclamped. Raises InputError."""
         side = grid_side(self.decoder, embeddings)
         latents = embeddings[..., :self.centers.shape[1]] * self.deviation  # without a constant element
-        latents = rearrange(latents, 'b (h w) d -> b d h w', h=side)
-        return self.decoder(latents.contiguous(memory_format=torch.channels_last))
+        return self.decoder(rearrange(latents, 'b (h w) d -> b d h w', h=side))
 
 
 def is_latent_tokenizer(state: dict[str, Any]) -> bool:

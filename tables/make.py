@@ -319,8 +319,8 @@ def check_args(args: argparse.Namespace) -> None:
     for flag, table in (('memories', 'continual'), ('memory_policy', 'continual'), ('tokenizer', 'tokenizers')):
         if getattr(args, flag) and args.table not in (table, ALL):
             raise InputError(f'--{flag.replace("_", "-")}: is for the table {table}')
-    if args.results and args.table in (class_incremental.NAME, ALL):
-        raise InputError(f'--results: is for one table, and not for {class_incremental.NAME}')
+    if args.results and args.table in (class_incremental.NAME, 'speed', ALL):
+        raise InputError(f'--results: is for one table, and not for {class_incremental.NAME} or speed')
     if args.slurm and args.cluster != 'slurm':
         raise InputError('--slurm: needs --cluster slurm')
     if args.cluster == 'slurm':
@@ -461,7 +461,7 @@ def results_of(name: str, args: argparse.Namespace, outcomes: dict[str, str]) ->
         results |= {'title': f'{TABLES[name].title}, {plan.name}', 'policy': plan.policy[1],
                     'epochs': plan.preset.epochs}
     for path in args.results:
-        results = report.with_results(results, path)
+        results = report.with_results(results, path, {line.name: report.epochs_of(line) for line in lines})
     return results | {'rows': {line: result for line, result in results['rows'].items() if result}}
 
 
@@ -511,6 +511,8 @@ def main(args: argparse.Namespace) -> int:
         check_data(plan, args.images_per_class)
         if isinstance(plan, pretraining.PretrainingPlan) and plan.before.preset.classes:
             check_data(plan.before, args.images_per_class)
+    if args.results:
+        results_of(args.table, args, {})  # raises for files that do not fit, before anything runs
     with StopSignal() as stop:
         outcomes = {} if args.report else run_tables(names, args, stop)
         write_results(names, args, outcomes)

@@ -18,7 +18,7 @@ from utils import InputError
 RESULTS = 'results.json'
 TABLE = 'table.md'
 DASH = '\N{EM DASH}'
-PER_SEED = ('top1', 'images_per_second', 'curves', 'ema_top1')  # lists of a line's result; first the measures
+PER_SEED = ('top1', 'curves', 'ema_top1')  # lists of a line's result; first the measure
 # Of continual learning: columns, in percent.
 MEASURES = {'average': 'average incremental (seeds)', 'last': 'last', 'old': 'old classes', 'old_stored': 'as stored',
             'new': 'new classes', 'new_stored': 'as stored', 'forgetting': 'forgetting'}
@@ -79,12 +79,17 @@ def numbers_result(line: Line, values: Sequence[tuple[float, dict[str, Any]]]) -
     """Measure and log of each seed, as results hold them."""
     numbers = [value for value, _ in values]
     result = {line.measure.split()[-1]: numbers, **mean_and_sd(numbers),
-              'epochs': f'{line.pretraining} + {line.epochs}' if line.pretraining else str(line.epochs),
+              'epochs': epochs_of(line),
               'paper': line.paper, 'paper_size': line.paper_size}
     averaged = [log.get('ema_test_acc1') for _, log in values]
     if averaged and None not in averaged and line.measure == 'top1':
         result['ema_top1'] = averaged
     return result
+
+
+def epochs_of(line: Line) -> str:
+    """The epochs of a line, as results hold them."""
+    return f'{line.pretraining} + {line.epochs}' if line.pretraining else str(line.epochs)
 
 
 def tasks_result(runs: Sequence[list[dict[str, Any]]]) -> dict[str, Any]:
@@ -128,17 +133,25 @@ def search_results(lines: Iterable[Line]) -> dict[str, dict[str, float]]:
 
 # ---------------------------------------------------------------- results of other machines
 
-def with_results(results: dict[str, Any], path: Path) -> dict[str, Any]:
+def with_results(results: dict[str, Any], path: Path, epochs: dict[str, str]) -> dict[str, Any]:
     """A table's results with what another machine has of the same table: lines, seeds and rates that are not here.
 
     Args:
         results: as `write` takes them, with every line of the table, which may be None.
         path: RESULTS of the other one.
+        epochs: of each line of the table, as results hold them.
 
     Raises:
-        InputError: that file is of other rates, epochs or lines, or of another table.
+        InputError: that file is of other rates, epochs, lines or numbers of images, or of another table, or damaged.
     """
     more = read_json(path)
+    try:
+        return _merged(results, more, path, epochs)
+    except (KeyError, TypeError, ValueError, AttributeError, StopIteration):
+        raise InputError(f'{path}: is damaged; give a {RESULTS} as this program wrote it') from None
+
+
+def _merged(results: dict[str, Any], more: Any, path: Path, epochs: dict[str, str]) -> dict[str, Any]:
     facts = ('table', 'preset', 'flags')
     if (not isinstance(more, dict) or [more.get(key) for key in facts] != [results[key] for key in facts]
             or not all(isinstance(more.get(key), dict) for key in ('rows', 'lrs'))):
@@ -148,13 +161,21 @@ def with_results(results: dict[str, Any], path: Path) -> dict[str, Any]:
     for name, other in more['rows'].items():
         if name not in rows:
             raise InputError(f'{path}: has a line that this table has not: {name}')
+        if other['epochs'] != epochs[name]:
+            raise InputError(f'{path}: {name} is of {other["epochs"]} epochs there, of {epochs[name]} here')
+        if any(len(other[key]) != len(other['seeds']) for key in PER_SEED if key in other):
+            raise ValueError(name)
         mine = rows[name]
-        if mine and mine['epochs'] != other['epochs']:
-            raise InputError(f'{path}: {name} is of {other["epochs"]} epochs there, of {mine["epochs"]} here')
+        counts = [row['bytes']['images'] for row in (mine, other) if row and row.get('bytes')]
+        if len(set(counts)) > 1:
+            raise InputError(f'{path}: {name} is of {counts[1]:,} images there, of {counts[0]:,} here')
         rows[name] = with_seeds(mine, other) if mine else other
     lrs = {}
     for kind, rate in results['lrs'].items():
         there = more['lrs'].get(kind, rate)
+        if there['search'] and there['epochs'] != rate['epochs']:
+            raise InputError(f'{path}: the search of {kind} is of {there["epochs"]} epochs there, of {rate["epochs"]} '
+                             'here')
         if there['chosen'] != rate['chosen']:
             raise InputError(f'{path}: {kind} have the learning rate {there["chosen"]:g} there, {rate["chosen"]:g} '
                              'here')
@@ -165,7 +186,7 @@ def with_results(results: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def with_seeds(mine: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """The result of a line of numbers with the seeds of another result that it lacks; `mine` wins."""
-    measure = next(key for key in PER_SEED if key in mine)
+    measure = PER_SEED[0]
     missing = [at for at, seed in enumerate(other['seeds']) if seed not in mine['seeds']]
     merged = dict(mine)
     if missing:
@@ -174,8 +195,11 @@ def with_seeds(mine: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
             if key in mine and key in other:
                 by_seed = dict(zip(other['seeds'], other[key])) | dict(zip(mine['seeds'], mine[key]))
                 merged[key] = [by_seed[seed] for seed in order]
+            else:  # known of some seeds alone
+                merged.pop(key, None)
         merged |= mean_and_sd(merged[measure])
-    return merged | {key: other[key] for key in other if merged.get(key) is None}
+    return merged | {key: other[key] for key in other
+                     if merged.get(key) is None and key not in (*PER_SEED, 'failed')}
 
 
 # ---------------------------------------------------------------- writing

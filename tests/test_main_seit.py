@@ -125,7 +125,7 @@ def test_every_switch_runs_with_tokenadapt(data, adapt, capsys):
     ['--bce-loss', '--smoothing', '0', '--repeated-aug', '--clip-grad', '1', '--no-model-ema'],
     ['--src', '--eda-erase-prob', '0.3', '--cutmix', '0', '--sched', 'step', '--amp', 'bf16', '--accum-iter', '3'],
     ['--attn-only', '--opt', 'sgd', '--model-ema-force-cpu', '--mixup', '0.8', '--mixup-mode', 'elem',
-     '--grad-checkpointing', '--tf32'],
+     '--grad-checkpointing', '--amp', 'bf16', '--tf32'],
     ['--no-eval', '--cutmix', '0', '--smoothing', '0', '--token-noise-prob', '0', '--eda-rc-prob', '0', '--eda-sc-prob',
      '0', '--nb_classes', '7', '--token-cache', 'none', '--sched', 'poly']])
 def test_every_switch_runs(data, flags, capsys):
